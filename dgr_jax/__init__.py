@@ -1,0 +1,3 @@
+"""Distillation enhanced generative retrieval in JAX."""
+
+__version__ = "0.1.0"

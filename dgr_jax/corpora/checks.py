@@ -1,0 +1,180 @@
+"""What every reader asks of its input: files are there, ids unique, judgements of known ids."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dgr_jax.corpora import lines
+from dgr_jax.corpora.types import Passage, Qrel, Query
+
+logger = logging.getLogger(__name__)
+
+Record = TypeVar("Record", Passage, Query)
+
+# What separates the columns of qrels and runs, and so cannot stand in an id.
+ASCII_SPACE = re.compile(r"[ \t\n\r\f\v]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that a collection reads: its possible names, what it holds, where it comes from."""
+
+    names: tuple[str, ...]
+    columns: str
+    origin: str
+
+    def find(self, folder: Path) -> Path | None:
+        """The first of the names, as it is or with .gz, that is a file of the folder."""
+        for name in self.names:
+            for path in (folder / name, folder / f"{name}.gz"):
+                if path.is_file():
+                    return path
+        return None
+
+    def require(self, folder: Path, setting: str) -> Path:
+        """The file, or FileNotFoundError as from `require`."""
+        require(folder, [self], setting)
+        path = self.find(folder)
+        assert path is not None
+        return path
+
+
+def require(folder: Path, sources: Sequence[Source], setting: str) -> None:
+    """Raises FileNotFoundError naming every source the folder lacks; `setting` is what to set."""
+    missing = [source for source in sources if source.find(folder) is None]
+    if not missing:
+        return
+    state = "does not exist" if not folder.is_dir() else f"lacks {_count(missing, 'file')}"
+    wanted = "\n".join(
+        f"  {' or '.join(source.names)} (also as .gz): {source.columns}\n    from {source.origin}"
+        for source in missing
+    )
+    raise FileNotFoundError(
+        f"{folder} {state}; expected:\n{wanted}\n"
+        f"Put the files there or name another folder (--data_dir, gin: {setting})."
+    )
+
+
+def checked(
+    parse: Callable[[Path], Iterator[tuple[int, Record]]], path: Path, kind: str
+) -> Iterator[Record]:
+    """Yields the records of `parse(path)`, which gives (line number, record), in their order.
+
+    `kind` is "passage" or "query". Raises ValueError at an id that is empty, holds white space
+    (which separates the columns of runs and qrels) or comes twice, naming both lines, and at a
+    file without records. Blank texts are kept; one warning counts them.
+    """
+    seen: set[str] = set()
+    blank, first_blank = 0, 0
+    for line, record in parse(path):
+        key = _key(record)
+        if not key or ASCII_SPACE.search(key):
+            raise lines.error(path, line, f"the {kind} id {key!r}", "an id without white space")
+        if key in seen:
+            first = next(number for number, other in parse(path) if _key(other) == key)
+            found = f"the {kind} id {key!r} again, first seen on line {first}"
+            raise lines.error(path, line, found, "each id once")
+        seen.add(key)
+        if not record.text.strip():
+            blank, first_blank = blank + 1, first_blank or line
+        yield record
+    if not seen:
+        plural = "queries" if kind == "query" else "passages"
+        raise ValueError(f"{path}: found no {plural}; expected at least one")
+    if blank:
+        logger.warning(
+            "%s: %s with blank text, kept; the first on line %d",
+            path, _count(range(blank), kind), first_blank,
+        )  # fmt: skip
+
+
+def text_field(
+    record: dict[str, Any], name: str, path: Path, line: int, default: str | None = None
+) -> str:
+    """A string of a JSON record; a number becomes its decimal form, null the default.
+
+    Half of a surrogate pair, which no UTF-8 file can hold, becomes U+FFFD. Raises ValueError when
+    the field is missing and there is no default, or is neither string nor whole number.
+    """
+    value = record.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in record:
+        found = f"the fields {', '.join(map(repr, record)) or 'none'}"
+        raise lines.error(path, line, found, f"a field {name!r}")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise lines.error(path, line, f"{name!r}: {value!r}", "a string")
+    return value if value.isascii() else _LONE_SURROGATE.sub("\ufffd", value)
+
+
+def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple[str, ...]:
+    """The strings of a JSON record's list (or its one string); () when it is missing or null."""
+    value = record.get(name)
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | None) or not all(isinstance(v, str) for v in value or ()):
+        raise lines.error(path, line, f"{name!r}: {value!r}", "a list of strings")
+    return tuple(_LONE_SURROGATE.sub("\ufffd", v) for v in value or ())
+
+
+def integer(text: str, path: Path, line: int, what: str) -> int:
+    """The whole number in `text`; ValueError names `what` otherwise."""
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise lines.error(path, line, f"the {what} {text!r}", "a whole number")
+    return int(text)
+
+
+def check_qrels(
+    qrels: Iterable[Qrel],
+    qids: Container[str],
+    pids: Container[str],
+    *,
+    where: str = "qrels",
+) -> int:
+    """Returns how many judgements there are; ValueError when some name unknown queries or passages.
+
+    The message counts unknown queries and passages apart, with three examples of each. `where`
+    (a file, a split) opens the message. Memory: the unknown ids only.
+    """
+    total = bad = 0
+    unknown_qids: set[str] = set()
+    unknown_pids: set[str] = set()
+    for qrel in qrels:
+        total += 1
+        known_query, known_passage = qrel.qid in qids, qrel.pid in pids
+        bad += not (known_query and known_passage)
+        if not known_query:
+            unknown_qids.add(qrel.qid)
+        if not known_passage:
+            unknown_pids.add(qrel.pid)
+    if bad:
+        parts = [
+            f"{_count(ids, f'unknown {kind} id')} ({', '.join(heapq.nsmallest(3, ids))})"
+            for kind, ids in (("query", unknown_qids), ("passage", unknown_pids))
+            if ids
+        ]
+        raise ValueError(
+            f"{where}: found {bad:,} of {total:,} judgements with {' and '.join(parts)}; "
+            f"expected ids of the collection's queries and passages"
+        )
+    return total
+
+
+def _key(record: Passage | Query) -> str:
+    return record.pid if isinstance(record, Passage) else record.qid
+
+
+def _count(things: Any, noun: str) -> str:
+    number = len(things)
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun}"

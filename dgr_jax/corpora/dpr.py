@@ -1,0 +1,171 @@
+"""The files of Dense Passage Retrieval (Karpukhin et al. 2020): Wikipedia in 100-word passages,
+question files and the JSON files of its bi-encoder training; also .gz."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dgr_jax.corpora import checks, lines
+from dgr_jax.corpora.types import Passage, Qrel, Query
+
+_SITE = "https://dl.fbaipublicfiles.com/dpr"
+_HOW = "(data/download_data.py of github.com/facebookresearch/DPR fetches it)"
+_HEADER = ["id", "text", "title"]
+# A positive passage with this score was marked by a person; the others contain an answer.
+_MARKED = 1000
+
+
+@dataclass(frozen=True)
+class DprCollection:
+    """A folder with psgs_w100.tsv and the question files of one data set, or DPR's data folder.
+
+    `dataset` is the name in DPR's files: nq, trivia, webquestions, curatedtrec, squad1. A split
+    has judgements where its bi-encoder file (biencoder-<dataset>-<split>.json) is there; its
+    positive passages get relevance 2 when a person marked them, else 1. Other splits are
+    questions with answers (<dataset>-<split>.qa.csv), measured by answer strings.
+    `passages_file`, `judged_file` and `questions_file` give other names; {dataset} and {split}
+    stand for theirs.
+    """
+
+    folder: str
+    dataset: str = "nq"
+    passages_file: str = "psgs_w100.tsv"
+    judged_file: str = "biencoder-{dataset}-{split}.json"
+    questions_file: str = "{dataset}-{split}.qa.csv"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of train, dev, test that have judgements here."""
+        return tuple(s for s in ("train", "dev", "test") if self._judged(s).find(self._root))
+
+    def check(self, splits: Iterable[str] = ("train", "dev", "test")) -> None:
+        """Raises FileNotFoundError naming every missing file: the corpus and those of `splits`.
+
+        Train and dev need their bi-encoder files; of any other split the questions are enough.
+        """
+        wanted = [self._corpus]
+        for split in splits:
+            judged = self._judged(split)
+            enough = split not in ("train", "dev") and not judged.find(self._root)
+            wanted.append(self._questions(split) if enough else judged)
+        checks.require(self._root, wanted, "DprCollection.folder")
+
+    def passages(self) -> Iterator[Passage]:
+        """All passages in corpus order."""
+        return checks.checked(_passages, self._path(self._corpus), "passage")
+
+    def queries(self, split: str) -> Iterator[Query]:
+        """The questions of a split: of its bi-encoder file if it is there, else of its question
+        file. The qid is <split>-<number>: the question's place in the JSON file, or its line."""
+        judged = self._judged(split).find(self._root)
+        path = judged or self._path(self._questions(split))
+        parse = _judged_queries if judged else _questions
+        return checks.checked(partial(parse, split=split), path, "query")
+
+    def qrels(self, split: str) -> Iterator[Qrel]:
+        """The positive passages of a split's questions; FileNotFoundError where it has none."""
+        return _qrels(self._path(self._judged(split)), split)
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.folder).expanduser()
+
+    @property
+    def _corpus(self) -> checks.Source:
+        name = self.passages_file
+        return checks.Source(
+            (name, f"wikipedia_split/{name}"),
+            "a header id, text, title, then one passage a line, by tabs, quoted as CSV",
+            f"{_SITE}/wikipedia_split/psgs_w100.tsv.gz {_HOW}",
+        )
+
+    def _judged(self, split: str) -> checks.Source:
+        name = self._name(self.judged_file, split)
+        short = f"{self.dataset}-{split}.json"
+        return checks.Source(
+            (name, f"retriever/{short}", short, f"retriever/{name}"),
+            'a JSON array of {"question", "answers", "positive_ctxs": [{"passage_id"}]}',
+            f"{_SITE}/data/retriever/{name}.gz {_HOW}",
+        )
+
+    def _questions(self, split: str) -> checks.Source:
+        name = self._name(self.questions_file, split)
+        short = f"{self.dataset}-{split}.csv"
+        return checks.Source(
+            (name, f"retriever/qas/{short}", short, f"retriever/qas/{name}"),
+            'question <tab> list of answers (["a", "b"]), one question a line, quoted as CSV',
+            f"{_SITE}/data/retriever/{name} {_HOW}",
+        )
+
+    def _name(self, form: str, split: str) -> str:
+        return form.replace("{dataset}", self.dataset).replace("{split}", split)
+
+    def _path(self, source: checks.Source) -> Path:
+        return source.require(self._root, "DprCollection.folder")
+
+
+def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
+    rows = lines.csv_rows(path)
+    line, header = next(rows, (1, []))
+    if header != _HEADER:
+        raise lines.error(path, line, f"the columns {header}", f"the header {_HEADER}")
+    for line, fields in rows:
+        if len(fields) != len(_HEADER):
+            found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
+            raise lines.error(path, line, found, "3 columns: id, text, title")
+        yield line, Passage(*fields)
+
+
+def _questions(path: Path, split: str) -> Iterator[tuple[int, Query]]:
+    for line, fields in lines.csv_rows(path):
+        if len(fields) != 2:
+            found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
+            raise lines.error(path, line, found, "2 columns: question and list of answers")
+        yield line, Query(f"{split}-{line}", fields[0], _answers(fields[1], path, line))
+
+
+def _answers(text: str, path: Path, line: int) -> tuple[str, ...]:
+    """A list of strings, written as JSON or, in the official files, as a Python list."""
+    try:
+        answers = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            answers = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            answers = None
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise lines.error(path, line, f"the answers {text[:60]!r}", 'a list of strings ["a", "b"]')
+    return tuple(answers)
+
+
+def _judged_queries(path: Path, split: str) -> Iterator[tuple[int, Query]]:
+    for number, (line, record) in enumerate(lines.json_array(path), start=1):
+        text = checks.text_field(record, "question", path, line)
+        answers = checks.text_list(record, "answers", path, line)
+        yield line, Query(f"{split}-{number}", text, answers)
+
+
+def _qrels(path: Path, split: str) -> Iterator[Qrel]:
+    for number, (line, record) in enumerate(lines.json_array(path), start=1):
+        relevance: dict[str, int] = {}
+        for passage in _positives(record, path, line):
+            key = "passage_id" if "passage_id" in passage else "psg_id"
+            pid = checks.text_field(passage, key, path, line)
+            grade = 2 if passage.get("score") == _MARKED else 1
+            relevance[pid] = max(grade, relevance.get(pid, 0))
+        for pid, grade in relevance.items():
+            yield Qrel(f"{split}-{number}", pid, grade)
+
+
+def _positives(record: dict[str, Any], path: Path, line: int) -> list[dict[str, Any]]:
+    positives = record.get("positive_ctxs")
+    if not isinstance(positives, list) or not all(isinstance(item, dict) for item in positives):
+        found = f"'positive_ctxs': {str(positives)[:60]}"
+        raise lines.error(path, line, found, 'a list of objects {"passage_id", ...}')
+    return positives

@@ -1,0 +1,110 @@
+"""Any data set of the ir_datasets library, as a collection. The library is an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from dgr_jax.corpora.types import Passage, Qrel, Query
+
+
+@dataclass(frozen=True)
+class IrDatasetsCollection:
+    """`dataset` is the id that holds the passages, `splits` maps a split to the id of its queries.
+
+    A split that is not in `splits` is the id <dataset>/<split>: with dataset="beir/scifact" the
+    split "test" is "beir/scifact/test". The library fetches what it lacks when it is first read.
+    """
+
+    dataset: str
+    splits: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        rows = self.splits.items() if isinstance(self.splits, Mapping) else self.splits
+        object.__setattr__(self, "splits", tuple((split, name) for split, name in rows))
+
+    def check(self, splits: Iterable[str] = ()) -> None:
+        """Raises ImportError without the library, ValueError for an id that it does not know or
+        that lacks what it is asked for. Looks at no file: the library fetches and checks them."""
+        _part(self.dataset, "docs")
+        for split in dict.fromkeys([*dict(self.splits), *splits]):
+            _part(self._id(split), "queries")
+            _part(self._id(split), "qrels")
+
+    def passages(self) -> Iterator[Passage]:
+        """All documents in the library's order."""
+        return (_passage(doc, self.dataset) for doc in _part(self.dataset, "docs").docs_iter())
+
+    def queries(self, split: str) -> Iterator[Query]:
+        """The queries of a split that have a judgement there, in the library's order."""
+        judged = {qrel.qid for qrel in self.qrels(split)}
+        return (query for query in self.all_queries(split) if query.qid in judged)
+
+    def all_queries(self, split: str) -> Iterator[Query]:
+        """All queries of a split."""
+        name = self._id(split)
+        return map(partial(_query, name=name), _part(name, "queries").queries_iter())
+
+    def qrels(self, split: str) -> Iterator[Qrel]:
+        """The judgements of a split."""
+        for qrel in _part(self._id(split), "qrels").qrels_iter():
+            yield Qrel(str(qrel.query_id), str(qrel.doc_id), int(qrel.relevance))
+
+    def _id(self, split: str) -> str:
+        return dict(self.splits).get(split, f"{self.dataset}/{split}")
+
+
+def _library() -> ModuleType:
+    try:
+        import ir_datasets
+    except ImportError as err:
+        raise ImportError(
+            "IrDatasetsCollection needs the extra 'dgr_jax[irds]': pip install 'dgr_jax[irds]'"
+        ) from err
+    return ir_datasets
+
+
+def _part(name: str, part: str) -> Any:
+    """The data set of an id that has docs, queries or qrels."""
+    library = _library()
+    try:
+        dataset = library.load(name)
+    except KeyError:
+        raise ValueError(
+            f"found the ir_datasets id {name!r}, which the library does not know; expected one of "
+            f"https://ir-datasets.com (gin: IrDatasetsCollection.dataset and .splits)"
+        ) from None
+    if not getattr(dataset, f"has_{part}")():
+        raise ValueError(
+            f"found no {part} in the ir_datasets id {name!r}; expected an id that has them "
+            f"(gin: IrDatasetsCollection.{'dataset' if part == 'docs' else 'splits'})"
+        )
+    return dataset
+
+
+def _passage(doc: Any, name: str) -> Passage:
+    text = getattr(doc, "text", None)
+    if text is None:
+        return Passage(str(doc.doc_id), _default_text(doc, name))
+    return Passage(str(doc.doc_id), text, getattr(doc, "title", None) or "")
+
+
+def _query(query: Any, name: str) -> Query:
+    text = getattr(query, "text", None)
+    if text is None:
+        text = _default_text(query, name)
+    return Query(str(query.query_id), text, tuple(getattr(query, "answers", None) or ()))
+
+
+def _default_text(record: Any, name: str) -> str:
+    """What the library itself calls the text of a record (with the title, where there is one)."""
+    if not hasattr(record, "default_text"):
+        fields = ", ".join(getattr(record, "_fields", ())) or type(record).__name__
+        raise ValueError(
+            f"found a record of {name!r} with the fields {fields}; "
+            f"expected a field 'text' or a method default_text()"
+        )
+    return record.default_text()

@@ -1,0 +1,170 @@
+"""A corpus on disk: one JSON line a passage and the byte where each begins.
+
+passages.jsonl   {"pid": ..., "title": ..., "text": ...}, in corpus order
+pids.txt         the pids alone, one a line, to load them fast
+offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: without it, or when
+                 it does not fit passages.jsonl, there is no store
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import operator
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dgr_jax.corpora import lines
+from dgr_jax.corpora.types import Passage
+
+logger = logging.getLogger(__name__)
+
+_PASSAGES, _PIDS, _OFFSETS = "passages.jsonl", "pids.txt", "offsets.npy"
+
+
+class PassageStore:
+    """The passages of a store by passage index, memory-mapped; safe to share between threads.
+
+    Raises FileNotFoundError where there is no whole store, ValueError where its files do not fit.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        missing = [n for n in (_PASSAGES, _PIDS, _OFFSETS) if not (self.folder / n).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder} is not a whole passage store, it lacks {', '.join(missing)}; "
+                f"expected what dgr_jax.corpora.store.write makes"
+            )
+        self._offsets = np.load(self.folder / _OFFSETS, mmap_mode="r", allow_pickle=False)
+        if self._offsets.dtype != np.int64 or self._offsets.ndim != 1 or len(self._offsets) < 2:
+            found = f"{self._offsets.dtype} {list(self._offsets.shape)}"
+            raise ValueError(
+                f"{self.folder / _OFFSETS}: found {found}; expected int64 [P+1], P > 0"
+            )
+        size, expected = (self.folder / _PASSAGES).stat().st_size, int(self._offsets[-1])
+        if size != expected:
+            raise ValueError(
+                f"{self.folder / _PASSAGES}: found {size:,} bytes; expected {expected:,} as in "
+                f"{_OFFSETS}: write the store again"
+            )
+
+    def __reduce__(self):
+        return PassageStore, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> Passage:
+        """The passage of a passage index; a negative one counts from the end, as in a list."""
+        row = operator.index(index)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"passage index {row} of a store of {len(self):,} passages")
+        row %= len(self)
+        return _passage(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
+
+    def __iter__(self) -> Iterator[Passage]:
+        with open(self.folder / _PASSAGES, "rb") as handle:
+            yield from map(_passage, handle)
+
+    @cached_property
+    def pids(self) -> list[str]:
+        """The pid of every passage index."""
+        text = (self.folder / _PIDS).read_bytes().decode("utf-8")
+        pids = text.removesuffix("\n").split("\n")
+        if len(pids) != len(self):
+            raise ValueError(
+                f"{self.folder / _PIDS}: found {len(pids):,} pids; expected {len(self):,} as in "
+                f"{_OFFSETS}: write the store again"
+            )
+        return pids
+
+    def index_of(self, pid: str) -> int:
+        """The passage index of a pid; KeyError naming it when the store has no such passage."""
+        try:
+            return self._rows[pid]
+        except KeyError:
+            raise KeyError(f"pid {pid!r} is not in the passage store {self.folder}") from None
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {pid: row for row, pid in enumerate(self.pids)}
+
+    @cached_property
+    def _bytes(self) -> mmap.mmap:
+        with open(self.folder / _PASSAGES, "rb") as handle:
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStore:
+    """Writes passages in their order and returns their store; keeps pids and offsets in memory.
+
+    An older store in the folder stays whole until all passages have come. Blank texts are kept
+    and counted in a warning. Raises ValueError for duplicate pids, pids that are empty or hold a
+    line end, and a corpus without passages.
+    """
+    folder = Path(folder)
+    pids: list[str] = []
+    offsets = array("q", [0])
+    blank: list[str] = []
+    blanks = 0
+    with lines.writing(folder / _PASSAGES) as handle:
+        for passage in passages:
+            line = _line(passage)
+            handle.write(line)
+            pids.append(passage.pid)
+            offsets.append(offsets[-1] + len(line))
+            if not passage.text.strip():
+                blanks += 1
+                blank += [passage.pid] * (len(blank) < 3)
+        _check_pids(pids)
+        (folder / _OFFSETS).unlink(missing_ok=True)
+    with lines.writing(folder / _PIDS) as handle:
+        handle.writelines(pid.encode() + b"\n" for pid in pids)
+    with lines.writing(folder / _OFFSETS) as handle:
+        np.save(handle, np.frombuffer(offsets, np.int64))
+    if blanks:
+        logger.warning(
+            "%s: %d of %d passages have a blank text and are kept (pids %s%s)",
+            folder, blanks, len(pids), ", ".join(blank), ", ..." * (blanks > len(blank)),
+        )  # fmt: skip
+    return PassageStore(folder)
+
+
+def _line(passage: Passage) -> bytes:
+    """One line of passages.jsonl; ValueError for what no line of the store can hold."""
+    if not passage.pid or "\n" in passage.pid or "\r" in passage.pid:
+        raise ValueError(f"found the pid {passage.pid!r}; expected an id without line ends")
+    fields = {"pid": passage.pid, "title": passage.title, "text": passage.text}
+    try:
+        return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError as err:
+        raise ValueError(
+            f"found half of a surrogate pair in the passage {passage.pid!r} ({err}); "
+            f"expected text that UTF-8 can hold"
+        ) from None
+
+
+def _check_pids(pids: list[str]) -> None:
+    if not pids:
+        raise ValueError("found an empty corpus; expected at least one passage")
+    if len(set(pids)) == len(pids):
+        return
+    first: dict[str, int] = {}
+    for number, pid in enumerate(pids, start=1):
+        if pid in first:
+            raise ValueError(
+                f"found the pid {pid!r} twice, at the passages {first[pid]:,} and {number:,} of "
+                f"the corpus; expected each pid once"
+            )
+        first[pid] = number
+
+
+def _passage(line: bytes) -> Passage:
+    return Passage(**json.loads(line))

@@ -1,0 +1,71 @@
+"""The five records that every reader yields and every writer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrieval unit. `pid` is the corpus's own id; `text` may be blank."""
+
+    pid: str
+    text: str
+    title: str = ""
+
+    @property
+    def contents(self) -> str:
+        """Title and text in one string: what is embedded, indexed and ranked."""
+        return f"{self.title} {self.text}".strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question. `answers` are strings that a right passage contains, where the collection gives them."""
+
+    qid: str
+    text: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Qrel:
+    """One judgement: `relevance` 0 is judged and not relevant, 1 and more are grades."""
+
+    qid: str
+    pid: str
+    relevance: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPassage:
+    """A passage in a run: higher scores rank first."""
+
+    pid: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankList:
+    """The passages of one query, best first; scores never increase."""
+
+    qid: str
+    passages: tuple[ScoredPassage, ...]
+
+
+class Collection(Protocol):
+    """Passages, queries and judgements from one place, all as streams."""
+
+    def check(self) -> None:
+        """Raise FileNotFoundError naming every missing file, its columns and how to get it."""
+
+    def passages(self) -> Iterator[Passage]:
+        """All passages in corpus order; a second call starts again."""
+
+    def queries(self, split: str) -> Iterator[Query]:
+        """The queries of a split."""
+
+    def qrels(self, split: str) -> Iterator[Qrel]:
+        """The judgements of a split."""

@@ -1,0 +1,135 @@
+"""Generation examples: what a student reads, and the identifier that it learns to write.
+
+Three sources, as in DSI and MINDER: labelled queries, the text of passages, and pseudo-queries
+(given in a file, or the sentences of the passage).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dgr_jax.corpora import lines
+from dgr_jax.corpora.types import Passage, Qrel
+
+SOURCES = ("labelled", "passages", "pseudo_queries")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Rates of the sources in the mixture, and how their texts are made.
+
+    labelled, passages, pseudo_queries: relative rates; 0 leaves a source out.
+    chunk_words: words of a passage chunk; the title stands before each chunk.
+    max_chunks: chunks of a passage at most (0: all); neighbours share half their words.
+    pseudo_query_path: TSV of pid and text, one pseudo-query a line; blank: sentences.
+    min_sentence_words, max_sentence_words: shorter sentences are left out, longer ones cut.
+    """
+
+    labelled: float = 1.0
+    passages: float = 0.5
+    pseudo_queries: float = 0.5
+    chunk_words: int = 48
+    max_chunks: int = 0
+    pseudo_query_path: str = ""
+    min_sentence_words: int = 4
+    max_sentence_words: int = 40
+
+    def __post_init__(self) -> None:
+        rates = self.rates()
+        if not rates:
+            raise ValueError(
+                "Sources: every rate is 0; give a positive rate to Sources.labelled, "
+                "Sources.passages or Sources.pseudo_queries"
+            )
+        if min(getattr(self, name) for name in SOURCES) < 0:
+            raise ValueError(f"Sources: rates must not be negative, got {rates}")
+        if self.chunk_words < 2:
+            raise ValueError(f"Sources.chunk_words: got {self.chunk_words}, expected at least 2")
+
+    def rates(self) -> dict[str, float]:
+        """Rate of every source that is used."""
+        return {name: getattr(self, name) for name in SOURCES if getattr(self, name)}
+
+    def chunks(self, passage: Passage) -> Iterator[str]:
+        """Windows of `chunk_words` words, each half a window further, with the title before."""
+        words = passage.text.split()
+        step = max(1, self.chunk_words // 2)
+        last = max(0, len(words) - self.chunk_words)
+        starts = [*range(0, last, step), last] if last else [0]
+        for start in starts[: self.max_chunks or None]:
+            chunk = " ".join(words[start : start + self.chunk_words])
+            if text := f"{passage.title} {chunk}".strip():
+                yield text
+
+    def sentences(self, passage: Passage) -> Iterator[str]:
+        """Sentences of the text, as pseudo-queries."""
+        for sentence in _SENTENCE.split(passage.text):
+            words = sentence.split()
+            if len(words) >= self.min_sentence_words:
+                yield " ".join(words[: self.max_sentence_words])
+
+
+def pseudo_queries(path: str) -> Iterator[tuple[str, str]]:
+    """(pid, text) of a pseudo-query file. Raises ValueError naming file and line."""
+    for number, line in lines.read(path):
+        pid, tab, text = line.partition("\t")
+        if not tab or not text.strip():
+            raise ValueError(
+                f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
+            )
+        yield pid, text.strip()
+
+
+def examples(
+    source: str,
+    settings: Sources,
+    *,
+    store,
+    table,
+    query_texts: dict[str, str] | None = None,
+    qrels: Iterable[Qrel] = (),
+    min_relevance: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Examples of one source, in corpus order (labelled: in the order of the qrels).
+
+    store: PassageStore; table: IdentifierTable. Yields {inputs: str, targets: int32 [T'], qid: str,
+    pid: str}: one example a (text, identifier of the passage). Passages without an identifier, and
+    judgements below `min_relevance`, give none.
+    """
+    rows = table.rows_of_passages()
+
+    def example(text: str, index: int, qid: str = "") -> dict[str, Any] | None:
+        row = rows[index]
+        if row < 0:
+            return None
+        identifier = table.tokens[row, : table.lengths[row]]
+        return {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
+
+    for text, index, qid in _pairs(source, settings, store, query_texts, qrels, min_relevance):
+        if made := example(text, index, qid):
+            yield made
+
+
+def _pairs(source, settings, store, query_texts, qrels, min_relevance):
+    """(text, passage index, qid) of a source."""
+    if source == "labelled":
+        for qrel in qrels:
+            if qrel.relevance >= min_relevance:
+                yield query_texts[qrel.qid], store.index_of(qrel.pid), qrel.qid
+    elif source == "passages":
+        for index, passage in enumerate(store):
+            for text in settings.chunks(passage):
+                yield text, index, ""
+    elif source == "pseudo_queries" and settings.pseudo_query_path:
+        for pid, text in pseudo_queries(settings.pseudo_query_path):
+            yield text, store.index_of(pid), ""
+    elif source == "pseudo_queries":
+        for index, passage in enumerate(store):
+            for text in settings.sentences(passage):
+                yield text, index, ""
+    else:
+        raise ValueError(f"unknown source {source!r}, expected one of {SOURCES}")

@@ -1,0 +1,128 @@
+"""SeqIO feature converters: task features -> the Batch contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+_Spec = seqio.FeatureConverter.FeatureSpec
+
+
+def _check_targets(lengths: Mapping[str, int]) -> None:
+    for name, length in lengths.items():
+        if min(length if isinstance(length, tuple) else (length,)) < 1:
+            raise ValueError(f"length of feature {name!r}: got {length}, expected at least 1")
+
+
+def _generation_features(inputs: tf.Tensor, targets: tf.Tensor) -> dict[str, tf.Tensor]:
+    """inputs [Q] and targets [T], both padded by 0 -> the four generation features."""
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": seqio.utils.make_autoregressive_inputs(targets),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": tf.cast(targets > 0, tf.float32),
+    }
+
+
+class GenerationConverter(seqio.FeatureConverter):
+    """query and identifier -> an encoder-decoder example.
+
+    Lengths {"inputs": 5, "targets": 4}; the example
+      {"inputs": [7, 8, 1], "targets": [40, 41, 42]}
+    becomes
+      encoder_input_tokens  [7, 8, 1, 0, 0]
+      decoder_input_tokens  [0, 40, 41, 42]
+      decoder_target_tokens [40, 41, 42, 0]
+      decoder_loss_weights  [1., 1., 1., 0.]
+    """
+
+    TASK_FEATURES = {"inputs": _Spec(tf.int32), "targets": _Spec(tf.int32)}
+    MODEL_FEATURES = {
+        "encoder_input_tokens": _Spec(tf.int32),
+        "decoder_input_tokens": _Spec(tf.int32),
+        "decoder_target_tokens": _Spec(tf.int32),
+        "decoder_loss_weights": _Spec(tf.float32),
+    }
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self) -> None:
+        super().__init__(pack=False)
+
+    def _convert_features(self, ds, task_feature_lengths):
+        ds = seqio.utils.trim_and_pad_dataset(ds, task_feature_lengths)
+        return ds.map(
+            lambda e: _generation_features(e["inputs"], e["targets"]), tf.data.experimental.AUTOTUNE
+        )
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        _check_targets(task_feature_lengths)
+        lengths = {k: task_feature_lengths["targets"] for k in self.MODEL_FEATURES}
+        return lengths | {"encoder_input_tokens": task_feature_lengths["inputs"]}
+
+
+class RankListConverter(seqio.FeatureConverter):
+    """query and a teacher's rank list -> a distillation example.
+
+    Lengths {"inputs": Q, "targets": T, "identifiers": (L, K, T), "identifier_weights": (L, K),
+    "teacher_scores": (L,)}: tuples, because SeqIO checks only the first axis of a plain length.
+    With Q 3, T 2, L 2, K 1, the example
+      {"inputs": [7, 1], "targets": [40, 41], "identifiers": [[[40, 41]]],
+       "identifier_weights": [[1.]], "teacher_scores": [2.5]}
+    becomes the four generation features of `targets` (the best positive) and
+      identifier_tokens  [[[40, 41]], [[0, 0]]]
+      identifier_weights [[1.], [0.]]
+      teacher_scores     [2.5, 0.]
+      passage_mask       [True, False]
+    """
+
+    TASK_FEATURES = {
+        "inputs": _Spec(tf.int32),
+        "targets": _Spec(tf.int32),
+        "identifiers": _Spec(tf.int32, rank=3),
+        "identifier_weights": _Spec(tf.float32, rank=2),
+        "teacher_scores": _Spec(tf.float32),
+    }
+    MODEL_FEATURES = GenerationConverter.MODEL_FEATURES | {
+        "identifier_tokens": _Spec(tf.int32, rank=3),
+        "identifier_weights": _Spec(tf.float32, rank=2),
+        "teacher_scores": _Spec(tf.float32),
+        "passage_mask": _Spec(tf.bool),
+    }
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self) -> None:
+        super().__init__(pack=False)
+
+    def _convert_features(self, ds, task_feature_lengths):
+        ds = seqio.utils.trim_and_pad_dataset(ds, task_feature_lengths)
+        return ds.map(self._convert, tf.data.experimental.AUTOTUNE)
+
+    def _convert(self, e):
+        identifiers = e["identifiers"]
+        return _generation_features(e["inputs"], e["targets"]) | {
+            "identifier_tokens": identifiers,
+            "identifier_weights": e["identifier_weights"],
+            "teacher_scores": e["teacher_scores"],
+            "passage_mask": tf.reduce_any(identifiers > 0, axis=[1, 2]),
+        }
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        _check_targets(task_feature_lengths)
+        for name, rank in (("identifiers", 3), ("identifier_weights", 2)):
+            length = task_feature_lengths[name]
+            if not isinstance(length, tuple) or len(length) != rank:
+                raise ValueError(
+                    f"length of feature {name!r}: got {length}, expected a tuple of {rank} lengths"
+                )
+        lengths = {
+            k: task_feature_lengths["targets"] for k in GenerationConverter.MODEL_FEATURES
+        } | {"encoder_input_tokens": task_feature_lengths["inputs"]}
+        scores = task_feature_lengths["teacher_scores"]
+        return lengths | {
+            "identifier_tokens": task_feature_lengths["identifiers"],
+            "identifier_weights": task_feature_lengths["identifier_weights"],
+            "teacher_scores": scores,
+            "passage_mask": scores,
+        }

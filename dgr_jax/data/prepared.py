@@ -1,0 +1,62 @@
+"""A prepared collection as a TensorFlow Dataset that `seqio.TfdsDataSource` reads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+VERSION = "1.0.0"
+_SHARD = 500_000
+_BLOCK = 1_000
+
+
+def features() -> tfds.features.FeaturesDict:
+    """Features of a generation example: see `dgr_jax.data.examples`."""
+    return tfds.features.FeaturesDict(
+        {
+            "inputs": tfds.features.Text(),
+            "targets": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "qid": tfds.features.Text(),
+            "pid": tfds.features.Text(),
+        }
+    )
+
+
+def write(
+    data_dir: Path, name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]]
+) -> dict[str, int]:
+    """Write `name`:1.0.0 into `data_dir`, one TFDS split a source of examples; -> examples a split.
+
+    Examples are streamed; a shard holds at most 500,000.
+    """
+    folder = data_dir / name / VERSION
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features(),
+        description="Generation examples: a text and the identifier of a passage that it belongs to.",
+    )
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD)
+    writer.initialize_splits(list(splits))
+    counts = {}
+    for split, stream in splits.items():
+        counts[split] = 0
+        for block in _blocks(stream):
+            writer.add_examples({split: block})
+            counts[split] += len(block)
+    writer.close_all()
+    return counts
+
+
+def _blocks(stream: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    stream = iter(stream)
+    while block := list(itertools.islice(stream, _BLOCK)):
+        yield block

@@ -1,0 +1,207 @@
+"""Beam search and sampling under a constraint, in one lax.while_loop with a decoder cache.
+
+The search: at every step each of the M live beams offers its M + 1 most likely legal tokens.  The
+offers that complete a sequence compete with those completed before for M finished places; the
+best M of the others are the live beams of the next step.  With M at least the number of legal
+sequences this is exhaustive.  The loop ends when no live beam can reach the finished places.
+
+Ties go to the beam that ranks higher, then to the smaller token; a sequence that was finished
+earlier stays before an equal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dgr_jax.decoding.constraint import Constraint, State, top_k
+
+StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+class BeamResult(NamedTuple):
+    """Sequences of each query, best first.
+
+    tokens int32 [B, M, T], 0 after the end; log_probs f32 [B, M], without length penalty;
+    valid bool [B, M]: False where fewer sequences were found: tokens 0, log_prob -inf, row -1;
+    rows int32 [B, M]: Constraint.rows.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    valid: jax.Array
+    rows: jax.Array
+
+
+class _Beams(NamedTuple):
+    """scores f32 [B, M] in descending order, log_probs f32 [B, M], tokens [B, M, T], state."""
+
+    scores: jax.Array
+    log_probs: jax.Array
+    tokens: jax.Array
+    state: State
+
+
+class _Loop(NamedTuple):
+    position: jax.Array
+    last: jax.Array
+    live: _Beams
+    finished: _Beams
+    cache: Any
+
+
+def beam_search(
+    step_fn: StepFn,
+    constraint: Constraint,
+    cache: Any,
+    *,
+    batch_size: int,
+    num_beams: int,
+    max_length: int | None = None,
+    start_id: int = 0,
+    length_penalty: float = 0.0,
+) -> BeamResult:
+    """The most likely legal sequences of each query.
+
+    step_fn: (tokens int32 [B, M], cache, position int32) -> (logits [B, M, V], cache); the tokens
+      are those at `position`, start_id at position 0; logits of any float dtype.
+    cache: pytree, leaves [B, M, ...]; only these are reordered.  It must hold max_length steps.
+    max_length: None: of the constraint.  Sequences that have not ended by then are dropped.
+    length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
+      counting every token of the sequence.
+
+    Raises ValueError for num_beams or max_length below 1.
+    """
+    length = constraint.max_length if max_length is None else max_length
+    _check(num_beams=num_beams, max_length=length, batch_size=batch_size)
+    loop = _start(constraint, cache, (batch_size, num_beams, length), start_id)
+
+    def penalised(log_probs, tokens):
+        return log_probs / tokens**length_penalty if length_penalty else log_probs
+
+    def unfinished(loop):
+        ahead = length if length_penalty > 0 else loop.position + 1
+        reachable = penalised(loop.live.log_probs[:, 0], jnp.float32(ahead))
+        return (loop.position < length) & (reachable > loop.finished.scores[:, -1]).any()
+
+    def advance(loop):
+        logits, cache = step_fn(loop.last, loop.cache, loop.position)
+        offers = _offers(constraint, loop.live, logits, width=num_beams + 1)
+        penalty = lambda x: penalised(x, (loop.position + 1).astype(jnp.float32))  # noqa: E731
+        finished = _keep_finished(loop, offers, penalty)
+        live, parent = _keep_live(loop, offers)
+        cache = jax.tree.map(lambda x: _select(x, parent), cache)
+        last = lax.dynamic_index_in_dim(live.tokens, loop.position, axis=2, keepdims=False)
+        return _Loop(loop.position + 1, last, live, finished, cache)
+
+    finished = lax.while_loop(unfinished, advance, loop).finished
+    valid = finished.log_probs > -jnp.inf
+    tokens = jnp.where(valid[..., None], finished.tokens, 0)
+    return BeamResult(tokens, finished.log_probs, valid, constraint.rows(finished.state))
+
+
+def _check(**sizes):
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"beam_search.{name} must be at least 1; got {value}")
+
+
+def _start(constraint, cache, shape, start_id):
+    """Every query has one live beam, the first: the others would only repeat it."""
+    batch, beams, _ = shape
+
+    def first_only(leaf):
+        dead = jnp.full((batch, beams - 1, *leaf.shape[1:]), -1, leaf.dtype)
+        return jnp.concatenate([leaf[:, None], dead], 1)
+
+    state = jax.tree.map(first_only, constraint.init(batch))
+    none = jnp.full((batch, beams), -jnp.inf, jnp.float32)
+    tokens = jnp.zeros(shape, jnp.int32)
+    log_probs = none.at[:, 0].set(0.0)
+    dead = jax.tree.map(lambda leaf: jnp.full_like(leaf, -1), state)
+    return _Loop(
+        position=jnp.int32(0),
+        last=jnp.full((batch, beams), start_id, jnp.int32),
+        live=_Beams(log_probs, log_probs, tokens, state),
+        finished=_Beams(none, none, tokens, dead),
+        cache=cache,
+    )
+
+
+class _Offers(NamedTuple):
+    """Candidates of all live beams of a query: log_probs f32 [B, M*C] of the whole sequence."""
+
+    log_probs: jax.Array
+    token_ids: jax.Array
+    complete: jax.Array
+    state: State
+    slots: int
+
+
+def _offers(constraint, live, logits, width):
+    log_z = None
+    if not constraint.renormalise:
+        log_z = jax.nn.logsumexp(logits.astype(jnp.float32), -1)
+    found = constraint.expand(live.state, logits, width=width, log_z=log_z)
+    total = live.log_probs[..., None] + found.log_probs
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
+    return _Offers(
+        flat(total),
+        flat(found.token_ids),
+        flat(found.complete),
+        jax.tree.map(flat, found.next_state),
+        total.shape[-1],
+    )
+
+
+def _keep_live(loop, offers):
+    """The best offers that are not complete, and the beams they come from, int32 [B, M]."""
+    beams = loop.last.shape[1]
+    log_probs, index = top_k(jnp.where(offers.complete, -jnp.inf, offers.log_probs), beams)
+    parent = index // offers.slots
+    tokens = _append(loop, parent, _select(offers.token_ids, index))
+    state = jax.tree.map(lambda leaf: _alive(_select(leaf, index), log_probs), offers.state)
+    return _Beams(log_probs, log_probs, tokens, state), parent
+
+
+def _keep_finished(loop, offers, penalised):
+    """The best of the sequences finished so far and the offers that are complete."""
+    old, beams = loop.finished, loop.last.shape[1]
+    ended = jnp.where(offers.complete, offers.log_probs, -jnp.inf)
+    scores, index = top_k(jnp.concatenate([old.scores, penalised(ended)], 1), beams)
+    stays = index < beams
+    old_index, new_index = jnp.where(stays, index, 0), jnp.where(stays, 0, index - beams)
+
+    def choose(old_leaf, new_leaf):
+        shape = stays.shape + (1,) * (old_leaf.ndim - 2)
+        return jnp.where(stays.reshape(shape), _select(old_leaf, old_index), new_leaf)
+
+    added = _append(loop, new_index // offers.slots, _select(offers.token_ids, new_index))
+    state = jax.tree.map(
+        lambda a, b: _alive(choose(a, _select(b, new_index)), scores), old.state, offers.state
+    )
+    log_probs = choose(old.log_probs, _select(ended, new_index))
+    return _Beams(scores, log_probs, choose(old.tokens, added), state)
+
+
+def _append(loop, parent, token_ids):
+    """Token rows [B, M, T] of the parents, with token_ids [B, M] at the position."""
+    tokens = _select(loop.live.tokens, parent)
+    here = jnp.arange(tokens.shape[-1]) == loop.position
+    return jnp.where(here, token_ids[..., None], tokens)
+
+
+def _select(leaf, index):
+    """leaf [B, K, ...], index [B, M] -> [B, M, ...]."""
+    index = index.reshape(index.shape + (1,) * (leaf.ndim - 2))
+    return jnp.take_along_axis(leaf, index, axis=1, mode="clip")
+
+
+def _alive(leaf, log_probs):
+    """-1, the dead state, where the log-probability is -inf."""
+    shape = log_probs.shape + (1,) * (leaf.ndim - 2)
+    return jnp.where((log_probs > -jnp.inf).reshape(shape), leaf, -1)

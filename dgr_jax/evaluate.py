@@ -1,0 +1,41 @@
+"""`python -m dgr_jax.evaluate`: measures of an experiment's systems, or of any TREC run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dgr_jax import cli
+
+DESCRIPTION = (
+    "Run the evaluate stage of an experiment (and the stages it needs); or, with --run and "
+    "--qrels, measure TREC runs against judgements."
+)
+
+
+def command(argv: Sequence[str] | None) -> None:
+    parser = cli.parser("evaluate", DESCRIPTION)
+    parser.add_argument("--run", action="append", default=[], help="a TREC run; may be repeated")
+    parser.add_argument("--qrels", help="TREC qrels, or BEIR qrels (.tsv) of the runs")
+    parser.add_argument("--min_relevance", type=int, default=1, help="grade of a positive")
+    args, bindings = cli.parse(parser, argv)
+    if args.run or args.qrels:
+        _measure(parser, args)
+        return
+    experiment = cli.load_experiment(args, bindings)
+
+    from dgr_jax import pipeline, stages
+
+    pipeline.run(experiment, stages.MAKERS, ["evaluate"])
+
+
+def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not (args.run and args.qrels):
+        parser.error("--run and --qrels go together")
+    from dgr_jax import stages
+
+    stages.measure_runs(args.run, args.qrels, args.min_relevance)
+
+
+if __name__ == "__main__":
+    cli.main(command)

@@ -1,0 +1,190 @@
+"""The settings of an experiment, and the fingerprint that tells whether a stage is up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dgr_jax.corpora.types import Collection
+from dgr_jax.data.examples import Sources
+from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.generative import Search
+
+
+def _without_effect(default: Any) -> Any:
+    """A field that changes speed or output, but not results: it makes no stage run again."""
+    return field(default=default, metadata={"fingerprint": False})
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
+
+    tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
+    identifiers: a scheme of `dgr_jax.identifiers`.
+    train_split, test_splits: names of qrels of the collection.
+    min_relevance: grade from which a judged passage is a positive.
+    query_length: tokens of an encoder input, EOS counted.
+    max_train_queries: use so many training queries at most (0: all), drawn by the seed.
+    """
+
+    tasks: str
+    identifiers: Any
+    vocabulary: SentencePiece = SentencePiece()
+    sources: Sources = Sources()
+    train_split: str = "train"
+    test_splits: tuple[str, ...] = ("test",)
+    min_relevance: int = 1
+    query_length: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run: a generation or distillation objective for `steps` steps.
+
+    batch_size: generation examples a step; list_batch_size: rank lists a step (distillation).
+    """
+
+    objective: Any
+    optimizer: Any
+    steps: int
+    batch_size: int = 64
+    list_batch_size: int = 16
+    microbatches: int = 1
+    seed: int = 0
+    log_every: int = _without_effect(50)
+    checkpoint_every: int = _without_effect(1000)
+    keep_checkpoints: int = _without_effect(2)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The student retrieves its own candidates for the training queries.
+
+    max_queries: of so many training queries at most (0: all), drawn by the seed.
+    """
+
+    search: Search
+    max_queries: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Teach:
+    """A teacher orders the candidates, and rank lists are cut from its order.
+
+    teacher, lists: see `dgr_jax.retrieval.teacher`.
+    """
+
+    teacher: Any
+    lists: Any
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Runs and measures of every system on the test splits.
+
+    measures: names of ir_measures; min_relevance: grade from which Success, RR and R count.
+    max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
+    """
+
+    search: Search
+    measures: tuple[str, ...] = (
+        "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
+        "RR@10", "nDCG@10", "R@100",
+    )  # fmt: skip
+    min_relevance: int = 1
+    max_queries: int = 0
+    bm25: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
+
+    control: also train the generation objective alone for as many steps more as distillation
+    has, from the same checkpoint and on the same examples: what distillation is compared with.
+    """
+
+    model_dir: str
+    collection: Collection
+    prepare: Prepare
+    model: T5Config
+    generate: Training
+    candidates: Candidates
+    teach: Teach
+    distill: Training
+    evaluate: Evaluate
+    control: bool = True
+    mesh: Mesh = Mesh()
+
+
+# Settings of Experiment that a stage reads itself, and the stages whose output it reads.
+SETTINGS = {
+    "prepare": ("collection", "prepare"),
+    "generate": ("model", "generate"),
+    "candidates": ("candidates",),
+    "teach": ("teach",),
+    "distill": ("distill",),
+    "control": ("distill", "generate"),
+    "evaluate": ("evaluate",),
+}
+UPSTREAM = {
+    "prepare": (),
+    "generate": ("prepare",),
+    "candidates": ("generate",),
+    "teach": ("candidates",),
+    "distill": ("teach",),
+    "control": ("generate",),
+    "evaluate": ("distill", "control"),
+}
+STAGES = tuple(SETTINGS)
+
+
+def describe(value: Any) -> Any:
+    """A setting as JSON: what it is and every field that has an effect on results.
+
+    The folder that a collection lies in is left out, so that data may be moved.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: describe(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.metadata.get("fingerprint", True) and f.name != "folder"
+        }
+        return {"is": type(value).__qualname__, **fields}
+    if isinstance(value, functools.partial):
+        return {"is": describe(value.func), "args": describe(value.args), **value.keywords}
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, dict):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def stage_settings(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """What a stage and all stages before it were asked to do."""
+    own = {name: describe(getattr(experiment, name)) for name in SETTINGS[stage]}
+    if stage == "evaluate" and not experiment.control:
+        own["control"] = False
+    return own | {up: stage_settings(experiment, up) for up in UPSTREAM[stage]}
+
+
+def fingerprint(settings: Any) -> str:
+    """Hash of settings as JSON."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,210 @@
+"""Passage vectors that docids are clustered from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dgr_jax.identifiers import kmeans
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
+
+_log = logging.getLogger(__name__)
+
+
+class Embeddings(Protocol):
+    """Vectors of passages."""
+
+    def embed(self, store: PassageStore, seed: int) -> np.ndarray:
+        """Floating point [P, D], row i for passage i; may be a memory map."""
+
+
+@dataclass(frozen=True)
+class TfidfSvd:
+    """TF-IDF of title and text, reduced by truncated singular value decomposition (LSA).
+
+    dim: D. max_features: the vocabulary keeps the most frequent words. min_count: a word must be in
+    so many passages (in 1 for corpora of fewer than 1,000). stop_words: "english" or "" for none.
+    fit_passages: vocabulary and decomposition are fitted on a sample of this size; all passages
+    are then projected in pieces, so memory grows with P only by the f32 [P, D] result.
+    iterations: power iterations of the randomised decomposition (Halko et al. 2011).
+    """
+
+    dim: int = 128
+    max_features: int = 200_000
+    min_count: int = 2
+    stop_words: str = "english"
+    fit_passages: int = 500_000
+    iterations: int = 5
+
+    def embed(self, store: PassageStore, seed: int) -> np.ndarray:
+        """f32 [P, D] unit rows, the same for the same seed.
+
+        Where the corpus has fewer than D dimensions, the last columns are 0. A blank passage, or
+        one without a known word, gets the first axis: the direction all passages share.
+        """
+        if self.dim < 1:
+            raise ValueError(f"TfidfSvd.dim = {self.dim}, expected 1 or more")
+        num_passages = _counted(store)
+        vectors = np.zeros((num_passages, self.dim), np.float32)
+        fit_rows = kmeans.sample(num_passages, self.fit_passages, seed)
+        vectorizer = self._vectorizer(num_passages)
+        try:
+            weights = vectorizer.fit_transform(_contents(store, fit_rows, num_passages))
+        except ValueError as error:
+            if "empty vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
+                raise
+            _log.warning("no passage has a word that can be counted; all get the same vector")
+            return _unit_rows(vectors)
+        svd = self._fit_svd(weights, seed)
+        width = svd.components_.shape[0]
+        if len(fit_rows) == num_passages:
+            vectors[:, :width] = svd.transform(weights)
+        else:
+            for low, texts in _text_chunks(store):
+                chunk = svd.transform(vectorizer.transform(texts))
+                vectors[low : low + len(texts), :width] = chunk
+        return _unit_rows(vectors)
+
+    def _vectorizer(self, num_passages: int) -> Any:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        return TfidfVectorizer(
+            sublinear_tf=True,
+            max_features=self.max_features,
+            min_df=self.min_count if num_passages >= 1000 else 1,
+            stop_words=self.stop_words or None,
+            dtype=np.float32,
+        )
+
+    def _fit_svd(self, weights: Any, seed: int) -> Any:
+        from sklearn.decomposition import TruncatedSVD
+
+        width = min(self.dim, *weights.shape)
+        svd = TruncatedSVD(width, n_iter=self.iterations, random_state=seed)
+        with np.errstate(invalid="ignore", divide="ignore"):  # the variance of a single passage
+            return svd.fit(weights)
+
+
+@dataclass(frozen=True)
+class SentenceEncoder:
+    """Vectors of a sentence-transformers model (extra `sentence-transformers`).
+
+    model: a local folder or a hub id. prefix: put before every passage, for models that expect
+    one ("passage: ").
+    """
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    batch_size: int = 64
+    prefix: str = ""
+
+    def embed(self, store: PassageStore, seed: int) -> np.ndarray:
+        """f32 [P, D] unit rows; nothing is drawn, so `seed` changes nothing."""
+        del seed
+        _counted(store)
+        encoder = load_sentence_transformer(self.model, "SentenceEncoder.model")
+        parts = []
+        for low, texts in _text_chunks(store):
+            texts = [self.prefix + text for text in texts]
+            vectors = encoder.encode(
+                texts,
+                batch_size=self.batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            parts.append(np.asarray(vectors, np.float32))
+            _log.info("embedded %d of %d passages", low + len(texts), len(store))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """Vectors computed elsewhere: a .npy array float16 or float32 [P, D] in corpus order."""
+
+    path: str
+
+    def embed(self, store: PassageStore, seed: int) -> np.ndarray:
+        """The file, memory mapped, as it is: rows are not normalised."""
+        del seed
+        vectors = load_vectors(self.path, "FromFile.path")
+        if len(vectors) != len(store):
+            raise ValueError(
+                f"FromFile.path = {self.path!r}: got {len(vectors)} vectors, expected one for each "
+                f"of {len(store)} passages"
+            )
+        return vectors
+
+
+def load_vectors(path: str, name: str) -> np.ndarray:
+    """A memory-mapped float16 or float32 [rows, D] array; `name` is the setting to blame."""
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{name} = {path!r}: no such file; expected a .npy array"
+        ) from None
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{name} = {path!r}: not a whole .npy array ({error})") from None
+    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
+        raise ValueError(
+            f"{name} = {path!r}: got {vectors.dtype} of shape {vectors.shape}, "
+            "expected float16 or float32 [rows, dimensions]"
+        )
+    return vectors
+
+
+def load_sentence_transformer(model: str, name: str) -> Any:
+    """The encoder; `name` is the setting to blame when it cannot be had."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ImportError(
+            f"{name} needs the extra 'dgr_jax[sentence-transformers]': "
+            "pip install 'dgr_jax[sentence-transformers]'"
+        ) from None
+    try:
+        return SentenceTransformer(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} = {model!r} cannot be loaded: give a local folder of a sentence-transformers "
+            f"model, or a hub id where the network can be reached ({error})"
+        ) from error
+
+
+def _counted(store: PassageStore) -> int:
+    if len(store) == 0:
+        raise ValueError("the corpus has no passages to embed")
+    return len(store)
+
+
+def _contents(store: PassageStore, rows: np.ndarray, num_passages: int) -> Iterator[str]:
+    """Texts of some passages; in one pass where they are all of them."""
+    if len(rows) == num_passages:
+        return (passage.contents for passage in store)
+    return (store[int(row)].contents for row in rows)
+
+
+def _text_chunks(store: PassageStore, size: int = 20_000) -> Iterator[tuple[int, list[str]]]:
+    passages = iter(store)
+    low = 0
+    while texts := [passage.contents for passage in islice(passages, size)]:
+        yield low, texts
+        low += len(texts)
+
+
+def _unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scales the rows of f32 [P, D] in place to length 1; rows of zeros become the first axis."""
+    norms = np.sqrt(np.einsum("pd,pd->p", vectors, vectors))
+    blank = norms < 1e-6
+    vectors[blank] = 0.0
+    vectors[blank, 0] = 1.0
+    norms[blank] = 1.0
+    vectors /= norms[:, None]
+    return vectors

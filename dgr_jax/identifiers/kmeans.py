@@ -1,0 +1,69 @@
+"""k-means on rows of a matrix that may be larger than memory."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+_CHUNK_BYTES = 64 << 20
+
+
+def fit(
+    vectors: np.ndarray,
+    num_clusters: int,
+    *,
+    seed: int,
+    full_batch: int,
+) -> np.ndarray:
+    """Centroids f32 [k, D] of vectors f32 [N, D], with k = min(num_clusters, N).
+
+    Up to `full_batch` rows: Lloyd's iterations from a k-means++ start; above, mini-batches. The
+    same seed gives the same centroids: the worker threads of scikit-learn, whose sums depend on
+    their order, are limited to one.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    k = min(num_clusters, len(vectors))
+    if len(vectors) <= full_batch:
+        model = KMeans(k, init="k-means++", n_init=1, max_iter=100, random_state=seed)
+    else:
+        batch = max(4096, 4 * k)
+        model = MiniBatchKMeans(k, batch_size=batch, n_init=3, max_iter=20, random_state=seed)
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+        # Fewer distinct rows than clusters: some centroids are equal and stay unused.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(vectors)
+    return np.ascontiguousarray(model.cluster_centers_, np.float32)
+
+
+def nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """int32 [N]: the nearest centroid of each row, the first one of equals.
+
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, and |x|^2 is the same for all centroids.
+    """
+    half_norms = 0.5 * (centroids * centroids).sum(axis=1)
+    return (vectors @ centroids.T - half_norms).argmax(axis=1).astype(np.int32)
+
+
+def chunks(num_rows: int, width: int) -> list[slice]:
+    """Slices of rows that hold about 64 MiB of float32 each."""
+    step = max(1, _CHUNK_BYTES // (4 * max(1, width)))
+    return [slice(low, min(low + step, num_rows)) for low in range(0, num_rows, step)]
+
+
+def sample(num_rows: int, size: int, seed: int) -> np.ndarray:
+    """Ascending row numbers int64 [min(num_rows, size)], drawn without replacement."""
+    if num_rows <= size:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
+
+
+def as_float32(vectors: np.ndarray, name: str) -> np.ndarray:
+    """A float32 copy in memory of some rows, checked to be finite."""
+    vectors = np.asarray(vectors, np.float32)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{name}: got values that are not finite, expected real vectors")
+    return vectors

@@ -1,0 +1,151 @@
+"""Docids from residual quantisation: a coarse code first, then codes of what is left over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgr_jax.identifiers import kmeans
+from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
+from dgr_jax.identifiers.table import IdentifierTable, sort_rows
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResidualQuantization:
+    """k-means codes level by level, collision-free by a last tie code.
+
+    Level l clusters the residuals of level l-1 into `codebook_size` codes (RIPOR, Zeng et al. 2024,
+    without their learned encoder); passages with the same codes are numbered in corpus order by the
+    last code, which every passage has (TIGER, Rajput et al. 2023).
+    spread: collisions are first spread over the last level: passages that agree on all codes before
+    it take different codes there, at the least total distance, in groups of up to so many passages;
+    0 leaves every passage at its nearest code, and collisions to the tie code alone.
+    train_passages: codebooks are trained on a sample of this size; then all passages are coded
+    in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
+    """
+
+    num_codes: int = 3
+    codebook_size: int = 64
+    embeddings: Embeddings = field(default_factory=TfidfSvd)
+    spread: int = 1024
+    train_passages: int = 200_000
+    full_batch: int = 50_000
+
+    def build(
+        self,
+        store: PassageStore,
+        *,
+        encode: Callable[[str], list[int]],
+        first_code_id: int,
+        seed: int,
+    ) -> IdentifierTable:
+        """Rows int32 [P, num_codes + 1]: first_code_id + level * codebook_size + code.
+
+        The tie codes follow the last level: as many tokens as the largest group has passages.
+        Without any collision the tie code is the same everywhere and costs a learner nothing.
+        """
+        del encode
+        self._check()
+        vectors = self.embeddings.embed(store, seed)
+        codebooks = self.train(vectors, seed)
+        codes = self.quantize(vectors, codebooks)
+        if self.spread:
+            self._spread_last_level(codes, vectors, codebooks)
+        ties = tie_codes(codes)
+        levels = np.arange(self.num_codes, dtype=np.int32) * self.codebook_size
+        rows = np.column_stack([codes + levels, ties + self.num_codes * self.codebook_size])
+        num_code_tokens = self.num_codes * self.codebook_size + int(ties.max()) + 1
+        _log.info("%d of %d passages share their codes", np.count_nonzero(ties), len(ties))
+        table = IdentifierTable.from_rows(
+            rows + np.int32(first_code_id), view="rq", num_code_tokens=num_code_tokens
+        )
+        return table.require_docids()
+
+    def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
+        """One codebook f32 [<= codebook_size, D] a level, from vectors [P, D]."""
+        rows = kmeans.sample(len(vectors), self.train_passages, seed)
+        # One fancy index on a memory map reads only the rows of the sample.
+        residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
+        codebooks = []
+        for level in range(self.num_codes):
+            codebook = kmeans.fit(
+                residuals, self.codebook_size, seed=seed + level, full_batch=self.full_batch
+            )
+            codebooks.append(codebook)
+            residuals -= codebook[kmeans.nearest(residuals, codebook)]
+            _log.info("level %d: mean squared residual %.4f", level, np.mean(residuals**2))
+        return codebooks
+
+    def quantize(self, vectors: np.ndarray, codebooks: list[np.ndarray]) -> np.ndarray:
+        """Codes int32 [P, num_codes] of vectors [P, D], a piece at a time."""
+        codes = np.empty((len(vectors), len(codebooks)), np.int32)
+        for rows in kmeans.chunks(len(vectors), max(vectors.shape[1], self.codebook_size)):
+            residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
+            for level, codebook in enumerate(codebooks):
+                codes[rows, level] = kmeans.nearest(residuals, codebook)
+                residuals -= codebook[codes[rows, level]]
+        return codes
+
+    def _spread_last_level(
+        self, codes: np.ndarray, vectors: np.ndarray, codebooks: list[np.ndarray]
+    ) -> None:
+        """Reassigns last codes, in place, in groups that agree before them and collide."""
+        groups = _colliding_groups(codes)
+        for members in groups:
+            if len(members) > self.spread:
+                continue
+            residuals = kmeans.as_float32(vectors[members], "embeddings").copy()
+            for level, codebook in enumerate(codebooks[:-1]):
+                residuals -= codebook[codes[members, level]]
+            codes[members, -1] = _distinct_nearest(residuals, codebooks[-1])
+
+    def _check(self) -> None:
+        if self.num_codes < 1:
+            raise ValueError(f"ResidualQuantization.num_codes = {self.num_codes}, expected 1 or more")
+        if self.codebook_size < 2:
+            raise ValueError(
+                f"ResidualQuantization.codebook_size = {self.codebook_size}, expected 2 or more"
+            )
+
+
+def _colliding_groups(codes: np.ndarray) -> list[np.ndarray]:
+    """Passage indices of the groups with equal codes[:, :-1] in which whole rows are equal too."""
+    order, starts_row = sort_rows(codes)
+    prefixes = codes[order, :-1]
+    starts_group = np.ones(len(codes), bool)
+    starts_group[1:] = (prefixes[1:] != prefixes[:-1]).any(axis=1)
+    first = np.flatnonzero(starts_group)
+    collides = np.add.reduceat(~starts_row, first, dtype=np.int64) > 0
+    ends = np.append(first[1:], len(codes))
+    return [order[a:b] for a, b in zip(first[collides], ends[collides], strict=True)]
+
+
+def _distinct_nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """int32 [G]: codes of vectors [G, D], each used by at most ceil(G / codes) of them.
+
+    The assignment of least total squared distance (Hungarian method).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    share = -(-len(vectors) // len(codebook))
+    distances = (codebook * codebook).sum(axis=1) - 2.0 * (vectors @ codebook.T)  # but for |x|^2
+    return (linear_sum_assignment(np.repeat(distances, share, axis=1))[1] // share).astype(np.int32)
+
+
+def tie_codes(codes: np.ndarray) -> np.ndarray:
+    """int32 [P]: the number of each passage among those with its codes [P, num_codes]."""
+    order, starts = sort_rows(codes)
+    position = np.arange(len(codes))
+    group_start = np.maximum.accumulate(np.where(starts, position, 0))
+    ties = np.empty(len(codes), np.int32)
+    ties[order] = position - group_start
+    return ties

@@ -1,0 +1,314 @@
+"""T5 and T5 1.1 (Raffel et al. 2020, Shazeer 2020) as the student: one encoder pass, many targets.
+
+Axis letters: B queries, Q query length, R targets (or beams) of a query, T target length,
+S self-attention cache length, V vocabulary, D model width, H heads, K head width.
+The decoder works on [B, R, T]: the R targets of a query share its encoder output and its
+cross-attention keys and values, in training (R = L * K identifiers) and in decoding (R = beams).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dgr_jax.models import layers
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes and switches of a T5. Parameters are float32; `dtype` is that of the activations.
+
+    vocab_size 0 means: as large as the experiment's vocabulary (text pieces and docid codes).
+    """
+
+    vocab_size: int = 0
+    emb_dim: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 1024
+    num_encoder_layers: int = 8
+    num_decoder_layers: int = 8
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    relpos_buckets: int = 32
+    relpos_max_distance: int = 128
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"T5Config.dtype: got {self.dtype!r}, expected 'float32' or 'bfloat16'"
+            )
+        for name in ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"T5Config.{name}: got {getattr(self, name)}, expected at least 1")
+        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+
+
+def _attention(config: T5Config) -> layers.Attention:
+    return layers.Attention(
+        config.num_heads,
+        config.head_dim,
+        config.emb_dim,
+        config.dropout_rate,
+        jnp.dtype(config.dtype),
+    )
+
+
+def _norm(config: T5Config) -> layers.RMSNorm:
+    return layers.RMSNorm(jnp.dtype(config.dtype))
+
+
+def _mlp(config: T5Config) -> layers.MlpBlock:
+    return layers.MlpBlock(
+        config.mlp_dim, config.mlp_activations, config.dropout_rate, jnp.dtype(config.dtype)
+    )
+
+
+def _dropout(config: T5Config) -> nn.Dropout:
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
+def _relpos(config: T5Config) -> layers.RelativePositionBias:
+    return layers.RelativePositionBias(
+        config.num_heads, config.relpos_buckets, config.relpos_max_distance
+    )
+
+
+class EncoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        self.pre_attention_layer_norm = _norm(self.config)
+        self.attention = _attention(self.config)
+        self.pre_mlp_layer_norm = _norm(self.config)
+        self.mlp = _mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> jax.Array:
+        """x [B, Q, D], bias [B, H, Q, Q] -> [B, Q, D]"""
+        y = self.pre_attention_layer_norm(x)
+        k, v = self.attention.keys_values(y)
+        y = self.attention(self.attention.queries(y), k, v, bias, deterministic)
+        x = x + self.dropout(y, deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        x = x + self.dropout(y, deterministic)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+
+class DecoderLayer(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        self.pre_self_attention_layer_norm = _norm(self.config)
+        self.self_attention = _attention(self.config)
+        self.pre_cross_attention_layer_norm = _norm(self.config)
+        self.encoder_decoder_attention = _attention(self.config)
+        self.pre_mlp_layer_norm = _norm(self.config)
+        self.mlp = _mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def _rest(self, x, cross, cross_bias, deterministic):
+        """Cross-attention and feed-forward, the same in training and in a decoding step."""
+        y = self.pre_cross_attention_layer_norm(x)
+        q = self.encoder_decoder_attention.queries(y)
+        y = self.encoder_decoder_attention.shared(q, *cross, cross_bias, deterministic)
+        x = x + self.dropout(y, deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic)
+
+    def __call__(self, x, bias, encoded, cross_bias, deterministic: bool) -> jax.Array:
+        """x [B, R, T, D], bias [H, T, T], encoded [B, Q, D], cross_bias [B, 1, 1, 1, Q]."""
+        y = self.pre_self_attention_layer_norm(x)
+        k, v = self.self_attention.keys_values(y)
+        y = self.self_attention(self.self_attention.queries(y), k, v, bias, deterministic)
+        x = x + self.dropout(y, deterministic)
+        x = self._rest(x, self.cross(encoded), cross_bias, deterministic)
+        return nn.with_logical_constraint(x, ("batch", "targets", "length", "embed"))
+
+    def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cross-attention keys and values of a query, [B, Q, H, K] each."""
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def step(self, x, cache, position, bias, cross, cross_bias):
+        """One token a beam: x [B, R, 1, D], cache k and v [B, R, S, H, K], bias [H, 1, S]."""
+        y = self.pre_self_attention_layer_norm(x)
+        k, v = self.self_attention.keys_values(y)
+        k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k, position, axis=2)
+        v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v, position, axis=2)
+        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        x = self._rest(x + y, cross, cross_bias, True)
+        return x, {"key": k, "value": v}
+
+
+class Encoder(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if self.config.remat else EncoderLayer
+        self.relpos_bias = _relpos(self.config)
+        self.layers = [layer(self.config) for _ in range(self.config.num_encoder_layers)]
+        self.encoder_norm = _norm(self.config)
+        self.dropout = _dropout(self.config)
+
+    def __call__(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
+        """x [B, Q, D], valid bool [B, Q] -> [B, Q, D]"""
+        length = x.shape[1]
+        bias = self.relpos_bias(length, length, True)[None]
+        bias = bias + jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, None, :]
+        x = self.dropout(x, deterministic)
+        for layer in self.layers:
+            x = layer(x, bias, deterministic)
+        return self.dropout(self.encoder_norm(x), deterministic)
+
+
+class Decoder(nn.Module):
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
+        self.relpos_bias = _relpos(config)
+        self.layers = [layer(config) for _ in range(config.num_decoder_layers)]
+        self.decoder_norm = _norm(config)
+        self.dropout = _dropout(config)
+        if not config.logits_via_embedding:
+            self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"))
+
+    def __call__(self, x, encoded, valid, deterministic: bool) -> jax.Array:
+        """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] -> [B, R, T, D]"""
+        length = x.shape[2]
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        bias = self.relpos_bias(length, length, False) + jnp.where(causal, 0.0, layers.NEGATIVE)
+        x = self.dropout(x, deterministic)
+        for layer in self.layers:
+            x = layer(x, bias, encoded, _cross_bias(valid), deterministic)
+        return self.dropout(self.decoder_norm(x), deterministic)
+
+    def cross(self, encoded: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        return [layer.cross(encoded) for layer in self.layers]
+
+    def step(self, x, cache, position, cross, valid):
+        """x [B, R, 1, D] -> ([B, R, 1, D], cache)"""
+        length = cache[0]["key"].shape[2]
+        bias = jax.lax.dynamic_slice_in_dim(
+            self.relpos_bias(length, length, False), position, 1, axis=1
+        )
+        bias = bias + jnp.where(jnp.arange(length) <= position, 0.0, layers.NEGATIVE)
+        new_cache = []
+        for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
+            x, layer_cache = layer.step(
+                x, layer_cache, position, bias, layer_cross, _cross_bias(valid)
+            )
+            new_cache.append(layer_cache)
+        return self.decoder_norm(x), new_cache
+
+
+def _cross_bias(valid: jax.Array) -> jax.Array:
+    """bool [B, Q] -> additive bias [B, 1, 1, 1, Q]"""
+    return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, None, None, :]
+
+
+class Transformer(nn.Module):
+    """The student. Token 0 is padding in the encoder and the start of every target."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        if config.vocab_size < 1:
+            raise ValueError(
+                f"T5Config.vocab_size: got {config.vocab_size}, expected the size of the vocabulary"
+            )
+        self.token_embedder = _Embedder(config.vocab_size, config.emb_dim)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def __call__(
+        self,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """int32 [B, Q] and [B, T] or [B, R, T] -> float32 logits [B, T, V] or [B, R, T, V]."""
+        encoded = self.encode(encoder_input_tokens, deterministic)
+        if decoder_input_tokens.ndim == 3:
+            return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, deterministic)
+        targets = decoder_input_tokens[:, None]
+        return self.decode(encoded, encoder_input_tokens, targets, deterministic)[:, 0]
+
+    def encode(self, encoder_input_tokens: jax.Array, deterministic: bool = True) -> jax.Array:
+        """int32 [B, Q] -> [B, Q, D] in the activation dtype."""
+        x = self._embed(encoder_input_tokens)
+        return self.encoder(x, encoder_input_tokens > 0, deterministic)
+
+    def decode(
+        self,
+        encoded: jax.Array,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> float32 logits [B, R, T, V]."""
+        x = self._embed(decoder_input_tokens)
+        x = self.decoder(x, encoded, encoder_input_tokens > 0, deterministic)
+        return self.logits(x)
+
+    def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> list[dict[str, Any]]:
+        """Empty self-attention cache: a layer's key and value, [B, R, length, H, K] each."""
+        config = self.config
+        shape = (encoded.shape[0], num_beams, length, config.num_heads, config.head_dim)
+        empty = jnp.zeros(shape, config.dtype)
+        return [{"key": empty, "value": empty} for _ in range(config.num_decoder_layers)]
+
+    def cross(self, encoded: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """Every layer's cross-attention keys and values of the queries, [B, Q, H, K] each."""
+        return self.decoder.cross(encoded)
+
+    def step(
+        self,
+        tokens: jax.Array,
+        cache: list[dict[str, Any]],
+        position: jax.Array,
+        cross: list[tuple[jax.Array, jax.Array]],
+        encoder_input_tokens: jax.Array,
+    ) -> tuple[jax.Array, list[dict[str, Any]]]:
+        """One decoding step: tokens int32 [B, R] at `position` -> float32 logits [B, R, V], cache."""
+        x = self._embed(tokens[:, :, None])
+        x, cache = self.decoder.step(x, cache, position, cross, encoder_input_tokens > 0)
+        return self.logits(x[:, :, 0]), cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]"""
+        if self.config.logits_via_embedding:
+            x = x.astype(jnp.float32) / math.sqrt(self.config.emb_dim)
+            return self.token_embedder.attend(x)
+        return self.decoder.logits_dense(x.astype(jnp.float32))
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.token_embedder(tokens).astype(self.config.dtype)
+
+
+class _Embedder(nn.Module):
+    vocab_size: int
+    emb_dim: int
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            (self.vocab_size, self.emb_dim),
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, tokens, axis=0)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return jnp.dot(x, self.embedding.T)

@@ -1,0 +1,153 @@
+"""Where every array lives: the device mesh, the table of logical axes, the shardings of a tree."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
+
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis (t5x's names) -> mesh axes. On a mesh whose axis has size 1 a rule changes nothing,
+# so one table serves data, model and fully sharded data parallelism.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", BATCH_AXES),
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("joined_kv", "model"),
+    ("embed", "fsdp"),
+    ("kv", None),
+    ("relpos_buckets", None),
+    ("layers", None),
+    ("length", None),
+    ("targets", None),
+)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh axes; one of them may be -1: all devices that the others leave.
+
+    data: copies of the model, each with its share of the batch.
+    model: devices that share each matrix product (vocabulary, heads and MLP are cut).
+    fsdp: devices that share the parameters' width and, like `data`, the batch.
+    """
+
+    data: int = -1
+    model: int = 1
+    fsdp: int = 1
+
+
+def make_mesh(
+    settings: Mesh = Mesh(), devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with axes `data`, `fsdp`, `model` over `devices` (default: all).
+
+    Raises ValueError when the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: getattr(settings, axis) for axis in AXES}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number, or -1: the rest")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(1, len(devices) // taken)
+    if math.prod(sizes.values()) != len(devices):
+        given = ", ".join(f"Mesh.{axis}={getattr(settings, axis)}" for axis in AXES)
+        raise ValueError(
+            f"mesh: got {given}, expected a product of {len(devices)}, the number of devices; "
+            f"set Mesh.data, Mesh.model or Mesh.fsdp"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the batch axis is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The sharding of every batch feature: axis 0 is cut, the others are whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def _spec(
+    names: Sequence[str | None], shape: Sequence[int], mesh: jax.sharding.Mesh, rules: Any, path: str
+) -> PartitionSpec:
+    """Mesh axes of one array; an axis that does not divide its dimension is left whole."""
+    known = {name for name, _ in rules}
+    for name in names:
+        if name is not None and name not in known:
+            raise ValueError(f"{path}: got logical axis {name!r}, expected one of {sorted(known)}")
+    spec = []
+    for size, axes in zip(shape, nn.logical_to_mesh_axes(names, rules), strict=True):
+        flat = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[axis] for axis in flat)
+        if size % parts:
+            logger.info("%s: axis of %d is not cut over %s=%d, kept whole", path, size, flat, parts)
+            axes = None
+        spec.append(axes if parts > 1 else None)
+    return PartitionSpec(*spec)
+
+
+def tree_shardings(abstract: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> Any:
+    """Shardings of a tree whose leaves are boxed by `nn.with_logical_partitioning`.
+
+    Args:
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`, boxed or not (not boxed: replicated).
+      mesh: from `make_mesh`.
+      rules: pairs of a logical axis and its mesh axes.
+
+    Returns the same tree without boxes, with a NamedSharding at each leaf.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh, rules, name))
+
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=is_box)
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
+    """This process's rows of a batch -> global arrays, cut along axis 0.
+
+    Args:
+      batch: tree of NumPy arrays [local rows, ...]; all processes hold equally many rows.
+
+    Raises ValueError when the global batch cannot be cut evenly.
+    """
+    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+
+    def shard(path: Any, rows: Any) -> jax.Array:
+        size = rows.shape[0] * jax.process_count()
+        if size % shards:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)}: got {size} rows, expected a multiple of "
+                f"{shards}, the data shards of the mesh; set batch_size or Mesh.data"
+            )
+        return jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(shard, batch)

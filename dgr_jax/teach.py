@@ -1,0 +1,25 @@
+"""`python -m dgr_jax.teach`: a teacher orders the student's candidates, and rank lists are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dgr_jax import cli
+
+DESCRIPTION = (
+    "Run the teach stage of an experiment (and the stages it needs): the teacher orders the "
+    "candidates of every training query; coverage and agreement with the judgements are reported."
+)
+
+
+def command(argv: Sequence[str] | None) -> None:
+    args, bindings = cli.parse(cli.parser("teach", DESCRIPTION), argv)
+    experiment = cli.load_experiment(args, bindings)
+
+    from dgr_jax import pipeline, stages
+
+    pipeline.run(experiment, stages.MAKERS, ["teach"])
+
+
+if __name__ == "__main__":
+    cli.main(command)

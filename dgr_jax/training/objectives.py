@@ -1,0 +1,306 @@
+"""What a step minimises: `loss_fn(model) -> f(params, batch, rng)`.
+
+`f` returns (loss_sum, weight_sum, metrics). The step adds both sums over microbatches and divides
+once, so an objective never divides by a number that differs between microbatches. `metrics` maps a
+name to a pair (sum, weight), added up the same way; its value is sum / weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dgr_jax.losses import generation, ranking
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
+
+PAD_ID = 0
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    return jnp.sum(values.astype(jnp.float32))
+
+
+def _tokens_right(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Metrics:
+    """Share of tokens, and of whole identifiers, that the model would write by itself."""
+    counted = weights > 0
+    right = (jnp.argmax(logits, axis=-1) == targets) | ~counted
+    return {
+        "token_accuracy": (_sum(right & counted), _sum(counted)),
+        "identifier_accuracy": (
+            _sum(jnp.all(right, axis=-1) & jnp.any(counted, axis=-1)),
+            _sum(jnp.any(counted, axis=-1)),
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Cross entropy of an identifier's tokens given the query; weight: the number of tokens."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def loss_fn(self, model: Any) -> LossFn:
+        """f over a generation batch."""
+
+        def loss(params: Any, batch: Batch, rng: jax.Array) -> Any:
+            logits = model.apply(
+                {"params": params},
+                batch["encoder_input_tokens"],
+                batch["decoder_input_tokens"],
+                deterministic=False,
+                rngs={"dropout": rng},
+            )
+            targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+            loss_sum, _ = generation.cross_entropy(
+                logits,
+                targets,
+                weights,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+            )
+            return loss_sum, _sum(weights), _tokens_right(logits, targets, weights)
+
+        return loss
+
+
+def shift_right(tokens: jax.Array) -> jax.Array:
+    """Decoder inputs of targets [..., T]: the start token (0, as pad), then all but the last."""
+    return jnp.pad(tokens[..., :-1], [(0, 0)] * (tokens.ndim - 1) + [(1, 0)])
+
+
+def passage_scores(log_probs: jax.Array, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Score of a passage: sum over its identifiers k of weight_k * log p(identifier k | query).
+
+    Args:
+      log_probs: float32 [B, L, K, T], log-softmax at each identifier token.
+      tokens: int32 [B, L, K, T]; padding counts 0.
+      weights: float32 [B, L, K].
+
+    Returns float32 [B, L].
+    """
+    kept = jnp.where(tokens != PAD_ID, log_probs, 0.0)
+    return jnp.einsum("blkt,blk->bl", kept, weights)
+
+
+def _rankable(lists: Batch) -> jax.Array:
+    """bool [B, L]: passages that have an identifier and share it with no better one.
+
+    Passages with the same identifiers have the same score whatever the student does.
+    """
+    tokens, weights = lists["identifier_tokens"], lists["identifier_weights"]
+    used = jnp.where((weights != 0)[..., None], tokens, PAD_ID)
+    flat = used.reshape(*used.shape[:2], -1)
+    mask = lists["passage_mask"] & jnp.any(flat != PAD_ID, axis=-1)
+    return ranking.distinct_prefixes(flat, lists["teacher_scores"], mask, flat.shape[-1])
+
+
+def _check_prefixes(lengths: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    identifiers, longest = shape[-2:]
+    if identifiers != 1:
+        raise ValueError(
+            f"Distillation.prefix_lengths: got {identifiers} identifiers a passage, expected 1: "
+            f"the prefix form is for docids; leave prefix_lengths empty"
+        )
+    if max(lengths) >= longest:
+        raise ValueError(
+            f"Distillation.prefix_lengths: got {max(lengths)}, expected less than {longest}, the "
+            f"identifiers' length"
+        )
+
+
+def _pad_to(tokens: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
+
+
+def _ordered_pairs(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> Any:
+    """Pairs of a list that the student orders as the teacher does: (right, all pairs)."""
+    pairs = (teacher[:, :, None] > teacher[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    right = pairs & (student[:, :, None] > student[:, None, :])
+    return _sum(right), _sum(pairs)
+
+
+def _positive_first(
+    student: jax.Array, mask: jax.Array, tokens: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Lists whose best student score is that of a passage with the target identifier [B, T].
+
+    Returns (such lists, lists that hold such a passage).
+    """
+    length = max(tokens.shape[-1], target.shape[-1])
+    same = _pad_to(tokens, length) == _pad_to(target, length)[:, None, None, :]
+    positive = jnp.any(jnp.all(same, axis=-1), axis=-1) & mask
+    best = jnp.argmax(jnp.where(mask, student, -jnp.inf), axis=-1)
+    first = jnp.take_along_axis(positive, best[:, None], axis=-1)[:, 0]
+    return _sum(first), _sum(jnp.any(positive, axis=-1))
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A ranking loss on the teacher's rank lists plus `generation_weight` times cross entropy.
+
+    The batch is {"rank_list": ..., "generation": ... (optional)}. The value is
+        mean over the queries of rank_loss  +  generation_weight * mean over the generation
+        examples of their mean token loss,
+    so it does not depend on how a batch is cut into microbatches: loss_sum is
+    sum_b rank_loss_b + generation_weight * (B / G) * sum_g generation_loss_g for B queries and G
+    generation examples, weight_sum is B, and all microbatches have the same B and G.
+
+    Without "generation" the target is the best positive of each query, from the decoder features
+    beside its rank list: G = B, and both losses share one encoding and one decoder pass.
+
+    Passages without an identifier, or with that of a better one, are left out. A list is valid when
+    two or more are left. Other lists add 0 to the rank loss and still count in B; the metric
+    `valid_lists` is the share of the valid.
+
+    Attributes:
+      loss: f(student [B,L], teacher [B,L], mask [B,L]) -> [B], see `losses.ranking`.
+      generation_weight: lambda.
+      label_smoothing: of the generation loss.
+      prefix_lengths: also apply `loss` to the score of the first t tokens, for each t here (see
+        `losses.ranking.prefix_loss`); rising, below the identifier length.
+      prefix_weights: weight of each; the whole identifier has weight 1.
+    """
+
+    loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    generation_weight: float = 1.0
+    label_smoothing: float = 0.0
+    prefix_lengths: tuple[int, ...] = ()
+    prefix_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.prefix_lengths) != len(self.prefix_weights):
+            raise ValueError(
+                f"Distillation.prefix_weights: got {len(self.prefix_weights)} weights, expected "
+                f"{len(self.prefix_lengths)}, one for each of Distillation.prefix_lengths"
+            )
+
+    def loss_fn(self, model: Any) -> LossFn:
+        """f over {"rank_list": rank-list batch, "generation": generation batch (optional)}."""
+
+        def loss(params: Any, batch: Batch, rng: jax.Array) -> Any:
+            lists = batch["rank_list"]
+            encode_rng, decode_rng, generation_rng = jax.random.split(rng, 3)
+            shared = "generation" not in batch
+            list_logits, logits = _logits_of_lists(
+                model, params, lists, shared and self.generation_weight != 0, encode_rng, decode_rng
+            )
+            rank_loss, metrics = self._rank_loss(list_logits, lists)
+            queries = rank_loss.shape[0]
+            loss_sum = jnp.sum(rank_loss)
+            if self.generation_weight:
+                examples = lists if shared else batch["generation"]
+                if not shared:
+                    logits = _logits_of_generation(model, params, examples, generation_rng)
+                per_example, more = self._generation_loss(logits, examples)
+                loss_sum += self.generation_weight * queries * per_example
+                metrics |= more
+            return loss_sum, jnp.float32(queries), metrics
+
+        return loss
+
+    def _rank_loss(self, logits: jax.Array, lists: Batch) -> tuple[jax.Array, Metrics]:
+        """Logits [B, L*K, T, V] -> rank loss of each query [B]."""
+        tokens, weights = lists["identifier_tokens"], lists["identifier_weights"]
+        teacher = lists["teacher_scores"]
+        log_probs = generation.token_log_probs(logits.reshape(*tokens.shape, -1), tokens)
+        student = passage_scores(log_probs, tokens, weights)
+        mask = _rankable(lists)
+        valid = jnp.sum(mask, axis=-1) >= 2
+        loss = self.loss(student, teacher, mask)
+        if self.prefix_lengths:
+            _check_prefixes(self.prefix_lengths, tokens.shape)
+            loss += ranking.prefix_loss(
+                self.loss,
+                log_probs[:, :, 0] * weights,
+                tokens[:, :, 0],
+                teacher,
+                mask,
+                prefix_lengths=self.prefix_lengths,
+                prefix_weights=self.prefix_weights,
+            )
+        loss = jnp.where(valid, loss, 0.0)
+        mask &= valid[:, None]
+        metrics = {
+            "rank_loss": (_sum(loss), jnp.float32(loss.size)),
+            "pairs_right": _ordered_pairs(student, teacher, mask),
+            "valid_lists": (_sum(valid), jnp.float32(loss.size)),
+        }
+        if "decoder_target_tokens" in lists:
+            target = lists["decoder_target_tokens"]
+            metrics["positive_first"] = _positive_first(student, mask, tokens, target)
+        return loss, metrics
+
+    def _generation_loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """Logits [G, T, V] -> mean over examples of their mean token loss, []."""
+        targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
+        tokens = jnp.sum(weights, axis=-1, keepdims=True)
+        shares = weights / jnp.where(tokens > 0, tokens, 1.0)
+        loss_sum, _ = generation.cross_entropy(
+            logits, targets, shares, label_smoothing=self.label_smoothing, z_loss=0.0
+        )
+        examples = targets.shape[0]
+        metrics = {"generation_loss": (loss_sum, jnp.float32(examples))}
+        return loss_sum / examples, metrics | _tokens_right(logits, targets, weights)
+
+
+def _logits_of_generation(model: Any, params: Any, batch: Batch, rng: jax.Array) -> jax.Array:
+    """Logits [G, T, V] of the generation targets."""
+    return model.apply(
+        {"params": params},
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        deterministic=False,
+        rngs={"dropout": rng},
+    )
+
+
+def _logits_of_lists(
+    model: Any,
+    params: Any,
+    lists: Batch,
+    with_target: bool,
+    encode_rng: jax.Array,
+    decode_rng: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Encodes each query once and decodes its L*K identifiers, and its target if asked.
+
+    Returns logits [B, L*K, T, V] and, of the target, [B, T', V] or None.
+    """
+    queries, tokens = lists["encoder_input_tokens"], lists["identifier_tokens"]
+    batch, length = tokens.shape[0], tokens.shape[-1]
+    inputs = shift_right(tokens).reshape(batch, -1, length)
+    target_length = 0
+    if with_target:
+        target = lists["decoder_input_tokens"]
+        target_length = target.shape[-1]
+        longest = max(length, target_length)
+        inputs = jnp.concatenate(
+            [_pad_to(inputs, longest), _pad_to(target, longest)[:, None, :]], axis=1
+        )
+    encoded = model.apply(
+        {"params": params},
+        queries,
+        deterministic=False,
+        method="encode",
+        rngs={"dropout": encode_rng},
+    )
+    logits = model.apply(
+        {"params": params},
+        encoded,
+        queries,
+        inputs,
+        deterministic=False,
+        method="decode",
+        rngs={"dropout": decode_rng},
+    )
+    if not with_target:
+        return logits, None
+    return logits[:, :-1, :length], logits[:, -1, :target_length]

@@ -1,0 +1,190 @@
+"""Optimizers and learning rate schedules as settings that make optax transformations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+NOT_DECAYED = ("scale", "bias", "rel_embedding")
+
+
+def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
+    """Rises to 1 at the step numbered `warmup_steps`; the first step already moves."""
+    return jnp.minimum(1.0, (step + 1.0) / max(1, warmup_steps))
+
+
+def _check(name: str, peak: float, warmup_steps: int) -> None:
+    if not peak > 0:
+        raise ValueError(f"{name}.peak: got {peak}, expected a positive learning rate")
+    if warmup_steps < 0:
+        raise ValueError(f"{name}.warmup_steps: got {warmup_steps}, expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """`peak` at every step after a linear warmup. T5 fine-tuning: 1e-3, no warmup."""
+
+    peak: float = 1e-3
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check("Constant", self.peak, self.warmup_steps)
+
+    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Learning rate of a step, counted from 0."""
+        return lambda step: self.peak * _warmup(step, self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class ReciprocalSqrt:
+    """peak * sqrt(timescale / max(n, timescale)), n = 1, 2, ... (Raffel et al. 2020).
+
+    T5 pre-training is peak 0.01 with timescale 10,000: 1 / sqrt(max(n, 10^4)).
+    """
+
+    peak: float = 0.01
+    timescale: int = 10_000
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check("ReciprocalSqrt", self.peak, self.warmup_steps)
+        if self.timescale < 1:
+            raise ValueError(f"ReciprocalSqrt.timescale: got {self.timescale}, expected 1 or more")
+
+    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Learning rate of a step, counted from 0."""
+
+        def rate(step: jax.Array) -> jax.Array:
+            decay = jnp.sqrt(self.timescale / jnp.maximum(step + 1.0, self.timescale))
+            return self.peak * decay * _warmup(step, self.warmup_steps)
+
+        return rate
+
+
+def _progress(step: jax.Array, warmup_steps: int, total_steps: int) -> jax.Array:
+    """Share of the steps after warmup that are done before `step`: 0 .. 1."""
+    return jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """After a linear warmup to `peak`, a straight line to `final` * peak at the last step."""
+
+    peak: float = 1e-3
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("Linear", self.peak, self.warmup_steps)
+
+    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Learning rate of a step, counted from 0."""
+
+        def rate(step: jax.Array) -> jax.Array:
+            done = _progress(step, self.warmup_steps, total_steps)
+            decay = 1.0 - (1.0 - self.final) * done
+            return self.peak * decay * _warmup(step, self.warmup_steps)
+
+        return rate
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """After a linear warmup to `peak`, half a cosine to `final` * peak (Loshchilov & Hutter 2017)."""
+
+    peak: float = 1e-3
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("Cosine", self.peak, self.warmup_steps)
+
+    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Learning rate of a step, counted from 0."""
+
+        def rate(step: jax.Array) -> jax.Array:
+            done = _progress(step, self.warmup_steps, total_steps)
+            decay = self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(math.pi * done))
+            return self.peak * decay * _warmup(step, self.warmup_steps)
+
+        return rate
+
+
+Schedule = Constant | ReciprocalSqrt | Linear | Cosine
+
+
+def _clipped(
+    optimizer: optax.GradientTransformation, name: str, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    """`optimizer` after clipping the gradient's global norm; None: as it is."""
+    if max_grad_norm is None:
+        return optimizer
+    if not max_grad_norm > 0:
+        raise ValueError(
+            f"{name}.max_grad_norm: got {max_grad_norm}, expected a positive number, or None"
+        )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+@dataclass(frozen=True)
+class Adafactor:
+    """Adafactor with T5's settings (Shazeer & Stern 2018): no momentum, steps relative to the
+    parameter's own size, second moments factored where both dimensions reach `factor_from`.
+    """
+
+    learning_rate: Schedule = Constant()
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+    factor_from: int = 128
+    max_grad_norm: float | None = None
+
+    def transformation(self, total_steps: int) -> optax.GradientTransformation:
+        """The optax transformation of a run of `total_steps` steps."""
+        adafactor = optax.adafactor(
+            learning_rate=self.learning_rate.schedule(total_steps),
+            min_dim_size_to_factor=self.factor_from,
+            decay_rate=self.decay_rate,
+            multiply_by_parameter_scale=True,
+            clipping_threshold=self.clipping_threshold,
+            momentum=None,
+        )
+        return _clipped(adafactor, "Adafactor", self.max_grad_norm)
+
+
+def decayed(params: Any) -> Any:
+    """True at the leaves that weight decay shrinks: not norm scales, biases, relative positions."""
+
+    def is_decayed(path: Any, _: Any) -> bool:
+        return getattr(path[-1], "key", None) not in NOT_DECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    learning_rate: Schedule = Linear(peak=3e-4)
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = 1.0
+
+    def transformation(self, total_steps: int) -> optax.GradientTransformation:
+        """The optax transformation of a run of `total_steps` steps."""
+        adamw = optax.adamw(
+            learning_rate=self.learning_rate.schedule(total_steps),
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=decayed,
+        )
+        return _clipped(adamw, "AdamW", self.max_grad_norm)

@@ -1,0 +1,59 @@
+"""Distillation enhanced generative retrieval in JAX."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "dgr_jax/__init__.py").read_text())[1]
+
+setup(
+    name="dgr_jax",
+    version=version,
+    description=__doc__.strip(),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # gin files and tasks live at the top of the repository and inside the package when installed.
+    packages=find_packages(include=["dgr_jax", "dgr_jax.*"])
+    + ["dgr_jax.gin_configs", "dgr_jax.gin_configs.models", "dgr_jax.gin_configs.runs"]
+    + ["dgr_jax.tasks"],
+    package_dir={"dgr_jax.gin_configs": "gin_configs", "dgr_jax.tasks": "tasks"},
+    package_data={
+        "dgr_jax.gin_configs": ["*.gin"],
+        "dgr_jax.gin_configs.models": ["*.gin"],
+        "dgr_jax.gin_configs.runs": ["*.gin"],
+        "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
+    },
+    install_requires=[
+        "absl-py>=2.1",
+        "bm25s>=0.2.5",
+        "clu>=0.0.12",
+        "flax>=0.10",
+        "gin-config>=0.5",
+        "ir_measures>=0.3.6",
+        "jax>=0.5",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "rich>=13",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+        "sentencepiece>=0.2",
+        "seqio>=0.0.19",
+        "tensorboard>=2.16",
+        "tensorflow-datasets>=4.9.6",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.9",
+                 "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],  # fmt: skip
+        "notebook": ["ipykernel>=6", "jupyterlab>=4"],
+        "irds": ["ir_datasets>=0.5.9"],
+        "encoders": ["sentence-transformers>=3"],
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda12]"],
+    },
+)
