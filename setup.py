@@ -48,8 +48,15 @@ setup(
         "tensorflow-datasets>=4.9.6",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "ipykernel>=6", "nbclient>=0.10", "nbformat>=5.9",
-                 "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9"],  # fmt: skip
+        "test": [
+            "hypothesis>=6.100",
+            "ipykernel>=6",
+            "nbclient>=0.10",
+            "nbformat>=5.9",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+        ],  # fmt: skip
         "notebook": ["ipykernel>=6", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],

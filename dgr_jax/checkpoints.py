@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path; tuples, lists, dicts and dataclasses of the same names give the same paths."""
+    """Leaves by path; lists and tuples, dicts and dataclasses of the same names are alike."""
 
     def name(key: Any) -> str:
         for attribute in ("key", "name", "idx"):
@@ -220,5 +220,7 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
         raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
     path = folder / str(max(steps) if step is None else step) / "params"
     with ocp.StandardCheckpointer() as checkpointer:
-        check_shapes(checkpointer.metadata(path).tree, abstract, f"checkpoint {path.parent}")
+        check_shapes(
+            checkpointer.metadata(path).item_metadata.tree, abstract, f"checkpoint {path.parent}"
+        )
         return checkpointer.restore(path, abstract)

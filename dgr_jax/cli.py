@@ -87,6 +87,8 @@ def _configure_logging(verbose: bool) -> None:
         force=True,
     )
     logging.getLogger("dgr_jax").setLevel(logging.INFO)
+    # gin logs an error for every folder of its search path that lacks a file.
+    logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
     if not verbose:
         # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs.
         logging.getLogger("absl").setLevel(logging.ERROR)
@@ -174,9 +176,10 @@ def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
 def _is_required(macro: str) -> bool:
     import gin
 
-    return gin.query_parameter(f"{macro}/macro.value") is gin.REQUIRED or str(
-        gin.query_parameter(f"{macro}/macro.value")
-    ) == "%gin.REQUIRED"
+    return (
+        gin.query_parameter(f"{macro}/macro.value") is gin.REQUIRED
+        or str(gin.query_parameter(f"{macro}/macro.value")) == "%gin.REQUIRED"
+    )
 
 
 def _explain(message: str) -> str:

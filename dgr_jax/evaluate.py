@@ -32,9 +32,9 @@ def command(argv: Sequence[str] | None) -> None:
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not (args.run and args.qrels):
         parser.error("--run and --qrels go together")
-    from dgr_jax import stages
+    from dgr_jax.stages.evaluate import measure_runs
 
-    stages.measure_runs(args.run, args.qrels, args.min_relevance)
+    measure_runs(args.run, args.qrels, args.min_relevance)
 
 
 if __name__ == "__main__":

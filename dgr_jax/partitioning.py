@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,7 +60,7 @@ def make_mesh(
     sizes = {axis: getattr(settings, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size != -1 and size < 1:
-            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number, or -1: the rest")
+            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number or -1")
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
@@ -92,7 +93,11 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def _spec(
-    names: Sequence[str | None], shape: Sequence[int], mesh: jax.sharding.Mesh, rules: Any, path: str
+    path: str,
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    rules: Any,
 ) -> PartitionSpec:
     """Mesh axes of one array; an axis that does not divide its dimension is left whole."""
     known = {name for name, _ in rules}
@@ -125,10 +130,27 @@ def tree_shardings(abstract: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
         name = "/".join(str(getattr(key, "key", key)) for key in path)
-        return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh, rules, name))
+        return NamedSharding(mesh, _spec(name, leaf.names, leaf.value.shape, mesh, rules))
 
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=is_box)
+    return jax.tree_util.tree_map_with_path(
+        sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+def boxed_params(model: Any, key: jax.Array) -> Any:
+    """A Linen model's new parameters, in boxes that name their logical axes."""
+    tokens = jnp.ones((1, 2), jnp.int32)
+    return model.init(key, tokens, tokens)["params"]
+
+
+def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> Any:
+    """Shape, dtype and sharding of every parameter: what a checkpoint is restored onto."""
+    boxed = jax.eval_shape(lambda: boxed_params(model, jax.random.PRNGKey(0)))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        tree_shardings(boxed, mesh, rules),
+    )
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:

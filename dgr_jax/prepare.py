@@ -24,7 +24,9 @@ def command(argv: Sequence[str] | None) -> None:
 
     pipeline.run(experiment, stages.MAKERS, ["prepare"])
     if args.export:
-        stages.export(experiment, args.export)
+        from dgr_jax.stages.prepare import export
+
+        export(experiment, args.export)
 
 
 if __name__ == "__main__":

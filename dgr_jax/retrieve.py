@@ -26,7 +26,7 @@ def command(argv: Sequence[str] | None) -> None:
             parser.error("--query and --queries need --model_dir")
         if args.queries and not args.output:
             parser.error("--queries needs --output")
-        from dgr_jax import ask
+        from dgr_jax.stages import ask
 
         ask.answer(args)
         return

@@ -128,7 +128,8 @@ def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple
 
 def integer(text: str, path: Path, line: int, what: str) -> int:
     """The whole number in `text`; ValueError names `what` otherwise."""
-    if not re.fullmatch(r"[+-]?[0-9]+", text):
+    digits = text[1:] if text.startswith(("-", "+")) else text
+    if not (digits.isascii() and digits.isdigit()):
         raise lines.error(path, line, f"the {what} {text!r}", "a whole number")
     return int(text)
 

@@ -16,7 +16,8 @@ class IrDatasetsCollection:
     """`dataset` is the id that holds the passages, `splits` maps a split to the id of its queries.
 
     A split that is not in `splits` is the id <dataset>/<split>: with dataset="beir/scifact" the
-    split "test" is "beir/scifact/test". The library fetches what it lacks when it is first read.
+    split "test" is "beir/scifact/test". Where one id holds all: splits=(("test", "cranfield"),).
+    The library fetches what it lacks when it is first read.
     """
 
     dataset: str

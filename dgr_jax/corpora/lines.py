@@ -85,18 +85,19 @@ def json_array(
     if text.peek() != "[":
         raise error(path, text.line, repr(text.peek()), "'[' and a JSON array of objects")
     text.skip(1)
-    separator = ""
+    first = True
     while text.peek() != "]":
-        if separator:
-            if text.peek() != separator:
-                raise error(path, text.line, f"{text.peek()!r}", "',' or ']' after an object")
+        if not first:
+            if text.peek() != ",":
+                raise error(path, text.line, repr(text.peek()), "',' or ']' after an object")
             text.skip(1)
             text.peek()
-        yield text.line, _next_object(text, decoder, largest)
-        separator = ","
+        first = False
+        start = text.line
+        yield start, _next_object(text, decoder, largest)
     text.skip(1)
     if text.peek():
-        raise error(path, text.line, f"{text.peek()!r}", "nothing after the end of the JSON array")
+        raise error(path, text.line, repr(text.peek()), "nothing after the end of the JSON array")
 
 
 def csv_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
@@ -215,7 +216,7 @@ def _blocks(path: str | os.PathLike, size: int) -> Iterator[str]:
     line, line_start = 1, 0
     with _open(path) as handle:
         try:
-            raw = handle.read(size)
+            raw = handle.read(len(codecs.BOM_UTF8)) + handle.read(size)
             offset = len(codecs.BOM_UTF8) if _has_bom(path, raw) else 0
             raw = raw[offset:]
             while raw or decoder.getstate()[0]:

@@ -26,6 +26,7 @@ from dgr_jax.corpora.types import Passage
 logger = logging.getLogger(__name__)
 
 _PASSAGES, _PIDS, _OFFSETS = "passages.jsonl", "pids.txt", "offsets.npy"
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class PassageStore:
@@ -143,7 +144,7 @@ def _line(passage: Passage) -> bytes:
         raise ValueError(f"found the pid {passage.pid!r}; expected an id without line ends")
     fields = {"pid": passage.pid, "title": passage.title, "text": passage.text}
     try:
-        return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+        return _encode(fields).encode() + b"\n"
     except UnicodeEncodeError as err:
         raise ValueError(
             f"found half of a surrogate pair in the passage {passage.pid!r} ({err}); "

@@ -10,6 +10,12 @@ import tensorflow as tf
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
+def _ranked(dtype: tf.DType, rank: int) -> _Spec:
+    """A feature whose whole shape is checked: SeqIO looks at tf.shape(value)[sequence_dim], and a
+    single axis never equals a tuple of lengths."""
+    return _Spec(dtype, rank=rank, sequence_dim=slice(0, rank))
+
+
 def _check_targets(lengths: Mapping[str, int]) -> None:
     for name, length in lengths.items():
         if min(length if isinstance(length, tuple) else (length,)) < 1:
@@ -80,13 +86,13 @@ class RankListConverter(seqio.FeatureConverter):
     TASK_FEATURES = {
         "inputs": _Spec(tf.int32),
         "targets": _Spec(tf.int32),
-        "identifiers": _Spec(tf.int32, rank=3),
-        "identifier_weights": _Spec(tf.float32, rank=2),
+        "identifiers": _ranked(tf.int32, 3),
+        "identifier_weights": _ranked(tf.float32, 2),
         "teacher_scores": _Spec(tf.float32),
     }
     MODEL_FEATURES = GenerationConverter.MODEL_FEATURES | {
-        "identifier_tokens": _Spec(tf.int32, rank=3),
-        "identifier_weights": _Spec(tf.float32, rank=2),
+        "identifier_tokens": _ranked(tf.int32, 3),
+        "identifier_weights": _ranked(tf.float32, 2),
         "teacher_scores": _Spec(tf.float32),
         "passage_mask": _Spec(tf.bool),
     }

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.identifiers.table import IdentifierTable
 
 
-def identifiers_of(table: IdentifierTable, passages: np.ndarray) -> np.ndarray:
+class Table(Protocol):
+    """What is asked of an identifier table."""
+
+    tokens: np.ndarray
+
+    def rows_of_passages(self) -> np.ndarray: ...
+
+
+def identifiers_of(table: Table, passages: np.ndarray) -> np.ndarray:
     """Identifier of each passage int32 [...]: -> int32 [..., T], padding where passage is -1."""
     row = table.rows_of_passages()[passages]
     known = (passages >= 0) & (row >= 0)
@@ -23,7 +30,7 @@ def examples(
     passages: np.ndarray,
     teacher_scores: np.ndarray,
     positives: np.ndarray,
-    table: IdentifierTable,
+    table: Table,
 ) -> Iterator[dict[str, Any]]:
     """Task features of each query, one identifier a passage (K = 1).
 
@@ -49,7 +56,7 @@ def features(
     passages: np.ndarray,
     teacher_scores: np.ndarray,
     positives: np.ndarray,
-    table: IdentifierTable,
+    table: Table,
     vocabulary: Vocabulary,
     query_length: int,
 ) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """Beam search and sampling under a constraint, in one lax.while_loop with a decoder cache.
 
-The search: at every step each of the M live beams offers its M + 1 most likely legal tokens.  The
-offers that complete a sequence compete with those completed before for M finished places; the
-best M of the others are the live beams of the next step.  With M at least the number of legal
-sequences this is exhaustive.  The loop ends when no live beam can reach the finished places.
+The search: at every step all legal continuations of the M live beams are considered.  Those that
+complete a sequence compete with the sequences completed before for M finished places; the best M
+of the others are the live beams of the next step.  With M at least the number of legal sequences
+this is exhaustive.  The loop ends when no live beam can reach the finished places.
 
 Ties go to the beam that ranks higher, then to the smaller token; a sequence that was finished
 earlier stays before an equal one.
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dgr_jax.decoding.constraint import Constraint, State, top_k
+from dgr_jax.decoding.constraint import Constraint, State
+from dgr_jax.decoding.selection import top_k
 
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
@@ -79,6 +80,7 @@ def beam_search(
     length = constraint.max_length if max_length is None else max_length
     _check(num_beams=num_beams, max_length=length, batch_size=batch_size)
     loop = _start(constraint, cache, (batch_size, num_beams, length), start_id)
+    together = constraint.fixed_length == length  # all sequences end in the last step
 
     def penalised(log_probs, tokens):
         return log_probs / tokens**length_penalty if length_penalty else log_probs
@@ -90,15 +92,16 @@ def beam_search(
 
     def advance(loop):
         logits, cache = step_fn(loop.last, loop.cache, loop.position)
-        offers = _offers(constraint, loop.live, logits, width=num_beams + 1)
+        offers = _offers(constraint, loop.live, logits, width=num_beams)
         penalty = lambda x: penalised(x, (loop.position + 1).astype(jnp.float32))  # noqa: E731
-        finished = _keep_finished(loop, offers, penalty)
-        live, parent = _keep_live(loop, offers)
+        finished = loop.finished if together else _keep_finished(loop, offers, penalty)
+        live, parent = _keep_live(loop, offers, also_complete=together)
         cache = jax.tree.map(lambda x: _select(x, parent), cache)
         last = lax.dynamic_index_in_dim(live.tokens, loop.position, axis=2, keepdims=False)
         return _Loop(loop.position + 1, last, live, finished, cache)
 
-    finished = lax.while_loop(unfinished, advance, loop).finished
+    loop = lax.while_loop(unfinished, advance, loop)
+    finished = loop.live if together else loop.finished
     valid = finished.log_probs > -jnp.inf
     tokens = jnp.where(valid[..., None], finished.tokens, 0)
     return BeamResult(tokens, finished.log_probs, valid, constraint.rows(finished.state))
@@ -142,11 +145,15 @@ class _Offers(NamedTuple):
     slots: int
 
 
-def _offers(constraint, live, logits, width):
+def _expand(constraint, state, logits, width):
     log_z = None
     if not constraint.renormalise:
         log_z = jax.nn.logsumexp(logits.astype(jnp.float32), -1)
-    found = constraint.expand(live.state, logits, width=width, log_z=log_z)
+    return constraint.expand(state, logits, width=width, log_z=log_z)
+
+
+def _offers(constraint, live, logits, width):
+    found = _expand(constraint, live.state, logits, width)
     total = live.log_probs[..., None] + found.log_probs
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
     return _Offers(
@@ -158,10 +165,10 @@ def _offers(constraint, live, logits, width):
     )
 
 
-def _keep_live(loop, offers):
+def _keep_live(loop, offers, also_complete):
     """The best offers that are not complete, and the beams they come from, int32 [B, M]."""
-    beams = loop.last.shape[1]
-    log_probs, index = top_k(jnp.where(offers.complete, -jnp.inf, offers.log_probs), beams)
+    hidden = False if also_complete else offers.complete
+    log_probs, index = top_k(jnp.where(hidden, -jnp.inf, offers.log_probs), loop.last.shape[1])
     parent = index // offers.slots
     tokens = _append(loop, parent, _select(offers.token_ids, index))
     state = jax.tree.map(lambda leaf: _alive(_select(leaf, index), log_probs), offers.state)
@@ -205,3 +212,94 @@ def _alive(leaf, log_probs):
     """-1, the dead state, where the log-probability is -inf."""
     shape = log_probs.shape + (1,) * (leaf.ndim - 2)
     return jnp.where((log_probs > -jnp.inf).reshape(shape), leaf, -1)
+
+
+class _Drawn(NamedTuple):
+    position: jax.Array
+    last: jax.Array
+    tokens: jax.Array
+    log_probs: jax.Array
+    ended: jax.Array
+    state: State
+    cache: Any
+    key: jax.Array
+
+
+def sample(
+    step_fn: StepFn,
+    constraint: Constraint,
+    cache: Any,
+    *,
+    key: jax.Array,
+    batch_size: int,
+    num_samples: int,
+    max_length: int | None = None,
+    start_id: int = 0,
+    temperature: float = 1.0,
+    best_tokens: int = 64,
+) -> BeamResult:
+    """num_samples independent legal sequences a query, in no order.
+
+    temperature: divides the log-probabilities before drawing; log_probs are reported without it.
+    best_tokens: the most likely legal tokens that a token is drawn from; all of them when no
+      node has more children.
+    The other arguments are those of beam_search; M is num_samples.  Sequences that have not ended
+    after max_length tokens are not valid.
+
+    Raises ValueError for a temperature not above 0 and for sizes below 1.
+    """
+    length = constraint.max_length if max_length is None else max_length
+    _check(num_beams=num_samples, max_length=length, batch_size=batch_size)
+    _check(best_tokens=best_tokens)
+    if not temperature > 0:
+        raise ValueError(f"sample.temperature must be above 0; got {temperature}")
+    shape = (batch_size, num_samples)
+
+    def unfinished(drawn):
+        return (drawn.position < length) & ~drawn.ended.all()
+
+    def advance(drawn):
+        logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
+        found = _expand(constraint, drawn.state, logits, best_tokens)
+        best, place = lax.top_k(found.log_probs, min(best_tokens, found.log_probs.shape[-1]))
+        key, now = jax.random.split(drawn.key)
+        choice = jax.random.categorical(now, best / temperature)[..., None]
+        place = jnp.take_along_axis(place, choice, -1)
+
+        def pick(leaf, otherwise):
+            index = place.reshape(place.shape + (1,) * (leaf.ndim - 3))
+            chosen = jnp.take_along_axis(leaf, index, 2)[:, :, 0]
+            ended = drawn.ended.reshape(shape + (1,) * (chosen.ndim - 2))
+            return jnp.where(ended, otherwise, chosen)
+
+        token = pick(found.token_ids, 0)
+        here = jnp.arange(length) == drawn.position
+        return _Drawn(
+            position=drawn.position + 1,
+            last=token,
+            tokens=jnp.where(here, token[..., None], drawn.tokens),
+            log_probs=drawn.log_probs + pick(found.log_probs, 0.0),
+            ended=pick(found.complete, True),
+            state=jax.tree.map(pick, found.next_state, drawn.state),
+            cache=cache,
+            key=key,
+        )
+
+    state = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf[:, None], num_samples, 1), constraint.init(batch_size)
+    )
+    drawn = _Drawn(
+        position=jnp.int32(0),
+        last=jnp.full(shape, start_id, jnp.int32),
+        tokens=jnp.zeros((*shape, length), jnp.int32),
+        log_probs=jnp.zeros(shape, jnp.float32),
+        ended=jnp.zeros(shape, bool),
+        state=state,
+        cache=cache,
+        key=key,
+    )
+    drawn = lax.while_loop(unfinished, advance, drawn)
+    valid = drawn.ended & (drawn.log_probs > -jnp.inf)
+    log_probs = jnp.where(valid, drawn.log_probs, -jnp.inf)
+    tokens = jnp.where(valid[..., None], drawn.tokens, 0)
+    return BeamResult(tokens, log_probs, valid, constraint.rows(drawn.state))

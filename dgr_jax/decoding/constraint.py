@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from dgr_jax.decoding.selection import top_k
 
 State = Any
 
@@ -34,10 +35,12 @@ class Constraint(Protocol):
     """A set of legal sequences; a pytree, so that jitted functions take it as an argument.
 
     max_length: tokens of the longest sequence, or a bound (static).
+    fixed_length: tokens of every sequence when all have the same number, else None (static).
     renormalise: log-probabilities are over the legal tokens; `log_z` is not needed (static).
     """
 
     max_length: int
+    fixed_length: int | None
     renormalise: bool
 
     def init(self, batch_size: int) -> State:
@@ -46,7 +49,8 @@ class Constraint(Protocol):
     def expand(
         self, state: State, log_probs: jax.Array, *, width: int, log_z: jax.Array | None = None
     ) -> Candidates:
-        """The `width` most likely of all legal continuations of each state, exactly.
+        """The `width` most likely of all legal continuations of each state, exactly, and the
+        closing token (where the constraint has one and it is legal) however unlikely.
 
         state: leaves [N, ...], all at the same depth (dead states aside).
         log_probs: [N, V], any float dtype; or logits, with log_z f32 [N] their log normaliser.
@@ -57,26 +61,6 @@ class Constraint(Protocol):
         """int32 [N]: the row id of complete states, -1 elsewhere."""
 
 
-def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """lax.top_k along the last axis, in two rounds when the axis is long; ties as in lax.top_k.
-
-    The k largest values lie in the k blocks with the largest maxima (of equal maxima, the earlier
-    block).  [..., n] -> f32 [..., k], int32 [..., k].
-    """
-    n = values.shape[-1]
-    block = 1 << max(0, (n // max(k, 1)).bit_length() // 2)
-    if n < 1024 or 4 * k * block > n:
-        return lax.top_k(values, k)
-    blocks = -(-n // block)
-    lead = [(0, 0)] * (values.ndim - 1)
-    padded = jnp.pad(values, [*lead, (0, blocks * block - n)], constant_values=-jnp.inf)
-    maxima = padded.reshape(*values.shape[:-1], blocks, block).max(-1)
-    _, best = lax.top_k(maxima, k)
-    index = (jnp.sort(best, -1)[..., None] * block + jnp.arange(block)).reshape(*best.shape[:-1], -1)
-    found, place = lax.top_k(jnp.take_along_axis(padded, index, -1), k)
-    return found, jnp.take_along_axis(index, place, -1)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unconstrained:
@@ -84,6 +68,11 @@ class Unconstrained:
 
     max_length: int = dataclasses.field(metadata={"static": True})
     eos_id: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def fixed_length(self) -> int | None:
+        """max_length, unless a closing token may end a sequence earlier."""
+        return self.max_length if self.eos_id is None else None
 
     @property
     def renormalise(self) -> bool:
@@ -96,7 +85,14 @@ class Unconstrained:
     def expand(
         self, state: jax.Array, log_probs: jax.Array, *, width: int, log_z: jax.Array | None = None
     ) -> Candidates:
-        best, tokens = top_k(log_probs, min(width, log_probs.shape[-1]))
+        best, tokens = top_k(log_probs, min(width + 1, log_probs.shape[-1]))
+        if self.eos_id is not None:
+            best = jnp.append(
+                jnp.where(tokens == self.eos_id, -jnp.inf, best),
+                log_probs[..., self.eos_id, None],
+                -1,
+            )
+            tokens = jnp.append(tokens, jnp.full_like(tokens[..., :1], self.eos_id), -1)
         best = best.astype(jnp.float32)
         best = best if log_z is None else best - log_z[..., None]
         best = jnp.where(state[..., None] < 0, -jnp.inf, best)

@@ -29,9 +29,16 @@ if TYPE_CHECKING:
 
 _FORMAT = "dgr_jax.trie"
 _VERSION = 1
-_SIZED = (
-    "edge_tokens directory first_child tails tail_start row_length wide bitmaps".split()
-)  # arrays whose length depends on the rows: padded to a size class on the device
+_SIZED = {  # arrays whose length depends on the rows, and the smallest length on the device
+    "edge_tokens": 1024,
+    "directory": 32,
+    "first_child": 1024,
+    "tails": 1024,
+    "tail_start": 1024,
+    "row_length": 1024,
+    "wide": 8,
+    "bitmaps": 8,
+}
 _BIG = np.iinfo(np.int32).max
 
 
@@ -224,7 +231,7 @@ def build(
     *,
     passages: np.ndarray | tuple[np.ndarray, np.ndarray] | None = None,
     eos_id: int | None = None,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> Trie:
     """Builds the index of a set of identifiers.
 
@@ -234,24 +241,42 @@ def build(
       passages); None: passage i is row i.
     eos_id: appended to every row, so that a row may be a prefix of another.  Leave it out when
       the rows already end so, or all have the same length.
-    vocab_size: of the model, at most 2^17; None: the largest token + 1.
+    vocab_size: tokens that the model scores, at most 2^17.
 
     Raises ValueError for bad shapes, tokens outside of the vocabulary, empty rows, and rows that
     are proper prefixes of others.
     """
     columns = trie_build.to_columns(rows, lengths, eos_id, vocab_size)
     columns, shared, order, keep = _sorted_unique(columns)
-    if vocab_size is None:
-        vocab_size = int((columns.base + columns.tokens.max(1)).max()) + 1
     layout = _choose_layout(columns, vocab_size)
     depths = trie_build.tail_depths(shared)
     arrays, bfs = _assemble(columns, shared, depths, layout, vocab_size)
     offsets, passages = _passage_map(passages, order, keep, np.shape(rows)[0])
-    capacity = {
-        name: (size_class(len(array)), *array.shape[1:]) if name in _SIZED else array.shape
-        for name, array in arrays.items()
+    return Trie(
+        arrays,
+        layout,
+        vocab_size,
+        _capacity(arrays, layout),
+        bfs.astype(np.int32),
+        offsets,
+        passages,
+    )
+
+
+def _capacity(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Padded shapes: arrays that grow with the rows take a size class, the others their own."""
+    unused = {
+        "tail_start": layout.ends == "fixed",
+        "row_length": layout.ends != "mixed",
+        "wide": layout.bitmap_words == 0,
+        "bitmaps": layout.bitmap_words == 0,
     }
-    return Trie(arrays, layout, vocab_size, capacity, bfs.astype(np.int32), offsets, passages)
+    capacity = {name: array.shape for name, array in arrays.items()}
+    for name, least in _SIZED.items():
+        if not unused.get(name, False):
+            length, *rest = capacity[name]
+            capacity[name] = (size_class(max(length, least)), *rest)
+    return capacity
 
 
 def load(folder: str | pathlib.Path) -> Trie:
@@ -284,8 +309,9 @@ def _read_header(path: pathlib.Path) -> dict:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not a trie header; expected JSON with format") from None
     if found != (_FORMAT, _VERSION):
-        raise ValueError(f"{path}: got {found[0]!r} version {found[1]}; expected {_FORMAT!r} "
-                         f"version {_VERSION}")
+        raise ValueError(
+            f"{path}: got {found[0]!r} version {found[1]}; expected {_FORMAT!r} version {_VERSION}"
+        )
     return header
 
 
@@ -468,5 +494,7 @@ def _tail_sizes(trie, depths):
 
 
 def _pad(array, shape, fill):
+    if array.shape == shape:
+        return array
     widths = [(0, target - size) for size, target in zip(array.shape, shape, strict=True)]
     return np.pad(array, widths, constant_values=fill)

@@ -70,12 +70,14 @@ def smallest_dtype(largest: int) -> np.dtype:
 
 
 def to_columns(
-    rows: np.ndarray, lengths: np.ndarray | None, eos_id: int | None, vocab_size: int | None
+    rows: np.ndarray, lengths: np.ndarray | None, eos_id: int | None, vocab_size: int
 ) -> Columns:
     """Checks rows [U, T] and turns them into small columns, EOS appended where it is given.
 
     Raises ValueError naming the first offending row.
     """
+    if not 0 < vocab_size <= MAX_VOCABULARY:
+        raise ValueError(f"trie.build.vocab_size must be 1 to {MAX_VOCABULARY}; got {vocab_size}")
     rows, lengths = _checked_shapes(rows, lengths, eos_id)
     count, columns = rows.shape[0], rows.shape[1] + (eos_id is not None)
     if eos_id is not None:
@@ -137,18 +139,17 @@ def _blocks(rows, lengths, eos_id, columns):
 
 def _survey(rows, lengths, eos_id, columns, vocab_size):
     """Smallest and largest token of each depth, and the closing token or -1."""
-    limit = MAX_VOCABULARY if vocab_size is None else min(vocab_size, MAX_VOCABULARY)
     low = np.full(columns, MAX_VOCABULARY)
     high = np.full(columns, -1)
     end_token, inner = -1, 0
     for start, block, present in _blocks(rows, lengths, eos_id, columns):
         low = np.minimum(low, np.where(present, block, MAX_VOCABULARY).min(0))
         high = np.maximum(high, np.where(present, block, -1).max(0))
-        if low.min() < 0 or high.max() >= limit:
-            row, depth = np.argwhere(present & ((block < 0) | (block >= limit)))[0]
+        if low.min() < 0 or high.max() >= vocab_size:
+            row, depth = np.argwhere(present & ((block < 0) | (block >= vocab_size)))[0]
             raise ValueError(
                 f"trie.build: row {start + row} holds token {block[row, depth]} at depth {depth}; "
-                f"expected 0 to {limit - 1} (vocab_size={vocab_size}, at most {MAX_VOCABULARY})"
+                f"expected 0 to {vocab_size - 1} (trie.build.vocab_size)"
             )
         last = block[np.arange(len(block)), lengths[start : start + len(block)].astype(int) - 1]
         end_token = int(last[0]) if start == 0 else end_token
@@ -320,9 +321,9 @@ def tail_blocks(depths: np.ndarray, left: np.ndarray):
 
 
 def bitmap_words(vocab_size: int, spans: np.ndarray) -> int:
-    """Words of a bitmap that covers the widest of `spans` token ranges."""
-    span = int(spans.max(initial=0))
-    return size_class(-(-min(span, vocab_size) // 32))
+    """Words of a bitmap that covers the widest of `spans` token ranges: a size class."""
+    words = size_class(-(-int(spans.max(initial=0)) // 32))
+    return min(words, -(-vocab_size // 32))
 
 
 def choose_middle(narrow: int, words: int) -> int:
@@ -336,7 +337,10 @@ def choose_middle(narrow: int, words: int) -> int:
 def bitmaps(
     edge_tokens: np.ndarray, first: np.ndarray, last: np.ndarray, shift: np.ndarray, words: int
 ) -> np.ndarray:
-    """uint32 [n, words]: bit (token + shift) is set for each child of the n nodes."""
+    """uint32 [n, words]: the bit of (token + shift) is set for each child of the n nodes.
+
+    Bit p of word w stands for entry p * words + w (see selection.masked_top_k).
+    """
     out = np.zeros((len(first), words), np.uint32)
     step = max(1, (1 << 25) // (32 * max(words, 1)))
     for begin in range(0, len(first), step):
@@ -347,5 +351,7 @@ def bitmaps(
         token = edge_tokens[first[part][row] + child].astype(np.int64) + shift[part][row]
         flags = np.zeros((len(count), 32 * words), bool)
         flags[row, token] = True
-        out[part] = np.packbits(flags, axis=1, bitorder="little").view("<u4")
+        planes = flags.reshape(len(count), 32, words).transpose(0, 2, 1)
+        packed = np.packbits(planes, axis=2, bitorder="little")
+        out[part] = packed.reshape(len(count), -1).view("<u4")
     return out

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dgr_jax.decoding.constraint import Candidates, top_k
+from dgr_jax.decoding.constraint import Candidates
+from dgr_jax.decoding.selection import mask, masked_top_k, top_k
 from dgr_jax.decoding.trie_build import Layout
 
 if TYPE_CHECKING:
@@ -34,22 +35,30 @@ class TrieState(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What the branches of a step read, leading axes [N] (scores: [N, V], level: scalar)."""
+    """What the branches of a step read: scores [N, V], log_z f32 [N], level int32 [], and of each
+    node [N]: its internal id, first child, children (0 unless internal), token if it is a tail."""
 
     scores: jax.Array
     log_z: jax.Array
+    level: jax.Array
     node: jax.Array
-    internal: jax.Array
     inner_id: jax.Array
     first: jax.Array
     count: jax.Array
-    tail_token: jax.Array
     is_tail: jax.Array
-    level: jax.Array
+    tail_token: jax.Array
 
 
-def _static(**kwargs):
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+class _Found(NamedTuple):
+    """Continuations of each state [N, C]: log_prob -inf where there is none."""
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    child: jax.Array
+
+
+def _static():
+    return dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +80,7 @@ class TrieConstraint:
     tail_bias: jax.Array
     ends_at: jax.Array
     layout: Layout = _static()
-    vocab_class: int = _static()
+    vocab_size: int = _static()
     renormalise: bool = _static()
 
     @classmethod
@@ -80,11 +89,15 @@ class TrieConstraint:
     ) -> TrieConstraint:
         """The (padded) arrays on the default device."""
         device = {name: jnp.asarray(array) for name, array in arrays.items()}
-        return cls(**device, layout=layout, vocab_class=vocab_size, renormalise=renormalise)
+        return cls(**device, layout=layout, vocab_size=vocab_size, renormalise=renormalise)
 
     @property
     def max_length(self) -> int:
         return self.layout.max_length
+
+    @property
+    def fixed_length(self) -> int | None:
+        return self.layout.max_length if self.layout.ends == "fixed" else None
 
     @property
     def nbytes(self) -> int:
@@ -108,28 +121,38 @@ class TrieConstraint:
         width: int,
         log_z: jax.Array | None = None,
     ) -> Candidates:
-        """See Constraint.expand.  C = max(width, layout.narrow)."""
-        if log_probs.shape[-1] < self.vocab_class:
+        """See Constraint.expand.  C = max(width, narrow), or more to hold the closing token.
+
+        Where rows end without a closing token at different lengths ('mixed'), a node of more than
+        `narrow` children may leave out complete rows that are not among its `width` best.
+        """
+        if log_probs.shape[-1] < self.vocab_size:
             raise ValueError(
                 f"trie: log_probs over {log_probs.shape[-1]} tokens; the index was built for a "
-                f"vocabulary of {self.vocab_class}: set trie.build.vocab_size"
+                f"vocabulary of {self.vocab_size}: set trie.build.vocab_size"
             )
         step = self._prepare(state, log_probs, log_z)
-        widest = jnp.max(step.count)
-        limits = [0, self.layout.narrow, self.layout.middle]
-        branches = [self._only_tails, self._narrow, self._middle, self._wide]
-        if self.layout.middle == self.layout.narrow:
-            limits.pop()
-            branches.pop(2)
-        if self.bitmaps.shape[0] == 0:
-            limits.pop()
-            branches.pop()
-        which = sum((widest > limit).astype(jnp.int32) for limit in limits)
-        found = lax.switch(which, [_fixed_width(f, width, self.layout) for f in branches], step)
-        return self._finish(state, found)
+        branches, limits = [self._only_tails, self._narrow], [0]
+        if self.layout.bitmap_words:
+            branches, limits = [*branches, self._wide], [0, self.layout.middle]
+        if self.layout.middle > self.layout.narrow:
+            branches.insert(2, self._middle)
+            limits.insert(1, self.layout.narrow)
+        slots = max(self._wanted(width) + self._closes, self.layout.narrow)
+        which = (jnp.max(step.count) > jnp.asarray(limits, jnp.int32)).sum()
+        branches = [_of_width(branch, width, slots) for branch in branches]
+        return self._finish(state, lax.switch(which, branches, step))
+
+    @property
+    def _closes(self) -> bool:
+        return self.layout.ends == "token"
+
+    def _wanted(self, width: int) -> int:
+        """One more than asked for where the closing token is taken out of the best."""
+        return width + self._closes
 
     def _rank(self, node):
-        """(is the node internal, internal nodes before it); int32."""
+        """(is the node internal, internal nodes before it int32)."""
         entry = self.directory.at[node >> 5].get(mode="clip")
         bit = (node & 31).astype(jnp.uint32)
         below = entry[..., 0] & ((jnp.uint32(1) << bit) - jnp.uint32(1))
@@ -140,101 +163,130 @@ class TrieConstraint:
         node, live = jnp.maximum(state.node, 0), state.node >= 0
         level = jnp.max(state.depth)
         internal, before = self._rank(node)
-        internal &= live
         first = self.first_child.at[before].get(mode="clip")
         count = self.first_child.at[before + 1].get(mode="clip") - first
-        row = node - before
+        return _Step(
+            scores=scores,
+            log_z=jnp.zeros(node.shape, jnp.float32) if log_z is None else log_z,
+            level=level,
+            node=node,
+            inner_id=before,
+            first=first,
+            count=jnp.where(live & internal, count, 0),
+            is_tail=live & ~internal,
+            tail_token=self._tail_token(node, node - before, level),
+        )
+
+    def _tail_token(self, node, row, level):
         if self.layout.ends == "fixed":
             depth = (node[..., None] >= self.level_start[1:]).sum(-1)
             start = self.tail_bias[depth] + row * (self.layout.max_length - depth)
         else:
             start = self.tail_start.at[row].get(mode="clip")
-        token = self.tails.at[start + level].get(mode="clip").astype(jnp.int32) + self.base[level]
-        return _Step(
-            scores=scores,
-            log_z=jnp.zeros(node.shape, jnp.float32) if log_z is None else log_z,
-            node=node,
-            internal=internal,
-            inner_id=before,
-            first=first,
-            count=jnp.where(internal, count, 0),
-            tail_token=token,
-            is_tail=live & ~internal,
-            level=level,
-        )
+        return self.tails.at[start + level].get(mode="clip").astype(jnp.int32) + self.base[level]
 
     def _finish(self, state, found):
-        tokens, log_probs, child = found
-        valid = log_probs > -jnp.inf
+        valid = found.log_probs > -jnp.inf
         depth = state.depth[..., None] + 1
         if self.layout.ends == "fixed":
-            complete = jnp.broadcast_to(depth >= self.ends_at, tokens.shape)
+            complete = depth >= self.ends_at
         elif self.layout.ends == "token":
-            complete = tokens == self.ends_at
+            complete = found.tokens == self.ends_at
         else:
-            internal, before = self._rank(child)
-            length = self.row_length.at[child - before].get(mode="clip")
+            internal, before = self._rank(found.child)
+            length = self.row_length.at[found.child - before].get(mode="clip")
             complete = ~internal & (length.astype(jnp.int32) == depth)
         complete &= valid
-        node = jnp.where(valid, jnp.where(complete, -2 - child, child), _DEAD)
-        depth = jnp.where(valid, depth, -1)
-        return Candidates(jnp.where(valid, tokens, 0), log_probs, TrieState(node, depth), complete)
+        node = jnp.where(complete, -2 - found.child, found.child)
+        state = TrieState(jnp.where(valid, node, _DEAD), jnp.where(valid, depth, _DEAD))
+        return Candidates(jnp.where(valid, found.tokens, 0), found.log_probs, state, complete)
 
     def _only_tails(self, step, width):
-        tokens, valid = step.tail_token[..., None], step.is_tail[..., None]
-        return tokens, self._score(step, tokens, valid), step.node[..., None]
+        tokens = step.tail_token[..., None]
+        return self._scored(step, tokens, step.is_tail[..., None], step.node[..., None])
 
     def _narrow(self, step, width):
-        return self._gather(step, self.layout.narrow)
+        return self._children(step, self.layout.narrow)
 
     def _middle(self, step, width):
-        return _best(self._gather(step, self.layout.middle), width)
+        found = self._children(step, self.layout.middle)
+        best, place = top_k(found.log_probs, min(self._wanted(width), self.layout.middle))
+        if self._closes:
+            closes = (found.tokens == self.ends_at) & (found.log_probs > -jnp.inf)
+            score = jnp.where(closes, found.log_probs, -jnp.inf).max(-1)
+            best, place = _offer_too(
+                best, place, score, jnp.where(closes.any(-1), jnp.argmax(closes, -1), -1)
+            )
+        tokens = jnp.take_along_axis(found.tokens, place, -1, mode="clip")
+        return _Found(tokens, best, jnp.take_along_axis(found.child, place, -1, mode="clip"))
 
-    def _gather(self, step, children):
-        """All children of nodes of at most `children`; a tail has its token in slot 0."""
-        slot = jnp.arange(children, dtype=jnp.int32)
+    def _wide(self, step, width):
+        """Bitmaps for the nodes that own one, a gather for the others."""
+        is_wide = (step.count > self.layout.middle)[..., None]
+        owned = jnp.searchsorted(self.wide, step.inner_id, method="scan_unrolled")
+        bits = jnp.where(is_wide, self.bitmaps.at[owned].get(mode="clip"), 0)
+        scores, low = self._covered_scores(step)
+        best, place = masked_top_k(scores, bits, self._wanted(width))
+        if self._closes:
+            best, place = _offer_too(best, place, *self._closing_bit(scores, bits, low))
+        log_z = step.log_z
+        if self.renormalise:
+            planes = scores.astype(jnp.float32).reshape(*bits.shape[:-1], 32, -1)
+            log_z = _finite(jax.nn.logsumexp(mask(planes, bits), (-2, -1)))
+        tokens = place + low
+        log_probs = best.astype(jnp.float32) - log_z[..., None]
+        found = _Found(tokens, log_probs, self._child_of(step, tokens))
+        others = self._not_wide(
+            step._replace(count=jnp.where(is_wide[..., 0], 0, step.count)), width
+        )
+        slots = max(tokens.shape[-1], others.tokens.shape[-1])
+        pairs = zip(_widen(found, slots), _widen(others, slots), strict=True)
+        return _Found(*(jnp.where(is_wide, a, b) for a, b in pairs))
+
+    def _not_wide(self, step, width):
+        if self.layout.middle == self.layout.narrow:
+            return self._narrow(step, width)
+        slots = max(self.layout.narrow, self._wanted(width) + self._closes)
+        branches = [_of_width(f, width, slots) for f in (self._narrow, self._middle)]
+        return lax.cond((step.count > self.layout.narrow).any(), *branches[::-1], step)
+
+    def _covered_scores(self, step):
+        """Scores [N, 32 * bitmap_words] of the tokens that bitmaps cover, and the first token."""
+        span, size = 32 * self.layout.bitmap_words, step.scores.shape[-1]
+        low = self.bitmap_low[step.level]
+        if span <= size:
+            return lax.dynamic_slice_in_dim(step.scores, low, span, axis=-1), low
+        pad = [(0, 0)] * (step.scores.ndim - 1) + [(0, span - size)]
+        return jnp.pad(step.scores, pad, constant_values=-jnp.inf), low
+
+    def _closing_bit(self, scores, bits, low):
+        """Score, -inf where illegal, and place of the closing token."""
+        words = self.layout.bitmap_words
+        place = self.ends_at - low
+        inside = jnp.clip(place, 0, 32 * words - 1)
+        bit = (bits[..., inside % words] >> (inside // words).astype(jnp.uint32)) & 1
+        legal = (bit > 0) & (place == inside)
+        return jnp.where(legal, scores[..., inside], -jnp.inf), jnp.full(legal.shape, place)
+
+    def _children(self, step, most):
+        """All children of nodes that have at most `most`; a tail has its token in slot 0."""
+        slot = jnp.arange(most, dtype=jnp.int32)
         child = step.first[..., None] + slot
         tokens = self.edge_tokens.at[child].get(mode="clip").astype(jnp.int32)
         tail = step.is_tail[..., None]
         tokens = jnp.where(tail, step.tail_token[..., None], tokens + self.base[step.level])
         valid = slot < jnp.where(tail, 1, step.count[..., None])
-        child = jnp.where(tail, step.node[..., None], child)
-        return tokens, self._score(step, tokens, valid), child
+        tokens = jnp.where(valid, tokens, 0)  # no stray reads of the scores
+        return self._scored(step, tokens, valid, jnp.where(tail, step.node[..., None], child))
 
-    def _score(self, step, tokens, valid):
-        """f32 log-probabilities of `tokens`, -inf where not valid."""
+    def _scored(self, step, tokens, valid, child):
         scores = jnp.take_along_axis(step.scores, tokens, -1, mode="clip").astype(jnp.float32)
         scores = jnp.where(valid, scores, -jnp.inf)
-        return scores - self._normaliser(step, scores)[..., None]
-
-    def _normaliser(self, step, scores):
-        if not self.renormalise:
-            return step.log_z
-        log_z = jax.nn.logsumexp(scores, -1)
-        return jnp.where(log_z > -jnp.inf, log_z, 0.0)
-
-    def _wide(self, step, width):
-        """Bitmaps for the nodes that own one, a gather for the others."""
-        others = _best(self._gather(step, self.layout.middle), width)
-        low = self.bitmap_low[step.level]
-        span, size = 32 * self.layout.bitmap_words, step.scores.shape[-1]
-        scores = step.scores
-        if span < size:
-            scores = lax.dynamic_slice_in_dim(scores, low, span, axis=-1)
-        bits = self.bitmaps.at[jnp.searchsorted(self.wide, step.inner_id)].get(mode="clip")
-        lanes = (bits[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        legal = lanes.reshape(*bits.shape[:-1], span)[..., : scores.shape[-1]] > 0
-        scores = jnp.where(legal, scores.astype(jnp.float32), -jnp.inf)
-        log_z = self._normaliser(step, scores)
-        best, place = top_k(scores, min(width, scores.shape[-1]))
-        tokens = place.astype(jnp.int32) + low
-        child = self._child_of(step, tokens)
-        is_wide = (step.count > self.layout.middle)[..., None]
-        found = _widen((tokens, best - log_z[..., None], child), others[0].shape[-1])
-        return tuple(jnp.where(is_wide, a, b) for a, b in zip(found, others, strict=True))
+        log_z = _finite(jax.nn.logsumexp(scores, -1)) if self.renormalise else step.log_z
+        return _Found(tokens, scores - log_z[..., None], child)
 
     def _child_of(self, step, tokens):
-        """The child reached by each token, by binary search among the sorted edges of the node."""
+        """The child reached by each legal token: a binary search among the edges of the node."""
         wanted = tokens - self.base[step.level]
         low = jnp.broadcast_to(step.first[..., None], tokens.shape)
         left = jnp.broadcast_to(step.count[..., None], tokens.shape)
@@ -247,24 +299,24 @@ class TrieConstraint:
         return low
 
 
-def _best(found, width):
-    """The `width` most likely of each state, unless there are no more anyway."""
-    tokens, log_probs, child = found
-    if tokens.shape[-1] <= width:
-        return found
-    best, place = top_k(log_probs, width)
-    pick = lambda x: jnp.take_along_axis(x, place, -1)  # noqa: E731
-    return pick(tokens), best, pick(child)
+def _finite(log_z):
+    """0 for the normaliser of nothing."""
+    return jnp.where(log_z > -jnp.inf, log_z, 0.0)
+
+
+def _offer_too(best, place, score, where):
+    """Gives the entry at `where` [N] (-1: none) a slot of its own, and only that."""
+    best = jnp.where(place == where[..., None], -jnp.inf, best)
+    return jnp.append(best, score[..., None], -1), jnp.append(place, where[..., None], -1)
 
 
 def _widen(found, slots):
-    """Illegal slots added up to `slots`."""
-    tokens, log_probs, child = found
-    lead = [(0, 0)] * (tokens.ndim - 1)
-    pad = [*lead, (0, slots - tokens.shape[-1])]
-    return jnp.pad(tokens, pad), jnp.pad(log_probs, pad, constant_values=-jnp.inf), jnp.pad(child, pad)
+    """Slots that hold nothing added up to `slots`."""
+    pad = [(0, 0)] * (found.tokens.ndim - 1) + [(0, slots - found.tokens.shape[-1])]
+    log_probs = jnp.pad(found.log_probs, pad, constant_values=-jnp.inf)
+    return _Found(jnp.pad(found.tokens, pad), log_probs, jnp.pad(found.child, pad))
 
 
-def _fixed_width(branch, width, layout):
+def _of_width(branch, width, slots):
     """`branch` with its answer widened to the slots that all branches of a step share."""
-    return lambda step: _widen(branch(step, width), max(width, layout.narrow))
+    return lambda step: _widen(branch(step, width), slots)

@@ -85,10 +85,13 @@ class TfidfSvd:
 
     def _fit_svd(self, weights: Any, seed: int) -> Any:
         from sklearn.decomposition import TruncatedSVD
+        from threadpoolctl import threadpool_limits
 
         width = min(self.dim, *weights.shape)
         svd = TruncatedSVD(width, n_iter=self.iterations, random_state=seed)
-        with np.errstate(invalid="ignore", divide="ignore"):  # the variance of a single passage
+        # One thread: most time goes into sparse products, which have no threads, and the result
+        # does not depend on the number of cores. A single passage has no variance to divide by.
+        with threadpool_limits(limits=1), np.errstate(invalid="ignore", divide="ignore"):
             return svd.fit(weights)
 
 
@@ -147,9 +150,7 @@ def load_vectors(path: str, name: str) -> np.ndarray:
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{name} = {path!r}: no such file; expected a .npy array"
-        ) from None
+        raise FileNotFoundError(f"{name} = {path!r}: no such file; expected a .npy array") from None
     except (ValueError, EOFError) as error:
         raise ValueError(f"{name} = {path!r}: not a whole .npy array ({error})") from None
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):

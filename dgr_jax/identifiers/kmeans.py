@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 _CHUNK_BYTES = 64 << 20
+_SHRINK = 0.1
 
 
 def fit(
@@ -18,25 +19,53 @@ def fit(
 ) -> np.ndarray:
     """Centroids f32 [k, D] of vectors f32 [N, D], with k = min(num_clusters, N).
 
-    Up to `full_batch` rows: Lloyd's iterations from a k-means++ start; above, mini-batches. The
-    same seed gives the same centroids: the worker threads of scikit-learn, whose sums depend on
-    their order, are limited to one.
+    Up to `full_batch` rows: Lloyd's iterations from a k-means++ start; above, mini-batches from
+    random rows. One thread, so that the same seed gives the same centroids: the order in which
+    the threads of scikit-learn add their sums is not fixed.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    k = min(num_clusters, len(vectors))
-    if len(vectors) <= full_batch:
-        model = KMeans(k, init="k-means++", n_init=1, max_iter=100, random_state=seed)
-    else:
-        batch = max(4096, 4 * k)
-        model = MiniBatchKMeans(k, batch_size=batch, n_init=3, max_iter=20, random_state=seed)
-    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+    if len(vectors) <= num_clusters:
+        return np.array(vectors, np.float32)
+    with threadpool_limits(limits=1), warnings.catch_warnings():
         # Fewer distinct rows than clusters: some centroids are equal and stay unused.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        if len(vectors) <= full_batch:
+            start = _start(vectors, num_clusters, seed, plus_plus=True)
+            model = KMeans(num_clusters, init=start, n_init=1, max_iter=50)
+        else:
+            start = _start(vectors, num_clusters, seed, plus_plus=False)
+            model = MiniBatchKMeans(
+                num_clusters,
+                init=start,
+                n_init=1,
+                batch_size=max(4096, 4 * num_clusters),
+                max_iter=20,
+                reassignment_ratio=0,
+                random_state=seed,
+            )
         model.fit(vectors)
     return np.ascontiguousarray(model.cluster_centers_, np.float32)
+
+
+def _start(vectors: np.ndarray, num_clusters: int, seed: int, *, plus_plus: bool) -> np.ndarray:
+    """Centroids to start from: rows, drawn towards the mean of all.
+
+    Residuals have little structure left: a row is about as far from any other row as from itself
+    to the mean, times the square root of two, so the first centroid near the mean would take
+    nearly all rows and never give them back. Near the mean the nearest centroid is the one in the
+    most similar direction, and the rows spread over all of them.
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    if plus_plus:
+        rows, _ = kmeans_plusplus(vectors, num_clusters, random_state=seed)
+    else:
+        rows = vectors[sample(len(vectors), num_clusters, seed)]
+    mean = vectors.mean(axis=0)
+    return mean + _SHRINK * (rows - mean)
 
 
 def nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:

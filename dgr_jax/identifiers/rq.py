@@ -110,7 +110,9 @@ class ResidualQuantization:
 
     def _check(self) -> None:
         if self.num_codes < 1:
-            raise ValueError(f"ResidualQuantization.num_codes = {self.num_codes}, expected 1 or more")
+            raise ValueError(
+                f"ResidualQuantization.num_codes = {self.num_codes}, expected 1 or more"
+            )
         if self.codebook_size < 2:
             raise ValueError(
                 f"ResidualQuantization.codebook_size = {self.codebook_size}, expected 2 or more"

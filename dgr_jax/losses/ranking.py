@@ -46,7 +46,7 @@ def distilled_ranknet(
     first_weight: float = 3.0,
     position_weights: str = "reciprocal",
 ) -> jax.Array:
-    """Distilled RankNet (DGR, Li et al. 2024): a hinge whose margin grows with the distance in rank.
+    """Distilled RankNet (DGR, Li et al. 2024): a hinge whose margin grows with the rank distance.
 
     With the passages counted from 1 in the teacher's order,
 
@@ -54,7 +54,8 @@ def distilled_ranknet(
             v_i * max(0, s_j - s_i + margin + (j - i - 1) * margin_gap)
 
     and 0 where no term is positive. Passages tied in the teacher share the position 1 + (number of
-    passages strictly above), and pairs of them do not count; a strict order gives the published loss.
+    passages strictly above), and pairs of them do not count. A strict order gives the published
+    loss.
 
     Args:
       student, teacher, mask: [..., L], see the module.
@@ -163,7 +164,7 @@ def listnet(
       student, teacher, mask: [..., L], see the module.
       temperature: divides the student's scores.
       teacher_temperature: divides the teacher's scores; None is `temperature`. Teachers differ in
-        scale by orders of magnitude: a spread of 20 is a one-hot target, a spread of 0.1 a flat one.
+        scale by orders of magnitude: a spread of 20 is a one-hot target, one of 0.1 a flat one.
 
     Returns:
       f32 [...].
@@ -240,12 +241,12 @@ def lambda_loss(
         |dnDCG(i, j)| = (G_i - G_j) / maxDCG * |1 / log2(1 + r_i) - 1 / log2(1 + r_j)|
 
     r is the student's own rank from 1, of which no gradient is taken. Passages that the student
-    ties stand in the worst order for it, the teacher's reversed, so that a tie still has a gradient.
+    ties stand in the worst order for it, the teacher's reversed: a tie still has a gradient.
 
     Args:
       student, teacher, mask: [..., L], see the module.
       gains: 'rank' (G = number of passages that the teacher puts strictly below; for scores of any
-        scale) or 'exponential' (G = 2^t - 1; for relevance grades, where grades below 0 count as 0).
+        scale) or 'exponential' (G = 2^t - 1; for relevance grades, those below 0 count as 0).
       temperature: divides the student's score differences.
 
     Returns:

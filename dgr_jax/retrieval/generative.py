@@ -113,7 +113,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self._constraint = self.index.constraint(renormalise=self.search.renormalise)
-        self._decode = decode_fn(self.config, self.search.num_beams, self.index.max_length)
+        self._decode = decode_fn(self.config, self.search.num_beams, self.table.tokens.shape[1])
 
     def passages(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`.
@@ -181,7 +181,9 @@ class Retriever:
         config = T5Config(**described["model"])
         search = Search(**described["search"] | settings)
         mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-        params = checkpoints.restore_params(folder / "checkpoints", Transformer(config), mesh)
+        params = checkpoints.restore_params(
+            folder / "checkpoints", partitioning.abstract_params(Transformer(config), mesh)
+        )
         prepared = model_dir / "prepare"
         decoder = Decoder(
             config,
@@ -256,5 +258,3 @@ def _finished(model_dir: Path, system: str | None) -> Path:
         f"no trained student in {model_dir}: looked for {', '.join(f'{n}/student.json' for n in names)}"
         "; train one with python -m dgr_jax.train"
     )
-
-

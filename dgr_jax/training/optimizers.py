@@ -96,7 +96,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """After a linear warmup to `peak`, half a cosine to `final` * peak (Loshchilov & Hutter 2017)."""
+    """After a linear warmup, half a cosine to `final` * peak (Loshchilov & Hutter 2017)."""
 
     peak: float = 1e-3
     warmup_steps: int = 0

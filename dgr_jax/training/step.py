@@ -30,11 +30,6 @@ class TrainState:
     rng: jax.Array
 
 
-def _boxed_params(model: Any, key: jax.Array) -> Any:
-    tokens = jnp.ones((1, 2), jnp.int32)
-    return model.init(key, tokens, tokens)["params"]
-
-
 def _new_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -42,19 +37,6 @@ def _new_state(params: Any, optimizer: optax.GradientTransformation, seed: int) 
         opt_state=optimizer.init(params),
         rng=jax.random.fold_in(jax.random.PRNGKey(seed), 1),
     )
-
-
-def params_shardings(model: Any, mesh: jax.sharding.Mesh, rules: Any = partitioning.RULES) -> Any:
-    """NamedSharding of every parameter, from the model's logical axes."""
-    boxed = jax.eval_shape(lambda: _boxed_params(model, jax.random.PRNGKey(0)))
-    return partitioning.tree_shardings(boxed, mesh, rules)
-
-
-def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = partitioning.RULES) -> Any:
-    """Shape, dtype and sharding of every parameter: what a checkpoint is restored onto."""
-    shardings = params_shardings(model, mesh, rules)
-    shapes = jax.eval_shape(lambda: nn.unbox(_boxed_params(model, jax.random.PRNGKey(0))))
-    return jax.tree.map(_with_sharding, shapes, shardings)
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -72,7 +54,7 @@ def abstract_state(
     Optimizer arrays of a parameter's shape lie as the parameter does. The others (counters, and the
     rows and columns of factored moments, which are small) are on every device.
     """
-    params = abstract_params(model, mesh, rules)
+    params = partitioning.abstract_params(model, mesh, rules)
     whole = partitioning.replicated(mesh)
     shapes = jax.eval_shape(lambda p: _new_state(p, optimizer, 0), params)
 
@@ -115,8 +97,8 @@ def init_state(
     if params is None:
 
         def create() -> TrainState:
-            key = jax.random.PRNGKey(seed)
-            return _new_state(nn.unbox(_boxed_params(model, key)), optimizer, seed)
+            params = partitioning.boxed_params(model, jax.random.PRNGKey(seed))
+            return _new_state(nn.unbox(params), optimizer, seed)
 
         return jax.jit(create, out_shardings=shardings)()
     checkpoints.check_shapes(params, abstract.params, "initial parameters")
@@ -184,6 +166,7 @@ def make_train_step(
     state: TrainState,
     *,
     microbatches: int = 1,
+    rules: Any = partitioning.RULES,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step: (state, batch) -> (state, metrics as pairs (sum, weight)).
 
@@ -203,11 +186,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        if microbatches == 1:
-            total = _sums(loss, state.params, batch, rng)
-        else:
-            parts = _microbatches(batch, microbatches, mesh)
-            total = _sums_of_microbatches(loss, state.params, parts, rng, microbatches)
+        with mesh, nn.logical_axis_rules(rules):  # for the model's constraints on activations
+            if microbatches == 1:
+                total = _sums(loss, state.params, batch, rng)
+            else:
+                parts = _microbatches(batch, microbatches, mesh)
+                total = _sums_of_microbatches(loss, state.params, parts, rng, microbatches)
         grads, ((loss_sum, weight_sum), metrics) = total
         weight = jnp.where(weight_sum > 0, weight_sum, 1.0)
         grads = jax.tree.map(lambda grad: grad / weight, grads)

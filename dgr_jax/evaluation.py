@@ -1,0 +1,430 @@
+"""Measures of a run against judgements, and of one run against another.
+
+In memory a run is {qid: passages, best first}, qrels are {qid: {pid: relevance}}. Every measure is
+averaged over all queries of the qrels: a query that the run lacks scores 0, a query that only the
+run has is left out. A run is ranked by score, and equal scores by pid, as its TREC file is: the
+measures are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would
+break in opposite ways.
+
+`min_relevance` is the lowest grade that counts as relevant in the binary measures (Success@k,
+RR@k, R@k ...). Graded ones (nDCG@k) always use the grades. It does not show in the names of the
+measures: write it down beside them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgr_jax.corpora.types import Query, ScoredPassage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Run = Mapping[str, Sequence[ScoredPassage]]
+Qrels = Mapping[str, Mapping[str, int]]
+
+MEASURES = (
+    "Success@1",
+    "Success@5",
+    "Success@10",
+    "Success@20",
+    "Success@100",
+    "RR@10",
+    "nDCG@10",
+    "R@100",
+)
+
+
+def evaluate(
+    run: Run, qrels: Qrels, measures: Sequence[str] = MEASURES, *, min_relevance: int = 1
+) -> dict[str, float]:
+    """The mean of each measure over all queries of the qrels.
+
+    Args:
+      run: passages of each query; any order, ranked by score and then by pid.
+      qrels: relevance of the judged passages of each query.
+      measures: names as in ir_measures: 'Success@5', 'RR@10', 'nDCG@10', 'R@100', 'AP' ...
+      min_relevance: lowest grade that counts as relevant in a binary measure, unless the measure
+        says it itself, as 'Success(rel=2)@5'.
+
+    Returns:
+      {measure: mean}, with the names as given.
+
+    Raises:
+      ValueError: unknown measure, no queries, a passage twice in a list, a score that is NaN.
+    """
+    values = per_query(run, qrels, measures, min_relevance=min_relevance)
+    return {name: _mean(scores.values()) for name, scores in values.items()}
+
+
+def per_query(
+    run: Run, qrels: Qrels, measures: Sequence[str] = MEASURES, *, min_relevance: int = 1
+) -> dict[str, dict[str, float]]:
+    """{measure: {qid: value}} for every query of the qrels, in their order; see `evaluate`."""
+    import ir_measures
+
+    if not qrels:
+        raise ValueError("qrels hold no query: there is nothing to measure on")
+    parsed = {name: _measure(name, min_relevance) for name in measures}
+    ranks = {
+        qid: {passage.pid: -float(i) for i, passage in enumerate(_ranked(qid, run[qid]))}
+        for qid in qrels
+        if qid in run
+    }
+    grades = {qid: {pid: int(grade) for pid, grade in row.items()} for qid, row in qrels.items()}
+    found = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
+    for metric in ir_measures.iter_calc(list(found), grades, ranks):
+        found[metric.measure][metric.query_id] = float(metric.value)
+    return {name: dict(found[measure]) for name, measure in parsed.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """System a against system b on the same queries. Positive difference: a is better."""
+
+    measure: str
+    mean_a: float
+    mean_b: float
+    difference: float
+    p_value: float
+    wins: int
+    losses: int
+    ties: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.measure} {self.mean_a:.4f} against {self.mean_b:.4f}: {self.difference:+.4f} "
+            f"(p {_p_value(self.p_value)}; {self.wins} queries better, {self.losses} worse, "
+            f"{self.ties} equal)"
+        )
+
+
+def compare(
+    run_a: Run, run_b: Run, qrels: Qrels, measure: str, *, min_relevance: int = 1
+) -> Comparison:
+    """Run a against run b, with the p-value of `paired_randomization_test` over the queries."""
+    return compare_many([run_a], [run_b], qrels, measure, min_relevance=min_relevance)
+
+
+def compare_many(
+    runs_a: Sequence[Run],
+    runs_b: Sequence[Run],
+    qrels: Qrels,
+    measure: str,
+    *,
+    min_relevance: int = 1,
+) -> Comparison:
+    """System a against system b, each with the runs of several seeds.
+
+    Each query has one value a system, its mean over the seeds; the test is paired over queries. So
+    it asks whether the difference holds for other queries of this kind, with these seeds: a query
+    is not counted once a seed as if seeds were fresh evidence about queries.
+
+    Args:
+      runs_a, runs_b: one run a seed; the two may differ in number.
+      qrels, measure, min_relevance: as in `evaluate`.
+    """
+    if not runs_a or not runs_b:
+        raise ValueError(f"both systems need a run; got {len(runs_a)} and {len(runs_b)}")
+
+    def mean_over_seeds(runs):
+        values = [per_query(run, qrels, (measure,), min_relevance=min_relevance) for run in runs]
+        return np.mean([[row[measure][qid] for qid in qrels] for row in values], axis=0)
+
+    a, b = mean_over_seeds(runs_a), mean_over_seeds(runs_b)
+    differences = np.where(np.isclose(a, b, rtol=0, atol=1e-9), 0.0, a - b)
+    return Comparison(
+        measure=measure,
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        difference=float(a.mean() - b.mean()),
+        p_value=paired_randomization_test(differences),
+        wins=int((differences > 0).sum()),
+        losses=int((differences < 0).sum()),
+        ties=int((differences == 0).sum()),
+    )
+
+
+def paired_randomization_test(
+    differences: Sequence[float] | np.ndarray, *, draws: int = 20_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of a mean paired difference (Fisher's randomization; Smucker et al. 2007).
+
+    Were the two systems the same, each difference could as well have the other sign. p is the
+    share of random sign flips whose mean is at least as far from 0 as the observed one, which
+    itself counts as one draw. With up to 14 differences that are not 0, all flips are counted.
+
+    Returns:
+      p in (0, 1]; 1 where all differences are 0. Always the same for the same differences.
+    """
+    differences = np.asarray(differences, np.float64)
+    differences = differences[differences != 0]
+    size = len(differences)
+    reached = abs(differences.sum()) * (1 - 1e-9)
+    if size <= 14:
+        signs = 1 - 2 * (np.arange(2**size)[:, None] >> np.arange(size) & 1)
+        return float((np.abs(signs @ differences) >= reached).mean())
+    generator = np.random.default_rng(seed)
+    count, chunk = 0, max(1, 4_000_000 // size)
+    for start in range(0, draws, chunk):
+        signs = generator.integers(0, 2, (min(chunk, draws - start), size), dtype=np.int8)
+        sums = 2.0 * (signs @ differences) - differences.sum()
+        count += int((np.abs(sums) >= reached).sum())
+    return (count + 1) / (draws + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far a teacher's run covers the judgements, and how far it agrees with them.
+
+    queries: queries of the qrels with a relevant passage; covered: those the run ranks.
+    relevant: relevant judgements; retrieved: those whose passage stands in the run.
+    top_relevant: share of covered queries whose first passage is relevant.
+    ordered: share of the pairs (relevant passage, less relevant or unjudged passage) of the run
+      that stand in the right order, equal scores counted half; the mean over queries that have such
+      a pair, NaN if none has.
+    """
+
+    queries: int
+    covered: int
+    relevant: int
+    retrieved: int
+    top_relevant: float
+    ordered: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.covered} of {self.queries} judged queries and {self.retrieved} of "
+            f"{self.relevant} relevant passages are in the run; the first passage is relevant for "
+            f"{self.top_relevant:.1%} of the queries; {self.ordered:.1%} of pairs agree with the "
+            "judgements"
+        )
+
+
+def agreement(run: Run, qrels: Qrels, *, min_relevance: int = 1) -> Agreement:
+    """Coverage of the qrels by a run, and the run's agreement with them; see `Agreement`."""
+    relevant = {
+        qid: {pid for pid, grade in row.items() if grade >= min_relevance}
+        for qid, row in qrels.items()
+    }
+    relevant = {qid: pids for qid, pids in relevant.items() if pids}
+    ranked = {qid: _ranked(qid, run[qid]) for qid in relevant if run.get(qid)}
+    shares = [_ordered_share(ranked[qid], qrels[qid], relevant[qid]) for qid in ranked]
+    return Agreement(
+        queries=len(relevant),
+        covered=len(ranked),
+        relevant=sum(map(len, relevant.values())),
+        retrieved=sum(p.pid in relevant[qid] for qid in ranked for p in ranked[qid]),
+        top_relevant=_mean(ranked[qid][0].pid in relevant[qid] for qid in ranked),
+        ordered=_mean(share for share in shares if share is not None),
+    )
+
+
+def _ordered_share(passages, grades, relevant):
+    scores = np.array([p.score for p in passages])
+    levels = np.array([max(grades.get(p.pid, 0), 0) for p in passages])
+    rows = np.array([p.pid in relevant for p in passages])
+    pairs = levels[rows][:, None] > levels
+    if not pairs.any():
+        return None
+    above, equal = scores[rows][:, None] > scores, scores[rows][:, None] == scores
+    return float((above + 0.5 * equal)[pairs].mean())
+
+
+# Answer strings.
+
+
+def answer_hits(
+    run: Run,
+    queries: Iterable[Query],
+    passage_text: Callable[[str], str],
+    ks: Sequence[int] = (1, 5, 20, 100),
+) -> dict[str, float]:
+    """Share of the queries with a passage that holds an answer among the first k (DPR's protocol).
+
+    Args:
+      run: passages of each query; a query that the run lacks has no hit.
+      queries: those without answers are left out.
+      passage_text: text of a pid. DPR looks into the text alone, without the title.
+      ks: cutoffs.
+
+    Returns:
+      {'hits@1': share, ...}
+    """
+    ranks = answer_ranks(run, queries, passage_text, depth=max(ks))
+    return {f"hits@{k}": _mean(bool(r) and r <= k for r in ranks.values()) for k in ks}
+
+
+def answer_ranks(
+    run: Run, queries: Iterable[Query], passage_text: Callable[[str], str], *, depth: int = 100
+) -> dict[str, int | None]:
+    """{qid: rank from 1 of the first passage that holds an answer, None if not in `depth`}.
+
+    Raises ValueError if no query has answers.
+    """
+    ranks = {}
+    for query in queries:
+        if not query.answers:
+            continue
+        passages = _ranked(query.qid, run.get(query.qid, ()))[:depth]
+        hits = (
+            rank
+            for rank, passage in enumerate(passages, start=1)
+            if has_answer(passage_text(passage.pid), query.answers)
+        )
+        ranks[query.qid] = next(hits, None)
+    if not ranks:
+        raise ValueError("no query has answers: hits@k needs Query.answers")
+    return ranks
+
+
+def has_answer(text: str, answers: Iterable[str]) -> bool:
+    """Whether the words of an answer stand in the text, in a row (DPR, Karpukhin et al. 2020).
+
+    Text and answers are decomposed (Unicode NFD), lower-cased and cut by `tokenize`, so that case
+    and spacing do not matter but accents and punctuation do.
+    """
+    text = _normalize(text)
+    # Cutting a text is slow; an answer with a word that is no substring cannot be in it.
+    wanted = [words for answer in answers if (words := _answer_words(answer))]
+    wanted = [words for words in wanted if all(word in text for word in words)]
+    if not wanted:
+        return False
+    tokens = tokenize(text)
+    return any(
+        tuple(tokens[i : i + len(words)]) == words
+        for words in wanted
+        for i in range(len(tokens) - len(words) + 1)
+    )
+
+
+def tokenize(text: str) -> list[str]:
+    """Runs of letters, digits and combining marks, and every other visible character by itself."""
+    tokens = _token_pattern().findall(text)
+    return [t for t in tokens if len(t) > 1 or unicodedata.category(t)[0] != "C"]
+
+
+@cache
+def _token_pattern() -> re.Pattern[str]:
+    # [^\W_] is exactly Unicode's letters and numbers, \S all but separators and some controls.
+    points = map(chr, range(sys.maxunicode + 1))
+    marks = "".join(c for c in points if unicodedata.category(c)[0] == "M")
+    return re.compile(rf"(?:[^\W_]|[{marks}])+|\S")
+
+
+@lru_cache(maxsize=1024)
+def _answer_words(answer: str) -> tuple[str, ...]:
+    return tuple(tokenize(_normalize(answer)))
+
+
+def _normalize(text: str) -> str:
+    return unicodedata.normalize("NFD", text).lower()
+
+
+# Tables for people.
+
+
+def measures_table(
+    results: Mapping[str, Mapping[str, float]],
+    *,
+    measures: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Table:
+    """A rich table, one row a system and one column a measure; the best of a column is bold.
+
+    Args:
+      results: {system: {measure: value}}; a missing value is shown as a dash.
+      measures: the columns; by default every measure, in order of appearance.
+      title: stands above the table.
+    """
+    from rich.table import Table
+
+    if measures is None:
+        measures = list(dict.fromkeys(name for row in results.values() for name in row))
+    table = Table(title=title, title_justify="left")
+    table.add_column("system")
+    for name in measures:
+        table.add_column(name, justify="right")
+    best = {name: max(row.get(name, -math.inf) for row in results.values()) for name in measures}
+    for system, row in results.items():
+        table.add_row(
+            system, *(_cell(row.get(name), best[name], len(results)) for name in measures)
+        )
+    return table
+
+
+def _cell(value: float | None, best: float, systems: int) -> str:
+    if value is None:
+        return "-"
+    cell = f"{value:.3f}"
+    return f"[bold]{cell}[/bold]" if systems > 1 and cell == f"{best:.3f}" else cell
+
+
+def comparisons_table(comparisons: Mapping[str, Comparison], *, title: str | None = None) -> Table:
+    """A rich table, one row a comparison: {'distill against generate': Comparison, ...}."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("comparison")
+    for name in ("measure", "a", "b", "difference", "p", "better", "worse", "equal"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for label, c in comparisons.items():
+        values = (c.measure, f"{c.mean_a:.3f}", f"{c.mean_b:.3f}", f"{c.difference:+.3f}")
+        table.add_row(
+            label,
+            *values,
+            _p_value(c.p_value).removeprefix("= "),
+            *map(str, (c.wins, c.losses, c.ties)),
+        )
+    return table
+
+
+def _p_value(p: float) -> str:
+    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
+    """By falling score, then by pid."""
+    seen = set()
+    for passage in passages:
+        if passage.pid in seen:
+            raise ValueError(f"the run lists passage {passage.pid!r} twice for query {qid!r}")
+        if math.isnan(passage.score):
+            raise ValueError(f"the score of passage {passage.pid!r} for query {qid!r} is NaN")
+        seen.add(passage.pid)
+    return sorted(passages, key=lambda passage: (-passage.score, passage.pid))
+
+
+def _measure(name: str, min_relevance: int):
+    """The ir_measures object of a name; wrong names and cutoffs end here, before any work."""
+    import ir_measures
+
+    if min_relevance < 1:
+        raise ValueError(f"min_relevance must be at least 1; got {min_relevance}")
+    try:
+        measure = ir_measures.parse_measure(name)
+        if "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
+            measure = measure(rel=min_relevance)
+        measure.validate_params()
+        if measure.params.get("cutoff", 1) < 1:
+            raise ValueError("a cutoff below 1")
+    except (NameError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"unknown measure {name!r} ({error}): expected a name of ir_measures such as "
+            "'Success@5', 'RR@10', 'nDCG@10', 'R@100'; set `measures`"
+        ) from error
+    return measure

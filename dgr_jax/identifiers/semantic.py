@@ -1,0 +1,114 @@
+"""Docids from a k-means tree: the path of clusters to a leaf, then the place in it (DSI)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgr_jax.identifiers import kmeans
+from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
+from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KMeansTree:
+    """Hierarchical k-means (Tay et al. 2022, semantically structured identifiers).
+
+    A cluster of more than `leaf_size` passages is split into at most `branching` clusters; in a
+    leaf the passages are numbered in corpus order. train_passages: a larger cluster is split by
+    centroids trained on a sample of this size. full_batch: as in `ResidualQuantization`.
+    """
+
+    branching: int = 10
+    leaf_size: int = 100
+    embeddings: Embeddings = field(default_factory=TfidfSvd)
+    train_passages: int = 200_000
+    full_batch: int = 50_000
+
+    def build(
+        self,
+        store: PassageStore,
+        *,
+        encode: Callable[[str], list[int]],
+        first_code_id: int,
+        seed: int,
+    ) -> IdentifierTable:
+        """Rows of at most depth + 2 tokens: clusters, place in the leaf, EOS where lengths differ.
+
+        The cluster at level l is first_code_id + l * branching + cluster; the places in the leaf
+        follow the deepest level, in one block for leaves of all levels.
+        """
+        del encode
+        self._check()
+        levels, depths, places = self.cluster(self.embeddings.embed(store, seed), seed)
+        first_place = first_code_id + len(levels) * self.branching
+        rows = np.zeros((len(places), len(levels) + 2), np.int32)
+        for level, labels in enumerate(levels):
+            inside = level < depths
+            rows[inside, level] = first_code_id + level * self.branching + labels[inside]
+        passage = np.arange(len(rows))
+        rows[passage, depths] = first_place + places
+        if depths.min() < depths.max():
+            rows[passage, depths + 1] = EOS_ID
+        num_code_tokens = first_place - first_code_id + int(places.max()) + 1
+        table = IdentifierTable.from_rows(rows, view="semantic", num_code_tokens=num_code_tokens)
+        return table.require_docids()
+
+    def cluster(
+        self, vectors: np.ndarray, seed: int
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The tree over vectors [P, D].
+
+        Returns clusters int32 [P] by level (0 below a leaf), depths int64 [P] (clusters above the
+        leaf) and places int32 [P] in the leaf.
+        """
+        num_passages = len(vectors)
+        levels: list[np.ndarray] = []
+        depths = np.zeros(num_passages, np.int64)
+        places = np.zeros(num_passages, np.int32)
+        waiting = [(np.arange(num_passages), 0)]
+        while waiting:
+            members, level = waiting.pop()
+            if len(members) <= self.leaf_size:
+                depths[members] = level
+                places[members] = np.arange(len(members))
+                continue
+            if level == len(levels):
+                levels.append(np.zeros(num_passages, np.int32))
+            labels = self._split(vectors, members, seed + level)
+            levels[level][members] = labels
+            waiting += [(members[labels == label], level + 1) for label in np.unique(labels)]
+        _log.info("k-means tree: %d levels over %d passages", len(levels), num_passages)
+        return levels, depths, places
+
+    def _split(self, vectors: np.ndarray, members: np.ndarray, seed: int) -> np.ndarray:
+        """Clusters int32 [G] of some passages; equal vectors are dealt out in corpus order."""
+        chosen = members[kmeans.sample(len(members), self.train_passages, seed)]
+        centroids = kmeans.fit(
+            kmeans.as_float32(vectors[chosen], "embeddings"),
+            self.branching,
+            seed=seed,
+            full_batch=self.full_batch,
+        )
+        labels = np.empty(len(members), np.int32)
+        for part in kmeans.chunks(len(members), vectors.shape[1]):
+            rows = kmeans.as_float32(vectors[members[part]], "embeddings")
+            labels[part] = kmeans.nearest(rows, centroids)
+        if (labels == labels[0]).all():
+            labels = (np.arange(len(members)) * self.branching // len(members)).astype(np.int32)
+        return labels
+
+    def _check(self) -> None:
+        if self.branching < 2:
+            raise ValueError(f"KMeansTree.branching = {self.branching}, expected 2 or more")
+        if self.leaf_size < 1:
+            raise ValueError(f"KMeansTree.leaf_size = {self.leaf_size}, expected 1 or more")

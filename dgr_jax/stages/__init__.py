@@ -1,0 +1,23 @@
+"""What each stage of an experiment does: stage name -> function(experiment, folder)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dgr_jax.experiment import Experiment
+from dgr_jax.stages.candidates import candidates
+from dgr_jax.stages.evaluate import evaluate
+from dgr_jax.stages.prepare import prepare
+from dgr_jax.stages.students import control, distill, generate
+from dgr_jax.stages.teach import teach
+
+MAKERS: dict[str, Callable[[Experiment, Path], None]] = {
+    "prepare": prepare,
+    "generate": generate,
+    "candidates": candidates,
+    "teach": teach,
+    "distill": distill,
+    "control": control,
+    "evaluate": evaluate,
+}

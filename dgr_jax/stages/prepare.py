@@ -1,0 +1,213 @@
+"""Stage prepare: collection -> passages, vocabulary, identifiers, trie, SeqIO tasks, token arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from dgr_jax import cli
+from dgr_jax.corpora import beir, checks, store
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.corpora.types import Qrel, Query
+from dgr_jax.data import examples
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.decoding import trie
+from dgr_jax.experiment import Experiment
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.pipeline import RECORD, read_record, write_record
+from dgr_jax.training import arrays
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(experiment: Experiment, folder: Path) -> None:
+    """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does."""
+    settings = experiment.prepare
+    splits = (settings.train_split, *settings.test_splits)
+    experiment.collection.check(splits)
+    passages = store.write(experiment.collection.passages(), folder / "passages")
+    queries, qrels = _read_judged(experiment, splits)
+    for split in splits:
+        checks.check_qrels(qrels[split], queries[split], passages.pids)
+    train = settings.train_split
+    if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[train]):
+        raise ValueError(
+            f"split {train!r} has no positive: no relevance of {settings.min_relevance} or more "
+            "(Prepare.min_relevance)"
+        )
+    every_query = {q.qid: q for split in splits for q in queries[split].values()}
+    beir.write_beir(folder / "collection", (), every_query.values(), qrels)
+    vocabulary, table = _identifiers(experiment, folder, passages, queries[train])
+    counts = _datasets(
+        experiment, folder, passages, table, vocabulary, queries[train], qrels[train]
+    )
+    report = {
+        "passages": len(passages),
+        "queries": {split: len(queries[split]) for split in splits},
+        "qrels": {split: len(qrels[split]) for split in splits},
+        "examples": counts,
+        "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
+        "identifiers": table.report(),
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for line in _readable(report):
+        logger.info("prepare: %s", line)
+
+
+def _read_judged(
+    experiment: Experiment, splits: tuple[str, ...]
+) -> tuple[dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
+    """Queries by qid, and judgements, of each split."""
+    collection = experiment.collection
+    queries = {split: {q.qid: q for q in collection.queries(split)} for split in splits}
+    return queries, {split: list(collection.qrels(split)) for split in splits}
+
+
+def _identifiers(
+    experiment: Experiment, folder: Path, passages: PassageStore, queries: dict[str, Query]
+) -> tuple[Vocabulary, IdentifierTable]:
+    """Vocabulary, identifier table and trie, written to the folder."""
+    settings = experiment.prepare
+    texts = itertools.chain((p.contents for p in passages), (q.text for q in queries.values()))
+    settings.vocabulary.write(folder, texts)
+    vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
+    table = settings.identifiers.build(
+        passages,
+        encode=vocabulary.encode,
+        first_code_id=vocabulary.first_code_id,
+        seed=settings.seed,
+    )
+    vocabulary = replace(vocabulary, num_code_tokens=table.num_code_tokens)
+    vocabulary.save()
+    table.save(folder / "identifiers")
+    index = trie.build(
+        np.asarray(table.tokens), np.asarray(table.lengths), vocab_size=vocabulary.size
+    )
+    index.save(folder / "trie")
+    return vocabulary, table
+
+
+def _datasets(experiment, folder, passages, table, vocabulary, queries, qrels) -> dict[str, int]:
+    """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
+    from dgr_jax.data import datasets, prepared, tasks
+    from dgr_jax.data.feature_converters import GenerationConverter
+
+    settings = experiment.prepare
+    texts = {query.qid: query.text for query in queries.values()}
+    streams = {
+        name: examples.examples(
+            name,
+            settings.sources,
+            store=passages,
+            table=table,
+            query_texts=texts,
+            qrels=qrels,
+            min_relevance=settings.min_relevance,
+        )
+        for name in settings.sources.rates()
+    }
+    counts = prepared.write(folder / "tfds", "examples", streams)
+    empty = [name for name, count in counts.items() if not count]
+    if empty:
+        raise ValueError(
+            f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
+        )
+    task_file(settings.tasks).register(
+        tasks.Prepared(folder / "tfds", vocabulary, settings.sources.rates())
+    )
+    lengths = {"inputs": settings.query_length, "targets": table.tokens.shape[1]}
+    for name in streams:
+        blocks = datasets.arrays(f"{settings.tasks}_{name}", lengths, GenerationConverter())
+        arrays.write_arrays(folder / "arrays" / name, blocks)
+    return counts
+
+
+def task_file(name: str) -> ModuleType:
+    """The module tasks/`name`.py, from the package or the checkout."""
+    path = cli.resources("tasks") / f"{name}.py"
+    if not path.is_file():
+        there = sorted(f.stem for f in path.parent.glob("[a-z]*.py"))
+        raise ValueError(f"Prepare.tasks: got {name!r}, expected one of {there}")
+    spec = importlib.util.spec_from_file_location(f"dgr_jax.tasks.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the prepare stage left, opened."""
+
+    folder: Path
+    store: PassageStore
+    table: IdentifierTable
+    vocabulary: Vocabulary
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Prepared:
+        folder = Path(model_dir) / "prepare"
+        return cls(
+            folder,
+            PassageStore(folder / "passages"),
+            IdentifierTable.load(folder / "identifiers"),
+            Vocabulary.load(folder),
+        )
+
+    def queries(self, split: str) -> dict[str, Query]:
+        """qid -> query of a split."""
+        return {
+            q.qid: q for q in beir.BeirCollection(str(self.folder / "collection")).queries(split)
+        }
+
+    def qrels(self, split: str) -> dict[str, dict[str, int]]:
+        """qid -> pid -> relevance of a split."""
+        judged: dict[str, dict[str, int]] = {}
+        for qrel in beir.BeirCollection(str(self.folder / "collection")).qrels(split):
+            judged.setdefault(qrel.qid, {})[qrel.pid] = qrel.relevance
+        return judged
+
+
+def export(experiment: Experiment, target: str) -> None:
+    """Copy the prepare stage, without its TFDS dataset, to MODEL_DIR `target` on its way elsewhere.
+
+    There every later stage runs without TensorFlow and without the collection.
+    """
+    origin = Path(experiment.model_dir) / "prepare"
+    folder = Path(target) / "prepare"
+    if read_record(folder):
+        raise ValueError(f"--export={target}: there is an experiment already ({folder / RECORD})")
+    shutil.copytree(
+        origin, folder, ignore=shutil.ignore_patterns("tfds", RECORD), dirs_exist_ok=True
+    )
+    write_record(folder, **read_record(origin))
+    shutil.copyfile(Path(experiment.model_dir) / "config.gin", Path(target) / "config.gin")
+    logger.info(
+        "exported to %s; there: python -m dgr_jax.train --model_dir=%s", target, Path(target).name
+    )
+
+
+def _readable(report: dict[str, Any]) -> Iterator[str]:
+    found = report["identifiers"]
+    yield (
+        f"{report['passages']:,} passages, "
+        + ", ".join(f"{n:,} {split} queries" for split, n in report["queries"].items())
+        + "; examples: "
+        + ", ".join(f"{n:,} {name}" for name, n in report["examples"].items())
+    )
+    yield ", ".join(
+        f"{key.replace('_', ' ')} {value}"
+        for key, value in found.items()
+        if not isinstance(value, (list, dict))
+    )
+    for level in found.get("levels", []):
+        yield "code usage: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in level.items())

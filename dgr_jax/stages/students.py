@@ -1,0 +1,135 @@
+"""Stages generate, control and distill: training runs of the student."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dgr_jax import checkpoints, partitioning
+from dgr_jax.decoding import trie
+from dgr_jax.experiment import Experiment, Training
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.generative import Decoder, Search, write_student
+from dgr_jax.stages.prepare import Prepared
+from dgr_jax.training import loop
+from dgr_jax.training.source import ArraySource, MixtureSource, Source
+
+
+def generate(experiment: Experiment, folder: Path) -> None:
+    """Learn to generate identifiers."""
+    batches = _mixture(experiment, experiment.generate)
+    _train(experiment, folder, "generate", experiment.generate, batches)
+
+
+def control(experiment: Experiment, folder: Path) -> None:
+    """Generation alone, from the checkpoint and on the examples that distillation has."""
+    settings = dataclasses.replace(experiment.distill, objective=experiment.generate.objective)
+    batches = _Later(_mixture(experiment, settings), experiment.generate.steps)
+    _train(experiment, folder, "control", settings, batches, start=_trained(experiment, "generate"))
+
+
+def distill(experiment: Experiment, folder: Path) -> None:
+    """Rank lists and generation examples together, from the generation student."""
+    settings = experiment.distill
+    lists = ArraySource(
+        Path(experiment.model_dir) / "teach" / "rank_lists",
+        settings.list_batch_size,
+        settings.seed,
+    )
+    mixture = _Later(_mixture(experiment, settings), experiment.generate.steps)
+    batches = _Together({"rank_list": lists, "generation": mixture})
+    _train(experiment, folder, "distill", settings, batches, start=_trained(experiment, "generate"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Later:
+    """A source that begins where `steps` steps of another run have left it."""
+
+    source: Source
+    steps: int
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        return self.source.batch(step + self.steps, process_index, process_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Together:
+    """One batch of each source, by name."""
+
+    sources: Mapping[str, Source]
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        return {k: s.batch(step, process_index, process_count) for k, s in self.sources.items()}
+
+
+def _mixture(experiment: Experiment, settings: Training) -> MixtureSource:
+    arrays = Path(experiment.model_dir) / "prepare" / "arrays"
+    rates = experiment.prepare.sources.rates()
+    return MixtureSource(
+        {name: (arrays / name, rate) for name, rate in rates.items()},
+        settings.batch_size,
+        settings.seed,
+    )
+
+
+def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
+    """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
+    config = experiment.model
+    if config.vocab_size and config.vocab_size < vocab_size:
+        raise ValueError(
+            f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
+            "text pieces and docid codes of this experiment (0 takes just those)"
+        )
+    return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+
+
+def _train(
+    experiment: Experiment,
+    folder: Path,
+    name: str,
+    settings: Training,
+    batches: Any,
+    start: Any = None,
+) -> None:
+    vocabulary = Prepared.load(experiment.model_dir).vocabulary
+    config = model_config(experiment, vocabulary.size)
+    loop.train(
+        name=name,
+        folder=folder,
+        model=Transformer(config),
+        objective=settings.objective,
+        optimizer=settings.optimizer.transformation(settings.steps),
+        source=batches,
+        mesh=partitioning.make_mesh(experiment.mesh),
+        total_steps=settings.steps,
+        seed=settings.seed,
+        initial_params=start,
+        microbatches=settings.microbatches,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        keep_checkpoints=settings.keep_checkpoints,
+    )
+    write_student(folder, config, experiment.evaluate.search)
+
+
+def _trained(experiment: Experiment, system: str) -> Any:
+    """Parameters of a finished student on the experiment's mesh."""
+    vocabulary = Prepared.load(experiment.model_dir).vocabulary
+    model = Transformer(model_config(experiment, vocabulary.size))
+    mesh = partitioning.make_mesh(experiment.mesh)
+    folder = Path(experiment.model_dir) / system / "checkpoints"
+    return checkpoints.restore_params(folder, partitioning.abstract_params(model, mesh))
+
+
+def decoder(experiment: Experiment, system: str, search: Search, made: Prepared) -> Decoder:
+    """A finished student, ready to retrieve."""
+    return Decoder(
+        model_config(experiment, made.vocabulary.size),
+        _trained(experiment, system),
+        trie.load(made.folder / "trie"),
+        made.table,
+        search,
+        partitioning.make_mesh(experiment.mesh),
+    )

@@ -1,0 +1,268 @@
+"""The training loop: restore, then step, log, save until the end.
+
+A run can be stopped at any time and started again with the same call. SIGTERM (a preempted
+machine) saves and leaves with exit code 75, "try again"; after SIGKILL the last checkpoint counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from dgr_jax import partitioning
+from dgr_jax.checkpoints import Checkpoints
+from dgr_jax.training.metrics import MetricsWriter, Progress, Speed, progress_line
+from dgr_jax.training.source import Prefetch, Source
+from dgr_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+
+logger = logging.getLogger(__name__)
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
+IN_FLIGHT = 2  # steps that the host may be ahead of the device
+
+Hook = Callable[[int, TrainState], Mapping[str, float]]
+
+
+def train(
+    *,
+    name: str,
+    folder: str | Path,
+    model: Any,
+    objective: Any,
+    optimizer: optax.GradientTransformation,
+    source: Source,
+    mesh: jax.sharding.Mesh,
+    total_steps: int,
+    seed: int = 0,
+    initial_params: Any = None,
+    microbatches: int = 1,
+    log_every: int = 50,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    hooks: Sequence[Hook] = (),
+    hook_every: int = 0,
+    learning_rate: Callable[[int], Any] | None = None,
+    tensorboard: bool = True,
+) -> TrainState:
+    """Trains until `total_steps`, going on from the newest checkpoint in `folder`.
+
+    Writes folder/checkpoints, folder/metrics.jsonl and, where installed, folder/tensorboard.
+
+    Args:
+      name: of the stage, for the progress line and errors.
+      objective: see `objectives`; optimizer: see `optimizers`, `.transformation(total_steps)`.
+      source: gives the batch of any step.
+      initial_params: where step 0 starts; random by default. Not read when a checkpoint is there.
+      hooks: called as hook(step, state) every `hook_every` steps and at the end (0: at the end
+        only); what they return joins the metrics. The state dies in the next step: keep no
+        reference to it.
+      learning_rate: schedule to log beside the metrics.
+
+    Returns the last state. Raises ValueError on settings that cannot work, FloatingPointError when
+    the loss is not a finite number, SystemExit(75) after SIGTERM, once the state is saved.
+    """
+    _check(total_steps=total_steps, log_every=log_every, checkpoint_every=checkpoint_every)
+    folder = Path(folder)
+    with Checkpoints(folder / "checkpoints", keep=keep_checkpoints) as saved, _Sigterm() as stop:
+        abstract = abstract_state(model, optimizer, mesh)
+        begin, state = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
+        if state is None:
+            state = init_state(model, optimizer, mesh, seed=seed, params=initial_params)
+        del initial_params
+        step = make_train_step(
+            objective, model, optimizer, mesh, abstract, microbatches=microbatches
+        )
+        make = functools.partial(_make_batch, source, mesh)
+        with (
+            _Report(name, folder, begin, total_steps, learning_rate, tensorboard) as report,
+            Prefetch(make, begin, total_steps) as batches,
+        ):
+            for now, batch in enumerate(batches, start=begin + 1):
+                state, metrics = step(state, batch)
+                report.add(now, metrics, batch)
+                last = now == total_steps
+                stopped = not last and stop.requested(now)
+                saves = last or stopped or now % checkpoint_every == 0
+                if saves or now % log_every == 0:
+                    report.log(now)  # raises on a loss that is not finite, so none is saved
+                if last or (hook_every and now % hook_every == 0):
+                    for hook in hooks:
+                        report.write(now, hook(now, state))
+                if saves:
+                    saved.save(now, state, {"step": now, "seed": seed})
+                if stopped:
+                    saved.wait()
+                    logger.warning("%s: SIGTERM: saved step %d, stopping", name, now)
+                    raise SystemExit(EXIT_PREEMPTED)
+    return state
+
+
+def _restore(
+    saved: Checkpoints, abstract: TrainState, *, name: str, total_steps: int, seed: int
+) -> tuple[int, TrainState | None]:
+    """(steps done, state) of the newest checkpoint; (0, None) when there is none."""
+    restored = saved.restore_latest(abstract)
+    if restored is None:
+        return 0, None
+    state, position = restored
+    begin, other = position["step"], "or give another folder (MODEL_DIR)"
+    if position["seed"] != seed:
+        raise ValueError(
+            f"seed: got {seed}, expected {position['seed']}, that of the checkpoint: batches would "
+            f"come in another order; set it back {other}"
+        )
+    if begin > total_steps:
+        raise ValueError(
+            f"total_steps: got {total_steps}, expected {begin} or more, the step of the newest "
+            f"checkpoint; set it back {other}"
+        )
+    logger.info("%s: goes on from step %d of %d", name, begin, total_steps)
+    return begin, state
+
+
+def _make_batch(source: Source, mesh: jax.sharding.Mesh, step: int) -> Any:
+    """The global batch of a step, on the devices."""
+    local = source.batch(step, jax.process_index(), jax.process_count())
+    return partitioning.shard_batch(local, mesh)
+
+
+def _check(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected 1 or more")
+
+
+class _Sigterm:
+    """Notes SIGTERM while the loop runs; the handler before it is put back afterwards.
+
+    With several processes the runtime's preemption notice is asked instead, so that all of them
+    stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._before: Any = None
+        main = threading.current_thread() is threading.main_thread()
+        self._handles = main and jax.process_count() == 1
+
+    def __enter__(self) -> _Sigterm:
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: object) -> None:
+        self._noted = True
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; every process gets the same answer."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted
+
+    def __exit__(self, *_: object) -> None:
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+
+def _examples(batch: Any) -> int:
+    """Examples in a batch: rows of its first feature; of a nested batch, those of all parts."""
+    parts = [part for part in batch.values() if isinstance(part, Mapping)]
+    return sum(map(_examples, parts)) if parts else next(iter(batch.values())).shape[0]
+
+
+class _Report:
+    """Collects the steps' metrics on the device; fetches, checks and writes them when asked."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        begin: int,
+        total: int,
+        learning_rate: Callable[[int], Any] | None,
+        tensorboard: bool,
+    ) -> None:
+        self._name, self._total, self._learning_rate = name, total, learning_rate
+        self._window: list[tuple[int, Any]] = []
+        self._first = begin + 1
+        self._examples = 0
+        self._speed, self._progress = Speed(), Progress()
+        self._writer = None
+        if jax.process_index() == 0:
+            self._writer = MetricsWriter(folder, after=begin, tensorboard=tensorboard)
+
+    def __enter__(self) -> _Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, step: int, metrics: Any, batch: Any) -> None:
+        """Keeps a step's metrics; waits only for the step before the last few."""
+        self._window.append((step, metrics))
+        self._examples = _examples(batch)
+        if step == self._first:  # compiled now: the clock starts here
+            jax.block_until_ready(metrics)
+            self._speed.look(step)
+        elif len(self._window) > IN_FLIGHT:
+            jax.block_until_ready(self._window[-1 - IN_FLIGHT][1])
+
+    def log(self, step: int) -> None:
+        """Writes the means of the steps since the last call; raises on a loss not finite."""
+        if not self._window:
+            return
+        window = jax.device_get(self._window)
+        self._window = []
+        for at, metrics in window:
+            self._check_finite(at, metrics)
+        seconds = self._speed.look(step)
+        values = _means([metrics for _, metrics in window])
+        rate = self._examples / seconds if seconds else math.nan
+        values["examples_per_second"] = rate
+        if self._learning_rate is not None:
+            values["learning_rate"] = float(self._learning_rate(step - 1))
+        self.write(step, values)
+        if self._writer is not None:
+            left = 0.0 if math.isnan(seconds) else seconds * (self._total - step)
+            self._progress.show(
+                progress_line(self._name, step, self._total, values["loss"], rate, left)
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of metrics."""
+        if self._writer is not None:
+            self._writer.write(step, values)
+
+    def _check_finite(self, step: int, metrics: Any) -> None:
+        for name in ("loss", "grad_norm"):
+            total, _ = metrics[name]
+            if not np.isfinite(total):
+                raise FloatingPointError(
+                    f"{self._name}: {name} is {float(total)} at step {step}; lower the learning "
+                    f"rate (its `peak`) or clip gradients (`max_grad_norm`), and look for examples "
+                    f"without targets; the last checkpoint is from before"
+                )
+
+
+def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Sum over steps of each metric's sums divided by that of its weights; weightless: left out."""
+    means = {}
+    for name in window[0]:
+        total = sum(float(metrics[name][0]) for metrics in window)
+        weight = sum(float(metrics[name][1]) for metrics in window)
+        if weight:
+            means[name] = total / weight
+    return means

@@ -1,0 +1,12 @@
+"""SeqIO tasks of SQuAD paragraphs and questions in a BEIR folder.
+
+squad_labelled, squad_passages and squad_pseudo_queries: text -> identifier, as far as the experiment uses
+them; squad_generation: their mixture; squad_rank_lists: query -> teacher's rank list.
+"""
+
+from dgr_jax.data import tasks
+
+
+def register(prepared: tasks.Prepared) -> None:
+    """Add the tasks of a prepared collection to SeqIO's registries."""
+    tasks.register("squad", prepared)

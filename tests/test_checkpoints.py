@@ -1,0 +1,181 @@
+"""Saving and restoring: whole, onto another mesh, and past damage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgr_jax import checkpoints, partitioning
+from dgr_jax.checkpoints import Checkpoints
+from dgr_jax.partitioning import Mesh, make_mesh
+from dgr_jax.training.objectives import Generation
+from dgr_jax.training.optimizers import Adafactor, AdamW, Constant
+from dgr_jax.training.step import abstract_state, init_state, make_train_step
+from tests import toy
+
+MODEL = toy.Toy()
+OPTIMIZER = AdamW(Constant(0.1)).transformation(10)
+ADVICE = "set the model and optimizer back, or give another folder (MODEL_DIR)"
+
+
+def _mesh(data=1, model=1):
+    return make_mesh(Mesh(data, model), toy.devices(data * model))
+
+
+@pytest.fixture(scope="module")
+def states():
+    """States after 0, 1, ... 4 steps, on the host."""
+    mesh = _mesh()
+    state = init_state(MODEL, OPTIMIZER, mesh, seed=0, params=toy.params())
+    step = make_train_step(Generation(), MODEL, OPTIMIZER, mesh, state)
+    found = [jax.device_get(state)]
+    for seed in range(4):
+        state, _ = step(state, toy.generation_examples(8, seed))
+        found.append(jax.device_get(state))
+    return found
+
+
+def _on_device(state, mesh=None):
+    abstract = abstract_state(MODEL, OPTIMIZER, mesh or _mesh())
+    return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, abstract)
+
+
+def _save(folder, states, steps, keep=2):
+    with Checkpoints(folder, keep=keep) as saved:
+        for step in steps:
+            saved.save(step, _on_device(states[step]), {"step": step, "seed": 7})
+
+
+def _assert_equal(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
+
+
+def test_round_trip_onto_another_mesh(tmp_path, states):
+    _save(tmp_path, states, [1, 2, 3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]  # keep=2
+    abstract = abstract_state(MODEL, OPTIMIZER, _mesh(2, 4))
+    with Checkpoints(tmp_path) as saved:
+        assert saved.latest() == 3
+        state, position = saved.restore_latest(abstract)
+    _assert_equal(state, states[3])
+    assert position == {"step": 3, "seed": 7}
+    assert state.params["kernel"].sharding == abstract.params["kernel"].sharding
+    assert {shard.data.shape for shard in state.params["kernel"].addressable_shards} == {(16, 8)}
+
+
+def test_an_empty_folder_has_nothing(tmp_path):
+    with Checkpoints(tmp_path / "new") as saved:
+        assert saved.latest() is None
+        assert saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh())) is None
+
+
+def test_params_alone(tmp_path, states):
+    _save(tmp_path, states, [2, 3])
+    abstract = partitioning.abstract_params(MODEL, _mesh(4, 2))
+    _assert_equal(checkpoints.restore_params(tmp_path, abstract), states[3].params)
+    _assert_equal(checkpoints.restore_params(tmp_path, abstract, step=2), states[2].params)
+    with pytest.raises(FileNotFoundError, match=r"expected step 9, found \[2, 3\]; has the stage"):
+        checkpoints.restore_params(tmp_path, abstract, step=9)
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint; has the stage been train"):
+        checkpoints.restore_params(tmp_path / "none", abstract)
+
+
+def test_a_save_is_not_touched_by_the_steps_after_it(tmp_path):
+    """The step donates the state while the save still runs."""
+    mesh = _mesh()
+    state = init_state(MODEL, OPTIMIZER, mesh, seed=0, params=toy.params())
+    step = make_train_step(Generation(), MODEL, OPTIMIZER, mesh, state)
+    batch = toy.generation_examples(8)
+    with Checkpoints(tmp_path) as saved:
+        for number in range(1, 4):
+            state, _ = step(state, batch)
+            if number == 2:
+                expected = jax.tree.map(np.array, state)
+                saved.save(2, state, {})
+    with Checkpoints(tmp_path) as saved:
+        restored, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, mesh))
+    _assert_equal(restored, expected)
+
+
+def _truncate(folder):
+    """Cuts every data file of a checkpoint in half."""
+    files = [path for path in folder.rglob("d/*") if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _remove_metadata(folder):
+    for path in folder.rglob("_METADATA"):
+        path.write_text("{")
+
+
+@pytest.mark.parametrize("damage", [_truncate, _remove_metadata])
+def test_a_damaged_newest_is_set_aside(tmp_path, states, caplog, damage):
+    _save(tmp_path, states, [1, 2])
+    damage(tmp_path / "2")
+    abstract = abstract_state(MODEL, OPTIMIZER, _mesh())
+    with Checkpoints(tmp_path) as saved:
+        state, position = saved.restore_latest(abstract)
+        _assert_equal(state, states[1])
+        assert position["step"] == 1
+        saved.save(2, _on_device(states[2]), {"step": 2, "seed": 7})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "2.damaged"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "dgr_jax.checkpoints"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"checkpoint {tmp_path / '2'} cannot be read (")
+    assert warnings[0].endswith("): set aside as 2.damaged, an older one is used")
+    with Checkpoints(tmp_path) as saved:
+        _assert_equal(saved.restore_latest(abstract)[0], states[2])
+
+
+def test_nothing_readable_is_an_error_and_moves_nothing(tmp_path, states):
+    _save(tmp_path, states, [1])
+    _truncate(tmp_path / "1")
+    with Checkpoints(tmp_path) as saved, pytest.raises(ValueError) as error:
+        saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
+    assert str(error.value).startswith(f"checkpoints in {tmp_path}: cannot read step 1 (")
+    assert str(error.value).endswith("remove these folders to go on without them")
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_another_model_size_is_refused(tmp_path, states):
+    _save(tmp_path, states, [1, 2])
+    other = toy.Toy(width=8)
+    message = (
+        f"checkpoint {tmp_path / '2'}: embedding: got shape (16, 16), expected (16, 8), that of "
+        f"the configured model; {ADVICE}"
+    )
+    with Checkpoints(tmp_path) as saved, pytest.raises(ValueError) as error:
+        saved.restore_latest(abstract_state(other, OPTIMIZER, _mesh()))
+    assert str(error.value) == message
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore_params(tmp_path, partitioning.abstract_params(other, _mesh()))
+    assert str(error.value) == message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # not called damage
+
+
+def test_another_optimizer_is_refused(tmp_path, states):
+    _save(tmp_path, states, [1, 2])
+    adafactor = Adafactor().transformation(10)
+    with Checkpoints(tmp_path) as saved, pytest.raises(ValueError) as error:
+        saved.restore_latest(abstract_state(MODEL, adafactor, _mesh()))
+    assert str(error.value).startswith(f"checkpoint {tmp_path / '2'}: opt_state/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_names_that_differ():
+    shape = jnp.zeros((2,))
+    with pytest.raises(ValueError) as error:
+        checkpoints.check_shapes({"a": shape}, {"a": shape, "b": {"c": shape}}, "here")
+    assert str(error.value) == f"here: b/c is missing; {ADVICE}"
+    with pytest.raises(ValueError) as error:
+        checkpoints.check_shapes({"a": shape, "d": shape}, {"a": shape}, "here")
+    assert str(error.value) == f"here: d is not part of the configured model; {ADVICE}"
+
+
+def test_keep_error(tmp_path):
+    with pytest.raises(ValueError) as error:
+        Checkpoints(tmp_path, keep=0)
+    assert str(error.value) == "keep_checkpoints: got 0, expected 1 or more"

@@ -1,0 +1,103 @@
+"""The gateway to ir_datasets, against a library of our own with the same calls."""
+
+from __future__ import annotations
+
+import sys
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+
+from dgr_jax.corpora.irds import IrDatasetsCollection
+from dgr_jax.corpora.types import Passage, Qrel, Query
+
+Titled = namedtuple("Titled", "doc_id text title")
+Plain = namedtuple("Plain", "doc_id text")
+Bare = namedtuple("Bare", "query_id title")
+Asked = namedtuple("Asked", "query_id text answers")
+Judged = namedtuple("Judged", "query_id doc_id relevance iteration")
+
+
+class Page(namedtuple("Page", "doc_id url title body")):
+    def default_text(self) -> str:
+        return f"{self.title} {self.body}"
+
+
+def _dataset(**parts: list) -> SimpleNamespace:
+    methods = {
+        f"has_{part}": lambda part=part: part in parts for part in ("docs", "queries", "qrels")
+    }
+    methods |= {f"{part}_iter": lambda rows=rows: iter(rows) for part, rows in parts.items()}
+    return SimpleNamespace(**methods)
+
+
+LIBRARY = {
+    "pages": _dataset(
+        docs=[Titled("1", "text", "Title"), Plain(2, "only text"), Page("3", "u", "T", "body")]
+    ),
+    "pages/test": _dataset(
+        queries=[Asked("b", "who", ["x"]), Asked("c", "unjudged", []), Asked("a", "what", None)],
+        qrels=[Judged("a", "1", 1, "0"), Judged("b", 3, "2", "0")],
+    ),
+    "bare": _dataset(
+        docs=[Bare("1", "t")], queries=[Bare("q", "t")], qrels=[Judged("q", "1", 1, 0)]
+    ),
+}
+
+
+@pytest.fixture
+def library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=LIBRARY.__getitem__))
+
+
+@pytest.mark.parametrize("splits", [(), {"eval": "pages/test"}, (("eval", "pages/test"),)])
+def test_documents_queries_and_judgements(library, splits):
+    collection = IrDatasetsCollection(dataset="pages", splits=splits)
+    split = "eval" if splits else "test"
+    collection.check([split])
+    hash(collection)
+    assert list(collection.passages()) == [
+        Passage("1", "text", "Title"),
+        Passage("2", "only text"),
+        Passage("3", "T body"),
+    ]
+    assert list(collection.queries(split)) == [Query("b", "who", ("x",)), Query("a", "what")]
+    assert len(list(collection.all_queries(split))) == 3
+    assert list(collection.qrels(split)) == [Qrel("a", "1", 1), Qrel("b", "3", 2)]
+
+
+def test_splits_given_as_a_mapping_are_kept_as_a_value():
+    given = IrDatasetsCollection("a", {"x": "b"})
+    assert given == IrDatasetsCollection("a", (("x", "b"),))
+    assert given.splits == (("x", "b"),)
+
+
+@pytest.mark.parametrize(
+    ("collection", "message"),
+    [
+        (
+            IrDatasetsCollection("nope"),
+            "found the ir_datasets id 'nope', which the library does not",
+        ),
+        (IrDatasetsCollection("pages/test"), "found no docs in the ir_datasets id 'pages/test'"),
+        (
+            IrDatasetsCollection("pages", {"test": "pages"}),
+            r"found no queries in the ir_datasets id 'pages'; .* \(gin: IrDatasetsCollection",
+        ),
+    ],
+)
+def test_wrong_ids_are_refused(library, collection, message):
+    with pytest.raises(ValueError, match=message):
+        collection.check()
+
+
+def test_records_without_any_text_are_refused(library):
+    collection = IrDatasetsCollection("bare", {"test": "bare"})
+    with pytest.raises(ValueError, match="a record of 'bare' with the fields query_id, title; exp"):
+        list(collection.queries("test"))
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ir_datasets", None)
+    with pytest.raises(ImportError, match=r"needs the extra 'dgr_jax\[irds\]': pip install"):
+        IrDatasetsCollection("pages").check()

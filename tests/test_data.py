@@ -1,0 +1,224 @@
+"""Vocabulary, examples, SeqIO tasks and feature converters."""
+
+import numpy as np
+import pytest
+
+from dgr_jax.corpora import store
+from dgr_jax.corpora.types import Passage, Qrel
+from dgr_jax.data import examples, rank_lists
+from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.identifiers.table import IdentifierTable
+
+PASSAGES = [
+    Passage("p0", "Bees make honey in the hive. They dance to show the way to flowers.", "Bees"),
+    Passage("p1", "A glacier is a slow river of ice. It carves valleys as it moves.", "Glaciers"),
+    Passage("p2", "Owls fly in silence. Their soft feathers break up the sound of wings.", "Owls"),
+]
+TEXTS = {"q0": "how do bees make honey", "q1": "what is a glacier", "q2": "why are owls quiet"}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    settings = SentencePiece(size=80)
+    settings.write(folder, [p.contents for p in PASSAGES] + list(TEXTS.values()))
+    made = Vocabulary.create(folder)
+    made = Vocabulary(folder, made.text_size, num_code_tokens=12)
+    made.save()
+    return made
+
+
+@pytest.fixture(scope="module")
+def table(vocabulary):
+    first = vocabulary.first_code_id
+    rows = np.array([[0, 4, 8], [1, 4, 8], [1, 5, 9]], np.int32) + first
+    return IdentifierTable.from_rows(rows, view="rq", num_code_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory):
+    return store.write(PASSAGES, tmp_path_factory.mktemp("passages"))
+
+
+def test_vocabulary_layout(vocabulary):
+    assert vocabulary.first_code_id % 128 == 0 and vocabulary.first_code_id >= vocabulary.text_size
+    assert vocabulary.size == vocabulary.first_code_id + 128
+    assert Vocabulary.load(vocabulary.folder) == vocabulary
+    ids = vocabulary.encode("Bees MAKE honey")
+    assert ids == vocabulary.encode("bees make honey")
+    assert vocabulary.decode(ids) == "bees make honey"
+    assert vocabulary.decode([vocabulary.first_code_id + 3, 1]) == "<3>"
+
+
+def test_encode_inputs_cuts_and_ends(vocabulary):
+    rows = vocabulary.encode_inputs(["bees make honey in the hive", ""], 5)
+    assert rows.dtype == np.int32 and rows.shape == (2, 5)
+    assert rows[0, 4] == 1 and (rows[0, :4] > 1).all()
+    assert rows[1].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_missing_sentencepiece_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="SentencePiece.path: no file at 'nowhere.model'"):
+        SentencePiece(path="nowhere.model").write(tmp_path, [])
+    with pytest.raises(ValueError, match="could not be trained"):
+        SentencePiece().write(tmp_path, [" "])
+    with pytest.raises(FileNotFoundError, match="run the prepare stage first"):
+        Vocabulary.load(tmp_path)
+
+
+def test_examples_of_each_source(passages, table):
+    settings = examples.Sources(chunk_words=6)
+    qrels = [Qrel("q0", "p0", 2), Qrel("q0", "p1", 1), Qrel("q1", "p1", 2)]
+    labelled = list(
+        examples.examples(
+            "labelled", settings, store=passages, table=table, query_texts=TEXTS,
+            qrels=qrels, min_relevance=2,
+        )
+    )  # fmt: skip
+    assert [(e["inputs"], e["pid"]) for e in labelled] == [
+        ("how do bees make honey", "p0"),
+        ("what is a glacier", "p1"),
+    ]
+    first = table.tokens.min()
+    assert (labelled[1]["targets"] - first).tolist() == [1, 4, 8]
+    chunks = [
+        e["inputs"] for e in examples.examples("passages", settings, store=passages, table=table)
+    ]
+    assert chunks[0] == "Bees Bees make honey in the hive."
+    assert chunks[1] == "Bees in the hive. They dance to"
+    assert all(len(chunk.split()) <= 7 for chunk in chunks)
+    sentences = [
+        e["inputs"]
+        for e in examples.examples("pseudo_queries", settings, store=passages, table=table)
+    ]
+    assert sentences[:2] == [
+        "Bees make honey in the hive.",
+        "They dance to show the way to flowers.",
+    ]
+
+
+def test_pseudo_queries_of_a_file(tmp_path, passages, table):
+    path = tmp_path / "pseudo.tsv"
+    path.write_text("p2\twhich bird hunts at night\np0\twho makes honey\n", encoding="utf-8")
+    settings = examples.Sources(pseudo_query_path=str(path))
+    made = list(examples.examples("pseudo_queries", settings, store=passages, table=table))
+    assert [(e["pid"], e["inputs"]) for e in made] == [
+        ("p2", "which bird hunts at night"),
+        ("p0", "who makes honey"),
+    ]
+    path.write_text("p2 which bird\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pseudo.tsv:1: got 'p2 which bird', expected two tab"):
+        list(examples.examples("pseudo_queries", settings, store=passages, table=table))
+
+
+def test_sources_without_a_rate_are_refused():
+    with pytest.raises(ValueError, match="every rate is 0"):
+        examples.Sources(labelled=0, passages=0, pseudo_queries=0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        examples.Sources(labelled=-1.0)
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory, vocabulary, table, passages):
+    """The tasks of a small collection, with three rank lists, one of them short."""
+    from dgr_jax.data import prepared, tasks
+
+    folder = tmp_path_factory.mktemp("tfds")
+    qrels = [Qrel(f"q{i}", f"p{i}", 1) for i in range(3)]
+    settings = examples.Sources(chunk_words=6, pseudo_queries=0)
+    streams = {
+        name: examples.examples(
+            name, settings, store=passages, table=table, query_texts=TEXTS, qrels=qrels
+        )
+        for name in settings.rates()
+    }
+    counts = prepared.write(folder, "examples", streams)
+    lists = {
+        "texts": list(TEXTS.values()),
+        "passages": np.array([[0, 2], [1, 0], [2, -1]], np.int32),
+        "teacher_scores": np.array([[2.0, 1.0], [5.0, -1.0], [3.0, -np.inf]], np.float32),
+        "positives": np.arange(3, dtype=np.int32),
+    }
+    tasks.register(
+        "tiny",
+        tasks.Prepared(
+            folder, vocabulary, settings.rates(), lambda: rank_lists.examples(**lists, table=table)
+        ),
+    )
+    return counts, lists
+
+
+def arrays(task, lengths, converter):
+    from dgr_jax.data import datasets
+
+    blocks = list(datasets.arrays(task, lengths, converter))
+    return {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
+
+
+def test_generation_task(registered, vocabulary, table):
+    from dgr_jax.data.feature_converters import GenerationConverter
+
+    counts, _ = registered
+    made = arrays("tiny_labelled", {"inputs": 12, "targets": 4}, GenerationConverter())
+    assert counts["labelled"] == 3
+    np.testing.assert_array_equal(
+        made["encoder_input_tokens"], vocabulary.encode_inputs(list(TEXTS.values()), 12)
+    )
+    identifiers = rank_lists.identifiers_of(table, np.arange(3))
+    np.testing.assert_array_equal(
+        made["decoder_target_tokens"], np.pad(identifiers, [(0, 0), (0, 1)])
+    )
+    np.testing.assert_array_equal(
+        made["decoder_input_tokens"], np.pad(identifiers, [(0, 0), (1, 0)])
+    )
+    np.testing.assert_array_equal(made["decoder_loss_weights"], [[1, 1, 1, 0]] * 3)
+    assert {k: v.dtype.name for k, v in made.items()} == {
+        "encoder_input_tokens": "int32",
+        "decoder_input_tokens": "int32",
+        "decoder_target_tokens": "int32",
+        "decoder_loss_weights": "float32",
+    }
+
+
+def test_the_mixture_holds_its_sources(registered):
+    import seqio
+
+    mixture = seqio.get_mixture_or_task("tiny_generation")
+    assert {task.name for task in mixture.tasks} == {"tiny_labelled", "tiny_passages"}
+    seen = mixture.get_dataset({"inputs": 12, "targets": 4}, split="train", num_epochs=1)
+    assert sum(1 for _ in seen) >= 3
+
+
+def test_rank_list_task_equals_the_arrays_training_reads(registered, vocabulary, table):
+    from dgr_jax.data.feature_converters import RankListConverter
+
+    _, lists = registered
+    lengths = {
+        "inputs": 12, "targets": 3, "identifiers": (2, 1, 3), "identifier_weights": (2, 1),
+        "teacher_scores": 2,
+    }  # fmt: skip
+    through_seqio = arrays("tiny_rank_lists", lengths, RankListConverter())
+    direct = rank_lists.features(**lists, table=table, vocabulary=vocabulary, query_length=12)
+    assert through_seqio.keys() == direct.keys()
+    for name in direct:
+        np.testing.assert_array_equal(through_seqio[name], direct[name], err_msg=name)
+        assert through_seqio[name].dtype == direct[name].dtype, name
+    assert direct["passage_mask"].tolist() == [[True, True], [True, True], [True, False]]
+    assert np.isfinite(direct["teacher_scores"]).all()
+
+
+def test_converters_refuse_wrong_lengths(registered):
+    from dgr_jax.data.feature_converters import GenerationConverter, RankListConverter
+
+    lengths = {
+        "inputs": 12, "targets": 3, "identifiers": 2, "identifier_weights": (2, 1),
+        "teacher_scores": 2,
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"length of feature 'identifiers': got 2, expected a tuple"
+    ):
+        RankListConverter().get_model_feature_lengths(lengths)
+    with pytest.raises(ValueError, match=r"length of feature 'inputs': got 0, expected at least 1"):
+        GenerationConverter().get_model_feature_lengths({"inputs": 0, "targets": 3})
+    with pytest.raises(ValueError, match="task_feature_lengths"):
+        arrays("tiny_labelled", {"inputs": 12}, GenerationConverter())

@@ -1,0 +1,103 @@
+"""Who may import whom: reads the imports of every module, runs none."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dgr_jax"
+
+L0 = {"corpora", "losses"}
+ALONE = {"decoding", "models", "partitioning", "checkpoints"}
+ALLOWED = {
+    **{room: set() for room in L0 | ALONE},
+    "identifiers": {"corpora"},
+    "data": {"corpora"},
+    "evaluation": {"corpora"},
+    "plots": set(),
+    "training": L0 | ALONE | {"identifiers", "data", "evaluation"},
+    "retrieval": L0 | ALONE | {"identifiers", "data", "evaluation"},
+}
+TOP = {
+    "experiment",
+    "pipeline",
+    "stages",
+    "cli",
+    "train",
+    "prepare",
+    "retrieve",
+    "teach",
+    "evaluate",
+}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of what a module imports, type checking included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def own_rooms(path: Path) -> set[str]:
+    return {n.split(".")[1] for n in imported(path) if n.startswith("dgr_jax.")} - {room(path)}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_lower_layers(path):
+    if room(path) == "__init__":
+        assert not own_rooms(path)
+    elif room(path) in ALLOWED:
+        assert own_rooms(path) <= ALLOWED[room(path)]
+    else:
+        assert room(path) in TOP
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_tensorflow_and_gin_stay_in_their_rooms(path):
+    outside = {name.split(".")[0] for name in imported(path)}
+    if room(path) != "data":
+        assert not outside & {"tensorflow", "tensorflow_datasets", "seqio"}
+    if room(path) != "cli":
+        assert "gin" not in outside
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    code = "import dgr_jax, sys; print(sorted(m for m in ('jax', 'tensorflow', 'numpy') if m in sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_training_and_decoding_import_without_tensorflow():
+    code = """
+import sys
+for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
+    sys.modules[name] = None
+import dgr_jax.training.loop, dgr_jax.retrieval.generative, dgr_jax.losses.ranking
+import dgr_jax.decoding.beam_search, dgr_jax.stages, dgr_jax.data.rank_lists
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_data_set_is_named_in_the_library():
+    for path in modules():
+        if room(path) not in {"corpora", "cli"}:
+            text = path.read_text(encoding="utf-8").lower()
+            assert "msmarco" not in text.replace("msmarco.gin", ""), path

@@ -1,0 +1,154 @@
+"""Optimizers against their papers, schedules against their formulas."""
+
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dgr_jax.training.optimizers import (
+    Adafactor,
+    AdamW,
+    Constant,
+    Cosine,
+    Linear,
+    ReciprocalSqrt,
+    decayed,
+)
+from tests.reference import adafactor as reference
+
+STEPS = 4
+
+
+def _run(optimizer, params, grads):
+    transformation = optimizer.transformation(STEPS)
+    state = transformation.init(params)
+    update = jax.jit(transformation.update)
+    for step in range(STEPS):
+        now = {name: grads[name][step] for name in params}
+        updates, state = update(now, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def _case(shapes):
+    random = np.random.default_rng(0)
+    params = {k: random.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    grads = {
+        k: (random.normal(size=(STEPS, *shape)) * 3).astype(np.float32)
+        for k, shape in shapes.items()
+    }
+    return params, grads
+
+
+def test_adafactor_follows_the_paper():
+    params, grads = _case({"wide": (128, 130), "narrow": (127, 130), "scale": (5,), "tiny": (4,)})
+    params["tiny"] *= 1e-6  # smaller than the least parameter scale
+    optimizer = Adafactor(Linear(peak=0.1, warmup_steps=2))
+    got = _run(optimizer, params, grads)
+    rate = lambda step: [0.05, 0.1, 0.1, 0.05][step]
+    for name, start in params.items():
+        expected = reference.adafactor(start, grads[name], rate)
+        np.testing.assert_allclose(got[name], expected, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_adafactor_keeps_little():
+    params, _ = _case({"wide": (128, 130)})
+    state = Adafactor().transformation(STEPS).init(params)
+    numbers = sum(np.size(leaf) for leaf in optax.tree_utils.tree_get(state, "v_row").values())
+    numbers += sum(np.size(leaf) for leaf in optax.tree_utils.tree_get(state, "v_col").values())
+    assert numbers == 128 + 130
+    assert optax.tree_utils.tree_get(state, "v")["wide"].shape == (1,)
+
+
+def test_adamw_follows_the_paper():
+    params, grads = _case({"kernel": (3, 4), "scale": (4,)})
+    optimizer = AdamW(
+        Constant(0.01), b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3, max_grad_norm=None
+    )
+    got = _run(optimizer, params, grads)
+    for name, weight_decay in (("kernel", 0.3), ("scale", 0.0)):
+        expected = reference.adamw(
+            params[name],
+            grads[name],
+            lambda step: 0.01,
+            b1=0.8,
+            b2=0.9,
+            eps=1e-6,
+            weight_decay=weight_decay,
+        )
+        np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_decays():
+    params = {
+        "mlp": {"wi": {"kernel": 0}},
+        "norm": {"scale": 0},
+        "relpos_bias": {"rel_embedding": 0},
+        "token_embedder": {"embedding": 0},
+        "dense": {"bias": 0},
+    }
+    assert decayed(params) == {
+        "mlp": {"wi": {"kernel": True}},
+        "norm": {"scale": False},
+        "relpos_bias": {"rel_embedding": False},
+        "token_embedder": {"embedding": True},
+        "dense": {"bias": False},
+    }
+
+
+def test_clipping_bounds_the_norm_over_all_parameters():
+    params = {"a": np.zeros(3, np.float32), "b": np.zeros(4, np.float32)}
+    grads = {"a": np.full(3, 30.0, np.float32), "b": np.full(4, 40.0, np.float32)}
+    norm = math.sqrt(3 * 30**2 + 4 * 40**2)
+    optimizer = AdamW(Constant(1.0), b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0, max_grad_norm=0.5)
+    transformation = optimizer.transformation(STEPS)
+    updates, _ = transformation.update(grads, transformation.init(params), params)
+    # With eps this large the update is -grad / eps.
+    np.testing.assert_allclose(updates["a"], -30.0 * 0.5 / norm / 1e6, rtol=1e-5)
+    np.testing.assert_allclose(updates["b"], -40.0 * 0.5 / norm / 1e6, rtol=1e-5)
+
+
+def _values(schedule, total, steps):
+    rate = schedule.schedule(total)
+    return [float(rate(step)) for step in steps]
+
+
+def test_schedules():
+    np.testing.assert_allclose(_values(Constant(0.5), 10, [0, 5, 99]), [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(_values(Constant(0.4, 4), 10, [0, 1, 3, 4]), [0.1, 0.2, 0.4, 0.4])
+    np.testing.assert_allclose(
+        _values(ReciprocalSqrt(), 10, [0, 9_999, 39_999]), [0.01, 0.01, 0.005], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        _values(Linear(1.0, warmup_steps=2, final=0.2), 10, [0, 1, 2, 6, 10, 50]),
+        [0.5, 1.0, 1.0, 0.6, 0.2, 0.2],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        _values(Cosine(1.0, warmup_steps=2, final=0.2), 10, [0, 2, 6, 10]),
+        [0.5, 1.0, 0.6, 0.2],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("kind", [Constant, ReciprocalSqrt, Linear, Cosine])
+def test_schedule_errors(kind):
+    with pytest.raises(ValueError) as error:
+        kind(peak=-1.0)
+    expected = f"{kind.__name__}.peak: got -1.0, expected a positive learning rate"
+    assert str(error.value) == expected
+    with pytest.raises(ValueError) as error:
+        kind(warmup_steps=-3)
+    assert str(error.value) == f"{kind.__name__}.warmup_steps: got -3, expected 0 or more"
+
+
+def test_other_errors():
+    with pytest.raises(ValueError) as error:
+        ReciprocalSqrt(timescale=0)
+    assert str(error.value) == "ReciprocalSqrt.timescale: got 0, expected 1 or more"
+    with pytest.raises(ValueError) as error:
+        Adafactor(max_grad_norm=0.0).transformation(STEPS)
+    expected = "Adafactor.max_grad_norm: got 0.0, expected a positive number, or None"
+    assert str(error.value) == expected

@@ -1,0 +1,145 @@
+"""The student: shapes, names, sharing of the encoder, cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dgr_jax.models.t5 import T5Config, Transformer
+
+SMALL = T5Config(
+    vocab_size=50, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
+    num_encoder_layers=2, num_decoder_layers=2,
+)  # fmt: skip
+
+
+def make(config=SMALL, seed=0):
+    rng = np.random.default_rng(seed)
+    queries = rng.integers(1, 50, (3, 7)).astype(np.int32)
+    queries[0, 4:] = 0
+    targets = rng.integers(1, 50, (3, 4, 5)).astype(np.int32)
+    model = Transformer(config)
+    params = nn.unbox(model.init(jax.random.key(seed), queries, targets)["params"])
+    return model, params, queries, targets
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoding_step_by_step_equals_one_pass(dtype):
+    import dataclasses
+
+    model, params, queries, targets = make(dataclasses.replace(SMALL, dtype=dtype))
+    whole = model.apply({"params": params}, queries, targets)
+    encoded = model.apply({"params": params}, queries, method="encode")
+    cross = model.apply({"params": params}, encoded, method="cross")
+    cache = model.apply({"params": params}, encoded, 4, 5, method="init_cache")
+    steps = []
+    for t in range(5):
+        logits, cache = model.apply(
+            {"params": params}, targets[:, :, t], cache, t, cross, queries, method="step"
+        )
+        steps.append(logits)
+    assert whole.dtype == jnp.float32
+    np.testing.assert_allclose(np.stack(steps, 2), whole, atol=1e-5 if dtype == "float32" else 0.05)
+
+
+def test_targets_of_a_query_do_not_see_each_other():
+    model, params, queries, targets = make()
+    together = model.apply({"params": params}, queries, targets)
+    for r in range(4):
+        alone = model.apply({"params": params}, queries, targets[:, r])
+        np.testing.assert_allclose(together[:, r], alone, atol=1e-5)
+
+
+def test_padding_of_a_query_changes_nothing():
+    model, params, queries, targets = make()
+    longer = np.pad(queries, [(0, 0), (0, 5)])
+    np.testing.assert_allclose(
+        model.apply({"params": params}, queries, targets),
+        model.apply({"params": params}, longer, targets),
+        atol=1e-5,
+    )
+
+
+def test_a_target_does_not_see_its_future():
+    model, params, queries, targets = make()
+    changed = targets.copy()
+    changed[..., 3:] = 7
+    before = model.apply({"params": params}, queries, targets)
+    after = model.apply({"params": params}, queries, changed)
+    np.testing.assert_allclose(before[:, :, :3], after[:, :, :3], atol=1e-5)
+    assert np.abs(before[:, :, 3:] - after[:, :, 3:]).max() > 1e-3
+
+
+def test_parameter_names_and_shapes_are_t5x_s():
+    _, params, _, _ = make()
+    flat = {
+        "/".join(str(k.key) for k in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    layer = {
+        "pre_attention_layer_norm/scale": (16,),
+        "attention/query/kernel": (16, 16),
+        "attention/key/kernel": (16, 16),
+        "attention/value/kernel": (16, 16),
+        "attention/out/kernel": (16, 16),
+        "pre_mlp_layer_norm/scale": (16,),
+        "mlp/wi_0/kernel": (16, 32),
+        "mlp/wi_1/kernel": (16, 32),
+        "mlp/wo/kernel": (32, 16),
+    }
+    decoder_layer = {
+        name.replace("attention", "self_attention"): shape for name, shape in layer.items()
+    } | {
+        "pre_cross_attention_layer_norm/scale": (16,),
+        **{
+            f"encoder_decoder_attention/{part}/kernel": (16, 16)
+            for part in ("query", "key", "value", "out")
+        },
+    }
+    expected = {
+        "token_embedder/embedding": (50, 16),
+        "encoder/relpos_bias/rel_embedding": (2, 32),
+        "encoder/encoder_norm/scale": (16,),
+        "decoder/relpos_bias/rel_embedding": (2, 32),
+        "decoder/decoder_norm/scale": (16,),
+        "decoder/logits_dense/kernel": (16, 50),
+    }
+    for i in range(2):
+        expected |= {f"encoder/layers_{i}/{name}": shape for name, shape in layer.items()}
+        expected |= {f"decoder/layers_{i}/{name}": shape for name, shape in decoder_layer.items()}
+    assert flat == expected
+
+
+def test_logits_via_embedding_has_no_output_kernel():
+    import dataclasses
+
+    config = dataclasses.replace(SMALL, logits_via_embedding=True, mlp_activations=("relu",))
+    model, params, queries, targets = make(config)
+    assert "logits_dense" not in params["decoder"]
+    assert set(params["encoder"]["layers_0"]["mlp"]) == {"wi", "wo"}
+    assert model.apply({"params": params}, queries, targets).shape == (3, 4, 5, 50)
+
+
+def test_rematerialisation_changes_no_gradient():
+    import dataclasses
+
+    model, params, queries, targets = make()
+    again = Transformer(dataclasses.replace(SMALL, remat=True))
+
+    def loss(model):
+        return lambda p: jnp.mean(jnp.square(model.apply({"params": p}, queries, targets)))
+
+    plain, remat = jax.grad(loss(model))(params), jax.grad(loss(again))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
+
+
+def test_wrong_settings_are_refused_by_name():
+    with pytest.raises(ValueError, match="T5Config.dtype: got 'float16', expected"):
+        T5Config(dtype="float16")
+    with pytest.raises(ValueError, match="T5Config.emb_dim: got 0"):
+        T5Config(emb_dim=0)
+    with pytest.raises(ValueError, match="T5Config.vocab_size: got 0"):
+        Transformer(T5Config()).init(
+            jax.random.key(0), jnp.ones((1, 2), int), jnp.ones((1, 2), int)
+        )
