@@ -1,7 +1,7 @@
 """SeqIO tasks of any folder in BEIR layout.
 
-beir_labelled, beir_passages and beir_pseudo_queries: text -> identifier, as far as the experiment uses
-them; beir_generation: their mixture; beir_rank_lists: query -> teacher's rank list.
+beir_labelled, beir_passages, beir_pseudo_queries: text -> identifier, those in use;
+beir_generation: their mixture; beir_rank_lists: query -> teacher's rank list.
 """
 
 from dgr_jax.data import tasks

@@ -1,7 +1,7 @@
 """SeqIO tasks of MS MARCO passage ranking.
 
-msmarco_labelled, msmarco_passages and msmarco_pseudo_queries: text -> identifier, as far as the experiment uses
-them; msmarco_generation: their mixture; msmarco_rank_lists: query -> teacher's rank list.
+msmarco_labelled, msmarco_passages, msmarco_pseudo_queries: text -> identifier, those in use;
+msmarco_generation: their mixture; msmarco_rank_lists: query -> teacher's rank list.
 """
 
 from dgr_jax.data import tasks

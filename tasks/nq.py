@@ -1,7 +1,7 @@
 """SeqIO tasks of Natural Questions over Wikipedia passages (DPR).
 
-nq_labelled, nq_passages and nq_pseudo_queries: text -> identifier, as far as the experiment uses
-them; nq_generation: their mixture; nq_rank_lists: query -> teacher's rank list.
+nq_labelled, nq_passages, nq_pseudo_queries: text -> identifier, those in use;
+nq_generation: their mixture; nq_rank_lists: query -> teacher's rank list.
 """
 
 from dgr_jax.data import tasks

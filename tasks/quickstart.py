@@ -1,7 +1,7 @@
 """SeqIO tasks of the embedded collection.
 
-quickstart_labelled, quickstart_passages and quickstart_pseudo_queries: text -> identifier, as far as the experiment uses
-them; quickstart_generation: their mixture; quickstart_rank_lists: query -> teacher's rank list.
+quickstart_labelled, quickstart_passages, quickstart_pseudo_queries: text -> identifier;
+quickstart_generation: their mixture; quickstart_rank_lists: query -> teacher's rank list.
 """
 
 from dgr_jax.data import tasks

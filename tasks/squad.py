@@ -1,7 +1,7 @@
 """SeqIO tasks of SQuAD paragraphs and questions in a BEIR folder.
 
-squad_labelled, squad_passages and squad_pseudo_queries: text -> identifier, as far as the experiment uses
-them; squad_generation: their mixture; squad_rank_lists: query -> teacher's rank list.
+squad_labelled, squad_passages, squad_pseudo_queries: text -> identifier, those in use;
+squad_generation: their mixture; squad_rank_lists: query -> teacher's rank list.
 """
 
 from dgr_jax.data import tasks

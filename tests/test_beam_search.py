@@ -41,14 +41,24 @@ def start(batch, beams):
     return {"memory": jnp.repeat(jnp.asarray(_QUERY[:batch])[:, None], beams, 1)}
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "num_beams", "length_penalty", "step"))
-def search(constraint, *, batch_size, num_beams, length_penalty=0.0, step=step_fn):
+compiled = functools.partial(  # quick to compile, slow to run
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+@functools.partial(
+    compiled, static_argnames=("step", "batch_size", "num_beams", "length_penalty", "max_length")
+)
+def search(
+    constraint, *, step=step_fn, batch_size=2, num_beams, length_penalty=0.0, max_length=None
+):
     return beam_search(
         step,
         constraint,
         start(batch_size, num_beams),
         batch_size=batch_size,
         num_beams=num_beams,
+        max_length=max_length,
         length_penalty=length_penalty,
     )
 
@@ -102,25 +112,25 @@ def build(rows, narrow=64, eos_id=None):
 many = settings(max_examples=25, deadline=None)
 
 
-@pytest.mark.parametrize(("narrow", "renormalise"), [(1, False), (1, True), (64, True)])
+@pytest.mark.parametrize(("narrow", "renormalise"), [(1, False), (64, True)])
 @many
 @given(rows=sets_of(st.integers(1, 4)))
 def test_wide_enough_is_exhaustive_where_identifiers_are_prefixes_of_others(
     narrow, renormalise, rows
 ):
     index = build(rows, narrow, eos_id=EOS)
-    result = search(index.constraint(renormalise=renormalise), batch_size=2, num_beams=16)
+    result = search(index.constraint(renormalise=renormalise), num_beams=16)
     legal = reference.unique_rows(rows, eos_id=EOS)
     expected = [reference.exhaustive(model, q, legal, renormalise) for q in range(2)]
     same_results(result, expected, 16, index)
 
 
-@pytest.mark.parametrize(("narrow", "beams", "penalty"), [(1, 3, 0.0), (1, 1, 0.0), (64, 3, 1.0)])
+@pytest.mark.parametrize(("narrow", "beams", "penalty"), [(1, 3, 0.0), (64, 1, 1.0)])
 @many
 @given(rows=sets_of(st.integers(1, 4)))
 def test_narrow_beams_follow_the_definition(narrow, beams, penalty, rows):
     index = build(rows, narrow, eos_id=EOS)
-    result = search(index.constraint(), batch_size=2, num_beams=beams, length_penalty=penalty)
+    result = search(index.constraint(), num_beams=beams, length_penalty=penalty)
     legal = reference.unique_rows(rows, eos_id=EOS)
     expected = [
         reference.beam_search(model, q, legal, beams, length_penalty=penalty) for q in range(2)
@@ -128,13 +138,216 @@ def test_narrow_beams_follow_the_definition(narrow, beams, penalty, rows):
     same_results(result, expected, beams, index)
 
 
-@pytest.mark.parametrize(("narrow", "beams"), [(1, 2), (64, 16)])
 @many
 @given(rows=sets_of(st.just(4)))
-def test_fixed_length_without_closing_token(narrow, beams, rows):
-    index = build(rows, narrow)
+def test_fixed_length_without_closing_token(rows):
+    index = build(rows, 1)
     assert index.layout.ends == "fixed"
-    result = search(index.constraint(), batch_size=2, num_beams=beams)
+    result = search(index.constraint(), num_beams=2)
     legal = reference.unique_rows(rows)
-    expected = [reference.beam_search(model, q, legal, beams) for q in range(2)]
-    same_results(result, expected, beams, index)
+    expected = [reference.beam_search(model, q, legal, 2) for q in range(2)]
+    same_results(result, expected, 2, index)
+
+
+@pytest.mark.parametrize("rows", [[[5]], [[5, 6, 7]], [[3, 4], [5], [6, 7, 8]]])
+def test_one_passage_and_prefix_free_rows_of_several_lengths(rows):
+    index = build(rows)
+    result = search(index.constraint(), num_beams=4)
+    legal = reference.unique_rows(rows)
+    same_results(result, [reference.exhaustive(model, q, legal) for q in range(2)], 4, index)
+
+
+@pytest.mark.parametrize("penalty", [2.0, -1.0])
+def test_a_length_penalty_orders_and_reports_true_log_probs(penalty):
+    rows = [[7], [7, 3], [7, 3, 9, 9], [4, 5, 5], [2]]
+    index = build(rows, eos_id=EOS)
+    result = search(index.constraint(), num_beams=6, length_penalty=penalty)
+    legal = reference.unique_rows(rows, eos_id=EOS)
+    expected = [reference.exhaustive(model, q, legal, False, penalty) for q in range(2)]
+    assert [row for row, _ in expected[0]] != [
+        row for row, _ in reference.exhaustive(model, 0, legal)
+    ]
+    same_results(result, expected, 6, index)
+
+
+def test_bfloat16_logits_are_accumulated_in_float32():
+    rows = [[a, b, c] for a in (2, 5, 9) for b in (3, 4) for c in (6, 7)]
+
+    def step(tokens, cache, position):
+        logits, cache = step_fn(tokens, cache, position)
+        return logits.astype(jnp.bfloat16), cache
+
+    def rounded(query, prefix):
+        return np.asarray(jnp.asarray(model(query, prefix), jnp.bfloat16), np.float64)
+
+    index = build(rows)
+    result = search(index.constraint(), step=step, num_beams=12)
+    assert result.log_probs.dtype == jnp.float32
+    log_probs = dict(reference.exhaustive(rounded, 0, reference.unique_rows(rows)))
+    for row, log_prob in zip(np.asarray(result.tokens[0]), result.log_probs[0], strict=True):
+        assert log_probs[tuple(row.tolist())] == pytest.approx(float(log_prob), abs=2e-2)
+
+
+def flat_step(tokens, cache, position):
+    return jnp.zeros((*tokens.shape, VOCAB)), cache
+
+
+@pytest.mark.parametrize("narrow", [1, 64])
+def test_ties_go_to_the_smaller_tokens(narrow):
+    rows = [[a, b] for a in range(2, VOCAB) for b in range(2, VOCAB)]
+    index = build(rows, narrow)
+    result = search(index.constraint(), step=flat_step, num_beams=7)
+    assert result.tokens[1].tolist() == sorted(rows)[:7]
+    index = build([row[: 1 + sum(row) % 2] for row in rows], narrow, eos_id=EOS)
+    result = search(index.constraint(), step=flat_step, num_beams=5)
+    legal = reference.unique_rows([row[: 1 + sum(row) % 2] for row in rows], eos_id=EOS)
+    expected = reference.beam_search(lambda *_: np.zeros(VOCAB), 0, legal, 5)
+    same_results(result, [expected, expected], 5, index)
+
+
+def test_a_thousand_beams():
+    rows = np.random.default_rng(0).integers(2, VOCAB, (300, 4)).tolist()
+    index = build(rows)
+    result = search(index.constraint(), batch_size=1, num_beams=1000)
+    legal = reference.unique_rows(rows)
+    assert int(result.valid.sum()) == len(legal)
+    same_results(result, [reference.exhaustive(model, 0, legal)], 1000, index)
+
+
+def test_sequences_that_have_not_ended_are_dropped():
+    rows = [[5], [6, 7], [8, 9, 10]]
+    index = build(rows, eos_id=EOS)
+    result = search(index.constraint(), num_beams=3, max_length=2)
+    assert result.tokens.shape == (2, 3, 2)
+    assert result.valid.tolist() == [[True, False, False]] * 2
+    assert result.tokens[0, 0].tolist() == [5, EOS]
+    result = search(build([[5, 6, 7]]).constraint(), num_beams=2, max_length=2)
+    assert not result.valid.any()
+
+
+def test_stops_when_no_live_beam_can_reach_the_finished_ones():
+    """Logits are NaN from step 2 on: reading them would show."""
+    rows = [[5], [6], [7, 7, 7, 7]]
+
+    def step(tokens, cache, position):
+        logits = jnp.zeros(VOCAB).at[7].set(-10.0)
+        logits = jnp.where(position < 2, logits, jnp.nan)
+        return jnp.broadcast_to(logits, (*tokens.shape, VOCAB)), cache
+
+    result = search(build(rows, eos_id=EOS).constraint(), step=step, num_beams=2)
+    assert result.tokens[0, :, 0].tolist() == [5, 6]
+    assert np.isfinite(result.log_probs).all()
+
+
+def test_unconstrained_with_and_without_closing_token():
+    def logits(query, prefix):
+        return model(query, prefix)[:5]
+
+    def step(tokens, cache, position):
+        scores, cache = step_fn(tokens, cache, position)
+        return scores[..., :5], cache
+
+    every = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
+    result = search(constraints.Unconstrained(3), step=step, num_beams=4)
+    expected = [reference.beam_search(logits, q, every, 4) for q in range(2)]
+    closed = {(*row[: row.index(EOS)], EOS) for row in every if EOS in row}
+    for query, best in enumerate(expected):
+        assert [tuple(row) for row in result.tokens[query].tolist()] == [row for row, _ in best]
+        np.testing.assert_allclose(result.log_probs[query], [x for _, x in best], atol=1e-4)
+    result = search(constraints.Unconstrained(3, eos_id=EOS), step=step, num_beams=30)
+    expected = reference.exhaustive(logits, 0, sorted(closed))
+    found = [
+        tuple(row[: row.index(EOS) + 1])
+        for row, ok in zip(result.tokens[0].tolist(), result.valid[0], strict=True)
+        if ok
+    ]
+    assert found == [row for row, _ in expected][: len(found)]
+    assert len(found) == min(30, len(closed))
+
+
+def test_a_new_index_does_not_compile_again():
+    traces = []
+
+    def step(tokens, cache, position):
+        traces.append(1)
+        return step_fn(tokens, cache, position)
+
+    index = build([[a, b, 3] for a in range(2, 9) for b in range(2, 9)])
+    search(index.constraint(), step=step, num_beams=3)
+    count = len(traces)
+    other = search(build([[5, b, 3] for b in range(2, 9)]).constraint(), step=step, num_beams=3)
+    part = index.restrict(np.arange(49) == 48)
+    result = search(part.constraint(), step=step, num_beams=3)
+    assert len(traces) == count
+    assert other.tokens[0, :, 0].tolist() == [5, 5, 5]
+    assert result.tokens[0].tolist() == [[8, 8, 3], [0, 0, 0], [0, 0, 0]]
+
+
+@functools.partial(compiled, static_argnames=("num_samples", "temperature", "best_tokens"))
+def draw(constraint, key, *, num_samples, **settings):
+    cache = start(1, num_samples)
+    return sample(
+        step_fn, constraint, cache, key=key, batch_size=1, num_samples=num_samples, **settings
+    )
+
+
+def test_samples_follow_the_model_over_the_legal_tokens():
+    rows = [[2], [2, 5], [3, 4], [7, 7, 7], [7, 8]]
+    index = build(rows, eos_id=EOS)
+    drawn = draw(index.constraint(), jax.random.key(0), num_samples=4000)
+    assert drawn.valid.all()
+    legal = reference.unique_rows(rows, eos_id=EOS)
+    log_probs = dict(reference.exhaustive(model, 0, legal))
+    found = [legal[row] for row in index.table_rows(drawn.rows[0])]
+    np.testing.assert_allclose(drawn.log_probs[0], [log_probs[row] for row in found], atol=1e-4)
+    for row, log_prob in reference.exhaustive(model, 0, legal, renormalise=True):
+        assert found.count(row) / 4000 == pytest.approx(np.exp(log_prob), abs=0.03)
+    for row, tokens in zip(found[:20], drawn.tokens[0].tolist(), strict=False):
+        assert tuple(tokens[: len(row)]) == row
+        assert not any(tokens[len(row) :])
+
+
+def test_samples_at_low_temperature_or_of_one_token_are_greedy():
+    rows = np.random.default_rng(0).integers(2, VOCAB, (30, 4)).tolist()
+    constraint = build(rows).constraint()
+    greedy = search(constraint, batch_size=1, num_beams=1).tokens[0, 0].tolist()
+    key = jax.random.key(1)
+    assert draw(constraint, key, num_samples=3, best_tokens=1).tokens[0].tolist() == [greedy] * 3
+    cold = draw(constraint, key, num_samples=3, temperature=1e-4)
+    assert cold.tokens[0].tolist() == [greedy] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "settings", "message"),
+    [
+        (search, {"num_beams": 0}, "beam_search.num_beams must be at least 1; got 0"),
+        (search, {"num_beams": 1, "max_length": 0}, "max_length must be at least 1; got 0"),
+        (draw, {"num_samples": 0}, "sample.num_samples must be at least 1; got 0"),
+        (draw, {"num_samples": 1, "best_tokens": 0}, "sample.best_tokens must be at least 1"),
+        (draw, {"num_samples": 1, "temperature": 0.0}, "sample.temperature must be above 0; got 0"),
+    ],
+)
+def test_bad_settings_are_refused(call, settings, message):
+    first = () if call is search else (jax.random.key(0),)
+    with pytest.raises(ValueError, match=message):
+        call(build([[3]]).constraint(), *first, **settings)
+
+
+def test_sharded_over_data_gives_the_same():
+    if jax.device_count() < 2:
+        pytest.skip("needs several devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    over_data = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = np.random.default_rng(0).integers(2, VOCAB, (60, 4)).tolist()
+    constraint = build(rows, 1).constraint()
+
+    def run(constraint, cache):
+        return beam_search(step_fn, constraint, cache, batch_size=2, num_beams=5)
+
+    alone = compiled(run)(constraint, start(2, 5))
+    sharded = compiled(run)(
+        jax.device_put(constraint, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+        jax.device_put(start(2, 5), over_data),
+    )
+    assert alone.tokens.tolist() == sharded.tokens.tolist()
+    np.testing.assert_allclose(alone.log_probs, sharded.log_probs, rtol=1e-6)

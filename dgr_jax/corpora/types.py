@@ -23,7 +23,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question. `answers` are strings that a right passage contains, where the collection gives them."""
+    """A question. `answers` are strings that a right passage contains, where they are known."""
 
     qid: str
     text: str

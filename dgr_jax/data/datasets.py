@@ -1,4 +1,4 @@
-"""A SeqIO task, tokenised once, as blocks of token arrays that training reads without TensorFlow."""
+"""A SeqIO task, tokenised once, as token arrays that training reads without TensorFlow."""
 
 from __future__ import annotations
 

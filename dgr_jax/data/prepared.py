@@ -42,7 +42,7 @@ def write(
     info = tfds.core.DatasetInfo(
         builder=identity,
         features=features(),
-        description="Generation examples: a text and the identifier of a passage that it belongs to.",
+        description="Generation examples: a text, and the identifier of the passage it is about.",
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD)
     writer.initialize_splits(list(splits))

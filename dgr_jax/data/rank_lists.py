@@ -1,4 +1,4 @@
-"""Rank lists as features: what the teach stage writes and `<name>_rank_lists` reads. No TensorFlow."""
+"""Rank lists as features: what the teach stage writes, `<name>_rank_lists` reads. No TensorFlow."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def features(
     vocabulary: Vocabulary,
     query_length: int,
 ) -> dict[str, np.ndarray]:
-    """Model features [n, ...] of the same rank lists: equal to RankListConverter over `examples`."""
+    """Model features [n, ...] of the same rank lists: as RankListConverter makes of `examples`."""
     tokens = identifiers_of(table, passages)[:, :, None, :].astype(np.int32)
     targets = identifiers_of(table, positives).astype(np.int32)
     used = tokens.any(axis=-1)

@@ -78,7 +78,7 @@ def beam_search(
     Raises ValueError for num_beams or max_length below 1.
     """
     length = constraint.max_length if max_length is None else max_length
-    _check(num_beams=num_beams, max_length=length, batch_size=batch_size)
+    _check("beam_search", num_beams=num_beams, max_length=length, batch_size=batch_size)
     loop = _start(constraint, cache, (batch_size, num_beams, length), start_id)
     together = constraint.fixed_length == length  # all sequences end in the last step
 
@@ -107,10 +107,10 @@ def beam_search(
     return BeamResult(tokens, finished.log_probs, valid, constraint.rows(finished.state))
 
 
-def _check(**sizes):
+def _check(function, **sizes):
     for name, value in sizes.items():
         if value < 1:
-            raise ValueError(f"beam_search.{name} must be at least 1; got {value}")
+            raise ValueError(f"{function}.{name} must be at least 1; got {value}")
 
 
 def _start(constraint, cache, shape, start_id):
@@ -249,8 +249,7 @@ def sample(
     Raises ValueError for a temperature not above 0 and for sizes below 1.
     """
     length = constraint.max_length if max_length is None else max_length
-    _check(num_beams=num_samples, max_length=length, batch_size=batch_size)
-    _check(best_tokens=best_tokens)
+    _check("sample", num_samples=num_samples, max_length=length, best_tokens=best_tokens)
     if not temperature > 0:
         raise ValueError(f"sample.temperature must be above 0; got {temperature}")
     shape = (batch_size, num_samples)

@@ -36,8 +36,8 @@ _SIZED = {  # arrays whose length depends on the rows, and the smallest length o
     "tails": 1024,
     "tail_start": 1024,
     "row_length": 1024,
-    "wide": 8,
-    "bitmaps": 8,
+    "wide": 64,
+    "bitmaps": 64,
 }
 _BIG = np.iinfo(np.int32).max
 

@@ -22,7 +22,7 @@ default_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 
 class RMSNorm(nn.Module):
-    """T5 layer norm: no mean, no bias (Zhang & Sennrich 2019). float32 inside, [..., D] -> [..., D]."""
+    """T5 layer norm, no mean and no bias (Zhang & Sennrich 2019): [..., D] -> [..., D]."""
 
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6

@@ -280,7 +280,7 @@ class Transformer(nn.Module):
         cross: list[tuple[jax.Array, jax.Array]],
         encoder_input_tokens: jax.Array,
     ) -> tuple[jax.Array, list[dict[str, Any]]]:
-        """One decoding step: tokens int32 [B, R] at `position` -> float32 logits [B, R, V], cache."""
+        """One decoding step: tokens int32 [B, R] at `position` -> f32 logits [B, R, V], cache."""
         x = self._embed(tokens[:, :, None])
         x, cache = self.decoder.step(x, cache, position, cross, encoder_input_tokens > 0)
         return self.logits(x[:, :, 0]), cache

@@ -254,7 +254,8 @@ def _finished(model_dir: Path, system: str | None) -> Path:
     for name in names:
         if (model_dir / name / "student.json").is_file():
             return model_dir / name
+    wanted = ", ".join(f"{name}/student.json" for name in names)
     raise FileNotFoundError(
-        f"no trained student in {model_dir}: looked for {', '.join(f'{n}/student.json' for n in names)}"
-        "; train one with python -m dgr_jax.train"
+        f"no trained student in {model_dir}: looked for {wanted}; train one with "
+        "python -m dgr_jax.train"
     )

@@ -1,4 +1,4 @@
-"""Stage prepare: collection -> passages, vocabulary, identifiers, trie, SeqIO tasks, token arrays."""
+"""Stage prepare: collection -> passages, vocabulary, identifiers, trie, tasks, token arrays."""
 
 from __future__ import annotations
 

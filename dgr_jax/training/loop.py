@@ -242,8 +242,8 @@ class _Report:
             )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of metrics."""
-        if self._writer is not None:
+        """One row of metrics; none if there are no values."""
+        if values and self._writer is not None:
             self._writer.write(step, values)
 
     def _check_finite(self, step: int, metrics: Any) -> None:

@@ -1,0 +1,312 @@
+"""The loop: what it writes, and that stopping it anywhere changes nothing."""
+
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dgr_jax import checkpoints
+from dgr_jax.partitioning import Mesh, make_mesh
+from dgr_jax.training import loop, metrics
+from dgr_jax.training.objectives import Generation
+from dgr_jax.training.optimizers import AdamW, Constant
+from dgr_jax.training.source import ArraySource
+from tests import toy
+
+STEPS = 10
+
+
+def run(folder, **changes):
+    """A short training run with dropout, as a user would start it again and again."""
+    settings = {
+        "name": "generate",
+        "folder": folder,
+        "model": toy.Toy(dropout_rate=0.1),
+        "objective": Generation(),
+        "optimizer": AdamW(Constant(0.03)).transformation(STEPS),
+        "source": ArraySource(toy.generation_examples(20), 8, 0),
+        "mesh": make_mesh(Mesh(), toy.devices(1)),
+        "total_steps": STEPS,
+        "seed": 5,
+        "initial_params": toy.params(),
+        "log_every": 4,
+        "checkpoint_every": 3,
+        "tensorboard": False,
+    }
+    return loop.train(**(settings | changes))
+
+
+def wait_at(folder, step, now, state):
+    """A hook that stops for good at a step, once the rest of the world can see that it is there."""
+    if now == step:
+        (Path(folder) / "here").touch()
+        time.sleep(600)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder and last state of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, jax.device_get(run(folder))
+
+
+def _assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), expected)
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(folder):
+    return {row["step"]: row["loss"] for row in _rows(folder)}
+
+
+def test_a_run_learns_and_writes(whole):
+    folder, state = whole
+    assert int(state.step) == STEPS
+    rows = _rows(folder)
+    assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 10]
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert {"loss", "grad_norm", "token_accuracy", "examples_per_second"} <= rows[-1].keys()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "9"]
+
+
+def test_a_finished_run_does_nothing(whole):
+    folder, state = whole
+    before = (folder / "metrics.jsonl").read_text()
+    _assert_equal(run(folder, source=None), state)
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_killed_and_started_again(tmp_path, whole):
+    """SIGKILL in the middle, then the same call: the same parameters bit for bit."""
+    code = (
+        "import functools; from tests import test_loop as t; "
+        f"t.run({str(tmp_path)!r}, hook_every=1, "
+        f"hooks=[functools.partial(t.wait_at, {str(tmp_path)!r}, 7)])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "here").exists():
+        assert child.poll() is None, "the child ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    state = run(tmp_path)
+    _assert_equal(state, whole[1])
+    # Rows after the restored step were written anew, none twice.
+    losses = [(row["step"], row["loss"]) for row in _rows(tmp_path) if "loss" in row]
+    assert losses == sorted(set(losses)) and losses[-1][0] == STEPS
+
+
+def test_sigterm_saves_and_leaves(tmp_path, whole):
+    def preempt(now, state):
+        if now == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as leaving:
+        run(tmp_path, hooks=[preempt], hook_every=1)
+    assert leaving.value.code == loop.EXIT_PREEMPTED == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
+        assert saved.latest() in (5, 6)  # Python runs the handler between two instructions
+    _assert_equal(run(tmp_path), whole[1])
+    assert _losses(tmp_path)[STEPS] == _losses(whole[0])[STEPS]
+
+
+def test_hooks_and_the_learning_rate(tmp_path):
+    seen = []
+
+    def hook(now, state):
+        seen.append((now, int(state.step)))
+        return {"success@1": now / 10}
+
+    run(
+        tmp_path,
+        total_steps=5,
+        hooks=[hook],
+        hook_every=2,
+        learning_rate=lambda step: 0.5 * step,
+        log_every=5,
+        checkpoint_every=100,
+    )
+    assert seen == [(2, 2), (4, 4), (5, 5)]
+    rows = _rows(tmp_path)
+    assert [(r["step"], r["success@1"]) for r in rows if "success@1" in r] == [
+        (2, 0.2),
+        (4, 0.4),
+        (5, 0.5),
+    ]
+    assert [r["learning_rate"] for r in rows if "learning_rate" in r] == [2.0]
+
+
+class Counting:
+    """Generation that counts how often its loss is traced."""
+
+    def __init__(self):
+        self.traces = 0
+
+    def loss_fn(self, model):
+        loss = Generation().loss_fn(model)
+
+        def counted(params, batch, rng):
+            self.traces += 1
+            return loss(params, batch, rng)
+
+        return counted
+
+
+def test_the_step_compiles_once(tmp_path):
+    objective = Counting()
+    run(tmp_path, objective=objective, total_steps=6)
+    assert objective.traces == 1
+
+
+class Poisoned:
+    """A source whose batch of step 4 gives a loss that is not a number."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def batch(self, step, process_index=0, process_count=1):
+        batch = self.source.batch(step, process_index, process_count)
+        if step == 4:
+            batch["decoder_loss_weights"][0, 0] = np.nan
+        return batch
+
+
+def test_a_loss_that_is_not_a_number(tmp_path):
+    source = Poisoned(ArraySource(toy.generation_examples(20), 8, 0))
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, source=source)
+    assert str(error.value) == (
+        "generate: loss is nan at step 5; lower the learning rate (its `peak`) or clip gradients "
+        "(`max_grad_norm`), and look for examples without targets; the last checkpoint is from "
+        "before"
+    )
+    with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
+        assert saved.latest() == 3
+
+
+def test_errors(tmp_path, whole):
+    for name in ("total_steps", "log_every", "checkpoint_every"):
+        with pytest.raises(ValueError) as error:
+            run(tmp_path, **{name: 0})
+        assert str(error.value) == f"{name}: got 0, expected 1 or more"
+    with pytest.raises(ValueError) as error:
+        run(whole[0], seed=6)
+    assert str(error.value) == (
+        "seed: got 6, expected 5, that of the checkpoint: batches would come in another order; "
+        "set it back or give another folder (MODEL_DIR)"
+    )
+    with pytest.raises(ValueError) as error:
+        run(whole[0], total_steps=4)
+    assert str(error.value) == (
+        "total_steps: got 4, expected 10 or more, the step of the newest checkpoint; set it back "
+        "or give another folder (MODEL_DIR)"
+    )
+
+
+def test_means_weigh_by_weight():
+    window = [{"loss": (6.0, 2.0), "first": (0.0, 0.0)}, {"loss": (1.0, 8.0), "first": (0.0, 0.0)}]
+    assert loop._means(window) == {"loss": 0.7}
+
+
+# What the loop writes with.
+
+
+def test_metrics_file_after_a_restart(tmp_path):
+    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (2, 4, 6):
+            writer.write(step, {"loss": step / 2})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while writing
+    with metrics.MetricsWriter(tmp_path, after=4, tensorboard=False) as writer:
+        writer.write(6, {"loss": float("nan")})
+    assert _rows(tmp_path) == [
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 6, "loss": None},
+    ]
+
+
+def test_without_tensorflow_there_is_still_the_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "clu", None)
+    with caplog.at_level(logging.INFO), metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+    assert _rows(tmp_path) == [{"step": 1, "loss": 1.0}]
+    messages = [r.getMessage() for r in caplog.records if r.name == "dgr_jax.training.metrics"]
+    assert len(messages) == 1
+    assert messages[0].startswith("no TensorBoard summaries (")
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_summaries(tmp_path):
+    pytest.importorskip("tensorflow")
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(3, {"loss": 1.5})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("loss")
+    assert (event.step, float(make_ndarray(event.tensor_proto))) == (3, 1.5)
+
+
+def test_training_imports_no_tensorflow():
+    code = "import sys, dgr_jax.training.loop; print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (42, "0:42"), (61.6, "1:02"), (3700, "1:01:40")]
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+def test_progress_line():
+    line = metrics.progress_line("generate", 300, 600, 1.2344, 512.3, 42.2)
+    assert line == "generate 300/600 | loss 1.234 | 512 examples/s | 0:42 left"
+    line = metrics.progress_line("distill", 1, 9, 12345.6, 1.234, 7200)
+    assert line == "distill 1/9 | loss 1.235e+04 | 1.2 examples/s | 2:00:00 left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_and_elsewhere(caplog):
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        progress = metrics.Progress(stream)
+        with caplog.at_level(logging.INFO):
+            progress.show("one")
+            progress.show("two")
+        progress.close()
+    assert re.split(r"\r\x1b\[2K", terminal.getvalue()) == ["", "one", "two\n"]
+    assert file.getvalue() == ""
+    assert [record.getMessage() for record in caplog.records] == ["one", "two"]
