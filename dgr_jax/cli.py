@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -14,15 +15,29 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tokenize
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dgr_jax.experiment import Experiment
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = Path(__file__).resolve().parent
-_MACRO = re.compile(r"^([A-Z][A-Z0-9_]*) *=", re.MULTILINE)
+FLAGS = {"MODEL_DIR": "--model_dir", "DATA_DIR": "--data_dir"}
+
+# Lines of what gin prints: NAME = ..., and scope/Component.setting = ...
+_MACRO = re.compile(r"^(\w+) =", re.MULTILINE)
+_SETTING = re.compile(r"^((?:[\w-]+/)*)([\w.]*?)(\w+)\.(\w+) =", re.MULTILINE)
+_MACRO_REFERENCE = re.compile(r"%(\w[\w.]*)")
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_PLACE = re.compile(r'\n  In file "([^"]+)", line (\d+)')
+
+
+class Mistake(ValueError):
+    """What was asked for cannot be: the message says what is wrong, and what to give instead."""
 
 
 def resources(name: str) -> Path:
@@ -40,10 +55,19 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         "--gin.Search.num_beams=40. gin files shipped with the package: "
         + ", ".join(sorted(f.name for f in resources("gin_configs").glob("*.gin"))),
     )
-    p.add_argument("--gin_file", action="append", default=[], metavar="FILE",
-                   help="an experiment such as quickstart.gin; repeat to put one over another")  # fmt: skip
-    p.add_argument("--gin_search_paths", default="", metavar="DIR,DIR",
-                   help="more folders to look for gin files in")  # fmt: skip
+    p.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an experiment such as quickstart.gin; repeat to put one over another",
+    )
+    p.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIR,DIR",
+        help="more folders to look for gin files in",
+    )
     p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
     p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
     p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
@@ -58,10 +82,10 @@ def parse(
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     args = p.parse_args([a for a in given if not a.startswith("--gin.")])
     for binding in bindings:
-        if "=" not in binding:
+        if not binding.partition("=")[0].strip() or "=" not in binding:
             p.error(f"--gin.{binding}: expected --gin.NAME=VALUE")
-    for flag, macro in (("model_dir", "MODEL_DIR"), ("data_dir", "DATA_DIR")):
-        if value := getattr(args, flag):
+    for macro, flag in FLAGS.items():
+        if value := getattr(args, flag.removeprefix("--")):
             bindings.append(f"{macro}={value!r}")
     _configure_logging(args.verbose)
     return args, [_quoted(binding) for binding in bindings]
@@ -98,101 +122,136 @@ def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
     try:
         command(None)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except Mistake as mistake:
+        sys.exit(_complain(str(mistake)))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if logging.getLogger().level <= logging.INFO:
             raise
-        sys.exit(_complain(error))
+        sys.exit(_complain(f"{error}\n(--verbose shows where)"))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _complain(error: Exception) -> int:
-    sys.stderr.write(f"error: {error}\n(--verbose shows where)\n")
+def _complain(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
     return 2
 
 
 def load_experiment(args: argparse.Namespace, bindings: Sequence[str]) -> Experiment:
-    """The experiment that gin files and bindings describe; its operative config is written.
+    """The experiment that gin files and bindings describe; MODEL_DIR/config.gin keeps it.
 
-    Without --gin_file the experiment of --model_dir goes on: MODEL_DIR/config.gin is read.
-    Raises ValueError for an unknown file, macro or parameter, with the nearest names.
+    Without --gin_file the experiment of --model_dir goes on: its config.gin is read.
+    Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
+    that is missing or of a wrong type, and for one on the command line that another overrides.
     """
+    files = _gin_files(args)
     import gin
 
-    files = list(args.gin_file)
-    if not files:
-        if not args.model_dir:
-            raise ValueError("give --gin_file=FILE, such as quickstart.gin, or --model_dir=DIR")
-        files = [str(Path(args.model_dir) / "config.gin")]
-        if not Path(files[0]).is_file():
-            raise FileNotFoundError(f"no experiment at {files[0]}; give --gin_file=FILE")
     register()
     gin.clear_config()
     paths = [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
-    for path in paths:
-        gin.add_config_file_search_path(path)
     _check_files(files, paths)
-    _parse(files, bindings)
-    experiment = _call_experiment()
-    folder = Path(experiment.model_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.gin").write_text(gin.operative_config_str(), encoding="utf-8")
+    for path in paths:
+        _add_search_path(path)
+    gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
+    for file in files:
+        with _explained(file):
+            gin.parse_config_file(file)
+    _bind(files, bindings)
+    experiment = _call_experiment(files)
+    _check_effects(bindings)
+    _check_tasks(experiment.prepare.tasks)
+    _keep(experiment)
     return experiment
 
 
+def _gin_files(args: argparse.Namespace) -> list[str]:
+    if args.gin_file:
+        return args.gin_file
+    if not args.model_dir:
+        raise Mistake("give --gin_file=FILE, such as quickstart.gin, or --model_dir=DIR")
+    file = Path(args.model_dir) / "config.gin"
+    if not file.is_file():
+        raise Mistake(f"no experiment at {file}; give --gin_file=FILE")
+    return [str(file)]
+
+
 def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).is_dir():
+            raise Mistake(f"--gin_search_paths: {path} is no folder")
     for file in files:
         if not any((Path(path) / file).is_file() for path in paths):
-            names = sorted({f.name for path in paths for f in Path(path).glob("*.gin")})
-            raise FileNotFoundError(
+            names = sorted(
+                f.relative_to(path).as_posix()
+                for path in paths
+                for form in ("*.gin", "*/*.gin")
+                for f in Path(path).glob(form)
+            )
+            raise Mistake(
                 f"--gin_file={file}: not found in {', '.join(paths)}{_nearest(file, names)}"
             )
 
 
-def _parse(files: Sequence[str], bindings: Sequence[str]) -> None:
+@functools.cache
+def _add_search_path(path: str) -> None:
+    """Once a process: gin never forgets one."""
     import gin
 
+    gin.add_config_file_search_path(path)
+
+
+def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Puts bindings over the files.
+
+    Raises Mistake where one names an unknown macro, and where a macro is used that nothing sets.
+    """
+    import gin
+
+    macros = _MACRO.findall(gin.config_str())
+    for binding in bindings:
+        name = binding.partition(" =")[0]
+        if "." not in name and name not in macros:
+            where = f"{', '.join(files)} has no macro {name}"
+            if name in FLAGS:
+                raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
+            raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
+        with _explained(f"--gin.{binding.replace(' = ', '=')}"):
+            gin.parse_config(binding)
+    for name in _MACRO_REFERENCE.findall(_STRING.sub("''", gin.config_str())):
+        if name not in macros and name != "gin.REQUIRED":
+            raise Mistake(f"{', '.join(files)}: %{name} is not set{_nearest(name, macros)}")
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Raises what gin has to say as a Mistake: the place, gin's words, and the nearest names."""
     try:
-        gin.parse_config_files_and_bindings(files, None, finalize_config=False)
-        known = _MACRO.findall(gin.config_str())
-        for binding in bindings:
-            name = binding.partition(" =")[0]
-            if "." not in name and name not in known:
-                raise ValueError(
-                    f"--gin.{name}: {', '.join(files)} has no macro of that name"
-                    f"{_nearest(name, known)}"
-                )
-        gin.parse_config(list(bindings))
-        gin.finalize()
-    except (AttributeError, ValueError, TypeError, NameError) as error:
-        raise ValueError(_explain(str(error))) from error
-    missing = [n for n in known if _is_required(n)]
-    if missing:
-        flags = {"MODEL_DIR": "--model_dir=DIR", "DATA_DIR": "--data_dir=DIR"}
-        asked = ", ".join(flags.get(n, f"--gin.{n}=...") for n in missing)
-        raise ValueError(f"{', '.join(files)} needs {asked}")
+        yield
+    except (SyntaxError, tokenize.TokenError) as error:
+        line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
+        place = where if where.startswith("--") else f"{where}:{line}"
+        raise Mistake(
+            f"{place}: gin cannot read this; are strings in quotes, and brackets closed?"
+        ) from error
+    except (AttributeError, ValueError, TypeError, NameError, OSError) as error:
+        message = str(error)
+        if not where.startswith("--") and (found := _PLACE.search(message)):
+            where = f"{found[1]}:{found[2]}"
+        message = message.strip().splitlines()[0].removesuffix(".")
+        raise Mistake(f"{where}: {message}{_nearest_in(message)}") from error
 
 
-def _is_required(macro: str) -> bool:
-    import gin
-
-    return (
-        gin.query_parameter(f"{macro}/macro.value") is gin.REQUIRED
-        or str(gin.query_parameter(f"{macro}/macro.value")) == "%gin.REQUIRED"
-    )
-
-
-def _explain(message: str) -> str:
-    """gin's own words, with the nearest known name where it names an unknown one."""
-    message = message.strip().splitlines()[0]
-    unknown = re.search(r"No configurable matching '([^']+)'", message)
-    if unknown:
-        return message + _nearest(unknown[1], list(_configurables()))
+def _nearest_in(message: str) -> str:
+    """The nearest known names where gin names an unknown one."""
+    made = _known().configurables()
+    if unknown := re.search(r"No configurable matching (?:reference )?'@?([^'()]+)", message):
+        return _nearest(unknown[1].split("/")[-1], list(made))
     parameter = re.search(r"parameter named '([^']+)'", message)
     target = re.search(r"[Cc]onfigurable '([^']+)'", message)
-    if parameter and target and (made := _configurables().get(target[1].split(".")[-1])):
-        return message + _nearest(parameter[1], list(inspect.signature(made).parameters))
-    return message
+    if parameter and target and (component := made.get(target[1].split(".")[-1])):
+        return _nearest(parameter[1], list(inspect.signature(component).parameters))
+    return ""
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -202,60 +261,98 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; there are: {', '.join(known[:40])}" if known else ""
 
 
-def _call_experiment() -> Experiment:
+def _call_experiment(files: Sequence[str]) -> Experiment:
+    """Makes the experiment. Raises Mistake naming all that must still be given, or what a component
+    says of its settings."""
     import gin
 
     try:
         return gin.get_configurable("Experiment")()
-    except RuntimeError as error:
-        raise ValueError(str(error).strip().splitlines()[0]) from error
+    except _known().Missing as error:
+        missing = re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE)
+        asked = (f"{FLAGS.get(name, f'--gin.{name}')}=..." for name in missing)
+        raise Mistake(f"{', '.join(files)} needs {', '.join(asked)}") from error
     except (TypeError, ValueError) as error:
-        # gin appends where it was; what the settings said is the first line.
-        raise ValueError(str(error).strip().split("\n  In call to")[0]) from error
+        # gin appends where it was; what the settings said is before it.
+        raise Mistake(str(error).strip().split("\n  In call to")[0]) from error
 
 
-@functools.cache
-def _configurables() -> dict[str, Callable[..., Any]]:
-    """Everything that gin files can name."""
-    from dgr_jax import experiment, partitioning
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart
-    from dgr_jax.data import examples, vocabulary
-    from dgr_jax.identifiers import atomic, embeddings, rq, semantic, string, title
-    from dgr_jax.losses import ranking
-    from dgr_jax.models import t5
-    from dgr_jax.retrieval import generative, teacher
-    from dgr_jax.training import objectives, optimizers
-
-    made = [
-        experiment.Experiment, experiment.Prepare, experiment.Training, experiment.Candidates,
-        experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config,
-        beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
-        msmarco.MsmarcoCollection, quickstart.QuickstartCollection,
-        examples.Sources, vocabulary.SentencePiece, generative.Search,
-        atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
-        title.Title, embeddings.TfidfSvd, embeddings.SentenceEncoder, embeddings.FromFile,
-        objectives.Generation, objectives.Distillation,
-        optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
-        optimizers.Linear, optimizers.Cosine,
-        teacher.RunTeacher, teacher.Bm25Teacher, teacher.CrossEncoderTeacher,
-        teacher.BiEncoderTeacher, teacher.VectorTeacher, teacher.TopM, teacher.TwoLists,
-    ]  # fmt: skip
-    return {c.__name__: c for c in made} | {
-        name: _loss_factory(name, loss) for name, loss in ranking.LOSSES.items()
-    }
+def _settings(text: str) -> list[tuple[str, str, str]]:
+    """(scope, component, setting) of every binding in what gin prints."""
+    return [(scope.rstrip("/"), name, key) for scope, _, name, key in _SETTING.findall(text)]
 
 
-def _loss_factory(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`@distilled_ranknet()` in gin: the loss with its settings bound and readable."""
+def _winner(scope: str, name: str, key: str, bound: Iterable[tuple[str, str, str]]) -> str | None:
+    """The scope whose binding a call in `scope` takes: the longest that is bound; None: default."""
+    parts = scope.split("/") if scope else []
+    prefixes = ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    return next((p for p in prefixes if (p, name, key) in bound), None)
 
-    def factory(**settings: Any) -> functools.partial:
-        return functools.partial(loss, **settings)
 
-    factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = loss.__doc__
-    settings = list(inspect.signature(loss).parameters.values())[3:]
-    factory.__signature__ = inspect.Signature(settings)
-    return factory
+def _check_effects(bindings: Sequence[str]) -> None:
+    """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
+    bindings that are more special; warns where the experiment makes no such component."""
+    import gin
+
+    bound = set(_settings(gin.config_str()))
+    called = _settings(gin.operative_config_str())
+    for scope, name, key in _settings("\n".join(bindings)):
+        calls = [s for s, n, k in called if (n, k) == (name, key)]
+        if any(_winner(s, name, key, bound) == scope for s in calls):
+            continue
+        given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+        if not calls:
+            logger.warning("%s has no effect: this experiment makes no %s", given, name)
+            continue
+        others = sorted({f"{s}/{name}.{key}" for s in calls if s})
+        raise Mistake(f"{given} has no effect; set {' or '.join(others) or f'{name}.{key}'}")
+
+
+def _check_tasks(name: str) -> None:
+    known = sorted(f.stem for f in resources("tasks").glob("[a-z]*.py"))
+    if name not in known:
+        raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
+
+
+def _keep(experiment: Experiment) -> None:
+    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made.
+
+    So the file alone says what is done, and bindings are as general as they were: any of them can
+    be overridden when the experiment goes on.
+    """
+    import gin
+
+    text = gin.config_str(max_line_length=100)
+    bound = set(_settings(text))
+    lines = {}
+    for _, name, _ in _settings(gin.operative_config_str()):
+        for key, default in (
+            _known().defaults(name).items() if name in _known().configurables() else ()
+        ):
+            if ("", name, key) not in bound and _is_literal(default):
+                lines[f"{name}.{key} = {default!r}"] = None
+    folder = Path(experiment.model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.gin.partial"
+    rule = "# " + "=" * 78
+    partial.write_text(
+        f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n", encoding="utf-8"
+    )
+    partial.replace(folder / "config.gin")
+
+
+def _is_literal(value: object) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
+def _known():
+    """The module of all configurables, imported when a gin file is read: it imports JAX."""
+    from dgr_jax import configurables
+
+    return configurables
 
 
 @functools.cache
@@ -263,5 +360,5 @@ def register() -> None:
     """Make every configurable known to gin, once a process."""
     import gin
 
-    for name, made in _configurables().items():
+    for name, made in _known().configurables().items():
         gin.external_configurable(made, name=name, module="dgr_jax")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ class Prepare:
     train_split, test_splits: names of qrels of the collection.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
-    max_train_queries: use so many training queries at most (0: all), drawn by the seed.
     """
 
     tasks: str
@@ -44,6 +44,14 @@ class Prepare:
     min_relevance: int = 1
     query_length: int = 32
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.test_splits:
+            raise ValueError("Prepare.test_splits: got (), expected a split or more")
+        if self.query_length < 2:
+            raise ValueError(
+                f"Prepare.query_length: got {self.query_length}, expected at least 2, EOS counted"
+            )
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,9 @@ UPSTREAM = {
 }
 STAGES = tuple(SETTINGS)
 
+# Settings of a Training that only rank lists need.
+_RANK_LISTS = ("objective", "list_batch_size")
+
 
 def describe(value: Any) -> Any:
     """A setting as JSON: what it is and every field that has an effect on results.
@@ -164,7 +175,11 @@ def describe(value: Any) -> Any:
         }
         return {"is": type(value).__qualname__, **fields}
     if isinstance(value, functools.partial):
-        return {"is": describe(value.func), "args": describe(value.args), **value.keywords}
+        return {
+            "is": describe(value.func),
+            "args": describe(value.args),
+            **describe(value.keywords),
+        }
     if callable(value):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, dict):
@@ -176,12 +191,39 @@ def describe(value: Any) -> Any:
     return value
 
 
-def stage_settings(experiment: Experiment, stage: str) -> dict[str, Any]:
-    """What a stage and all stages before it were asked to do."""
+def paths(value: Any) -> dict[str, str]:
+    """Every file that the settings name: 'SentencePiece.path' -> 'spiece.model'; blank: left out.
+
+    A file is named by a field `path` or `..._path`.
+    """
+    found: dict[str, str] = {}
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            inside = getattr(value, f.name)
+            if (f.name == "path" or f.name.endswith("_path")) and isinstance(inside, str):
+                found |= {f"{type(value).__name__}.{f.name}": inside} if inside else {}
+            found |= paths(inside)
+    return found
+
+
+def upstream(experiment: Experiment, stage: str) -> tuple[str, ...]:
+    """The stages of this experiment whose output a stage reads."""
+    return tuple(up for up in UPSTREAM[stage] if up != "control" or experiment.control)
+
+
+def stage_settings(
+    experiment: Experiment, stage: str, files: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a stage and all stages before it were asked to do.
+
+    files: stage -> what tells whether the files that it reads have changed.
+    """
     own = {name: describe(getattr(experiment, name)) for name in SETTINGS[stage]}
-    if stage == "evaluate" and not experiment.control:
-        own["control"] = False
-    return own | {up: stage_settings(experiment, up) for up in UPSTREAM[stage]}
+    if stage == "control":  # the steps of distillation, not its objective
+        own["distill"] = {k: v for k, v in own["distill"].items() if k not in _RANK_LISTS}
+    if files and files.get(stage):
+        own["files"] = files[stage]
+    return own | {up: stage_settings(experiment, up, files) for up in upstream(experiment, stage)}
 
 
 def fingerprint(settings: Any) -> str:

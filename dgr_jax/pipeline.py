@@ -1,13 +1,15 @@
 """Runs the stages of an experiment in order, skips what is done, and resumes what was cut off.
 
 Each stage has a folder in MODEL_DIR with a stage.json: what it was asked to do (with everything
-before it), a fingerprint of that, and whether it was finished. A stage whose settings changed starts
-again; what it had made is kept aside in MODEL_DIR/previous until the next change, and is taken back
-when the settings are.
+before it), a fingerprint of that, and whether it was finished. A stage whose settings changed
+starts again; what it had made is kept aside in MODEL_DIR/previous until the next change, and is
+taken back when the settings are. Files that a stage reads from elsewhere belong to its settings:
+their contents do, or size and time of change where they are large.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -16,12 +18,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dgr_jax import evaluation
 from dgr_jax import experiment as experiments
 from dgr_jax.experiment import Experiment, fingerprint, stage_settings
 
 logger = logging.getLogger(__name__)
 
 RECORD = "stage.json"
+READING = ("prepare", "teach")  # stages that read files from elsewhere
+LARGE = 64 << 20  # bytes from which a file's contents are not looked at
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -59,17 +64,24 @@ def changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
 def run(
     experiment: Experiment,
     makers: dict[str, Callable[[Experiment, Path], None]],
-    stages: Iterable[str] = experiments.STAGES,
+    stages: Iterable[str] = ("evaluate",),
 ) -> None:
     """Run `stages` and every stage that they read, in order.
 
     makers: stage -> function(experiment, folder) that makes the stage's output, or completes what
     an earlier call with the same settings began.
+    Raises FileNotFoundError or ValueError, before any stage starts, where one of them could only
+    fail: it would lack a file, or not know a measure.
     """
     wanted = _with_upstream(experiment, stages)
+    files = {stage: _signatures(experiment, stage) for stage in READING if stage in wanted}
+    settings = {stage: stage_settings(experiment, stage, files) for stage in wanted}
+    for stage in wanted:
+        if not _is_made(experiment, stage, settings[stage]):
+            _check(experiment, stage)
     for stage in experiments.STAGES:
         if stage in wanted:
-            _run_stage(experiment, stage, makers[stage])
+            _run_stage(experiment, stage, settings[stage], makers[stage])
 
 
 def _with_upstream(experiment: Experiment, stages: Iterable[str]) -> set[str]:
@@ -81,17 +93,67 @@ def _with_upstream(experiment: Experiment, stages: Iterable[str]) -> set[str]:
             raise ValueError(f"unknown stage {stage!r}, expected one of {experiments.STAGES}")
         if stage not in wanted:
             wanted.add(stage)
-            pending += experiments.UPSTREAM[stage]
-    if not experiment.control:
-        wanted.discard("control")
+            pending += experiments.upstream(experiment, stage)
     return wanted
 
 
+def _splits(experiment: Experiment) -> tuple[str, ...]:
+    return (experiment.prepare.train_split, *experiment.prepare.test_splits)
+
+
+def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
+    """What the files that a stage reads hold now; of a missing one, what it held when it was read,
+    so that MODEL_DIR goes on where the data is not."""
+    read = read_record(Path(experiment.model_dir) / stage).get("settings", {}).get("files", {})
+    signed: dict[str, Any] = {}
+    if stage == "prepare":
+        found = experiment.collection.inputs(_splits(experiment))
+        whole = all(found.values())
+        now = {name: _signature(path) for name, path in found.items() if whole and path}
+        signed["collection"] = now if whole else read.get("collection")
+    for owner in experiments.SETTINGS[stage]:
+        for name, path in experiments.paths(getattr(experiment, owner)).items():
+            there = Path(path).is_file()
+            signed[name] = _signature(Path(path)) if there else read.get(name)
+    return {name: value for name, value in signed.items() if value}
+
+
+def _signature(path: Path) -> dict[str, Any]:
+    """Tells whether a file has changed, wherever it lies."""
+    status = path.stat()
+    if status.st_size > LARGE:
+        return {"bytes": status.st_size, "modified": int(status.st_mtime)}
+    with path.open("rb") as file:
+        return {"bytes": status.st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _is_made(experiment: Experiment, stage: str, settings: Any) -> bool:
+    """Whether the stage need not run: it is done, in its place or aside."""
+    folder = Path(experiment.model_dir)
+    return is_done(folder / stage, settings) or is_done(folder / "previous" / stage, settings)
+
+
+def _check(experiment: Experiment, stage: str) -> None:
+    """Raises FileNotFoundError naming the files that a stage would lack, ValueError for measures
+    that evaluation does not know."""
+    if stage == "prepare":
+        experiment.collection.check(_splits(experiment))
+    for owner in experiments.SETTINGS[stage] if stage in READING else ():
+        for name, path in experiments.paths(getattr(experiment, owner)).items():
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"{name}: no file at {path!r}; name another with --gin.{name}=FILE"
+                )
+    if stage == "evaluate":
+        settings = experiment.evaluate
+        nothing = {"": {"": 1}}
+        evaluation.evaluate({}, nothing, settings.measures, min_relevance=settings.min_relevance)
+
+
 def _run_stage(
-    experiment: Experiment, stage: str, make: Callable[[Experiment, Path], None]
+    experiment: Experiment, stage: str, settings: Any, make: Callable[[Experiment, Path], None]
 ) -> None:
     folder = Path(experiment.model_dir) / stage
-    settings = stage_settings(experiment, stage)
     if is_done(folder, settings):
         logger.info("%s: done already, from the same configuration; skipped", stage)
         return

@@ -1,4 +1,4 @@
-"""`python -m dgr_jax.train --gin_file=quickstart.gin`: a whole experiment, from corpus to measures."""
+"""`python -m dgr_jax.train --gin_file=quickstart.gin`: an experiment, from corpus to measures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.MAKERS, args.stages.split(","))
+    asked = [stage.strip() for stage in args.stages.split(",")]
+    pipeline.run(experiment, stages.MAKERS, asked)
 
 
 if __name__ == "__main__":

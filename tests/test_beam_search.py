@@ -104,12 +104,13 @@ def tokens(n):
 def build(rows, narrow=64, eos_id=None):
     """An index whose wide paths are taken by nodes of more than `narrow` children."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trie_build, "NARROW", narrow)
+        patch.setattr(trie_build, "GATHERS", (narrow,))
         patch.setattr(trie_build, "WIDEST_GATHER", 2 * narrow)
         return trie.build(*ragged(rows), eos_id=eos_id, vocab_size=VOCAB)
 
 
 many = settings(max_examples=25, deadline=None)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("narrow", "renormalise"), [(1, False), (64, True)])
@@ -125,7 +126,7 @@ def test_wide_enough_is_exhaustive_where_identifiers_are_prefixes_of_others(
     same_results(result, expected, 16, index)
 
 
-@pytest.mark.parametrize(("narrow", "beams", "penalty"), [(1, 3, 0.0), (64, 1, 1.0)])
+@pytest.mark.parametrize(("narrow", "beams", "penalty"), [(1, 3, 0.0), slow(64, 1, 1.0)])
 @many
 @given(rows=sets_of(st.integers(1, 4)))
 def test_narrow_beams_follow_the_definition(narrow, beams, penalty, rows):
@@ -149,7 +150,7 @@ def test_fixed_length_without_closing_token(rows):
     same_results(result, expected, 2, index)
 
 
-@pytest.mark.parametrize("rows", [[[5]], [[5, 6, 7]], [[3, 4], [5], [6, 7, 8]]])
+@pytest.mark.parametrize("rows", [slow([[5, 6, 7]]), [[5]], [[3, 4], [5], [6, 7, 8]]])
 def test_one_passage_and_prefix_free_rows_of_several_lengths(rows):
     index = build(rows)
     result = search(index.constraint(), num_beams=4)
@@ -157,7 +158,7 @@ def test_one_passage_and_prefix_free_rows_of_several_lengths(rows):
     same_results(result, [reference.exhaustive(model, q, legal) for q in range(2)], 4, index)
 
 
-@pytest.mark.parametrize("penalty", [2.0, -1.0])
+@pytest.mark.parametrize("penalty", [2.0, slow(-1.0)])
 def test_a_length_penalty_orders_and_reports_true_log_probs(penalty):
     rows = [[7], [7, 3], [7, 3, 9, 9], [4, 5, 5], [2]]
     index = build(rows, eos_id=EOS)
@@ -192,7 +193,7 @@ def flat_step(tokens, cache, position):
     return jnp.zeros((*tokens.shape, VOCAB)), cache
 
 
-@pytest.mark.parametrize("narrow", [1, 64])
+@pytest.mark.parametrize("narrow", [1, slow(64)])
 def test_ties_go_to_the_smaller_tokens(narrow):
     rows = [[a, b] for a in range(2, VOCAB) for b in range(2, VOCAB)]
     index = build(rows, narrow)
@@ -205,6 +206,7 @@ def test_ties_go_to_the_smaller_tokens(narrow):
     same_results(result, [expected, expected], 5, index)
 
 
+@pytest.mark.slow
 def test_a_thousand_beams():
     rows = np.random.default_rng(0).integers(2, VOCAB, (300, 4)).tolist()
     index = build(rows)
@@ -221,8 +223,6 @@ def test_sequences_that_have_not_ended_are_dropped():
     assert result.tokens.shape == (2, 3, 2)
     assert result.valid.tolist() == [[True, False, False]] * 2
     assert result.tokens[0, 0].tolist() == [5, EOS]
-    result = search(build([[5, 6, 7]]).constraint(), num_beams=2, max_length=2)
-    assert not result.valid.any()
 
 
 def test_stops_when_no_live_beam_can_reach_the_finished_ones():
@@ -307,13 +307,11 @@ def test_samples_follow_the_model_over_the_legal_tokens():
         assert not any(tokens[len(row) :])
 
 
-def test_samples_at_low_temperature_or_of_one_token_are_greedy():
+def test_samples_at_low_temperature_are_greedy():
     rows = np.random.default_rng(0).integers(2, VOCAB, (30, 4)).tolist()
     constraint = build(rows).constraint()
     greedy = search(constraint, batch_size=1, num_beams=1).tokens[0, 0].tolist()
-    key = jax.random.key(1)
-    assert draw(constraint, key, num_samples=3, best_tokens=1).tokens[0].tolist() == [greedy] * 3
-    cold = draw(constraint, key, num_samples=3, temperature=1e-4)
+    cold = draw(constraint, jax.random.key(1), num_samples=3, temperature=1e-4)
     assert cold.tokens[0].tolist() == [greedy] * 3
 
 

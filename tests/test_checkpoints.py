@@ -26,15 +26,21 @@ def _mesh(data=1, model=1):
 
 
 @pytest.fixture(scope="module")
-def states():
-    """States after 0, 1, ... 4 steps, on the host."""
+def step():
     mesh = _mesh()
-    state = init_state(MODEL, OPTIMIZER, mesh, seed=0, params=toy.params())
-    step = make_train_step(Generation(), MODEL, OPTIMIZER, mesh, state)
-    found = [jax.device_get(state)]
+    return make_train_step(
+        Generation(), MODEL, OPTIMIZER, mesh, abstract_state(MODEL, OPTIMIZER, mesh)
+    )
+
+
+@pytest.fixture(scope="module")
+def states(step):
+    """States after 0, 1, ... 4 steps, on the host."""
+    state = init_state(MODEL, OPTIMIZER, _mesh(), seed=0, params=toy.params())
+    found = [jax.tree.map(np.array, state)]
     for seed in range(4):
         state, _ = step(state, toy.generation_examples(8, seed))
-        found.append(jax.device_get(state))
+        found.append(jax.tree.map(np.array, state))
     return found
 
 
@@ -84,11 +90,9 @@ def test_params_alone(tmp_path, states):
         checkpoints.restore_params(tmp_path / "none", abstract)
 
 
-def test_a_save_is_not_touched_by_the_steps_after_it(tmp_path):
+def test_a_save_is_not_touched_by_the_steps_after_it(tmp_path, states, step):
     """The step donates the state while the save still runs."""
-    mesh = _mesh()
-    state = init_state(MODEL, OPTIMIZER, mesh, seed=0, params=toy.params())
-    step = make_train_step(Generation(), MODEL, OPTIMIZER, mesh, state)
+    state = _on_device(states[0])
     batch = toy.generation_examples(8)
     with Checkpoints(tmp_path) as saved:
         for number in range(1, 4):
@@ -97,7 +101,7 @@ def test_a_save_is_not_touched_by_the_steps_after_it(tmp_path):
                 expected = jax.tree.map(np.array, state)
                 saved.save(2, state, {})
     with Checkpoints(tmp_path) as saved:
-        restored, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, mesh))
+        restored, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
     _assert_equal(restored, expected)
 
 

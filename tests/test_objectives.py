@@ -13,7 +13,7 @@ from dgr_jax.training.objectives import Distillation, Generation
 from tests import toy
 
 MODEL = toy.Toy()
-PARAMS = toy.params()
+PARAMS = jax.device_put(toy.params())
 RNG = jax.random.PRNGKey(1)
 RANKNET = functools.partial(ranking.distilled_ranknet, margin=2.0, margin_gap=0.5)
 RANK = Distillation(RANKNET, generation_weight=0.0)
@@ -85,26 +85,26 @@ def test_generation_accuracies_count_only_real_tokens():
     assert [float(x) for x in metrics["identifier_accuracy"]] == [1, 2]
 
 
-@pytest.mark.parametrize("identifiers", [1, 3])
-def test_distillation_is_rank_loss_plus_generation_loss(identifiers):
+@pytest.mark.parametrize(("identifiers", "own_examples"), [(1, False), (3, True)])
+def test_distillation_is_rank_loss_plus_generation_loss(identifiers, own_examples):
+    """The generation examples are their own batch, or the targets beside the rank lists."""
     lists = toy.rank_lists(3, identifiers=identifiers)
     lists["passage_mask"][1, 2] = False
-    generation = toy.generation_examples(5, seed=7)
     student = [[_score(lists, b, i) for i in range(4)] for b in range(3)]
     student = np.array(student, np.float32)
     rank = np.asarray(RANKNET(student, lists["teacher_scores"], lists["passage_mask"]))
     assert np.count_nonzero(rank) >= 2
 
-    both = _value(BOTH, {"rank_list": lists, "generation": generation})
-    examples = np.mean([_token_mean(generation, b) for b in range(5)])
-    assert both[1] == 3
-    np.testing.assert_allclose(both[0] / both[1], rank.mean() + 0.7 * examples, rtol=1e-4)
-    np.testing.assert_allclose(both[2]["rank_loss"], rank.mean(), rtol=1e-4)
-    np.testing.assert_allclose(both[2]["generation_loss"], examples, rtol=1e-4)
-
-    shared = _value(BOTH, {"rank_list": lists})
-    examples = np.mean([_token_mean(lists, b) for b in range(3)])
-    np.testing.assert_allclose(shared[0] / 3, rank.mean() + 0.7 * examples, rtol=1e-4)
+    batch = {"rank_list": lists}
+    if own_examples:
+        batch["generation"] = toy.generation_examples(5, seed=7)
+    examples = batch.get("generation", lists)
+    tokens = np.mean([_token_mean(examples, b) for b in range(5 if own_examples else 3)])
+    loss_sum, weight_sum, metrics = _value(BOTH, batch)
+    assert weight_sum == 3
+    np.testing.assert_allclose(loss_sum / weight_sum, rank.mean() + 0.7 * tokens, rtol=1e-4)
+    np.testing.assert_allclose(metrics["rank_loss"], rank.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["generation_loss"], tokens, rtol=1e-4)
 
 
 def test_queries_are_encoded_once():

@@ -229,6 +229,7 @@ def test_mixture_counts_are_the_same_in_chunks():
 def test_mixture_shuffles_within_the_batch():
     tasks = [tuple(_mixture().batch(step)["weight"] // 1000) for step in range(20)]
     assert sum(list(order) != sorted(order) for order in tasks) == 20
+    assert len(set(tasks)) > 10  # another order each step
 
 
 def test_mixture_errors():

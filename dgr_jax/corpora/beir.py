@@ -48,6 +48,10 @@ class BeirCollection:
             wanted.append(_qrels("<split>"))
         checks.require(self._root, wanted, "BeirCollection.folder")
 
+    def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
+        """Corpus, queries and the qrels of `splits`: name -> file, None where it is missing."""
+        return checks.locate(self._root, [_CORPUS, _QUERIES, *map(_qrels, splits)])
+
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order."""
         return checks.checked(_passages, self._path(_CORPUS), "passage")

@@ -46,6 +46,11 @@ class Source:
         return path
 
 
+def locate(folder: Path, sources: Sequence[Source]) -> dict[str, Path | None]:
+    """First name of each source -> its file, None where the folder lacks it."""
+    return {source.names[0]: source.find(folder) for source in sources}
+
+
 def require(folder: Path, sources: Sequence[Source], setting: str) -> None:
     """Raises FileNotFoundError naming every source the folder lacks; `setting` is what to set."""
     missing = [source for source in sources if source.find(folder) is None]

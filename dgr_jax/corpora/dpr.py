@@ -49,12 +49,11 @@ class DprCollection:
 
         Train and dev need their bi-encoder files; of any other split the questions are enough.
         """
-        wanted = [self._corpus]
-        for split in splits:
-            judged = self._judged(split)
-            enough = split not in ("train", "dev") and not judged.find(self._root)
-            wanted.append(self._questions(split) if enough else judged)
-        checks.require(self._root, wanted, "DprCollection.folder")
+        checks.require(self._root, self._wanted(splits), "DprCollection.folder")
+
+    def inputs(self, splits: Iterable[str] = ("train", "dev", "test")) -> dict[str, Path | None]:
+        """The corpus and the files of `splits`: name -> file, None where it is missing."""
+        return checks.locate(self._root, self._wanted(splits))
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order."""
@@ -84,6 +83,14 @@ class DprCollection:
             "a header id, text, title, then one passage a line, by tabs, quoted as CSV",
             f"{_SITE}/wikipedia_split/psgs_w100.tsv.gz {_HOW}",
         )
+
+    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+        wanted = [self._corpus]
+        for split in splits:
+            judged = self._judged(split)
+            enough = split not in ("train", "dev") and not judged.find(self._root)
+            wanted.append(self._questions(split) if enough else judged)
+        return wanted
 
     def _judged(self, split: str) -> checks.Source:
         name = self._name(self.judged_file, split)

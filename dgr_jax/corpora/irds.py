@@ -35,6 +35,10 @@ class IrDatasetsCollection:
             _part(self._id(split), "queries")
             _part(self._id(split), "qrels")
 
+    def inputs(self, splits: Iterable[str] = ()) -> dict[str, None]:
+        """None: the library keeps its files, and an id always means the same ones."""
+        return {}
+
     def passages(self) -> Iterator[Passage]:
         """All documents in the library's order."""
         return (_passage(doc, self.dataset) for doc in _part(self.dataset, "docs").docs_iter())

@@ -40,10 +40,11 @@ class MsmarcoCollection:
 
     def check(self, splits: Iterable[str] = ("train", "dev")) -> None:
         """Raises FileNotFoundError naming every missing file: the corpus and those of `splits`."""
-        wanted = [self._corpus]
-        for split in splits:
-            wanted += self._sources(split)
-        checks.require(self._root, wanted, "MsmarcoCollection.folder and .files")
+        checks.require(self._root, self._wanted(splits), "MsmarcoCollection.folder and .files")
+
+    def inputs(self, splits: Iterable[str] = ("train", "dev")) -> dict[str, Path | None]:
+        """The corpus and the files of `splits`: name -> file, None where it is missing."""
+        return checks.locate(self._root, self._wanted(splits))
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order."""
@@ -70,6 +71,9 @@ class MsmarcoCollection:
     def _corpus(self) -> checks.Source:
         columns = "pid <tab> text, one passage a line, no header, no quotes"
         return checks.Source((self.passages_file,), columns, f"{_ORIGIN}, or collection.tar.gz")
+
+    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+        return [self._corpus, *(source for split in splits for source in self._sources(split))]
 
     def _sources(self, split: str) -> tuple[checks.Source, checks.Source]:
         """The query and qrels files of a split: those that are there, else the first named."""

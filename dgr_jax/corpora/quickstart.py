@@ -23,6 +23,10 @@ class QuickstartCollection:
         """Raises FileNotFoundError when the package was installed without its data."""
         _reader().check(splits)
 
+    def inputs(self, splits: Iterable[str] = ()) -> dict[str, None]:
+        """None that a user could change."""
+        return {}
+
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order."""
         return _reader().passages()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 
@@ -58,8 +59,12 @@ class RankList:
 class Collection(Protocol):
     """Passages, queries and judgements from one place, all as streams."""
 
-    def check(self) -> None:
+    def check(self, splits: Iterable[str] = ()) -> None:
         """Raise FileNotFoundError naming every missing file, its columns and how to get it."""
+
+    def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
+        """Name -> each file that `splits` are read from, None where it is missing; without the
+        files of a library or of this package."""
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order; a second call starts again."""

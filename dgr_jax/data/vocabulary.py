@@ -45,7 +45,7 @@ class SentencePiece:
     def write(self, folder: Path, texts: Iterable[str]) -> Path:
         """Copy or train the model into `folder`/spiece.model.
 
-        Raises FileNotFoundError when `path` is not there, ValueError when there is no text.
+        Raises FileNotFoundError when `path` is not there, ValueError without any text.
         """
         target = folder / "spiece.model"
         if not self.path:

@@ -92,7 +92,7 @@ def beam_search(
 
     def advance(loop):
         logits, cache = step_fn(loop.last, loop.cache, loop.position)
-        offers = _offers(constraint, loop.live, logits, width=num_beams)
+        offers = _expand(constraint, loop.live, logits, num_beams)
         penalty = lambda x: penalised(x, (loop.position + 1).astype(jnp.float32))  # noqa: E731
         finished = loop.finished if together else _keep_finished(loop, offers, penalty)
         live, parent = _keep_live(loop, offers, also_complete=together)
@@ -135,43 +135,21 @@ def _start(constraint, cache, shape, start_id):
     )
 
 
-class _Offers(NamedTuple):
-    """Candidates of all live beams of a query: log_probs f32 [B, M*C] of the whole sequence."""
-
-    log_probs: jax.Array
-    token_ids: jax.Array
-    complete: jax.Array
-    state: State
-    slots: int
-
-
-def _expand(constraint, state, logits, width):
-    log_z = None
+def _expand(constraint, live, logits, width):
+    """Candidates of the live beams, log_probs of the whole sequence."""
+    prior = live.log_probs
     if not constraint.renormalise:
-        log_z = jax.nn.logsumexp(logits.astype(jnp.float32), -1)
-    return constraint.expand(state, logits, width=width, log_z=log_z)
-
-
-def _offers(constraint, live, logits, width):
-    found = _expand(constraint, live.state, logits, width)
-    total = live.log_probs[..., None] + found.log_probs
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # noqa: E731
-    return _Offers(
-        flat(total),
-        flat(found.token_ids),
-        flat(found.complete),
-        jax.tree.map(flat, found.next_state),
-        total.shape[-1],
-    )
+        prior -= jax.nn.logsumexp(logits.astype(jnp.float32), -1)
+    return constraint.expand(live.state, logits, prior, width=width)
 
 
 def _keep_live(loop, offers, also_complete):
     """The best offers that are not complete, and the beams they come from, int32 [B, M]."""
     hidden = False if also_complete else offers.complete
     log_probs, index = top_k(jnp.where(hidden, -jnp.inf, offers.log_probs), loop.last.shape[1])
-    parent = index // offers.slots
+    parent = _select(offers.parent, index)
     tokens = _append(loop, parent, _select(offers.token_ids, index))
-    state = jax.tree.map(lambda leaf: _alive(_select(leaf, index), log_probs), offers.state)
+    state = jax.tree.map(lambda leaf: _alive(_select(leaf, index), log_probs), offers.next_state)
     return _Beams(log_probs, log_probs, tokens, state), parent
 
 
@@ -187,9 +165,10 @@ def _keep_finished(loop, offers, penalised):
         shape = stays.shape + (1,) * (old_leaf.ndim - 2)
         return jnp.where(stays.reshape(shape), _select(old_leaf, old_index), new_leaf)
 
-    added = _append(loop, new_index // offers.slots, _select(offers.token_ids, new_index))
+    parent = _select(offers.parent, new_index)
+    added = _append(loop, parent, _select(offers.token_ids, new_index))
     state = jax.tree.map(
-        lambda a, b: _alive(choose(a, _select(b, new_index)), scores), old.state, offers.state
+        lambda a, b: _alive(choose(a, _select(b, new_index)), scores), old.state, offers.next_state
     )
     log_probs = choose(old.log_probs, _select(ended, new_index))
     return _Beams(scores, log_probs, choose(old.tokens, added), state)
@@ -259,7 +238,7 @@ def sample(
 
     def advance(drawn):
         logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
-        found = _expand(constraint, drawn.state, logits, best_tokens)
+        found = _expand_alone(constraint, drawn.state, logits, best_tokens)
         best, place = lax.top_k(found.log_probs, min(best_tokens, found.log_probs.shape[-1]))
         key, now = jax.random.split(drawn.key)
         choice = jax.random.categorical(now, best / temperature)[..., None]
@@ -302,3 +281,12 @@ def sample(
     log_probs = jnp.where(valid, drawn.log_probs, -jnp.inf)
     tokens = jnp.where(valid[..., None], drawn.tokens, 0)
     return BeamResult(tokens, log_probs, valid, constraint.rows(drawn.state))
+
+
+def _expand_alone(constraint, state, logits, width):
+    """Candidates [B, M, C] of each sequence for itself."""
+    shape = logits.shape[:2]
+    alone = lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:])  # noqa: E731
+    live = _Beams(None, jnp.zeros((shape[0] * shape[1], 1)), None, jax.tree.map(alone, state))
+    found = _expand(constraint, live, alone(logits), width)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), found)

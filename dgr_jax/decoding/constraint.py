@@ -2,6 +2,9 @@
 
 A state is a pytree of integer arrays with the leading axes of the beams.  -1 in every leaf is the
 dead state: nothing continues it.
+
+The beams of a query are expanded together: what is asked for is the best of all their
+continuations, so no beam is ranked by itself and the scores are read once.
 """
 
 from __future__ import annotations
@@ -12,19 +15,21 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from dgr_jax.decoding.selection import top_k
+from dgr_jax.decoding.selection import joint_top_k
 
 State = Any
 
 
 class Candidates(NamedTuple):
-    """Legal continuations of each state, C at least the `width` asked for, in no special order.
+    """Legal continuations of the beams of each query, in no special order.
 
-    token_ids int32 [N, C]; log_probs f32 [N, C], -inf in slots that hold nothing legal;
-    next_state: leaves [N, C, ...]; complete bool [N, C]: the sequence ends with this token.
-    Of equally likely continuations of a state the smaller token comes first.
+    parent int32 [B, C]: the beam that is continued; token_ids int32 [B, C];
+    log_probs f32 [B, C]: prior + score, -inf in slots that hold nothing legal;
+    next_state: leaves [B, C, ...]; complete bool [B, C]: the sequence ends with this token.
+    Equal ones of one kind (complete or not) are ordered by parent, then token.
     """
 
+    parent: jax.Array
     token_ids: jax.Array
     log_probs: jax.Array
     next_state: State
@@ -36,7 +41,7 @@ class Constraint(Protocol):
 
     max_length: tokens of the longest sequence, or a bound (static).
     fixed_length: tokens of every sequence when all have the same number, else None (static).
-    renormalise: log-probabilities are over the legal tokens; `log_z` is not needed (static).
+    renormalise: log-probabilities are over the legal tokens (static).
     """
 
     max_length: int
@@ -47,18 +52,18 @@ class Constraint(Protocol):
         """The state before the first token, leaves [B, ...]."""
 
     def expand(
-        self, state: State, log_probs: jax.Array, *, width: int, log_z: jax.Array | None = None
+        self, state: State, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        """The `width` most likely of all legal continuations of each state, exactly, and the
-        closing token (where the constraint has one and it is legal) however unlikely.
+        """At least the `width` best complete and the `width` best other legal continuations.
 
-        state: leaves [N, ...], all at the same depth (dead states aside).
-        log_probs: [N, V], any float dtype; or logits, with log_z f32 [N] their log normaliser.
-        Any number of leading axes may stand for N.
+        state: leaves [B, M, ...], all at the same depth (dead states aside).
+        scores: [B, M, V], any float dtype: logits or log-probabilities.
+        prior: f32 [B, M], added to the scores: the log-probability of the beam, less the log
+          normaliser of its logits unless they are normalised already or `renormalise` is set.
         """
 
     def rows(self, state: State) -> jax.Array:
-        """int32 [N]: the row id of complete states, -1 elsewhere."""
+        """The row id of complete states, -1 elsewhere; int32, shape of a leaf of the state."""
 
 
 @jax.tree_util.register_dataclass
@@ -83,23 +88,23 @@ class Unconstrained:
         return jnp.zeros(batch_size, jnp.int32)
 
     def expand(
-        self, state: jax.Array, log_probs: jax.Array, *, width: int, log_z: jax.Array | None = None
+        self, state: jax.Array, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        best, tokens = top_k(log_probs, min(width + 1, log_probs.shape[-1]))
+        batch, beams, size = scores.shape
+        prior = jnp.where(state < 0, -jnp.inf, prior)
+        closes = beams if self.eos_id is not None else 0
+        best, place = joint_top_k(scores, prior, min(width + closes, beams * size))
+        parent, tokens = place // size, place % size
         if self.eos_id is not None:
-            best = jnp.append(
-                jnp.where(tokens == self.eos_id, -jnp.inf, best),
-                log_probs[..., self.eos_id, None],
-                -1,
-            )
-            tokens = jnp.append(tokens, jnp.full_like(tokens[..., :1], self.eos_id), -1)
-        best = best.astype(jnp.float32)
-        best = best if log_z is None else best - log_z[..., None]
-        best = jnp.where(state[..., None] < 0, -jnp.inf, best)
-        depth = jnp.broadcast_to(state[..., None] + 1, tokens.shape)
-        last = depth >= self.max_length
-        complete = last if self.eos_id is None else tokens == self.eos_id
-        return Candidates(tokens, best, jnp.where(best > -jnp.inf, depth, -1), complete)
+            best = jnp.where(tokens == self.eos_id, -jnp.inf, best)
+            closing = scores[..., self.eos_id].astype(jnp.float32) + prior
+            best = jnp.append(best, closing, -1)
+            beam = jnp.broadcast_to(jnp.arange(beams), closing.shape)
+            parent = jnp.append(parent, beam, -1)
+            tokens = jnp.append(tokens, jnp.full_like(beam, self.eos_id), -1)
+        depth = jnp.take_along_axis(state, parent, -1) + 1
+        complete = depth >= self.max_length if self.eos_id is None else tokens == self.eos_id
+        return Candidates(parent, tokens, best, jnp.where(best > -jnp.inf, depth, -1), complete)
 
     def rows(self, state: jax.Array) -> jax.Array:
         return jnp.full(state.shape, -1, jnp.int32)

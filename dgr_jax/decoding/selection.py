@@ -1,7 +1,7 @@
-"""The k largest of long rows: exact, ties to the smaller index, without sorting the rows.
+"""The k best of many scores: exact, ties to the smaller index, without sorting long rows.
 
-Both functions keep the maximum of each block of entries, look only into the blocks with the
-largest maxima, and so read the row once.
+All keep the maximum of each block of entries, look only into the blocks with the largest maxima,
+and so read the scores once.
 """
 
 from __future__ import annotations
@@ -27,47 +27,93 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     lead = [(0, 0)] * (values.ndim - 1)
     padded = jnp.pad(values, [*lead, (0, blocks * block - n)], constant_values=-jnp.inf)
     maxima = padded.reshape(*values.shape[:-1], blocks, block).max(-1)
-    _, best = lax.top_k(maxima, k)
+    _, best = top_k(maxima, k)
     index = jnp.sort(best, -1)[..., None] * block + jnp.arange(block, dtype=jnp.int32)
     index = index.reshape(*best.shape[:-1], -1)
     found, place = lax.top_k(jnp.take_along_axis(padded, index, -1), k)
     return found, jnp.take_along_axis(index, place, -1)
 
 
-def masked_top_k(values: jax.Array, bits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest among the entries whose bit is set; -inf where there are fewer.
+def joint_top_k(values: jax.Array, prior: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of values + prior over all rows of a query, without writing out the sums.
 
-    values: [..., 32 * W]; bits uint32 [..., W]: bit p of word w stands for entry p * W + w, so
-    that a plane of 32 blocks-at-a-time is contiguous in memory.  [...] -> [..., k], int32 [..., k].
-
-    A block is the 32 entries of a word.  More blocks than k are looked into; when the last of
-    them might tie with the k-th value, the row is searched in full.
+    values: [B, M, n], any float dtype; prior f32 [B, M].
+    -> f32 [B, k] and int32 [B, k] places in the M * n entries.
     """
-    words = bits.shape[-1]
-    opened = k + max(4, k // 4)
-    planes = values.reshape(*values.shape[:-1], 32, words)
-    if words < 4 * opened:
-        return lax.top_k(mask(planes, bits).reshape(values.shape), min(k, 32 * words))
-    maxima = jnp.full(bits.shape, -jnp.inf, values.dtype)
-    for p in range(32):
-        maxima = jnp.maximum(maxima, jnp.where((bits >> p) & 1 > 0, planes[..., p, :], -jnp.inf))
-    tops, blocks = top_k(maxima, opened)
-    blocks = jnp.sort(blocks, -1)
-    inside = jnp.take_along_axis(planes, blocks[..., None, :], -1)
-    inside = mask(inside, jnp.take_along_axis(bits, blocks, -1))
-    index = jnp.arange(32, dtype=jnp.int32)[:, None] * words + blocks[..., None, :]
-    flat = (*values.shape[:-1], 32 * opened)
-    found, place = lax.top_k(inside.reshape(flat), k)
-    last = tops.min(-1)  # a slice of the sorted tops would make XLA sort the whole rows
-    certain = (found.min(-1) > last) | (last == -jnp.inf)
-    return lax.cond(
-        certain.all(),
-        lambda: (found, jnp.take_along_axis(index.reshape(flat), place, -1)),
-        lambda: top_k(mask(planes, bits).reshape(values.shape), k),
-    )
+    batch, beams, n = values.shape
+    block = min(128, n & -n)
+    if block < 8 or beams * n < 4 * k * block:
+        return top_k((values.astype(jnp.float32) + prior[..., None]).reshape(batch, -1), k)
+    blocks = values.reshape(batch, beams, -1, block)
+    maxima = blocks.max(-1).astype(jnp.float32) + prior[..., None]
+    _, best = top_k(maxima.reshape(batch, -1), k)
+    best = jnp.sort(best, -1)
+    row, query = best // (n // block), jnp.arange(batch)[:, None]
+    inside = blocks[query, row, best % (n // block)].astype(jnp.float32)
+    inside += prior[query, row][..., None]
+    index = best[..., None] * block + jnp.arange(block, dtype=jnp.int32)
+    found, place = lax.top_k(inside.reshape(batch, -1), k)
+    return found, jnp.take_along_axis(index.reshape(batch, -1), place, -1)
+
+
+def masked_top_k(
+    values: jax.Array, bits: jax.Array, prior: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """The k largest of values + prior over all rows of a query, among entries whose bit is set.
+
+    values: [B, M, 32 * W], any float dtype; prior f32 [B, M]; bits uint32 [B, M, W]: bit p of
+    word w stands for entry p * W + w, so that a plane of W entries is contiguous in memory.
+    -> f32 [B, k], -inf where there are fewer, and int32 [B, k] places in the M * 32 * W entries.
+
+    A block is the 32 entries of a word.  A few more blocks and entries than k are looked into;
+    where even the last of them ties with the k-th, all entries are searched.
+    """
+    batch, beams, words = bits.shape
+    spare = max(4, k // 4)
+    planes = values.reshape(batch, beams, 32, words)
+
+    def search_all():
+        totals = mask(planes, bits).astype(jnp.float32) + prior[..., None, None]
+        return top_k(totals.reshape(batch, -1), k)
+
+    if beams * words < 2 * (k + spare):
+        return search_all()
+    maxima = lax.platform_dependent(planes, bits, cpu=_maxima_plane_by_plane, default=_maxima)
+    maxima = maxima.astype(jnp.float32) + prior[..., None]
+    tops, block = top_k(maxima.reshape(batch, -1), k + spare)
+    row, word = block // words, block % words
+    query = jnp.arange(batch)[:, None]
+    inside = mask(planes[query, row, :, word][..., None], bits[query, row, word][..., None])
+    inside = inside[..., 0].astype(jnp.float32) + prior[query, row][..., None]
+    place = (row * 32)[..., None] + jnp.arange(32, dtype=jnp.int32)
+    place = (place * words + word[..., None]).reshape(batch, -1)
+    found, at = lax.top_k(inside.reshape(batch, -1), k + spare)
+    place = jnp.take_along_axis(place, at, -1)
+    negated, place = lax.sort((-found, place), num_keys=2)
+    kth = -negated[:, k - 1]
+    certain = (found.min(-1) < kth) & (tops.min(-1) < kth) | (kth == -jnp.inf)
+    return lax.cond(certain.all(), lambda: (-negated[:, :k], place[:, :k]), search_all)
 
 
 def mask(planes: jax.Array, bits: jax.Array) -> jax.Array:
     """[..., 32, W] with -inf where the bit of the word is not set."""
     plane = jnp.arange(32, dtype=jnp.uint32)[:, None]
     return jnp.where((bits[..., None, :] >> plane) & 1 > 0, planes, -jnp.inf)
+
+
+def _maxima(planes, bits):
+    """[..., 32, W] -> [..., W]: the largest entry of each word whose bit is set."""
+    return mask(planes, bits).max(-2)
+
+
+def _maxima_plane_by_plane(planes, bits):
+    """The same, four planes at a time: what vectorises on a CPU."""
+
+    def add(i, maxima):
+        for p in range(4):
+            plane = lax.dynamic_index_in_dim(planes, 4 * i + p, -2, keepdims=False)
+            legal = (bits >> (4 * i + p).astype(jnp.uint32)) & 1 > 0
+            maxima = jnp.maximum(maxima, jnp.where(legal, plane, -jnp.inf))
+        return maxima
+
+    return lax.fori_loop(0, 8, add, jnp.full(bits.shape, -jnp.inf, planes.dtype))

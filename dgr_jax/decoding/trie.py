@@ -293,7 +293,7 @@ def load(folder: str | pathlib.Path) -> Trie:
     fields = [field.name for field in dataclasses.fields(Arrays)]
     return Trie(
         Arrays(**{name: stored.pop(name) for name in fields}),
-        Layout(**header["layout"]),
+        Layout(**header["layout"] | {"gathers": tuple(header["layout"]["gathers"])}),
         header["vocab_size"],
         {name: tuple(shape) for name, shape in header["capacity"].items()},
         **stored,
@@ -379,12 +379,11 @@ def _choose_layout(columns: Columns, vocab_size: int) -> Layout:
     same = bool((columns.lengths == longest).all())
     ends = "fixed" if same else "token" if columns.end_token >= 0 else "mixed"
     spans = columns.tokens.max(1).astype(np.int64) + 1
-    words = trie_build.bitmap_words(vocab_size, spans[spans > trie_build.NARROW])
+    words = trie_build.bitmap_words(vocab_size, spans[spans > trie_build.GATHERS[-1]])
     return Layout(
         ends=ends,
         max_length=longest if same else size_class(longest),
-        narrow=trie_build.NARROW,
-        middle=trie_build.choose_middle(trie_build.NARROW, words),
+        gathers=trie_build.choose_gathers(words),
         bitmap_words=words,
         token_dtype=columns.tokens.dtype.name,
     )
@@ -427,9 +426,9 @@ def _assemble(columns: Columns, shared, depths, layout: Layout, vocab_size: int)
 
 
 def _wide_nodes(branches, layout, shift):
-    """Ids of the internal nodes of more than `middle` children, and their bitmaps."""
+    """Ids of the internal nodes that no gather covers, and their bitmaps."""
     first, last = branches.first_child[:-1], branches.first_child[1:]
-    wide = np.flatnonzero(last - first > layout.middle).astype(np.int32)
+    wide = np.flatnonzero(last - first > layout.gathers[-1]).astype(np.int32)
     level = np.searchsorted(branches.level_start, first[wide], side="right") - 2
     bits = trie_build.bitmaps(
         branches.edge_tokens, first[wide], last[wide], shift[level], layout.bitmap_words

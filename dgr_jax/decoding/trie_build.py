@@ -14,13 +14,12 @@ max(shared[i], shared[i+1]) + 1.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
 MAX_LENGTH = 64
 MAX_VOCABULARY = 1 << 17
-NARROW = 64  # children gathered for every beam; wider nodes take another path
+GATHERS = (8, 64)  # children gathered for every beam, by the widest node that beams stand on
 WIDEST_GATHER = 2048  # above this a node is worth a bitmap, whatever the vocabulary
 _CHUNK = 1 << 18  # rows converted at a time
 
@@ -32,16 +31,15 @@ class Layout:
     ends: how a row ends: 'fixed' (every row has `max_length` tokens), 'token' (a closing token
       that occurs nowhere else) or 'mixed' (the length of each row is stored).
     max_length: the longest row, rounded up to a size class unless `ends` is 'fixed'.
-    narrow, middle: a node of at most `narrow` children is gathered in one go, of at most
-      `middle` in a longer gather; wider nodes own a bitmap.
+    gathers: children that a step gathers for each beam, ascending: the first that is enough for
+      all beams; nodes of more children than the last own a bitmap.
     bitmap_words: uint32 words of a bitmap; it covers 32 * bitmap_words token ids.
     token_dtype: of the stored tokens, relative to the smallest token of their depth.
     """
 
     ends: str
     max_length: int
-    narrow: int
-    middle: int
+    gathers: tuple[int, ...]
     bitmap_words: int
     token_dtype: str
 
@@ -326,12 +324,11 @@ def bitmap_words(vocab_size: int, spans: np.ndarray) -> int:
     return min(words, -(-vocab_size // 32))
 
 
-def choose_middle(narrow: int, words: int) -> int:
-    """Children up to which a gather is preferred: then a bitmap is no larger than its edges."""
-    if words == 0:
-        return narrow
-    fair = 1 << max(0, math.ceil(math.log2(2 * words)))
-    return max(narrow, min(WIDEST_GATHER, fair))
+def choose_gathers(words: int) -> tuple[int, ...]:
+    """GATHERS, and a longer one as long as a bitmap would be larger than the edges it covers."""
+    fair = 1 << (2 * words - 1).bit_length()
+    longest = min(WIDEST_GATHER, fair)
+    return (*GATHERS, longest) if words and longest > GATHERS[-1] else GATHERS
 
 
 def bitmaps(

@@ -4,8 +4,8 @@ A state is a node and its depth.  Complete rows and dead beams are negative node
 -2 - n is the row that ends in node n.
 
 What a step costs follows the widest node that a live beam stands on, not the widest of the level:
-only tails, nodes of at most `narrow` children, of at most `middle`, and bitmaps over the token
-range are four branches of one lax.switch.
+only tails, gathers of ever more children (Layout.gathers), and bitmaps over the token range are
+the branches of one lax.switch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class TrieState(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What the branches of a step read: scores [N, V], log_z f32 [N], level int32 [], and of each
-    node [N]: its internal id, first child, children (0 unless internal), token if it is a tail."""
+    """What the branches of a step read: scores [B, M, V], level int32 [], and of each beam [B, M]
+    its prior and node, and of the node: its internal id, first child, children (0 unless
+    internal), and its token if it is a tail."""
 
     scores: jax.Array
-    log_z: jax.Array
+    prior: jax.Array
     level: jax.Array
     node: jax.Array
     inner_id: jax.Array
@@ -50,11 +51,18 @@ class _Step(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Continuations of each state [N, C]: log_prob -inf where there is none."""
+    """Continuations [B, C]: log_prob -inf where there is none."""
 
+    parent: jax.Array
     tokens: jax.Array
     log_probs: jax.Array
     child: jax.Array
+
+    def split(self, at: int) -> tuple[_Found, _Found]:
+        return _Found(*(x[:, :at] for x in self)), _Found(*(x[:, at:] for x in self))
+
+    def where(self, valid: jax.Array) -> _Found:
+        return self._replace(log_probs=jnp.where(valid, self.log_probs, -jnp.inf))
 
 
 def _static():
@@ -114,42 +122,29 @@ class TrieConstraint:
         return jnp.where(node >= 0, node - internal_before, -1)
 
     def expand(
-        self,
-        state: TrieState,
-        log_probs: jax.Array,
-        *,
-        width: int,
-        log_z: jax.Array | None = None,
+        self, state: TrieState, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        """See Constraint.expand.  C = max(width, narrow), or more to hold the closing token.
+        """See Constraint.expand.  C = width ('fixed'), width + M ('token') or 2 * width ('mixed').
 
-        Where rows end without a closing token at different lengths ('mixed'), a node of more than
-        `narrow` children may leave out complete rows that are not among its `width` best.
+        Only where rows end without a closing token at different lengths ('mixed') may a node that
+        owns a bitmap hide continuations: its `width` best, complete or not, are offered.
         """
-        if log_probs.shape[-1] < self.vocab_size:
+        if scores.shape[-1] < self.vocab_size:
             raise ValueError(
-                f"trie: log_probs over {log_probs.shape[-1]} tokens; the index was built for a "
+                f"trie: scores of {scores.shape[-1]} tokens; the index was built for a "
                 f"vocabulary of {self.vocab_size}: set trie.build.vocab_size"
             )
-        step = self._prepare(state, log_probs, log_z)
-        branches, limits = [self._only_tails, self._narrow], [0]
+        step = self._prepare(state, scores, prior)
+        branches = [lambda step: self._tails(step, width)]
+        for most in self.layout.gathers:
+            branches.append(lambda step, most=most: self._gather(step, width, most))
+        limits = [0, *self.layout.gathers]
         if self.layout.bitmap_words:
-            branches, limits = [*branches, self._wide], [0, self.layout.middle]
-        if self.layout.middle > self.layout.narrow:
-            branches.insert(2, self._middle)
-            limits.insert(1, self.layout.narrow)
-        slots = max(self._wanted(width) + self._closes, self.layout.narrow)
+            branches.append(lambda step: self._wide(step, width))
+        else:
+            limits.pop()
         which = (jnp.max(step.count) > jnp.asarray(limits, jnp.int32)).sum()
-        branches = [_of_width(branch, width, slots) for branch in branches]
         return self._finish(state, lax.switch(which, branches, step))
-
-    @property
-    def _closes(self) -> bool:
-        return self.layout.ends == "token"
-
-    def _wanted(self, width: int) -> int:
-        """One more than asked for where the closing token is taken out of the best."""
-        return width + self._closes
 
     def _rank(self, node):
         """(is the node internal, internal nodes before it int32)."""
@@ -159,15 +154,15 @@ class TrieConstraint:
         before = entry[..., 1] + lax.population_count(below)
         return ((entry[..., 0] >> bit) & 1) > 0, before.astype(jnp.int32)
 
-    def _prepare(self, state, scores, log_z):
-        node, live = jnp.maximum(state.node, 0), state.node >= 0
-        level = jnp.max(state.depth)
+    def _prepare(self, state, scores, prior):
+        node, live = jnp.maximum(state.node, 0), (state.node >= 0) & (prior > -jnp.inf)
         internal, before = self._rank(node)
         first = self.first_child.at[before].get(mode="clip")
         count = self.first_child.at[before + 1].get(mode="clip") - first
+        level = jnp.max(state.depth)
         return _Step(
             scores=scores,
-            log_z=jnp.zeros(node.shape, jnp.float32) if log_z is None else log_z,
+            prior=prior,
             level=level,
             node=node,
             inner_id=before,
@@ -187,88 +182,28 @@ class TrieConstraint:
 
     def _finish(self, state, found):
         valid = found.log_probs > -jnp.inf
-        depth = state.depth[..., None] + 1
-        if self.layout.ends == "fixed":
-            complete = depth >= self.ends_at
-        elif self.layout.ends == "token":
-            complete = found.tokens == self.ends_at
-        else:
-            internal, before = self._rank(found.child)
-            length = self.row_length.at[found.child - before].get(mode="clip")
-            complete = ~internal & (length.astype(jnp.int32) == depth)
-        complete &= valid
+        depth = jnp.take_along_axis(state.depth, found.parent, -1) + 1
+        complete = valid & self._completes(found.tokens, found.child, depth)
         node = jnp.where(complete, -2 - found.child, found.child)
         state = TrieState(jnp.where(valid, node, _DEAD), jnp.where(valid, depth, _DEAD))
-        return Candidates(jnp.where(valid, found.tokens, 0), found.log_probs, state, complete)
+        tokens = jnp.where(valid, found.tokens, 0)
+        return Candidates(found.parent, tokens, found.log_probs, state, complete)
 
-    def _only_tails(self, step, width):
-        tokens = step.tail_token[..., None]
-        return self._scored(step, tokens, step.is_tail[..., None], step.node[..., None])
+    def _completes(self, tokens, child, depth):
+        """Whether the row ends with this token, which leads to `child` at `depth`."""
+        if self.layout.ends == "fixed":
+            return depth >= self.ends_at
+        if self.layout.ends == "token":
+            return tokens == self.ends_at
+        internal, before = self._rank(child)
+        length = self.row_length.at[child - before].get(mode="clip")
+        return ~internal & (length.astype(jnp.int32) == depth)
 
-    def _narrow(self, step, width):
-        return self._children(step, self.layout.narrow)
+    def _tails(self, step, width):
+        tokens, child = step.tail_token[..., None], step.node[..., None]
+        return self._choose(step, tokens, step.is_tail[..., None], child, width)
 
-    def _middle(self, step, width):
-        found = self._children(step, self.layout.middle)
-        best, place = top_k(found.log_probs, min(self._wanted(width), self.layout.middle))
-        if self._closes:
-            closes = (found.tokens == self.ends_at) & (found.log_probs > -jnp.inf)
-            score = jnp.where(closes, found.log_probs, -jnp.inf).max(-1)
-            best, place = _offer_too(
-                best, place, score, jnp.where(closes.any(-1), jnp.argmax(closes, -1), -1)
-            )
-        tokens = jnp.take_along_axis(found.tokens, place, -1, mode="clip")
-        return _Found(tokens, best, jnp.take_along_axis(found.child, place, -1, mode="clip"))
-
-    def _wide(self, step, width):
-        """Bitmaps for the nodes that own one, a gather for the others."""
-        is_wide = (step.count > self.layout.middle)[..., None]
-        owned = jnp.searchsorted(self.wide, step.inner_id, method="scan_unrolled")
-        bits = jnp.where(is_wide, self.bitmaps.at[owned].get(mode="clip"), 0)
-        scores, low = self._covered_scores(step)
-        best, place = masked_top_k(scores, bits, self._wanted(width))
-        if self._closes:
-            best, place = _offer_too(best, place, *self._closing_bit(scores, bits, low))
-        log_z = step.log_z
-        if self.renormalise:
-            planes = scores.astype(jnp.float32).reshape(*bits.shape[:-1], 32, -1)
-            log_z = _finite(jax.nn.logsumexp(mask(planes, bits), (-2, -1)))
-        tokens = place + low
-        log_probs = best.astype(jnp.float32) - log_z[..., None]
-        found = _Found(tokens, log_probs, self._child_of(step, tokens))
-        others = self._not_wide(
-            step._replace(count=jnp.where(is_wide[..., 0], 0, step.count)), width
-        )
-        slots = max(tokens.shape[-1], others.tokens.shape[-1])
-        pairs = zip(_widen(found, slots), _widen(others, slots), strict=True)
-        return _Found(*(jnp.where(is_wide, a, b) for a, b in pairs))
-
-    def _not_wide(self, step, width):
-        if self.layout.middle == self.layout.narrow:
-            return self._narrow(step, width)
-        slots = max(self.layout.narrow, self._wanted(width) + self._closes)
-        branches = [_of_width(f, width, slots) for f in (self._narrow, self._middle)]
-        return lax.cond((step.count > self.layout.narrow).any(), *branches[::-1], step)
-
-    def _covered_scores(self, step):
-        """Scores [N, 32 * bitmap_words] of the tokens that bitmaps cover, and the first token."""
-        span, size = 32 * self.layout.bitmap_words, step.scores.shape[-1]
-        low = self.bitmap_low[step.level]
-        if span <= size:
-            return lax.dynamic_slice_in_dim(step.scores, low, span, axis=-1), low
-        pad = [(0, 0)] * (step.scores.ndim - 1) + [(0, span - size)]
-        return jnp.pad(step.scores, pad, constant_values=-jnp.inf), low
-
-    def _closing_bit(self, scores, bits, low):
-        """Score, -inf where illegal, and place of the closing token."""
-        words = self.layout.bitmap_words
-        place = self.ends_at - low
-        inside = jnp.clip(place, 0, 32 * words - 1)
-        bit = (bits[..., inside % words] >> (inside // words).astype(jnp.uint32)) & 1
-        legal = (bit > 0) & (place == inside)
-        return jnp.where(legal, scores[..., inside], -jnp.inf), jnp.full(legal.shape, place)
-
-    def _children(self, step, most):
+    def _gather(self, step, width, most):
         """All children of nodes that have at most `most`; a tail has its token in slot 0."""
         slot = jnp.arange(most, dtype=jnp.int32)
         child = step.first[..., None] + slot
@@ -277,19 +212,102 @@ class TrieConstraint:
         tokens = jnp.where(tail, step.tail_token[..., None], tokens + self.base[step.level])
         valid = slot < jnp.where(tail, 1, step.count[..., None])
         tokens = jnp.where(valid, tokens, 0)  # no stray reads of the scores
-        return self._scored(step, tokens, valid, jnp.where(tail, step.node[..., None], child))
+        child = jnp.where(tail, step.node[..., None], child)
+        return self._choose(step, tokens, valid, child, width)
 
-    def _scored(self, step, tokens, valid, child):
+    def _choose(self, step, tokens, valid, child, width):
+        """The best of tokens [B, M, S], each leading to `child`."""
         scores = jnp.take_along_axis(step.scores, tokens, -1, mode="clip").astype(jnp.float32)
         scores = jnp.where(valid, scores, -jnp.inf)
-        log_z = _finite(jax.nn.logsumexp(scores, -1)) if self.renormalise else step.log_z
-        return _Found(tokens, scores - log_z[..., None], child)
+        prior = step.prior
+        if self.renormalise:
+            prior -= _finite(jax.nn.logsumexp(scores, -1))
+        # gathered once: without the barrier each use would gather again
+        tokens, totals = lax.optimization_barrier((tokens, scores + prior[..., None]))
+        if self.layout.ends == "fixed":
+            return _best(totals, tokens, child, width)
+        complete = self._completes(tokens, child, step.level + 1)
+        ends, others = jnp.where(complete, totals, -jnp.inf), jnp.where(complete, -jnp.inf, totals)
+        found = _best(others, tokens, child, width)
+        if self.layout.ends == "mixed":
+            return _join(found, _best(ends, tokens, child, width))
+        leaf = jnp.where(complete & valid, child, 0).max(-1)
+        return _join(found, self._closing(ends.max(-1), leaf))
 
-    def _child_of(self, step, tokens):
-        """The child reached by each legal token: a binary search among the edges of the node."""
+    def _closing(self, log_probs, leaf):
+        """The closing token of each beam [B, M]."""
+        beam = jnp.broadcast_to(jnp.arange(leaf.shape[1], dtype=jnp.int32), leaf.shape)
+        return _Found(beam, jnp.broadcast_to(self.ends_at, leaf.shape), log_probs, leaf)
+
+    def _wide(self, step, width):
+        """Bitmaps for the nodes that own one, a gather for the others if there are any."""
+        widest = self.layout.gathers[-1]
+        is_wide = step.count > widest
+        rest = step._replace(count=jnp.where(is_wide, 0, step.count))
+        found = self._bitmapped(step, is_wide, width)
+
+        def with_rest():
+            gathered = self._gather(rest, width, widest)
+            (a, a_ends), (b, b_ends) = found.split(width), gathered.split(width)
+            if self.layout.ends == "token":  # one slot a beam
+                ends = (jnp.where(is_wide, x, y) for x, y in zip(a_ends, b_ends, strict=True))
+                return _join(_sorted(_join(a, b), width), _Found(*ends))
+            return _join(_sorted(_join(a, b), width), _sorted(_join(a_ends, b_ends), width))
+
+        return lax.cond(((rest.count > 0) | rest.is_tail).any(), with_rest, lambda: found)
+
+    def _bitmapped(self, step, is_wide, width):
+        owned = jnp.searchsorted(self.wide, step.inner_id, method="scan_unrolled")
+        bits = jnp.where(is_wide[..., None], self.bitmaps.at[owned].get(mode="clip"), 0)
+        scores, low = self._covered_scores(step)
+        prior = step.prior
+        if self.renormalise:
+            planes = scores.astype(jnp.float32).reshape(*bits.shape[:-1], 32, -1)
+            prior -= _finite(jax.nn.logsumexp(mask(planes, bits), (-2, -1)))
+        if self.layout.ends == "fixed":
+            return self._masked(step, scores, bits, prior, low, width)
+        if self.layout.ends == "token":
+            closing, bits = self._take_closing(step, scores, bits, prior, low)
+            return _join(self._masked(step, scores, bits, prior, low, width), closing)
+        found = self._masked(step, scores, bits, prior, low, 2 * width)
+        complete = self._completes(found.tokens, found.child, step.level + 1)
+        others, ends = found.where(~complete), found.where(complete)
+        return _join(_sorted(others, width), _sorted(ends, width))
+
+    def _masked(self, step, scores, bits, prior, low, width):
+        """The best continuations by the tokens whose bit is set."""
+        span = scores.shape[-1]
+        best, place = masked_top_k(scores, bits, prior, min(width, span * bits.shape[1]))
+        parent, tokens = place // span, place % span + low
+        return _padded(_Found(parent, tokens, best, self._child_of(step, parent, tokens)), width)
+
+    def _covered_scores(self, step):
+        """Scores [B, M, 32 * bitmap_words] of the tokens that bitmaps cover, and the first one."""
+        span, size = 32 * self.layout.bitmap_words, step.scores.shape[-1]
+        low = self.bitmap_low[step.level]
+        if span <= size:
+            return lax.dynamic_slice_in_dim(step.scores, low, span, axis=-1), low
+        pad = [(0, 0), (0, 0), (0, span - size)]
+        return jnp.pad(step.scores, pad, constant_values=-jnp.inf), low
+
+    def _take_closing(self, step, scores, bits, prior, low):
+        """(the closing token of each beam, bits without it)."""
+        words = self.layout.bitmap_words
+        place = self.ends_at - low
+        inside = jnp.clip(place, 0, 32 * words - 1)
+        flag = jnp.uint32(1) << (inside // words).astype(jnp.uint32)
+        flag = jnp.where((place == inside) & (jnp.arange(words) == inside % words), flag, 0)
+        legal = ((bits & flag) > 0).any(-1)
+        log_probs = jnp.where(legal, scores[..., inside].astype(jnp.float32) + prior, -jnp.inf)
+        beam = jnp.broadcast_to(jnp.arange(legal.shape[1]), legal.shape)
+        leaf = self._child_of(step, beam, jnp.broadcast_to(self.ends_at, legal.shape))
+        return self._closing(log_probs, leaf), bits & ~flag
+
+    def _child_of(self, step, parent, tokens):
+        """The child reached by each legal token: a binary search among the edges of its parent."""
         wanted = tokens - self.base[step.level]
-        low = jnp.broadcast_to(step.first[..., None], tokens.shape)
-        left = jnp.broadcast_to(step.count[..., None], tokens.shape)
+        low = jnp.take_along_axis(step.first, parent, -1)
+        left = jnp.take_along_axis(step.count, parent, -1)
         for _ in range((32 * self.layout.bitmap_words).bit_length()):
             half = left // 2
             edge = self.edge_tokens.at[low + half].get(mode="clip").astype(jnp.int32)
@@ -304,19 +322,27 @@ def _finite(log_z):
     return jnp.where(log_z > -jnp.inf, log_z, 0.0)
 
 
-def _offer_too(best, place, score, where):
-    """Gives the entry at `where` [N] (-1: none) a slot of its own, and only that."""
-    best = jnp.where(place == where[..., None], -jnp.inf, best)
-    return jnp.append(best, score[..., None], -1), jnp.append(place, where[..., None], -1)
+def _best(totals, tokens, child, width):
+    """The `width` best of [B, M, S]."""
+    batch, slots = totals.shape[0], totals.shape[-1]
+    best, place = top_k(totals.reshape(batch, -1), min(width, totals[0].size))
+    tokens, child = (jnp.take_along_axis(x.reshape(batch, -1), place, -1) for x in (tokens, child))
+    return _padded(_Found(place // slots, tokens, best, child), width)
 
 
-def _widen(found, slots):
-    """Slots that hold nothing added up to `slots`."""
-    pad = [(0, 0)] * (found.tokens.ndim - 1) + [(0, slots - found.tokens.shape[-1])]
-    log_probs = jnp.pad(found.log_probs, pad, constant_values=-jnp.inf)
-    return _Found(jnp.pad(found.tokens, pad), log_probs, jnp.pad(found.child, pad))
+def _sorted(found, width):
+    """The `width` best, equal ones ordered by parent, then token."""
+    index = jnp.broadcast_to(jnp.arange(found.tokens.shape[-1]), found.tokens.shape)
+    _, _, _, index = lax.sort((-found.log_probs, found.parent, found.tokens, index), num_keys=3)
+    return _Found(*(jnp.take_along_axis(x, index[..., :width], -1) for x in found))
 
 
-def _of_width(branch, width, slots):
-    """`branch` with its answer widened to the slots that all branches of a step share."""
-    return lambda step: _widen(branch(step, width), slots)
+def _join(a, b):
+    return _Found(*(jnp.concatenate(pair, -1) for pair in zip(a, b, strict=True)))
+
+
+def _padded(found, width):
+    """Slots that hold nothing added up to `width`."""
+    pad = [(0, 0), (0, width - found.tokens.shape[-1])]
+    parent, tokens, child = (jnp.pad(x, pad) for x in (found.parent, found.tokens, found.child))
+    return _Found(parent, tokens, jnp.pad(found.log_probs, pad, constant_values=-jnp.inf), child)

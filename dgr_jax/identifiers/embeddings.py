@@ -62,14 +62,13 @@ class TfidfSvd:
                 raise
             _log.warning("no passage has a word that can be counted; all get the same vector")
             return _unit_rows(vectors)
-        svd = self._fit_svd(weights, seed)
-        width = svd.components_.shape[0]
+        axes = self._axes(weights, seed)
+        width = axes.shape[1]
         if len(fit_rows) == num_passages:
-            vectors[:, :width] = svd.transform(weights)
+            vectors[:, :width] = weights @ axes
         else:
             for low, texts in _text_chunks(store):
-                chunk = svd.transform(vectorizer.transform(texts))
-                vectors[low : low + len(texts), :width] = chunk
+                vectors[low : low + len(texts), :width] = vectorizer.transform(texts) @ axes
         return _unit_rows(vectors)
 
     def _vectorizer(self, num_passages: int) -> Any:
@@ -83,21 +82,22 @@ class TfidfSvd:
             dtype=np.float32,
         )
 
-    def _fit_svd(self, weights: Any, seed: int) -> Any:
-        from sklearn.decomposition import TruncatedSVD
+    def _axes(self, weights: Any, seed: int) -> np.ndarray:
+        """f32 [words, width <= D]: right singular vectors of sparse weights [passages, words]."""
+        from sklearn.utils.extmath import randomized_svd
         from threadpoolctl import threadpool_limits
 
         width = min(self.dim, *weights.shape)
-        svd = TruncatedSVD(width, n_iter=self.iterations, random_state=seed)
         # One thread: most time goes into sparse products, which have no threads, and the result
-        # does not depend on the number of cores. A single passage has no variance to divide by.
-        with threadpool_limits(limits=1), np.errstate(invalid="ignore", divide="ignore"):
-            return svd.fit(weights)
+        # does not depend on the number of cores.
+        with threadpool_limits(limits=1):
+            _, _, axes = randomized_svd(weights, width, n_iter=self.iterations, random_state=seed)
+        return np.ascontiguousarray(axes.T, np.float32)
 
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """Vectors of a sentence-transformers model (extra `sentence-transformers`).
+    """Vectors of a sentence-transformers model (extra `encoders`).
 
     model: a local folder or a hub id. prefix: put before every passage, for models that expect
     one ("passage: ").
@@ -167,8 +167,7 @@ def load_sentence_transformer(model: str, name: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ImportError(
-            f"{name} needs the extra 'dgr_jax[sentence-transformers]': "
-            "pip install 'dgr_jax[sentence-transformers]'"
+            f"{name} needs the extra 'dgr_jax[encoders]': pip install 'dgr_jax[encoders]'"
         ) from None
     try:
         return SentenceTransformer(model)

@@ -8,6 +8,7 @@ import numpy as np
 
 _CHUNK_BYTES = 64 << 20
 _SHRINK = 0.1
+_PLUS_PLUS = 2_000_000  # rows * clusters
 
 
 def fit(
@@ -19,9 +20,9 @@ def fit(
 ) -> np.ndarray:
     """Centroids f32 [k, D] of vectors f32 [N, D], with k = min(num_clusters, N).
 
-    Up to `full_batch` rows: Lloyd's iterations from a k-means++ start; above, mini-batches from
-    random rows. One thread, so that the same seed gives the same centroids: the order in which
-    the threads of scikit-learn add their sums is not fixed.
+    Up to `full_batch` rows Lloyd's iterations, above mini-batches. One thread, so that the same
+    seed gives the same centroids: the order in which the threads of scikit-learn add their sums is
+    not fixed.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -32,11 +33,10 @@ def fit(
     with threadpool_limits(limits=1), warnings.catch_warnings():
         # Fewer distinct rows than clusters: some centroids are equal and stay unused.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        start = _start(vectors, num_clusters, seed)
         if len(vectors) <= full_batch:
-            start = _start(vectors, num_clusters, seed, plus_plus=True)
-            model = KMeans(num_clusters, init=start, n_init=1, max_iter=50)
+            model = KMeans(num_clusters, init=start, n_init=1, max_iter=25)
         else:
-            start = _start(vectors, num_clusters, seed, plus_plus=False)
             model = MiniBatchKMeans(
                 num_clusters,
                 init=start,
@@ -50,9 +50,10 @@ def fit(
     return np.ascontiguousarray(model.cluster_centers_, np.float32)
 
 
-def _start(vectors: np.ndarray, num_clusters: int, seed: int, *, plus_plus: bool) -> np.ndarray:
+def _start(vectors: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """Centroids to start from: rows, drawn towards the mean of all.
 
+    The rows are those of k-means++, or random where that would take longer than the iterations.
     Residuals have little structure left: a row is about as far from any other row as from itself
     to the mean, times the square root of two, so the first centroid near the mean would take
     nearly all rows and never give them back. Near the mean the nearest centroid is the one in the
@@ -60,7 +61,7 @@ def _start(vectors: np.ndarray, num_clusters: int, seed: int, *, plus_plus: bool
     """
     from sklearn.cluster import kmeans_plusplus
 
-    if plus_plus:
+    if len(vectors) * num_clusters <= _PLUS_PLUS:
         rows, _ = kmeans_plusplus(vectors, num_clusters, random_state=seed)
     else:
         rows = vectors[sample(len(vectors), num_clusters, seed)]

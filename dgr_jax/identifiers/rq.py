@@ -25,7 +25,7 @@ class ResidualQuantization:
 
     Level l clusters the residuals of level l-1 into `codebook_size` codes (RIPOR, Zeng et al. 2024,
     without their learned encoder); passages with the same codes are numbered in corpus order by the
-    last code, which every passage has (TIGER, Rajput et al. 2023).
+    last code, which then every passage has (TIGER, Rajput et al. 2023).
     spread: collisions are first spread over the last level: passages that agree on all codes before
     it take different codes there, at the least total distance, in groups of up to so many passages;
     0 leaves every passage at its nearest code, and collisions to the tie code alone.
@@ -51,7 +51,8 @@ class ResidualQuantization:
         """Rows int32 [P, num_codes + 1]: first_code_id + level * codebook_size + code.
 
         The tie codes follow the last level: as many tokens as the largest group has passages.
-        Without any collision the tie code is the same everywhere and costs a learner nothing.
+        Without any collision there is no tie code, and rows have num_codes tokens: a token that
+        is the same everywhere would cost a decoding step and teach nothing.
         """
         del encode
         self._check()
@@ -61,9 +62,11 @@ class ResidualQuantization:
         if self.spread:
             self._spread_last_level(codes, vectors, codebooks)
         ties = tie_codes(codes)
-        levels = np.arange(self.num_codes, dtype=np.int32) * self.codebook_size
-        rows = np.column_stack([codes + levels, ties + self.num_codes * self.codebook_size])
-        num_code_tokens = self.num_codes * self.codebook_size + int(ties.max()) + 1
+        rows = codes + np.arange(self.num_codes, dtype=np.int32) * self.codebook_size
+        num_code_tokens = self.num_codes * self.codebook_size
+        if ties.any():
+            rows = np.column_stack([rows, ties + num_code_tokens])
+            num_code_tokens += int(ties.max()) + 1
         _log.info("%d of %d passages share their codes", np.count_nonzero(ties), len(ties))
         table = IdentifierTable.from_rows(
             rows + np.int32(first_code_id), view="rq", num_code_tokens=num_code_tokens
@@ -99,8 +102,7 @@ class ResidualQuantization:
         self, codes: np.ndarray, vectors: np.ndarray, codebooks: list[np.ndarray]
     ) -> None:
         """Reassigns last codes, in place, in groups that agree before them and collide."""
-        groups = _colliding_groups(codes)
-        for members in groups:
+        for members in _colliding_groups(codes):
             if len(members) > self.spread:
                 continue
             residuals = kmeans.as_float32(vectors[members], "embeddings").copy()
@@ -139,7 +141,7 @@ def _distinct_nearest(vectors: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     from scipy.optimize import linear_sum_assignment
 
     share = -(-len(vectors) // len(codebook))
-    distances = (codebook * codebook).sum(axis=1) - 2.0 * (vectors @ codebook.T)  # but for |x|^2
+    distances = (codebook * codebook).sum(axis=1) - 2.0 * (vectors @ codebook.T)  # less |x|^2
     return (linear_sum_assignment(np.repeat(distances, share, axis=1))[1] // share).astype(np.int32)
 
 

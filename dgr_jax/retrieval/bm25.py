@@ -53,7 +53,7 @@ class Bm25:
         if not vocabulary:
             return Bm25Index(self, None, {}, store.pids)
         model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
-        model.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+        model.index((ids, vocabulary), show_progress=False)
         return Bm25Index(self, model, vocabulary, store.pids)
 
 
@@ -101,7 +101,7 @@ class Bm25Index:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _HEADER).unlink(missing_ok=True)
         if self._model is not None:
-            self._model.save(folder, show_progress=False)
+            self._model.save(folder)
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -131,7 +131,7 @@ class Bm25Index:
         if not header["words"]:
             return cls(settings, None, {}, pids)
         try:
-            model = _bm25s().BM25.load(folder, mmap=True, show_progress=False)
+            model = _bm25s().BM25.load(folder, mmap=True)
         except (OSError, ValueError, EOFError, KeyError) as error:
             raise ValueError(f"{folder}: not whole ({error}); make the index again") from None
         return cls(settings, model, model.vocab_dict, pids)
@@ -168,9 +168,7 @@ def _stemmer(language: str) -> Callable[[list[str]], list[str]] | None:
     try:
         import Stemmer
     except ImportError:
-        raise ImportError(
-            "Bm25.stemmer needs the extra 'dgr_jax[stemmer]': pip install 'dgr_jax[stemmer]'"
-        ) from None
+        raise ImportError("Bm25.stemmer needs PyStemmer: pip install PyStemmer") from None
     try:
         return Stemmer.Stemmer(language).stemWords
     except KeyError:

@@ -153,7 +153,7 @@ class Bm25Teacher(Teacher):
 
 @dataclass(frozen=True)
 class CrossEncoderTeacher(Teacher):
-    """A sentence-transformers cross-encoder (extra `sentence-transformers`).
+    """A sentence-transformers cross-encoder (extra `encoders`).
 
     model: a local folder or a hub id. max_length: tokens of query and passage together.
     """
@@ -193,8 +193,8 @@ class CrossEncoderTeacher(Teacher):
             from sentence_transformers import CrossEncoder
         except ImportError:
             raise ImportError(
-                "CrossEncoderTeacher.model needs the extra 'dgr_jax[sentence-transformers]': "
-                "pip install 'dgr_jax[sentence-transformers]'"
+                "CrossEncoderTeacher.model needs the extra 'dgr_jax[encoders]': "
+                "pip install 'dgr_jax[encoders]'"
             ) from None
         try:
             return CrossEncoder(self.model, max_length=self.max_length)
@@ -207,7 +207,7 @@ class CrossEncoderTeacher(Teacher):
 
 @dataclass(frozen=True)
 class BiEncoderTeacher(Teacher):
-    """Dot products of a sentence-transformers encoder (extra `sentence-transformers`).
+    """Dot products of a sentence-transformers encoder (extra `encoders`).
 
     Every distinct candidate is encoded once: f32 [candidates, D] is held in memory.
     query_prefix, passage_prefix: what the model expects before its texts ("query: ").
@@ -315,6 +315,8 @@ def judged_first(
     gap = 1.0
     if len(listed) > 1 and listed[0].score > listed[-1].score:
         gap = (listed[0].score - listed[-1].score) / (len(listed) - 1)
+        # Not less than float32 can tell apart.
+        gap = max(gap, 1e-6 * max(abs(listed[0].score), abs(listed[-1].score)))
     below = others[0].score if others else None
     lifted: list[ScoredPassage] = []
     for pid, score in reversed(front):

@@ -143,8 +143,9 @@ def _show(measured: Any, compared: Any) -> None:
     for split, found in compared.items():
         by_system = {system: by_split[split] for system, by_split in measured.items()}
         console.print(evaluation.measures_table(by_system, title=split))
-        rows = {f"{pair} ": c for pair, c in found if c.measure == "RR@10"}
-        console.print(evaluation.comparisons_table(rows, title=f"{split}, paired over the queries"))
+        for pair, comparison in found:
+            if comparison.measure == "RR@10":
+                console.print(f"{pair.replace(' against', ' and')}: {comparison}", highlight=False)
 
 
 def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:

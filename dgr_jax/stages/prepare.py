@@ -204,10 +204,12 @@ def _readable(report: dict[str, Any]) -> Iterator[str]:
         + "; examples: "
         + ", ".join(f"{n:,} {name}" for name, n in report["examples"].items())
     )
-    yield ", ".join(
-        f"{key.replace('_', ' ')} {value}"
-        for key, value in found.items()
-        if not isinstance(value, (list, dict))
-    )
-    for level in found.get("levels", []):
-        yield "code usage: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in level.items())
+    plain = {key: value for key, value in found.items() if not isinstance(value, (list, dict))}
+    yield ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in plain.items())
+    for number, level in enumerate(found.get("levels", []), start=1):
+        usage = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in level.items())
+        yield f"code {number}: {', '.join(usage)}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

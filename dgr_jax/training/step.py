@@ -88,7 +88,7 @@ def init_state(
     """A state at step 0, born sharded: no device ever holds what it does not keep.
 
     Args:
-      params: start from these (a tree of arrays as the model's, no boxes) instead of random ones.
+      params: start from a copy of these (arrays named as the model's, no boxes), not at random.
 
     Raises ValueError when `params` differs from the model's in names or shapes.
     """
@@ -102,8 +102,7 @@ def init_state(
 
         return jax.jit(create, out_shardings=shardings)()
     checkpoints.check_shapes(params, abstract.params, "initial parameters")
-    # A copy: the step donates its state, and the caller's arrays must stay alive.
-    params = jax.tree.map(jnp.copy, jax.device_put(params, shardings.params))
+    params = jax.device_put(params, shardings.params)
     start = jax.jit(lambda p: _new_state(p, optimizer, seed), out_shardings=shardings)
     return start(params)
 

@@ -1,0 +1,104 @@
+"""Shared by all tests: eight CPU devices, and one small experiment run from the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before jax starts: tests of meshes ask for eight devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The embedded collection, and everything else as small as it can be.
+TINY = (
+    "--gin_file=quickstart.gin",
+    "--gin.T5Config.emb_dim=16",
+    "--gin.T5Config.num_heads=2",
+    "--gin.T5Config.head_dim=8",
+    "--gin.T5Config.mlp_dim=32",
+    "--gin.T5Config.num_encoder_layers=1",
+    "--gin.T5Config.num_decoder_layers=1",
+    "--gin.T5Config.dropout_rate=0",
+    "--gin.GENERATE_STEPS=6",
+    "--gin.DISTILL_STEPS=3",
+    "--gin.WARMUP_STEPS=2",
+    "--gin.BATCH_SIZE=8",
+    "--gin.LIST_BATCH_SIZE=4",
+    "--gin.NUM_BEAMS=8",
+    "--gin.DEPTH=8",
+    "--gin.SEARCH_BATCH_SIZE=8",
+    "--gin.QUERY_LENGTH=12",
+    "--gin.Candidates.max_queries=16",
+    "--gin.Evaluate.max_queries=12",
+    "--gin.SentencePiece.size=600",
+    "--gin.TfidfSvd.dim=8",
+    "--gin.ResidualQuantization.codebook_size=16",
+    "--gin.Training.log_every=2",
+    "--gin.Training.checkpoint_every=3",
+    "--gin.Mesh.data=1",
+)
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished experiment. Read it only: copy the folder to change something."""
+
+    folder: Path
+    log: str
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory) -> Command:
+    """command(module, *arguments, env={}) runs `python -m module` in an empty folder.
+
+    XLA compiles with little care here, and what one command compiled the next one finds.
+    """
+    shared = tmp_path_factory.mktemp("commands")
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+    def run(module: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=shared,
+            env={**os.environ, **settings, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_run(command, tmp_path_factory) -> Finished:
+    """A whole experiment of a few steps, from its one command."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    done = command("dgr_jax.train", *TINY, f"--model_dir={folder}", env={"JAX_LOG_COMPILES": "1"})
+    return Finished(folder, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_run) -> Path:
+    """MODEL_DIR of `tiny_run`."""
+    return tiny_run.folder

@@ -1,0 +1,561 @@
+"""Flags, gin files, and the one line that a mistake is answered with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dgr_jax import cli, configurables, evaluate, prepare, retrieve, teach, train
+from dgr_jax.corpora.beir import BeirCollection
+from dgr_jax.experiment import STAGES, fingerprint, stage_settings
+from dgr_jax.identifiers.embeddings import TfidfSvd
+from dgr_jax.retrieval.teacher import RunTeacher
+from tests.conftest import ROOT
+
+COMMANDS = {"train": train, "prepare": prepare, "retrieve": retrieve, "teach": teach,
+            "evaluate": evaluate}  # fmt: skip
+GIN = ROOT / "gin_configs"
+EXPERIMENTS = sorted(path.name for path in GIN.glob("*.gin"))
+MODELS = sorted(f"models/{path.name}" for path in GIN.glob("models/*.gin"))
+NEEDED = ("--data_dir=somewhere", "--gin.SentencePiece.path=spiece.model")
+QUICKSTART = "--gin_file=quickstart.gin"
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_fresh_process(monkeypatch, tmp_path):
+    """An empty folder to be in, and a command line that leaves the logging of the tests alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+
+
+def load(*arguments: str):
+    args, bindings = cli.parse(cli.parser("train", "..."), arguments)
+    return cli.load_experiment(args, bindings)
+
+
+def complaint(capsys, command, *arguments: str) -> str:
+    """What a command that must fail with status 2 writes to stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(lambda _: command(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def fingerprints(experiment) -> dict[str, str]:
+    return {stage: fingerprint(stage_settings(experiment, stage)) for stage in STAGES}
+
+
+def needed(experiment: str) -> tuple[str, ...]:
+    """Arguments with which a shipped experiment can be read."""
+    text = (GIN / experiment).read_text(encoding="utf-8")
+    return tuple(n for n, mark in zip(NEEDED, ("DATA_DIR =", "SentencePiece.path ="), strict=True)
+                 if mark in text)  # fmt: skip
+
+
+# --help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_quick_and_light(name):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('dgr_jax.{name}', run_name='__main__')\n"
+        "except SystemExit as stopped:\n"
+        "    heavy = {'jax', 'flax', 'tensorflow', 'seqio', 'numpy', 'sklearn', 'gin'}\n"
+        "    sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 3
+    assert done.stdout.startswith(f"usage: python -m dgr_jax.{name} ")
+    for flag in ("--gin_file", "--gin_search_paths", "--model_dir", "--data_dir", "--gin.NAME="):
+        assert flag in done.stdout
+    assert "quickstart.gin" in done.stdout
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, dgr_jax; sys.exit(bool({'jax', 'tensorflow', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+# gin files and bindings
+
+
+def test_later_gin_files_lie_over_earlier_ones():
+    small = load(QUICKSTART, "--model_dir=m")
+    large = load(QUICKSTART, "--gin_file=models/base.gin", "--model_dir=m")
+    assert (small.model.emb_dim, large.model.emb_dim) == (128, 768)
+    assert large.generate.steps == small.generate.steps
+
+
+def test_search_paths(tmp_path):
+    for name, lines in (("one/mine.gin", "include 'quickstart.gin'\ninclude 'theirs.gin'\n"),
+                        ("two/theirs.gin", "SEED = 7\n")):  # fmt: skip
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(lines)
+    found = load("--gin_file=mine.gin", f"--gin_search_paths={tmp_path}/one,{tmp_path}/two")
+    assert found.generate.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("binding", "read", "expected"),
+    [
+        ("MODEL_DIR=some/folder", lambda e: e.model_dir, "some/folder"),
+        ("MODEL_DIR=a=b #c 'd'", lambda e: e.model_dir, "a=b #c 'd'"),
+        ("MODEL_DIR='quoted'", lambda e: e.model_dir, "quoted"),
+        ('MODEL_DIR="quoted"', lambda e: e.model_dir, "quoted"),
+        ("SEED=3", lambda e: (e.prepare.seed, e.generate.seed, e.evaluate.seed), (3, 3, 3)),
+        ("GENERATE_STEPS=1e3", lambda e: e.generate.steps, 1000),
+        ("LEARNING_RATE=1e-3", lambda e: e.generate.optimizer.learning_rate.peak, 0.001),
+        ("Sources.labelled=2", lambda e: e.prepare.sources.labelled, 2.0),
+        ("Adafactor.max_grad_norm=1", lambda e: e.distill.optimizer.max_grad_norm, 1.0),
+        ("Adafactor.max_grad_norm=None", lambda e: e.distill.optimizer.max_grad_norm, None),
+        ("SentencePiece.path=", lambda e: e.prepare.vocabulary.path, ""),
+        ("Experiment.control=False", lambda e: e.control, False),
+        ("Prepare.test_splits=('dev', 'test')", lambda e: e.prepare.test_splits, ("dev", "test")),
+        ("Prepare.test_splits=['dev']", lambda e: e.prepare.test_splits, ("dev",)),
+        ("DISTILL_STEPS=%GENERATE_STEPS", lambda e: e.distill.steps, 400),
+        ("LOSS=@listnet()", lambda e: e.distill.objective.loss.func.__name__, "listnet"),
+        ("IDENTIFIERS=@Title()", lambda e: type(e.prepare.identifiers).__name__, "Title"),
+        ("generate/Training.batch_size=5", lambda e: e.generate.batch_size, 5),
+        ("generate/Training.batch_size=5", lambda e: e.distill.batch_size, 64),
+        ("dgr_jax.Search.num_beams=9", lambda e: e.evaluate.search.num_beams, 9),
+    ],
+)
+def test_bindings(binding, read, expected):
+    found = read(load(QUICKSTART, f"--gin.{binding}"))
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_a_binding_reaches_components_that_are_defaults_of_others():
+    experiment = load(QUICKSTART, "--gin.TfidfSvd.dim=7", "--gin.Bm25.k1=2", "--gin.Mesh.data=1")
+    assert experiment.prepare.identifiers.embeddings == TfidfSvd(dim=7)
+    assert experiment.teach.teacher.bm25.k1 == 2.0
+    assert experiment.mesh.data == 1
+    tree = load(QUICKSTART, "--gin.TfidfSvd.dim=7", "--gin.IDENTIFIERS=@KMeansTree()")
+    assert tree.prepare.identifiers.embeddings == TfidfSvd(dim=7)
+
+
+def test_folders():
+    experiment = load("--gin_file=beir.gin", "--data_dir=2024", "--model_dir=my model")
+    assert experiment.model_dir == "my model"
+    assert experiment.collection == BeirCollection("2024")
+    assert load("--gin_file=beir.gin", "--gin.DATA_DIR=d", "--gin.MODEL_DIR=m").model_dir == "m"
+
+
+# shipped experiments
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_shipped_experiments_are_read_and_read_again(name):
+    first = load(f"--gin_file={name}", "--model_dir=m", *needed(name))
+    again = load("--gin_file=m/config.gin", "--gin.MODEL_DIR=n")
+    assert fingerprints(again) == fingerprints(first)
+    Path("n").rename("moved")
+    alone = load("--model_dir=moved")
+    assert fingerprints(alone) == fingerprints(first)
+    assert alone.model_dir == "moved"
+    assert alone.mesh == first.mesh
+    assert [t.log_every for t in (alone.generate, alone.distill)] == [
+        t.log_every for t in (first.generate, first.distill)
+    ]
+
+
+# T5 1.1 as published: width, MLP width, heads, layers of the encoder and of the decoder.
+T5_1_1 = {
+    "models/small.gin": (512, 1024, 6, 8),
+    "models/base.gin": (768, 2048, 12, 12),
+    "models/large.gin": (1024, 2816, 16, 24),
+    "models/xl.gin": (2048, 5120, 32, 24),
+    "models/xxl.gin": (4096, 10240, 64, 24),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_sizes(name):
+    model = load(QUICKSTART, f"--gin_file={name}").model
+    assert model.num_encoder_layers == model.num_decoder_layers
+    size = (model.emb_dim, model.mlp_dim, model.num_heads, model.num_decoder_layers)
+    assert size == T5_1_1.get(name, size)
+    assert T5_1_1.keys() < set(MODELS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_line_of_a_shipped_experiment_has_an_effect(name):
+    """A binding that reaches nothing is a setting that somebody believes in."""
+    load(f"--gin_file={name}", "--model_dir=m", *needed(name))
+    import gin
+
+    bound = set(cli._settings(gin.config_str()))
+    used = {
+        (cli._winner(scope, component, key, bound), component, key)
+        for scope, component, key in cli._settings(gin.operative_config_str())
+    }
+    restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
+    assert bound - used - restated == set()
+
+
+def test_settings_can_be_overridden_when_an_experiment_goes_on():
+    load(QUICKSTART, "--model_dir=m", "--gin.TopM.size=4")
+    assert load("--model_dir=m").teach.lists.size == 4
+    changed = load("--model_dir=m", "--gin.Training.log_every=7", "--gin.TopM.size=3",
+                   "--gin.ResidualQuantization.num_codes=4", "--gin.SEED=2")  # fmt: skip
+    assert (changed.generate.log_every, changed.distill.log_every) == (7, 7)
+    assert changed.teach.lists.size == 3
+    assert changed.prepare.identifiers.num_codes == 4
+    assert changed.teach.seed == 2
+    assert load("--model_dir=m").teach.lists.size == 3
+
+
+def test_config_gin_names_the_defaults_of_what_was_made():
+    load(QUICKSTART, "--model_dir=m")
+    lines = Path("m/config.gin").read_text().splitlines()
+    for line in (
+        "SEED = 0",
+        "TfidfSvd.dim = 64",
+        "Search.num_beams = %NUM_BEAMS",
+        "TopM.size = 5",
+        "Training.microbatches = 1",
+        "distilled_ranknet.first_weight = 3.0",
+    ):
+        assert line in lines
+
+
+def test_an_experiment_that_is_not_read_leaves_nothing():
+    with pytest.raises(cli.Mistake):
+        load(QUICKSTART, "--model_dir=m", "--gin.SEED=x")
+    assert not Path("m").exists()
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --gin_file=FILE, such as quickstart.gin, or --model_dir=DIR"),
+        (("--model_dir=m",), "no experiment at m/config.gin; give --gin_file=FILE"),
+        (
+            ("--gin_file=quickstrat.gin",),
+            f"--gin_file=quickstrat.gin: not found in ., {GIN}; did you mean quickstart.gin",
+        ),
+        (
+            (QUICKSTART, "--gin_file=models/tny.gin"),
+            f"--gin_file=models/tny.gin: not found in ., {GIN}; did you mean models/tiny.gin",
+        ),
+        (
+            (QUICKSTART, "--gin_search_paths=here,there"),
+            "--gin_search_paths: here is no folder",
+        ),
+        (
+            (QUICKSTART, "--gin.NUM_BEAM=3"),
+            "--gin.NUM_BEAM: quickstart.gin has no macro NUM_BEAM; did you mean NUM_BEAMS",
+        ),
+        (
+            (QUICKSTART, "--gin.LOSS=%NUM_BEAM"),
+            "quickstart.gin: %NUM_BEAM is not set; did you mean NUM_BEAMS",
+        ),
+        (
+            (QUICKSTART, "--data_dir=d"),
+            "--data_dir: quickstart.gin has no macro DATA_DIR, so it would not be looked at",
+        ),
+        (
+            (QUICKSTART, "--gin.Serch.num_beams=3"),
+            "--gin.Serch.num_beams=3: No configurable matching 'Serch'; did you mean Search",
+        ),
+        (
+            (QUICKSTART, "--gin.TEACHER=@BM25Teacher()"),
+            "--gin.TEACHER=@BM25Teacher(): No configurable matching reference '@BM25Teacher()'; "
+            "did you mean Bm25Teacher",
+        ),
+        (
+            (QUICKSTART, "--gin.Search.beams=3"),
+            "--gin.Search.beams=3: Configurable 'Search' doesn't have a parameter named 'beams'; "
+            "did you mean num_beams",
+        ),
+        (
+            (QUICKSTART, "--gin.distilled_ranknet.margins=3"),
+            "--gin.distilled_ranknet.margins=3: Configurable 'distilled_ranknet' doesn't have a "
+            "parameter named 'margins'; did you mean margin",
+        ),
+        (
+            (QUICKSTART, "--gin.generat/Training.steps=3"),
+            "--gin.generat/Training.steps has no effect; set distill/Training.steps or "
+            "generate/Training.steps",
+        ),
+        (
+            (QUICKSTART, "--gin.Linear.peak=3"),
+            "--gin.Linear.peak has no effect; set distill/Linear.peak or generate/Linear.peak",
+        ),
+        (
+            (QUICKSTART, "--gin.Prepare.test_splits=(dev,)"),
+            "--gin.Prepare.test_splits=(dev,): gin cannot read this; are strings in quotes, and "
+            "brackets closed?",
+        ),
+        (
+            (QUICKSTART, "--gin.Prepare.test_splits=('dev',"),
+            "--gin.Prepare.test_splits=('dev',: gin cannot read this; are strings in quotes",
+        ),
+        (
+            (QUICKSTART, "--gin.Prepare.test_splits=dev"),
+            "Prepare.test_splits: got 'dev', expected a tuple such as ('dev',)",
+        ),
+        (
+            (QUICKSTART, "--gin.Prepare.test_splits=()"),
+            "Prepare.test_splits: got (), expected a split or more",
+        ),
+        (
+            (QUICKSTART, "--gin.GENERATE_STEPS=many"),
+            "Training.steps: got 'many', expected a whole number",
+        ),
+        (
+            (QUICKSTART, "--gin.GENERATE_STEPS=1.5"),
+            "Training.steps: got 1.5, expected a whole number",
+        ),
+        (
+            (QUICKSTART, "--gin.GENERATE_STEPS=True"),
+            "Training.steps: got True, expected a whole number",
+        ),
+        ((QUICKSTART, "--gin.LEARNING_RATE=high"), "Linear.peak: got 'high', expected a number"),
+        ((QUICKSTART, "--gin.TASKS=3"), "Prepare.tasks: got 3, expected a string"),
+        (
+            (QUICKSTART, "--gin.TASKS=quick"),
+            "Prepare.tasks: no tasks/quick.py; did you mean quickstart",
+        ),
+        ((QUICKSTART, "--gin.Evaluate.bm25=1"), "Evaluate.bm25: got 1, expected True or False"),
+        (
+            (QUICKSTART, "--gin.LOSS=@listnet()", "--gin.listnet.temperature=low"),
+            "listnet.temperature: got 'low', expected a number",
+        ),
+        (
+            (QUICKSTART, "--gin.IDENTIFIERS=rq"),
+            "Prepare.identifiers: got 'rq', expected a component, written @NAME()",
+        ),
+        (
+            (QUICKSTART, "--gin.IDENTIFIERS=@Title"),
+            "Prepare.identifiers: got 'Title', expected a component, written @Title()",
+        ),
+        (
+            (QUICKSTART, "--gin.LOSS=@listnet"),
+            "Distillation.loss: got 'listnet', expected a component, written @listnet()",
+        ),
+        (
+            (QUICKSTART, "--gin.TEACHER=@RunTeacher()"),
+            "RunTeacher.path is not set; give --gin.RunTeacher.path=VALUE",
+        ),
+        ((QUICKSTART, "--gin.Search.num_beams=0"), "Search.num_beams: got 0, expected at least 1"),
+        (("--gin_file=beir.gin",), "beir.gin needs --data_dir=..., --model_dir=..."),
+        (("--gin_file=squad.gin", "--model_dir=m"), "squad.gin needs --data_dir=..."),
+        (
+            ("--gin_file=msmarco.gin", "--model_dir=m"),
+            "msmarco.gin needs --data_dir=..., --gin.SentencePiece.path=...",
+        ),
+        (
+            ("--gin_file=nq.gin", "--data_dir=d", "--model_dir=m"),
+            "nq.gin needs --gin.SentencePiece.path=...",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    written = complaint(capsys, train.command, *arguments)
+    assert written.startswith(f"error: {message}")
+    assert written.count("\n") == 1
+
+
+def test_a_mistake_in_a_gin_file_names_file_and_line(capsys):
+    for text, message in (
+        ("Search.beams = 3", "Configurable 'Search' doesn't have a parameter named 'beams'"),
+        ("Serch.num_beams = 3", "No configurable matching 'Serch'; did you mean Search"),
+        ("LOSS = (1, x)", "gin cannot read this"),
+        ("include 'nothing.gin'", "Unable to open file: nothing.gin"),
+    ):
+        Path("mine.gin").write_text(f"include 'quickstart.gin'\n\n{text}\n")
+        written = complaint(capsys, train.command, "--gin_file=mine.gin")
+        assert written.startswith(f"error: mine.gin:3: {message}")
+        assert written.count("\n") == 1
+
+
+def test_what_is_required_counts_only_where_it_is_used():
+    experiment = load("--gin_file=beir.gin", "--model_dir=m",
+                      "--gin.COLLECTION=@QuickstartCollection()")  # fmt: skip
+    assert type(experiment.collection).__name__ == "QuickstartCollection"
+
+
+def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
+    load(QUICKSTART, "--gin.KMeansTree.branching=5")
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.cli"] == [
+        "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
+    ]
+
+
+@pytest.mark.parametrize("binding", ["--gin.SEED", "--gin.=3", "--gin. = 3"])
+def test_half_a_binding(binding, capsys):
+    written = complaint(capsys, train.command, QUICKSTART, binding)
+    assert f"{binding}: expected --gin.NAME=VALUE" in written
+
+
+def test_a_real_process_ends_with_status_2_and_no_traceback(command):
+    done = command("dgr_jax.teach", QUICKSTART, "--gin.SEEED=1", check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: --gin.SEEED: .*; did you mean SEED\?\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("bad value"), "error: bad value\n"),
+        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
+        (PermissionError(13, "Not allowed", "m"), "error: [Errno 13] Not allowed: 'm'\n"),
+        (ImportError("needs the extra"), "error: needs the extra\n"),
+        (FloatingPointError("loss is nan at step 3"), "error: loss is nan at step 3\n"),
+    ],
+)  # fmt: skip
+def test_errors_of_stages_are_short_unless_asked(error, line, capsys, monkeypatch):
+    def command(_):
+        raise error
+
+    monkeypatch.setattr(cli.logging.getLogger(), "level", cli.logging.WARNING)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command)
+    assert capsys.readouterr().err == line + "(--verbose shows where)\n"
+    monkeypatch.setattr(cli.logging.getLogger(), "level", cli.logging.INFO)
+    with pytest.raises(type(error)):
+        cli.main(command)
+
+
+def test_other_ends_of_a_command():
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    def preempted(_):
+        raise SystemExit(75)
+
+    def wrong(_):
+        raise KeyError("a bug")
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(interrupted)
+    with pytest.raises(SystemExit, match="75"):
+        cli.main(preempted)
+    with pytest.raises(KeyError, match="a bug"):
+        cli.main(wrong)
+
+
+# data that is not there
+
+
+MISSING = {
+    "msmarco.gin": [
+        "collection.tsv (also as .gz): pid <tab> text, one passage a line",
+        "queries.train.tsv (also as .gz): qid <tab> text",
+        "qrels.train.tsv (also as .gz): qid 0 pid relevance",
+        "queries.dev.small.tsv", "qrels.dev.small.tsv",
+        "from collectionandqueries.tar.gz of https://microsoft.github.io/msmarco/",
+    ],
+    "nq.gin": [
+        "psgs_w100.tsv", "a header id, text, title",
+        "biencoder-nq-train.json", "biencoder-nq-dev.json", '"positive_ctxs"',
+        "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz",
+    ],
+    "squad.gin": [
+        "corpus.jsonl (also as .gz)", '{"_id", "title" (optional), "text"}', "queries.jsonl",
+        "qrels/seen_train.tsv", "qrels/seen_test.tsv", "query-id, corpus-id, score",
+    ],
+    "beir.gin": ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv", "beir-cell"],
+    "laptop.gin": ["corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/test.tsv"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSING)
+@pytest.mark.parametrize("there", [False, True])
+def test_missing_data_is_named_before_anything_starts(name, there, capsys, tmp_path):
+    data = tmp_path / "data"
+    if there:
+        data.mkdir()
+    arguments = (f"--gin_file={name}", "--model_dir=m", *needed(name), f"--data_dir={data}")
+    written = complaint(capsys, prepare.command, *arguments)
+    state = "lacks" if there else "does not exist"
+    assert written.startswith(f"error: {data} {state}")
+    for words in MISSING[name]:
+        assert words in written
+    assert "--data_dir" in written
+    assert [path.name for path in Path("m").iterdir()] == ["config.gin"]
+
+
+def test_every_shipped_experiment_on_own_data_is_looked_at():
+    assert set(MISSING) == {name for name in EXPERIMENTS if needed(name)}
+
+
+def test_missing_files_of_settings_are_named_before_anything_starts(capsys):
+    written = complaint(capsys, train.command, QUICKSTART, "--gin.SentencePiece.path=no.model")
+    assert written.startswith("error: SentencePiece.path: no file at 'no.model'; ")
+    written = complaint(
+        capsys,
+        train.command,
+        QUICKSTART,
+        "--gin.TEACHER=@RunTeacher()",
+        "--gin.RunTeacher.path=run",
+    )
+    assert written.startswith("error: RunTeacher.path: no file at 'run'; ")
+    written = complaint(capsys, train.command, QUICKSTART, "--gin.Evaluate.measures=('Sucess@1',)")
+    assert written.startswith("error: unknown measure 'Sucess@1'")
+    assert [path.name for path in Path("quickstart_model").iterdir()] == ["config.gin"]
+
+
+def test_unknown_stage(capsys):
+    written = complaint(capsys, train.command, QUICKSTART, "--stages=prepare, genrate")
+    assert written.startswith("error: unknown stage 'genrate', expected one of ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--query=why",), "--query and --queries need --model_dir"),
+        (("--queries=q.tsv", "--model_dir=m"), "--queries needs --output"),
+    ],
+)
+def test_retrieve_asks_for_what_it_needs(arguments, message, capsys):
+    assert message in complaint(capsys, retrieve.command, *arguments)
+
+
+def test_evaluate_asks_for_run_and_qrels(capsys):
+    assert "--run and --qrels go together" in complaint(capsys, evaluate.command, "--run=x.trec")
+
+
+# components
+
+
+def test_components_are_known_by_their_names():
+    made = configurables.configurables()
+    assert made["RunTeacher"](path="x") == RunTeacher(path="x")
+    assert made["margin_mse"]().func.__name__ == "margin_mse"
+    assert all(name == factory.__name__ for name, factory in made.items())
+
+
+def test_nested_defaults_restate_what_is_so_anyway():
+    found = list(configurables.nested_defaults())
+    assert ("ResidualQuantization", "embeddings", "TfidfSvd") in found
+    assert ("Bm25Teacher", "bm25", "Bm25") in found
+    made = configurables.configurables()
+    for component, setting, default in found:
+        if component not in ("Experiment", "Prepare"):  # what else these need is tested above
+            assert getattr(made[component](), setting) == made[default]()
+
+
+def test_resources_lie_in_the_checkout_or_the_package(tmp_path, monkeypatch):
+    assert cli.resources("gin_configs") == GIN
+    monkeypatch.setattr(cli, "PACKAGE", tmp_path)
+    (tmp_path / "tasks").mkdir()
+    assert cli.resources("tasks") == tmp_path / "tasks"

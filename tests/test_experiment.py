@@ -1,0 +1,180 @@
+"""Settings as JSON, their fingerprints, and which stages a setting belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+from dgr_jax import experiment as experiments
+from dgr_jax.corpora.beir import BeirCollection
+from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.data.examples import Sources
+from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax.experiment import (
+    STAGES,
+    UPSTREAM,
+    Candidates,
+    Evaluate,
+    Experiment,
+    Prepare,
+    Teach,
+    Training,
+    describe,
+    fingerprint,
+    paths,
+    stage_settings,
+)
+from dgr_jax.identifiers.atomic import Atomic
+from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.losses.ranking import distilled_ranknet, listnet
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.teacher import Bm25Teacher, RunTeacher, TopM, VectorTeacher
+from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.optimizers import Adafactor, Constant
+
+BASE = Experiment(
+    model_dir="model",
+    collection=QuickstartCollection(),
+    prepare=Prepare(tasks="quickstart", identifiers=Atomic()),
+    model=T5Config(),
+    generate=Training(Generation(), Adafactor(), steps=10),
+    candidates=Candidates(Search()),
+    teach=Teach(Bm25Teacher(), TopM()),
+    distill=Training(Distillation(functools.partial(listnet)), Adafactor(), steps=5),
+    evaluate=Evaluate(Search()),
+)
+ALL = set(STAGES)
+LATER = ALL - {"prepare"}
+AFTER_GENERATE = LATER - {"generate"}
+
+
+def changed(path: str, value):
+    """BASE with one setting, such as 'prepare.sources.labelled', replaced."""
+
+    def replace(owner, names):
+        first, *rest = names
+        inner = replace(getattr(owner, first), rest) if rest else value
+        return dataclasses.replace(owner, **{first: inner})
+
+    return replace(BASE, path.split("."))
+
+
+def marks(experiment: Experiment, files=None) -> dict[str, str]:
+    return {stage: fingerprint(stage_settings(experiment, stage, files)) for stage in STAGES}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stages"),
+    [
+        ("collection", BeirCollection("data"), ALL),
+        ("prepare.seed", 1, ALL),
+        ("prepare.test_splits", ("dev",), ALL),
+        ("prepare.identifiers", ResidualQuantization(), ALL),
+        ("prepare.sources.labelled", 2.0, ALL),
+        ("prepare.vocabulary", SentencePiece(size=9), ALL),
+        ("model.emb_dim", 9, LATER),
+        ("generate.steps", 11, LATER),
+        ("generate.optimizer.learning_rate", Constant(0.5), LATER),
+        ("generate.objective.label_smoothing", 0.1, LATER),
+        ("candidates.search.num_beams", 9, {"candidates", "teach", "distill", "evaluate"}),
+        ("candidates.max_queries", 9, {"candidates", "teach", "distill", "evaluate"}),
+        ("teach.teacher.bm25.k1", 2.0, {"teach", "distill", "evaluate"}),
+        ("teach.lists.size", 9, {"teach", "distill", "evaluate"}),
+        ("distill.steps", 9, {"distill", "control", "evaluate"}),
+        ("distill.seed", 9, {"distill", "control", "evaluate"}),
+        ("distill.objective.loss", distilled_ranknet, {"distill", "evaluate"}),
+        ("distill.list_batch_size", 9, {"distill", "evaluate"}),
+        ("evaluate.measures", ("RR@10",), {"evaluate"}),
+        ("evaluate.search.num_beams", 9, {"evaluate"}),
+        ("control", False, {"evaluate"}),
+        ("model_dir", "elsewhere", set()),
+        ("mesh", Mesh(model=2), set()),
+        ("generate.log_every", 1, set()),
+        ("generate.checkpoint_every", 1, set()),
+        ("distill.keep_checkpoints", 1, set()),
+    ],
+)
+def test_a_setting_belongs_to_the_stages_that_depend_on_it(path, value, stages):
+    before, after = marks(BASE), marks(changed(path, value))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+
+
+def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():
+    before = marks(BASE, {"teach": {"RunTeacher.path": {"bytes": 1}}})
+    after = marks(BASE, {"teach": {"RunTeacher.path": {"bytes": 2}}})
+    expected = {"teach", "distill", "evaluate"}
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == expected
+    assert marks(BASE, {"teach": {}}) == marks(BASE)
+
+
+def test_every_setting_of_an_experiment_is_read_by_a_stage():
+    read = {name for names in experiments.SETTINGS.values() for name in names}
+    names = {field.name for field in dataclasses.fields(Experiment)}
+    assert names - read == {"model_dir", "control", "mesh"}
+
+
+def test_stages_stand_after_those_that_they_read():
+    for place, stage in enumerate(STAGES):
+        assert set(UPSTREAM[stage]) <= set(STAGES[:place])
+    assert UPSTREAM.keys() == experiments.SETTINGS.keys()
+
+
+def test_a_folder_may_be_moved_but_what_is_in_it_is_read_otherwise():
+    here, there = BeirCollection("here"), BeirCollection("there")
+    assert describe(here) == describe(there) == {"is": "BeirCollection"}
+
+
+def test_descriptions_are_json_and_tell_everything_apart():
+    values = [
+        Sources(),
+        Sources(labelled=2.0),
+        Atomic(),
+        ResidualQuantization(),
+        distilled_ranknet,
+        listnet,
+        functools.partial(distilled_ranknet, margin=1.0),
+        functools.partial(distilled_ranknet, margin=2.0),
+        functools.partial(listnet, temperature=1.0),
+        ("a",),
+        "a",
+        {1: ("a",)},
+        None,
+    ]
+    described = [json.dumps(describe(value)) for value in values]
+    assert len(set(described)) == len(values)
+    assert [json.loads(text) for text in described] == [describe(value) for value in values]
+
+
+def test_a_fingerprint_does_not_depend_on_order():
+    assert fingerprint({"a": 1, "b": [2, 3]}) == fingerprint({"b": [2, 3], "a": 1})
+    assert fingerprint({"a": 1, "b": [2, 3]}) != fingerprint({"a": 1, "b": [3, 2]})
+    assert len(fingerprint({})) == 16
+
+
+def test_paths_of_settings():
+    settings = Prepare("t", Atomic(), SentencePiece(path="m"), Sources(pseudo_query_path="q"))
+    assert paths(settings) == {"SentencePiece.path": "m", "Sources.pseudo_query_path": "q"}
+    assert paths(Teach(RunTeacher("run.trec"), TopM())) == {"RunTeacher.path": "run.trec"}
+    assert paths(VectorTeacher("p.npy", "q.npy", "ids")).keys() == {
+        "VectorTeacher.passages_path",
+        "VectorTeacher.queries_path",
+        "VectorTeacher.query_ids_path",
+    }
+    assert paths(BASE) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"test_splits": ()}, r"Prepare.test_splits: got \(\), expected a split or more"),
+        ({"query_length": 1}, "Prepare.query_length: got 1, expected at least 2, EOS counted"),
+    ],
+)
+def test_settings_of_prepare_that_cannot_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Prepare("t", Atomic(), **settings)

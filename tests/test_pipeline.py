@@ -1,0 +1,389 @@
+"""Which stages run, which are skipped, taken back or gone on with; and when data has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import logging
+import os
+import re
+import shutil
+
+import pytest
+
+from dgr_jax import pipeline
+from dgr_jax.corpora.beir import BeirCollection, write_beir
+from dgr_jax.corpora.dpr import DprCollection
+from dgr_jax.corpora.irds import IrDatasetsCollection
+from dgr_jax.corpora.msmarco import MsmarcoCollection
+from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax.experiment import STAGES, fingerprint
+from dgr_jax.retrieval.teacher import RunTeacher
+from tests import test_experiment
+
+BACK = re.compile(r"(\w+): taken back from an earlier run of the same configuration")
+SKIPPED = re.compile(r"(\w+): done already, from the same configuration; skipped")
+
+
+class Killed(BaseException):
+    """Ends a stage in the middle, as a signal does."""
+
+
+class Pipeline:
+    """Stages that only write that they ran, in a MODEL_DIR of its own."""
+
+    def __init__(self, folder, caplog):
+        self.experiment = dataclasses.replace(test_experiment.BASE, model_dir=str(folder / "model"))
+        self.folder = folder / "model"
+        self.killed_in = ""
+        self._caplog = caplog
+
+    def set(self, path, value):
+        """Change one setting."""
+
+        def replace(owner, names):
+            first, *rest = names
+            inner = replace(getattr(owner, first), rest) if rest else value
+            return dataclasses.replace(owner, **{first: inner})
+
+        self.experiment = replace(self.experiment, path.split("."))
+
+    def run(self, *stages):
+        """Names of the stages that ran; what was said is in `said`."""
+        ran = []
+
+        def make(stage):
+            def maker(experiment, folder):
+                ran.append(stage)
+                assert pipeline.read_record(folder)["status"] == "running"
+                with (folder / "output").open("a") as output:
+                    output.write("half ")
+                    if self.killed_in == stage:
+                        raise Killed
+                    output.write("whole ")
+
+            return maker
+
+        self._caplog.clear()
+        with self._caplog.at_level(logging.INFO, logger="dgr_jax"):
+            try:
+                makers = {stage: make(stage) for stage in STAGES}
+                pipeline.run(self.experiment, makers, *([stages] if stages else []))
+            except Killed:
+                ran.append("killed")
+        return ran
+
+    @property
+    def said(self):
+        return self._caplog.messages
+
+    def named(self, form):
+        return [found[1] for line in self.said if (found := form.fullmatch(line))]
+
+    def output(self, stage):
+        return (self.folder / stage / "output").read_text()
+
+    def record(self, stage):
+        return json.loads((self.folder / stage / "stage.json").read_text())
+
+
+@pytest.fixture
+def made(tmp_path, caplog):
+    return Pipeline(tmp_path, caplog)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A BEIR folder with splits train, test and other."""
+    folder = tmp_path / "data"
+    qrels = {split: [Qrel("q", "p", 1)] for split in ("train", "test", "other")}
+    write_beir(folder, [Passage("p", "text")], [Query("q", "why")], qrels)
+    return folder
+
+
+@pytest.fixture
+def on_data(made, data):
+    made.set("collection", BeirCollection(str(data)))
+    return made
+
+
+ALL = list(STAGES)
+
+
+def test_all_stages_run_in_order_and_are_skipped_the_second_time(made):
+    assert made.run() == ALL
+    assert [line for line in made.said if line.endswith("started")] == [
+        f"{s}: started" for s in ALL
+    ]
+    assert made.run() == []
+    assert made.named(SKIPPED) == ALL
+
+
+def test_the_record_of_a_finished_stage(made):
+    made.run()
+    record = made.record("candidates")
+    assert record.keys() == {"status", "fingerprint", "settings", "seconds"}
+    assert record["status"] == "done"
+    assert record["fingerprint"] == fingerprint(record["settings"])
+    assert record["settings"]["candidates"]["search"]["num_beams"] == 100
+    assert record["settings"]["generate"]["prepare"]["prepare"]["tasks"] == "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (["prepare"], ["prepare"]),
+        (["teach"], ["prepare", "generate", "candidates", "teach"]),
+        (["control"], ["prepare", "generate", "control"]),
+        (["generate", "prepare"], ["prepare", "generate"]),
+        (["evaluate"], ALL),
+    ],
+)
+def test_a_stage_brings_those_that_it_reads(made, asked, expected):
+    assert made.run(*asked) == expected
+
+
+def test_an_unknown_stage(made):
+    with pytest.raises(ValueError, match="unknown stage 'genrate', expected one of .*'generate'"):
+        made.run("genrate")
+    assert not made.folder.exists()
+
+
+def test_control_can_be_left_out(made):
+    made.set("control", False)
+    assert made.run() == [stage for stage in ALL if stage != "control"]
+    made.set("control", True)
+    assert made.run() == ["control", "evaluate"]
+
+
+def test_a_changed_setting_reruns_the_stage_and_those_after_it(made):
+    made.run()
+    made.set("teach.lists.size", 7)
+    assert made.run() == ["teach", "distill", "evaluate"]
+    assert made.named(SKIPPED) == ["prepare", "generate", "candidates", "control"]
+    assert "teach: settings changed (teach.lists.size); made again" in made.said
+    assert "distill: settings changed (teach.teach.lists.size); made again" in made.said
+    assert made.output("teach") == "half whole "
+
+
+def test_settings_without_effect_rerun_nothing(made):
+    made.run()
+    for training in ("generate", "distill"):
+        made.set(f"{training}.log_every", 1)
+        made.set(f"{training}.checkpoint_every", 1)
+    assert made.run() == []
+
+
+def test_what_was_made_is_taken_back_with_its_settings(made):
+    made.run()
+    (made.folder / "teach" / "mark").write_text("first")
+    made.set("teach.lists.size", 7)
+    made.run()
+    (made.folder / "teach" / "mark").write_text("second")
+    made.set("teach.lists.size", 5)
+    assert made.run() == []
+    assert made.named(BACK) == ["teach", "distill", "evaluate"]
+    assert (made.folder / "teach" / "mark").read_text() == "first"
+    made.set("teach.lists.size", 7)
+    assert made.run() == []
+    assert (made.folder / "teach" / "mark").read_text() == "second"
+
+
+def test_only_the_latest_other_output_is_kept(made):
+    for size in (5, 6, 7):
+        made.set("teach.lists.size", size)
+        made.run()
+    made.set("teach.lists.size", 5)
+    assert made.run() == ["teach", "distill", "evaluate"]
+    assert sorted(path.name for path in (made.folder / "previous").iterdir()) == [
+        "distill",
+        "evaluate",
+        "teach",
+    ]
+
+
+def test_a_killed_stage_goes_on_and_the_ones_before_it_are_not_repeated(made):
+    made.killed_in = "candidates"
+    assert made.run() == ["prepare", "generate", "candidates", "killed"]
+    assert made.record("candidates")["status"] == "running"
+    made.killed_in = ""
+    assert made.run() == ["candidates", "teach", "distill", "control", "evaluate"]
+    assert made.output("candidates") == "half half whole "
+    assert "candidates: was cut off; goes on" in made.said
+    assert made.record("candidates")["status"] == "done"
+
+
+def test_a_killed_stage_with_other_settings_starts_again(made):
+    made.killed_in = "candidates"
+    made.run()
+    made.killed_in = ""
+    made.set("candidates.max_queries", 7)
+    made.run()
+    assert made.output("candidates") == "half whole "
+    made.set("candidates.max_queries", 0)
+    assert made.run() == ["candidates"] + ["teach", "distill", "evaluate"]
+    assert made.output("candidates") == "half half whole "
+
+
+def test_a_folder_without_a_readable_record_is_made_again(made):
+    made.run()
+    (made.folder / "teach" / "stage.json").write_text('{"status": "do')
+    assert made.run() == ["teach"]
+    assert made.output("teach") == "half whole "
+
+
+def test_a_failing_stage_is_not_done(made, monkeypatch):
+    def fails(experiment, folder):
+        raise ValueError("cannot")
+
+    with pytest.raises(ValueError, match="cannot"):
+        pipeline.run(made.experiment, {"prepare": fails}, ["prepare"])
+    assert made.run("prepare") == ["prepare"]
+
+
+def test_names_of_changed_settings():
+    old = {"a": {"b": 1, "c": [1]}, "d": None}
+    new = {"a": {"b": 2, "c": [1]}, "e": 3}
+    assert pipeline.changed_settings(old, new) == ["a.b", "e"]
+    assert pipeline.changed_settings(None, new) == [""]
+
+
+# data
+
+
+def test_changed_data_reruns_everything(on_data, data):
+    on_data.run()
+    assert on_data.run() == []
+    with (data / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "p2", "text": "more"}\n')
+    assert on_data.run() == ALL
+    assert any("files.collection.corpus.jsonl.sha256" in line for line in on_data.said)
+
+
+def test_data_of_the_same_size_is_told_apart(on_data, data):
+    on_data.run()
+    path = data / "queries.jsonl"
+    before = path.stat()
+    path.write_text(path.read_text().replace("why", "who"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert on_data.run() == ALL
+
+
+def test_data_that_is_not_read_may_change(on_data, data):
+    on_data.run()
+    (data / "qrels" / "other.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    (data / "README").write_text("hello")
+    for path in data.rglob("*"):
+        os.utime(path, (1, 1))
+    assert on_data.run() == []
+
+
+def test_data_may_be_moved(on_data, data, tmp_path):
+    on_data.run()
+    data.rename(tmp_path / "moved")
+    on_data.set("collection", BeirCollection(str(tmp_path / "moved")))
+    assert on_data.run() == []
+
+
+def test_a_prepared_experiment_goes_on_without_its_data(on_data, data):
+    on_data.run("prepare")
+    shutil.rmtree(data)
+    assert on_data.run() == ALL[1:]
+    assert on_data.run() == []
+
+
+def test_without_its_data_it_cannot_be_prepared_otherwise(on_data, data):
+    on_data.run()
+    shutil.rmtree(data)
+    on_data.set("prepare.query_length", 7)
+    with pytest.raises(FileNotFoundError, match="corpus.jsonl"):
+        on_data.run()
+    on_data.set("prepare.query_length", 32)
+    assert on_data.run() == []
+    assert not (on_data.folder / "previous").exists()
+
+
+def test_part_of_the_data_is_as_good_as_none(on_data, data):
+    on_data.run("prepare")
+    (data / "queries.jsonl").unlink()
+    (data / "corpus.jsonl").write_text("")
+    assert on_data.run("generate") == ["generate"]
+
+
+def test_data_is_asked_for_before_a_cut_off_stage_goes_on(on_data, data):
+    on_data.killed_in = "prepare"
+    on_data.run()
+    shutil.rmtree(data)
+    on_data.killed_in = ""
+    with pytest.raises(FileNotFoundError, match=r"queries.jsonl"):
+        on_data.run()
+
+
+def test_large_files_are_told_by_size_and_time(on_data, data, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGE", 3)
+    on_data.run()
+    signed = on_data.record("prepare")["settings"]["files"]["collection"]["corpus.jsonl"]
+    assert signed.keys() == {"bytes", "modified"}
+    assert on_data.run() == []
+    os.utime(data / "corpus.jsonl", (1, 1))
+    assert on_data.run() == ALL
+
+
+def test_files_that_settings_name(made, tmp_path):
+    model, run = tmp_path / "spiece.model", tmp_path / "run.trec"
+    model.write_text("pieces")
+    made.set("prepare.vocabulary", SentencePiece(path=str(model)))
+    made.set("teach.teacher", RunTeacher(path=str(run)))
+    with pytest.raises(FileNotFoundError, match=r"RunTeacher.path: no file at '.*run.trec'; name "):
+        made.run()
+    assert not made.folder.exists()
+    assert made.run("generate") == ["prepare", "generate"]
+    run.write_text("q Q0 p 1 1.0 x\n")
+    assert made.run() == ALL[2:]
+    run.write_text("q Q0 p 1 2.0 x\n")
+    assert made.run() == ["teach", "distill", "evaluate"]
+    model.unlink()
+    assert made.run() == []
+    model.write_text("other pieces")
+    assert made.run() == ALL
+
+
+def test_measures_are_asked_for_before_anything_runs(made):
+    made.set("evaluate.measures", ("RR@10", "Sucess@1"))
+    with pytest.raises(ValueError, match="unknown measure 'Sucess@1'"):
+        made.run()
+    assert not made.folder.exists()
+    assert made.run("teach") == ["prepare", "generate", "candidates", "teach"]
+
+
+def test_what_collections_read(data, tmp_path):
+    assert {n: p.name for n, p in BeirCollection(str(data)).inputs(["train", "test"]).items()} == {
+        "corpus.jsonl": "corpus.jsonl",
+        "queries.jsonl": "queries.jsonl",
+        "qrels/train.tsv": "train.tsv",
+        "qrels/test.tsv": "test.tsv",
+    }
+    assert BeirCollection(str(data)).inputs(["no"])["qrels/no.tsv"] is None
+    for name in ("collection.tsv", "queries.dev.tsv", "qrels.dev.tsv"):
+        (tmp_path / name).write_text("")
+    with gzip.open(tmp_path / "queries.train.tsv.gz", "w"):
+        pass
+    found = MsmarcoCollection(str(tmp_path)).inputs(["train", "dev"])
+    assert {name: path and path.name for name, path in found.items()} == {
+        "collection.tsv": "collection.tsv",
+        "queries.train.tsv": "queries.train.tsv.gz",
+        "qrels.train.tsv": None,
+        "queries.dev.tsv": "queries.dev.tsv",
+        "qrels.dev.tsv": "qrels.dev.tsv",
+    }
+    assert DprCollection(str(tmp_path)).inputs(["train", "test"]) == {
+        "psgs_w100.tsv": None,
+        "biencoder-nq-train.json": None,
+        "nq-test.qa.csv": None,
+    }
+    assert QuickstartCollection().inputs(["train"]) == {}
+    assert IrDatasetsCollection("beir/scifact").inputs(["test"]) == {}

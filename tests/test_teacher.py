@@ -1,0 +1,469 @@
+import gzip
+import logging
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgr_jax.corpora.types import Passage, ScoredPassage
+from dgr_jax.retrieval import teacher
+from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.teacher import (
+    BiEncoderTeacher,
+    Bm25Teacher,
+    CrossEncoderTeacher,
+    RunTeacher,
+    TopM,
+    TwoLists,
+    VectorTeacher,
+)
+
+
+class ListStore(list):
+    """Passages in memory with the face of a PassageStore."""
+
+    @property
+    def pids(self):
+        return [passage.pid for passage in self]
+
+    def index_of(self, pid):
+        for row, passage in enumerate(self):
+            if passage.pid == pid:
+                return row
+        raise KeyError(pid)
+
+
+STORE = ListStore(
+    Passage(pid, text)
+    for pid, text in [
+        ("a", "bees make honey in the hive"),
+        ("b", "the queen lays eggs in the hive"),
+        ("c", "sails and masts of ships"),
+        ("d", "bread dough needs yeast"),
+        ("e", ""),
+    ]
+)
+QUERIES = {"q1": "honey of bees", "q2": "masts of ships", "q3": "zebra"}
+CANDIDATES = {"q1": ["c", "b"], "q2": ["a", "c", "d"], "q3": []}
+QRELS = {"q1": {"a": 1, "d": 0}, "q2": {"c": 2, "b": 1}, "q3": {"elsewhere": 1}}
+
+
+def pids(ranked):
+    return {qid: [p.pid for p in listed] for qid, listed in ranked.items()}
+
+
+def scored(*items):
+    return [ScoredPassage(pid, score) for pid, score in items]
+
+
+def write_run(path, rows):
+    path.write_text("".join(f"{q} Q0 {p} {r} {s} tag\n" for q, p, r, s in rows))
+    return str(path)
+
+
+# Teachers.
+
+
+def test_bm25_teacher_scores_candidates_and_puts_the_judged_first():
+    ranked = Bm25Teacher().rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert list(ranked) == list(QUERIES)
+    assert pids(ranked) == {"q1": ["a", "b", "c"], "q2": ["c", "b", "a", "d"], "q3": []}
+    own = Bm25Teacher(judged_first=False).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert pids(own)["q2"] == ["c", "a", "b", "d"], "no word in common: ties by pid"
+    index = Bm25().fit(STORE)
+    assert own["q1"][0].score == index.scores(QUERIES["q1"])[0]
+    for listed in ranked.values():
+        scores = [p.score for p in listed]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_min_relevance_decides_what_is_positive():
+    ranked = Bm25Teacher().rank(QUERIES, CANDIDATES, STORE, QRELS, min_relevance=2)
+    assert pids(ranked) == {"q1": ["b", "c"], "q2": ["c", "a", "d"], "q3": []}
+
+
+def test_run_teacher_orders_the_candidates_that_it_holds(tmp_path):
+    path = write_run(
+        tmp_path / "run.txt",
+        [
+            ("q1", "d", 1, 9.0),
+            ("q1", "b", 2, 1.0),
+            ("q1", "c", 3, 5.0),
+            ("q9", "c", 1, 5.0),
+            ("q1", "gone", 4, 4.0),
+        ],
+    )
+    ranked, report = RunTeacher(path).rank_and_report(QUERIES, CANDIDATES, STORE, QRELS)
+    assert ranked == {"q1": scored(("c", 5.0), ("b", 1.0)), "q2": [], "q3": []}
+    assert report == {
+        "queries": 3,
+        "queries_scored": 1,
+        "queries_with_positive": 2,
+        "candidates": 5,
+        "candidates_scored": 2 / 5,
+        "positive_in_candidates": 1 / 2,
+        "positive_scored": 0.0,
+        "Success@1": 0.0,
+        "RR@10": 0.0,
+    }
+    first = RunTeacher(path, judged_first=True).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    # q1: the mean gap of two scores is 4; q2: the run knows nothing but the judgements do.
+    assert first["q1"] == scored(("a", 9.0), ("c", 5.0), ("b", 1.0))
+    assert first["q2"] == scored(("c", 1.0), ("b", 0.0))
+
+
+def test_run_teacher_can_take_the_lists_of_the_run(tmp_path, caplog):
+    path = write_run(
+        tmp_path / "run.txt", [("q1", "d", 1, 9.0), ("q1", "gone", 2, 7.0), ("q1", "a", 3, 5.0)]
+    )
+    with caplog.at_level(logging.WARNING):
+        ranked = RunTeacher(path, pool="run").rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert pids(ranked) == {"q1": ["d", "a"], "q2": [], "q3": []}
+    assert "left out 1 passages not in the corpus" in caplog.text
+
+
+def test_run_teacher_reads_score_tables_and_gzip_and_keeps_ranks_of_ties(tmp_path):
+    table = tmp_path / "scores.tsv"
+    table.write_text("\nq2\ta\t0.5\nq2\tc\t0.7\n")
+    ranked = RunTeacher(str(table)).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert pids(ranked)["q2"] == ["c", "a"]
+    packed = tmp_path / "run.gz"
+    packed.write_bytes(gzip.compress(b"q2 Q0 d 1 3 x\nq2 Q0 a 2 3 x\nq2 Q0 c 3 2 x\n"))
+    ranked = RunTeacher(str(packed)).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert pids(ranked)["q2"] == ["d", "a", "c"]
+
+
+def test_bad_runs_are_named(tmp_path):
+    path = write_run(tmp_path / "run.txt", [("other", "a", 1, 1.0)])
+    with pytest.raises(ValueError, match=r"RunTeacher\.path = .*: none of the 3 queries is in"):
+        RunTeacher(path).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    with pytest.raises(ValueError, match=r"RunTeacher\.pool = 'x', expected 'candidates' or 'run'"):
+        RunTeacher(path, pool="x").rank(QUERIES, CANDIDATES, STORE, QRELS)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match=r"RunTeacher\.path = .*the file is empty"):
+        RunTeacher(str(tmp_path / "empty")).rank(QUERIES, CANDIDATES, STORE, QRELS)
+
+
+def vector_files(tmp_path, passages, queries, ids):
+    np.save(tmp_path / "p.npy", passages)
+    np.save(tmp_path / "q.npy", queries)
+    (tmp_path / "ids.tsv").write_text(ids)
+    return [str(tmp_path / name) for name in ("p.npy", "q.npy", "ids.tsv")]
+
+
+def test_vector_teacher_takes_dot_products(tmp_path):
+    rng = np.random.default_rng(0)
+    passages = rng.normal(size=(5, 3)).astype(np.float16)
+    vectors = rng.normal(size=(2, 3)).astype(np.float16)
+    ids = "query-id\tcorpus-id\tscore\nq2\tc\t2\nq2\tb\t1\nq1\ta\t1\n"
+    files = vector_files(tmp_path, passages, vectors, ids)
+    ranked = VectorTeacher(*files).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    scores = vectors.astype(np.float32) @ passages.astype(np.float32).T
+    expected = sorted("abcd", key=lambda pid: -scores[0][ord(pid) - ord("a")])
+    assert pids(ranked)["q2"] == expected
+    np.testing.assert_allclose(
+        [p.score for p in ranked["q1"]], np.sort(scores[1][[0, 1, 2]])[::-1], rtol=1e-5
+    )
+    assert ranked["q3"] == []
+
+
+@pytest.mark.parametrize(
+    ("passages", "queries", "ids", "message"),
+    [
+        ((4, 3), (1, 3), "q1\n", r"passages_path = .*: got 4 vectors, expected one for each of 5"),
+        ((5, 3), (1, 2), "q1\n", r"queries_path = .*: got 2 dimensions, expected 3 as in"),
+        ((5, 3), (3, 3), "q1\nq1\n", r"query_ids_path = .*: got 1 different qids, .* each of 3"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_named(tmp_path, passages, queries, ids, message):
+    files = vector_files(
+        tmp_path, np.zeros(passages, np.float32), np.zeros(queries, np.float32), ids
+    )
+    with pytest.raises(ValueError, match=r"VectorTeacher\." + message):
+        VectorTeacher(*files).rank(QUERIES, CANDIDATES, STORE, QRELS)
+
+
+class FakeCrossEncoder:
+    """Scores a pair by the number of words in common."""
+
+    calls: list[int] = []
+
+    def __init__(self, model, max_length):
+        if model == "unreachable":
+            raise OSError("no route to host")
+        self.wide = model == "wide"
+
+    def predict(self, pairs, *, batch_size, show_progress_bar):
+        self.calls.append(len(pairs))
+        scores = np.array([len(set(q.split()) & set(p.split())) for q, p in pairs], np.float32)
+        return np.stack([scores, scores], 1) if self.wide else scores
+
+
+class FakeSentenceTransformer:
+    """Encodes a text as its counts of a few words."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode(self, texts, *, batch_size, normalize_embeddings, **settings):
+        words = ["bees", "honey", "masts", "ships", "query:", "passage:"]
+        vectors = np.array([[text.split().count(word) for word in words] for text in texts], float)
+        if normalize_embeddings:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+        return vectors
+
+
+@pytest.fixture
+def sentence_transformers(monkeypatch):
+    fake = types.ModuleType("sentence_transformers")
+    fake.CrossEncoder = FakeCrossEncoder
+    fake.SentenceTransformer = FakeSentenceTransformer
+    monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
+    monkeypatch.setattr(FakeCrossEncoder, "calls", [])
+
+
+def test_cross_encoder_teacher(sentence_transformers, monkeypatch):
+    monkeypatch.setattr(teacher, "_BLOCK", 1)
+    ranked = CrossEncoderTeacher("local").rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert ranked["q1"] == scored(("a", 2.0), ("c", 1.0), ("b", 0.0))
+    assert ranked["q2"] == scored(("c", 3.0), ("a", 0.0), ("b", 0.0), ("d", 0.0))
+    assert ranked["q3"] == []
+    assert FakeCrossEncoder.calls == [3, 4]
+    with pytest.raises(ValueError, match=r"CrossEncoderTeacher\.model = 'unreachable' cannot be"):
+        CrossEncoderTeacher("unreachable").rank(QUERIES, CANDIDATES, STORE, QRELS)
+    with pytest.raises(ValueError, match=r"got scores of shape \(3, 2\) for 3 pairs"):
+        CrossEncoderTeacher("wide").rank(QUERIES, CANDIDATES, STORE, QRELS)
+
+
+def test_bi_encoder_teacher(sentence_transformers):
+    ranked = BiEncoderTeacher("local", normalise=False).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    assert ranked["q1"] == scored(("a", 2.0), ("b", 0.0), ("c", 0.0))
+    assert ranked["q2"][0] == ScoredPassage("c", 2.0)
+    prefixed = BiEncoderTeacher("local", query_prefix="passage: ", passage_prefix="passage: ")
+    found = prefixed.rank(QUERIES, CANDIDATES, STORE, QRELS)["q1"]
+    assert found[0].score == pytest.approx(1.0)
+    assert found[1].score == pytest.approx(1 / 3**0.5)
+    assert BiEncoderTeacher("local").rank({}, {}, STORE, {}) == {}
+
+
+@pytest.mark.parametrize("kind", [CrossEncoderTeacher, BiEncoderTeacher])
+def test_encoders_without_their_extra(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(
+        ImportError,
+        match=rf"^{kind.__name__}\.model needs the extra 'dgr_jax\[encoders\]': pip install",
+    ):
+        kind().rank(QUERIES, CANDIDATES, STORE, QRELS)
+
+
+# Judged passages first.
+
+lists = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(-5, 5, width=32), max_size=6).map(
+    lambda d: sorted(scored(*d.items()), key=lambda p: (-p.score, p.pid))
+)
+grades = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 3), max_size=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lists, grades)
+def test_judged_first_moves_positives_and_keeps_everything_else(listed, positives):
+    moved = teacher.judged_first(listed, positives)
+    count = len(positives)
+    assert {p.pid for p in moved[:count]} == set(positives)
+    assert moved[count:] == [p for p in listed if p.pid not in positives]
+    assert [positives[p.pid] for p in moved[:count]] == sorted(positives.values(), reverse=True)
+    scores = [p.score for p in moved]
+    assert all(np.isfinite(scores))
+    assert scores == sorted(scores, reverse=True)
+    assert count == 0 or count == len(moved) or scores[count - 1] > scores[count]
+    again = teacher.judged_first(moved, positives)
+    assert again == moved
+
+
+def test_judged_first_leaves_a_right_order_alone():
+    listed = scored(("a", 3.0), ("b", 2.0), ("c", 1.0))
+    assert teacher.judged_first(listed, {"a": 1}) == listed
+    assert teacher.judged_first(listed, {"c": 2, "a": 1}) == scored(
+        ("c", 4.0), ("a", 3.0), ("b", 2.0)
+    )
+
+
+def test_judged_first_stays_above_in_float32():
+    moved = teacher.judged_first(scored(("a", 5e6), ("b", 5e6 - 1e-3)), {"b": 1})
+    assert np.float32(moved[0].score) > np.float32(moved[1].score)
+
+
+def test_report_measures_the_teachers_own_order():
+    ranked = {
+        "q1": scored(("b", 2.0), ("a", 1.0)),
+        "q2": scored(("c", 2.0)),
+        "q3": [],
+        "q4": scored(("a", 1.0)),
+    }
+    candidates = {"q1": ["a", "b", "c"], "q2": ["c"], "q3": ["a"], "q4": ["b"]}
+    positives = {"q1": {"a": 1}, "q2": {"c": 1}, "q3": {"d": 1}, "q4": {}}
+    assert teacher.report(ranked, candidates, positives) == {
+        "queries": 4,
+        "queries_scored": 3,
+        "queries_with_positive": 3,
+        "candidates": 6,
+        "candidates_scored": 3 / 6,
+        "positive_in_candidates": 2 / 3,
+        "positive_scored": 2 / 3,
+        "Success@1": 1 / 3,
+        "RR@10": (1 / 2 + 1) / 3,
+    }
+    assert teacher.report({}, {}, {})["RR@10"] == 0.0
+
+
+# Rank lists.
+
+
+def select(recipe, ranked, qrels, candidates=None, qids=None, **settings):
+    qids = list(ranked) if qids is None else qids
+    return recipe.select(
+        ranked, qids=qids, store=STORE, qrels=qrels, candidates=candidates or {}, **settings
+    )
+
+
+def test_top_m_is_the_list_as_it_is_with_the_positive_ensured(caplog):
+    ranked = {
+        "q1": scored(("d", 4.0), ("a", 3.0), ("b", 2.0), ("c", 1.0)),
+        "q2": scored(("d", 4.0), ("a", 3.0), ("b", 2.0), ("c", 1.0)),
+        "q3": scored(("b", 2.0), ("a", 1.0)),
+        "q4": scored(("a", 1.0), ("b", 0.5)),
+        "q5": scored(("b", 1.0)),
+        "q6": scored(("a", 1.0)),
+    }
+    qrels = {"q1": {"a": 1}, "q2": {"a": 1, "c": 2}, "q3": {"b": 1}, "q5": {"a": 1}, "q6": {"a": 1}}
+    with caplog.at_level(logging.WARNING):
+        lists = select(TopM(size=3), ranked, qrels)
+    assert lists.passages.tolist() == [[3, 0, 1], [3, 0, 2], [1, 0, -1]]
+    assert lists.teacher_scores.tolist() == [[4, 3, 2], [4, 3, 1], [2, 1, 0]]
+    assert lists.positives.tolist() == [1, 2, 0]
+    assert lists.positive_passages.tolist() == [0, 2, 1]
+    assert lists.query_rows.tolist() == [0, 1, 2]
+    assert {a.dtype for a in (lists.passages, lists.positives, lists.query_rows)} == {
+        np.dtype(np.int32)
+    }
+    assert lists.teacher_scores.dtype == np.float32
+    assert lists.report == {
+        "queries": 6,
+        "lists": 3,
+        "without_positive": 1,
+        "positive_not_scored": 1,
+        "too_few_negatives": 1,
+    }
+    assert "queries left out of the rank lists" in caplog.text
+
+
+def test_query_rows_follow_the_given_qids_and_nothing_gives_empty_arrays():
+    ranked = {"q1": scored(("a", 2.0), ("b", 1.0))}
+    lists = select(TopM(), ranked, {"q1": {"a": 1}}, qids=["q0", "q1"])
+    assert lists.query_rows.tolist() == [1]
+    empty = select(TopM(), {}, {}, qids=["q0"])
+    assert empty.passages.shape == empty.teacher_scores.shape == (0, 5)
+    assert len(empty.positive_passages) == 0
+
+
+def test_min_relevance_holds_for_lists_too():
+    ranked = {"q1": scored(("a", 3.0), ("b", 2.0), ("c", 1.0))}
+    lists = select(TopM(size=2), ranked, {"q1": {"a": 1, "c": 2}}, min_relevance=2)
+    assert lists.passages.tolist() == [[0, 2]]
+    assert lists.positives.tolist() == [1]
+
+
+BIG = ListStore(Passage(f"p{i:03d}", "x") for i in range(60))
+
+
+def two_lists_case(seed):
+    rng = np.random.default_rng(seed)
+    order = [f"p{i:03d}" for i in rng.permutation(60)]
+    ranked = {"q": scored(*((pid, 60.0 - i) for i, pid in enumerate(order)))}
+    student = [f"p{i:03d}" for i in rng.permutation(60)]
+    qrels = {"q": {student[0]: 1, student[5]: 2, student[50]: 2, student[7]: 0}}
+    return ranked, student, qrels
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_lists_share_the_negatives_of_the_student(seed):
+    ranked, student, qrels = two_lists_case(seed)
+    recipe = TwoLists(negatives=4, depth=20)
+    lists = recipe.select(
+        ranked, qids=["q"], store=BIG, qrels=qrels, candidates={"q": student}, seed=seed
+    )
+    assert lists.passages.shape == (2, 5)
+    place = {p.pid: i for i, p in enumerate(ranked["q"])}
+    negatives = []
+    for row, positive, scores in zip(
+        lists.passages, lists.positive_passages, lists.teacher_scores, strict=True
+    ):
+        listed = [BIG[i].pid for i in row]
+        assert listed == sorted(listed, key=place.get), "the teacher's order"
+        assert scores.tolist() == [60.0 - place[pid] for pid in listed]
+        assert qrels["q"].get(BIG[positive].pid, 0) >= 1
+        negatives.append(set(listed) - {BIG[positive].pid})
+    assert negatives[0] == negatives[1]
+    assert student[1] in negatives[0], "the student's first passage that is not positive"
+    assert negatives[0] <= set(student[:20])
+    assert not negatives[0] & {student[0], student[5], student[50]}
+    best = min((student[5], student[50]), key=place.get)
+    assert BIG[lists.positive_passages[0]].pid == best
+
+
+def test_two_lists_depend_on_seed_and_query_alone():
+    ranked, student, qrels = two_lists_case(0)
+    more = {"other": ranked["q"], **ranked}
+    recipe = TwoLists(negatives=4, depth=60)
+
+    def draw(run, seed):
+        lists = recipe.select(
+            run,
+            qids=list(run),
+            store=BIG,
+            qrels={qid: qrels["q"] for qid in run},
+            candidates={qid: student for qid in run},
+            seed=seed,
+        )
+        return lists.passages[-2:].tolist()
+
+    assert draw(ranked, 1) == draw(more, 1)
+    assert len({str(draw(ranked, seed)) for seed in range(5)}) > 1
+    drawn = {passage for seed in range(200) for passage in draw(ranked, seed)[0]}
+    assert len(drawn) == 60 - 2, "every negative comes up, and the best positive"
+
+
+def test_two_lists_of_one_positive_are_equal_and_too_few_negatives_are_counted():
+    ranked = {
+        "q1": scored(("a", 3.0), ("b", 2.0), ("c", 1.0)),
+        "q2": scored(("a", 3.0), ("b", 2.0), ("c", 1.0)),
+        "q3": scored(("a", 3.0)),
+        "q4": scored(("a", 3.0), ("b", 2.0), ("c", 1.0)),
+    }
+    qrels = {"q1": {"a": 1}, "q2": {"a": 1}, "q3": {"b": 1}, "q4": {}}
+    candidates = {
+        "q1": ["c", "c", "a", "b"],
+        "q2": ["d", "c", "a", "e"],  # the teacher has not scored d and e
+        "q3": ["a"],
+        "q4": ["a"],
+    }
+    lists = select(TwoLists(negatives=2, depth=4), ranked, qrels, candidates)
+    assert lists.passages.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert lists.query_rows.tolist() == [0, 0]
+    assert lists.report == {
+        "queries": 4,
+        "lists": 2,
+        "without_positive": 1,
+        "positive_not_scored": 1,
+        "too_few_negatives": 1,
+    }
+
+
+def test_bad_recipes_are_named():
+    with pytest.raises(ValueError, match=r"TopM\.size = 1, expected 2 or more"):
+        select(TopM(size=1), {}, {})
+    with pytest.raises(ValueError, match=r"TwoLists\.negatives = 4 and TwoLists\.depth = 3"):
+        select(TwoLists(negatives=4, depth=3), {}, {})
