@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import textwrap
 from pathlib import Path
 
@@ -13,33 +14,63 @@ from dgr_jax.corpora import lines, trec
 from dgr_jax.corpora.types import RankList
 from dgr_jax.retrieval.generative import Retriever
 
+logger = logging.getLogger(__name__)
+
 
 def answer(args: argparse.Namespace) -> None:
     """--query: print passages; --queries: write a TREC run to --output."""
-    settings = {"depth": args.k}
+    if args.k < 1:
+        raise ValueError(f"--k: got {args.k}, expected at least 1")
+    if any(not query.strip() for query in args.query):
+        raise ValueError("--query: got a blank question")
+    queries = read_queries(args.queries) if args.queries else {}
+    settings = {"depth": args.k, "batch_size": min(32, max(len(args.query), len(queries)))}
     if args.num_beams:
         settings["num_beams"] = args.num_beams
     retriever = Retriever.load(args.model_dir, system=args.system, **settings)
+    beams = retriever.decoder.search.num_beams
+    if args.k > beams:
+        raise ValueError(f"--k: got {args.k}, expected at most {beams}, the beams (--num_beams)")
     if args.query:
         _print(retriever, args.query, args.k)
-    if args.queries:
-        run = retriever.run(read_queries(args.queries))
+    if queries:
+        run = retriever.run(queries)
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
+        logger.info("wrote the passages of %d queries to %s", len(run), args.output)
 
 
 def read_queries(path: str) -> dict[str, str]:
-    """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl."""
+    """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl.
+
+    Raises ValueError naming file and line for a missing column, a repeated qid, an empty file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--queries={path}: no such file; expected a TSV of qid and text")
+    queries: dict[str, str] = {}
+    for number, qid, text in _records(path):
+        if qid in queries:
+            raise lines.error(path, number, f"qid {qid!r} again", "a different qid on each line")
+        if not qid or qid.split() != [qid]:
+            raise lines.error(path, number, f"qid {qid!r}", "an id without white space")
+        queries[qid] = text
+    if not queries:
+        raise ValueError(f"--queries={path}: the file has no query; expected qid, tab, text")
+    return queries
+
+
+def _records(path: str):
     if Path(path).name.removesuffix(".gz").endswith(".jsonl"):
-        found = lines.json_objects(path, "_id, text")
-        return {str(record["_id"]): record["text"] for _, record in found}
-    queries = {}
+        for number, record in lines.json_objects(path, "_id, text"):
+            if "_id" not in record or "text" not in record:
+                raise lines.error(path, number, f"fields {sorted(record)}", "_id and text")
+            yield number, str(record["_id"]), record["text"]
+        return
     for number, line in lines.read(path):
         qid, tab, text = line.partition("\t")
         if not tab:
             raise lines.error(path, number, repr(line[:60]), "two columns: qid, tab, text")
-        queries[qid] = text
-    return queries
+        yield number, qid, text
 
 
 def _print(retriever: Retriever, queries: list[str], k: int) -> None:
@@ -49,10 +80,11 @@ def _print(retriever: Retriever, queries: list[str], k: int) -> None:
         for hit in hits:
             console.print(
                 f"{hit.rank:3d}. [cyan]{escape(hit.title or hit.pid)}[/cyan] "
-                f"[dim]{escape(hit.pid)}  {hit.score:.3f}  {escape(hit.identifier)}[/dim]"
+                f"[dim]{escape(hit.pid)}  {hit.score:.3f}  {escape(hit.identifier)}[/dim]",
+                highlight=False,
             )
-            console.print(
-                textwrap.indent(
-                    textwrap.shorten(escape(hit.text), 160, placeholder=" ..."), "     "
-                )
+            snippet = textwrap.shorten(hit.text, 160, placeholder=" ...")
+            wrapped = textwrap.fill(
+                snippet, min(console.width, 100), initial_indent=" " * 5, subsequent_indent=" " * 5
             )
+            console.print(escape(wrapped), highlight=False)
