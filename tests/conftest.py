@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-# Before jax starts: tests of meshes ask for eight devices.
+# Before jax starts. Tests of meshes ask for eight devices; programs are small, and compiling them
+# with all care takes longer than running them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,5 +1,7 @@
 """The k largest of long rows against sorting."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from hypothesis import strategies as st
 from dgr_jax.decoding.selection import joint_top_k, masked_top_k, top_k
 
 few = settings(max_examples=20, deadline=None)
-find = jax.jit(top_k, static_argnums=1)
-find_jointly = jax.jit(joint_top_k, static_argnums=2)
-find_masked = jax.jit(masked_top_k, static_argnums=3)
+compiled = functools.partial(  # quick to compile, slow to run
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+find = compiled(top_k, static_argnums=1)
+find_jointly = compiled(joint_top_k, static_argnums=2)
+find_masked = compiled(masked_top_k, static_argnums=3)
 
 
 def slow_top_k(values, k):

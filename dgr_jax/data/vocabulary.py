@@ -53,8 +53,8 @@ class SentencePiece:
             return target
         if not Path(self.path).is_file():
             raise FileNotFoundError(
-                f"SentencePiece.path: no file at {self.path!r}; expected a SentencePiece model such "
-                "as T5's spiece.model, or '' to train one on the corpus"
+                f"SentencePiece.path: no file at {self.path!r}; expected a SentencePiece model, "
+                "such as T5's spiece.model, or '' to train one on the corpus"
             )
         shutil.copyfile(self.path, target)
         return target

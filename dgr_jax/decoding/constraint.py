@@ -108,3 +108,54 @@ class Unconstrained:
 
     def rows(self, state: jax.Array) -> jax.Array:
         return jnp.full(state.shape, -1, jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Atomic:
+    """One token a passage, for vocabularies beyond those of a trie: docid i is first_id + i.
+
+    allowed: bool [P]; the row id of a result is its docid.  Atomic.all(first_id, P) allows all.
+    """
+
+    allowed: jax.Array
+    first_id: int = dataclasses.field(metadata={"static": True})
+    renormalise: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @classmethod
+    def all(cls, first_id: int, num_passages: int, *, renormalise: bool = False) -> Atomic:
+        return cls(jnp.ones(num_passages, bool), first_id, renormalise)
+
+    @property
+    def max_length(self) -> int:
+        return 1
+
+    @property
+    def fixed_length(self) -> int:
+        return 1
+
+    def init(self, batch_size: int) -> jax.Array:
+        """The state is the docid written, or P before it."""
+        return jnp.full(batch_size, self.allowed.shape[0], jnp.int32)
+
+    def expand(
+        self, state: jax.Array, scores: jax.Array, prior: jax.Array, *, width: int
+    ) -> Candidates:
+        count = self.allowed.shape[0]
+        if scores.shape[-1] < self.first_id + count:
+            raise ValueError(
+                f"Atomic: scores of {scores.shape[-1]} tokens; expected at least "
+                f"{self.first_id + count}: {count} docids from {self.first_id} on"
+            )
+        legal = scores[..., self.first_id : self.first_id + count]
+        legal = jnp.where(self.allowed, legal, -jnp.inf)
+        prior = jnp.where(state == count, prior, -jnp.inf)
+        if self.renormalise:
+            prior -= jax.nn.logsumexp(legal.astype(jnp.float32), -1)
+        best, place = joint_top_k(legal, prior, min(width, legal[0].size))
+        parent, docid = place // count, place % count
+        valid = best > -jnp.inf
+        return Candidates(parent, docid + self.first_id, best, jnp.where(valid, docid, -1), valid)
+
+    def rows(self, state: jax.Array) -> jax.Array:
+        return jnp.where(state < self.allowed.shape[0], state, -1)

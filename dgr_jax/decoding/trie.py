@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgr_jax.decoding import trie_build
-from dgr_jax.decoding.trie_build import Columns, Layout, size_class
+from dgr_jax.decoding import trie_arrays, trie_build
+from dgr_jax.decoding.trie_arrays import Arrays
+from dgr_jax.decoding.trie_build import Columns, Layout
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint
@@ -84,7 +85,7 @@ class Trie:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """The sorted rows again: int32 [U, T] padded with 0, and lengths int32 [U]."""
-        columns, _ = _to_columns(self)
+        columns, _ = trie_arrays.to_columns(self.arrays, self.layout)
         present = np.arange(len(columns.tokens)) < columns.lengths[:, None]
         tokens = columns.tokens.T.astype(np.int32) + columns.base
         return np.where(present, tokens, 0), columns.lengths.astype(np.int32)
@@ -110,10 +111,10 @@ class Trie:
         keep = np.flatnonzero(self._allowed_rows(mask)[table_rows])
         if not keep.size:
             raise ValueError("Trie.restrict: passage_mask leaves no identifier; expected one True")
-        columns, depths = _to_columns(self)
+        columns, depths = trie_arrays.to_columns(self.arrays, self.layout)
         columns, depths = _take(columns, keep), depths[keep]
         shared = trie_build.shared_prefix(columns)
-        arrays, order = _assemble(columns, shared, depths, self.layout, self.vocab_size)
+        arrays, order = trie_arrays.assemble(columns, shared, depths, self.layout, self.vocab_size)
         return dataclasses.replace(
             self, arrays=arrays, row_ids=table_rows[keep][order], passage_mask=mask
         )
@@ -144,14 +145,8 @@ class Trie:
         return TrieConstraint.put(self.padded(), self.layout, self.vocab_size, renormalise)
 
     def padded(self) -> Arrays:
-        """The arrays at their capacity; padding repeats the sentinel or is 0 and never read."""
-        fill = {"first_child": self.num_nodes, "wide": _BIG}
-        return Arrays(
-            **{
-                name: _pad(array, self.capacity[name], fill.get(name, 0))
-                for name, array in self.arrays.items()
-            }
-        )
+        """The arrays at their capacity, as they go to the device."""
+        return trie_arrays.padded(self.arrays, self.capacity)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes header.json and one .npy file an array; the header goes last."""
@@ -165,8 +160,10 @@ class Trie:
         }
         digests = {}
         for name, array in stored.items():
-            np.save(folder / f"{name}.npy", np.ascontiguousarray(array).reshape(array.shape))
-            digests[name] = _digest(folder / f"{name}.npy")
+            written = folder / f"{name}.tmp.npy"
+            np.save(written, array)
+            digests[name] = _digest(written)
+            written.replace(folder / f"{name}.npy")  # the old file may be mapped by this index
         header = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -201,15 +198,15 @@ def build(
     """
     columns = trie_build.to_columns(rows, lengths, eos_id, vocab_size)
     columns, shared, order, keep = _sorted_unique(columns)
-    layout = _choose_layout(columns, vocab_size)
+    layout = trie_arrays.choose_layout(columns, vocab_size)
     depths = trie_build.tail_depths(shared)
-    arrays, bfs = _assemble(columns, shared, depths, layout, vocab_size)
+    arrays, bfs = trie_arrays.assemble(columns, shared, depths, layout, vocab_size)
     offsets, passages = _passage_map(passages, order, keep, np.shape(rows)[0])
     return Trie(
         arrays,
         layout,
         vocab_size,
-        _capacity(arrays, layout),
+        trie_arrays.capacities(arrays, layout),
         bfs.astype(np.int32),
         offsets,
         passages,
@@ -309,5 +306,3 @@ def _passage_map(passages, order, keep, count):
         before = np.append(0, np.cumsum(sizes))
         sizes = before[np.append(np.flatnonzero(keep), count)] if keep is not None else before
     return sizes, None if passages is None else passages.astype(np.int32)
-
-

@@ -58,7 +58,7 @@ class Arrays:
         return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
 
-def _capacity(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
+def capacities(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Padded shapes: arrays that grow with the rows take a size class, the others their own."""
     unused = {
         "tail_start": layout.ends == "fixed",
@@ -66,15 +66,16 @@ def _capacity(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
         "wide": layout.bitmap_words == 0,
         "bitmaps": layout.bitmap_words == 0,
     }
-    capacity = {name: array.shape for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
     for name, least in _SIZED.items():
         if not unused.get(name, False):
-            length, *rest = capacity[name]
-            capacity[name] = (size_class(max(length, least)), *rest)
-    return capacity
+            length, *rest = shapes[name]
+            shapes[name] = (size_class(max(length, least)), *rest)
+    return shapes
 
 
-def _choose_layout(columns: Columns, vocab_size: int) -> Layout:
+def choose_layout(columns: Columns, vocab_size: int) -> Layout:
+    """The static description of the index of these rows."""
     longest = len(columns.tokens)
     same = bool((columns.lengths == longest).all())
     ends = "fixed" if same else "token" if columns.end_token >= 0 else "mixed"
@@ -89,8 +90,13 @@ def _choose_layout(columns: Columns, vocab_size: int) -> Layout:
     )
 
 
-def _assemble(columns: Columns, shared, depths, layout: Layout, vocab_size: int):
-    """(Arrays of sorted, unique rows, breadth-first order of the rows int64 [U])."""
+def assemble(
+    columns: Columns, shared: np.ndarray, depths: np.ndarray, layout: Layout, vocab_size: int
+) -> tuple[Arrays, np.ndarray]:
+    """Arrays of sorted, unique rows, and the breadth-first order of the rows, int64 [U].
+
+    shared, depths: uint8 [U], see trie_build.shared_prefix and tail_depths.
+    """
     branches = trie_build.branches(columns, shared, depths)
     order = np.argsort(depths, kind="stable")
     tails, starts = trie_build.tails(columns, depths, order)
@@ -125,7 +131,7 @@ def _assemble(columns: Columns, shared, depths, layout: Layout, vocab_size: int)
     return arrays, order
 
 
-def _wide_nodes(branches, layout, shift):
+def _wide_nodes(branches: Branches, layout: Layout, shift: np.ndarray):
     """Ids of the internal nodes that no gather covers, and their bitmaps."""
     first, last = branches.first_child[:-1], branches.first_child[1:]
     wide = np.flatnonzero(last - first > layout.gathers[-1]).astype(np.int32)
@@ -136,25 +142,25 @@ def _wide_nodes(branches, layout, shift):
     return wide, bits
 
 
-def _to_columns(trie: Trie) -> tuple[Columns, np.ndarray]:
-    """The sorted rows of a trie as columns, and the depths uint8 [U] of their tails."""
-    arrays = trie.arrays
+def to_columns(arrays: Arrays, layout: Layout) -> tuple[Columns, np.ndarray]:
+    """The sorted rows of an index as columns, and the depths uint8 [U] of their tails."""
     words = np.ascontiguousarray(arrays.directory[:, 0])
-    internal = np.unpackbits(words.view(np.uint8), bitorder="little")[: trie.num_nodes] > 0
+    internal = np.unpackbits(words.view(np.uint8), bitorder="little")
+    internal = internal[: len(arrays.edge_tokens)] > 0
     levels = arrays.level_start[arrays.level_start < _BIG]
     is_tail = np.flatnonzero(~internal)
     depths = np.searchsorted(levels, is_tail, side="right") - 1
-    left = _tail_sizes(trie, depths)
-    tokens = np.zeros((int((depths + left).max()), len(trie)), arrays.tails.dtype)
+    left = _tail_sizes(arrays, layout, depths)
+    tokens = np.zeros((int((depths + left).max()), len(left)), arrays.tails.dtype)
     rows = _fill_branches(tokens, arrays, levels, internal)[is_tail]
     starts = np.cumsum(left) - left
     for part, depth, present in trie_build.tail_blocks(depths, left):
         block = np.zeros(present.shape, tokens.dtype)
         block[present] = arrays.tails[starts[part.start] : starts[part.start] + present.sum()]
         tokens[depth : depth + block.shape[1], rows[part]] = block.T
-    lengths, tail_depths = np.empty((2, len(trie)), np.uint8)
+    lengths, tail_depths = np.empty((2, len(left)), np.uint8)
     lengths[rows], tail_depths[rows] = depths + left, depths
-    end = int(arrays.ends_at) if trie.layout.ends == "token" else -1
+    end = int(arrays.ends_at) if layout.ends == "token" else -1
     return Columns(tokens, arrays.base[: len(tokens)], lengths, end), tail_depths
 
 
@@ -184,12 +190,20 @@ def _level(levels, level):
     return slice(int(levels[level]), int(levels[level + 1]))
 
 
-def _tail_sizes(trie, depths):
+def _tail_sizes(arrays, layout, depths):
     """int64 [U]: tokens of each tail, rows in breadth-first order."""
-    if trie.layout.ends == "fixed":
-        return trie.layout.max_length - depths.astype(np.int64)
-    starts = trie.arrays.tail_start.astype(np.int64) + depths
-    return np.diff(np.append(starts, len(trie.arrays.tails)))
+    if layout.ends == "fixed":
+        return layout.max_length - depths.astype(np.int64)
+    starts = arrays.tail_start.astype(np.int64) + depths
+    return np.diff(np.append(starts, len(arrays.tails)))
+
+
+def padded(arrays: Arrays, shapes: dict[str, tuple[int, ...]]) -> Arrays:
+    """The arrays at these shapes; padding repeats the sentinel or is 0 and never read."""
+    fill = {"first_child": len(arrays.edge_tokens), "wide": _BIG}
+    return Arrays(
+        **{name: _pad(array, shapes[name], fill.get(name, 0)) for name, array in arrays.items()}
+    )
 
 
 def _pad(array, shape, fill):

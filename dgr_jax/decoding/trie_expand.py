@@ -309,7 +309,7 @@ class TrieConstraint:
         low = jnp.take_along_axis(step.first, parent, -1)
         left = jnp.take_along_axis(step.count, parent, -1)
         for _ in range((32 * self.layout.bitmap_words).bit_length()):
-            half = left // 2
+            half = left >> 1
             edge = self.edge_tokens.at[low + half].get(mode="clip").astype(jnp.int32)
             right = (edge < wanted) & (left > 0)
             low = jnp.where(right, low + half + 1, low)
