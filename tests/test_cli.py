@@ -94,7 +94,7 @@ def test_import_of_the_package_is_light():
 def test_later_gin_files_lie_over_earlier_ones():
     small = load(QUICKSTART, "--model_dir=m")
     large = load(QUICKSTART, "--gin_file=models/base.gin", "--model_dir=m")
-    assert (small.model.emb_dim, large.model.emb_dim) == (128, 768)
+    assert small.model.emb_dim < large.model.emb_dim == 768
     assert large.generate.steps == small.generate.steps
 
 
@@ -124,11 +124,11 @@ def test_search_paths(tmp_path):
         ("Experiment.control=False", lambda e: e.control, False),
         ("Prepare.test_splits=('dev', 'test')", lambda e: e.prepare.test_splits, ("dev", "test")),
         ("Prepare.test_splits=['dev']", lambda e: e.prepare.test_splits, ("dev",)),
-        ("DISTILL_STEPS=%GENERATE_STEPS", lambda e: e.distill.steps, 400),
+        ("DISTILL_STEPS=%GENERATE_STEPS", lambda e: e.distill.steps == e.generate.steps, True),
         ("LOSS=@listnet()", lambda e: e.distill.objective.loss.func.__name__, "listnet"),
         ("IDENTIFIERS=@Title()", lambda e: type(e.prepare.identifiers).__name__, "Title"),
         ("generate/Training.batch_size=5", lambda e: e.generate.batch_size, 5),
-        ("generate/Training.batch_size=5", lambda e: e.distill.batch_size, 64),
+        ("generate/Training.batch_size=5", lambda e: e.distill.batch_size == 5, False),
         ("dgr_jax.Search.num_beams=9", lambda e: e.evaluate.search.num_beams, 9),
     ],
 )
@@ -223,9 +223,9 @@ def test_config_gin_names_the_defaults_of_what_was_made():
     lines = Path("m/config.gin").read_text().splitlines()
     for line in (
         "SEED = 0",
-        "TfidfSvd.dim = 64",
         "Search.num_beams = %NUM_BEAMS",
-        "TopM.size = 5",
+        "Bm25.k1 = 0.9",
+        "TfidfSvd.iterations = 5",
         "Training.microbatches = 1",
         "distilled_ranknet.first_weight = 3.0",
     ):
