@@ -383,6 +383,7 @@ def test_a_missing_header_is_refused_by_name(tmp_path):
         (np.zeros((2, 3)), {}, r"integers of shape \[U, T\]; got float64 of shape \(2, 3\)"),
         (np.zeros(3, int), {}, r"got int64 of shape \(3,\)"),
         (np.array([[1, 2], [1, 10]]), {}, "row 1 holds token 10 at depth 1; expected 0 to 9"),
+        (np.array([[1 << 40]]), {}, "row 0 holds token 1099511627776 at depth 0"),
         (np.array([[1, -2]]), {}, "row 0 holds token -2 at depth 1; expected 0 to 9"),
         (np.array([[1], [2]]), {"lengths": np.array([1, 0])}, "row 1 has length 0; expected 1 to"),
         (np.array([[1], [2]]), {"lengths": np.array([1, 2])}, "row 1 has length 2; expected 1 to"),

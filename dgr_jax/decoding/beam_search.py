@@ -92,7 +92,7 @@ def beam_search(
 
     def advance(loop):
         logits, cache = step_fn(loop.last, loop.cache, loop.position)
-        offers = _expand(constraint, loop.live, logits, num_beams)
+        offers = _expand(constraint, loop.live.state, loop.live.log_probs, logits, num_beams)
         penalty = lambda x: penalised(x, (loop.position + 1).astype(jnp.float32))  # noqa: E731
         finished = loop.finished if together else _keep_finished(loop, offers, penalty)
         live, parent = _keep_live(loop, offers, also_complete=together)
@@ -135,12 +135,11 @@ def _start(constraint, cache, shape, start_id):
     )
 
 
-def _expand(constraint, live, logits, width):
-    """Candidates of the live beams, log_probs of the whole sequence."""
-    prior = live.log_probs
+def _expand(constraint, state, prior, logits, width):
+    """Candidates of beams whose log-probability is `prior`; theirs is of the whole sequence."""
     if not constraint.renormalise:
         prior -= jax.nn.logsumexp(logits.astype(jnp.float32), -1)
-    return constraint.expand(live.state, logits, prior, width=width)
+    return constraint.expand(state, logits, prior, width=width)
 
 
 def _keep_live(loop, offers, also_complete):
@@ -232,37 +231,6 @@ def sample(
     if not temperature > 0:
         raise ValueError(f"sample.temperature must be above 0; got {temperature}")
     shape = (batch_size, num_samples)
-
-    def unfinished(drawn):
-        return (drawn.position < length) & ~drawn.ended.all()
-
-    def advance(drawn):
-        logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
-        found = _expand_alone(constraint, drawn.state, logits, best_tokens)
-        best, place = lax.top_k(found.log_probs, min(best_tokens, found.log_probs.shape[-1]))
-        key, now = jax.random.split(drawn.key)
-        choice = jax.random.categorical(now, best / temperature)[..., None]
-        place = jnp.take_along_axis(place, choice, -1)
-
-        def pick(leaf, otherwise):
-            index = place.reshape(place.shape + (1,) * (leaf.ndim - 3))
-            chosen = jnp.take_along_axis(leaf, index, 2)[:, :, 0]
-            ended = drawn.ended.reshape(shape + (1,) * (chosen.ndim - 2))
-            return jnp.where(ended, otherwise, chosen)
-
-        token = pick(found.token_ids, 0)
-        here = jnp.arange(length) == drawn.position
-        return _Drawn(
-            position=drawn.position + 1,
-            last=token,
-            tokens=jnp.where(here, token[..., None], drawn.tokens),
-            log_probs=drawn.log_probs + pick(found.log_probs, 0.0),
-            ended=pick(found.complete, True),
-            state=jax.tree.map(pick, found.next_state, drawn.state),
-            cache=cache,
-            key=key,
-        )
-
     state = jax.tree.map(
         lambda leaf: jnp.repeat(leaf[:, None], num_samples, 1), constraint.init(batch_size)
     )
@@ -276,6 +244,15 @@ def sample(
         cache=cache,
         key=key,
     )
+
+    def unfinished(drawn):
+        return (drawn.position < length) & ~drawn.ended.all()
+
+    def advance(drawn):
+        logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
+        found = _expand_alone(constraint, drawn.state, logits, best_tokens)
+        return _draw(drawn._replace(cache=cache), found, best_tokens, temperature)
+
     drawn = lax.while_loop(unfinished, advance, drawn)
     valid = drawn.ended & (drawn.log_probs > -jnp.inf)
     log_probs = jnp.where(valid, drawn.log_probs, -jnp.inf)
@@ -283,10 +260,36 @@ def sample(
     return BeamResult(tokens, log_probs, valid, constraint.rows(drawn.state))
 
 
+def _draw(drawn, found, best_tokens, temperature):
+    """One more token of every sequence that has not ended, from its candidates [B, M, C]."""
+    best, place = lax.top_k(found.log_probs, min(best_tokens, found.log_probs.shape[-1]))
+    key, now = jax.random.split(drawn.key)
+    choice = jax.random.categorical(now, best / temperature)[..., None]
+    place = jnp.take_along_axis(place, choice, -1)
+
+    def pick(leaf, otherwise):
+        index = place.reshape(place.shape + (1,) * (leaf.ndim - 3))
+        chosen = jnp.take_along_axis(leaf, index, 2)[:, :, 0]
+        ended = drawn.ended.reshape(drawn.ended.shape + (1,) * (chosen.ndim - 2))
+        return jnp.where(ended, otherwise, chosen)
+
+    token = pick(found.token_ids, 0)
+    here = jnp.arange(drawn.tokens.shape[-1]) == drawn.position
+    return drawn._replace(
+        position=drawn.position + 1,
+        last=token,
+        tokens=jnp.where(here, token[..., None], drawn.tokens),
+        log_probs=drawn.log_probs + pick(found.log_probs, 0.0),
+        ended=pick(found.complete, True),
+        state=jax.tree.map(pick, found.next_state, drawn.state),
+        key=key,
+    )
+
+
 def _expand_alone(constraint, state, logits, width):
     """Candidates [B, M, C] of each sequence for itself."""
     shape = logits.shape[:2]
     alone = lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:])  # noqa: E731
-    live = _Beams(None, jnp.zeros((shape[0] * shape[1], 1)), None, jax.tree.map(alone, state))
-    found = _expand(constraint, live, alone(logits), width)
+    prior = jnp.zeros((shape[0] * shape[1], 1), jnp.float32)
+    found = _expand(constraint, jax.tree.map(alone, state), prior, alone(logits), width)
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), found)

@@ -207,7 +207,7 @@ def build(
         layout,
         vocab_size,
         trie_arrays.capacities(arrays, layout),
-        bfs.astype(np.int32),
+        bfs,
         offsets,
         passages,
     )
@@ -268,8 +268,10 @@ def _sorted_unique(columns: Columns):
     if repeated.any():
         keep = np.append(True, ~repeated)
         columns, shared = _take(columns, keep), shared[keep]
-    origin = order if order is not None else np.arange(len(lengths))
-    trie_build.check_prefix_free(columns, shared, origin if keep is None else origin[keep])
+    origin = order
+    if keep is not None:
+        origin = np.flatnonzero(keep) if order is None else order[keep]
+    trie_build.check_prefix_free(columns, shared, origin)
     return columns, shared, order, keep
 
 

@@ -93,12 +93,12 @@ def choose_layout(columns: Columns, vocab_size: int) -> Layout:
 def assemble(
     columns: Columns, shared: np.ndarray, depths: np.ndarray, layout: Layout, vocab_size: int
 ) -> tuple[Arrays, np.ndarray]:
-    """Arrays of sorted, unique rows, and the breadth-first order of the rows, int64 [U].
+    """Arrays of sorted, unique rows, and the breadth-first order of the rows, int32 [U].
 
     shared, depths: uint8 [U], see trie_build.shared_prefix and tail_depths.
     """
     branches = trie_build.branches(columns, shared, depths)
-    order = np.argsort(depths, kind="stable")
+    order = np.argsort(depths, kind="stable").astype(np.int32)
     tails, starts = trie_build.tails(columns, depths, order)
     if max(len(tails), len(branches.edge_tokens)) > _BIG:
         raise ValueError(

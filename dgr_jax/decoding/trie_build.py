@@ -77,18 +77,16 @@ def to_columns(
     if not 0 < vocab_size <= MAX_VOCABULARY:
         raise ValueError(f"trie.build.vocab_size must be 1 to {MAX_VOCABULARY}; got {vocab_size}")
     rows, lengths = _checked_shapes(rows, lengths, eos_id)
-    count, columns = rows.shape[0], rows.shape[1] + (eos_id is not None)
     if eos_id is not None:
         lengths = lengths + np.uint8(1)
-    columns = min(columns, int(lengths.max()))
+    columns = int(lengths.max())
     low, high, end_token = _survey(rows, lengths, eos_id, columns, vocab_size)
-    base = np.where(high < 0, 0, low)
-    dtype = smallest_dtype((high - base).max(initial=0))
-    tokens = np.zeros((columns, count), dtype)
+    base = np.where(high < 0, 0, low).astype(np.int32)
+    tokens = np.zeros((columns, len(rows)), smallest_dtype((high - base).max(initial=0)))
     for start, block, present in _blocks(rows, lengths, eos_id, columns):
-        stop = start + len(block)
-        tokens[:, start:stop] = np.where(present, block - base, 0).T
-    return Columns(tokens, base.astype(np.int32), lengths, end_token)
+        relative = block - base
+        tokens[:, start : start + len(block)] = np.where(present, relative, 0).T
+    return Columns(tokens, base, lengths, end_token)
 
 
 def _checked_shapes(rows, lengths, eos_id):
@@ -123,11 +121,17 @@ def _checked_shapes(rows, lengths, eos_id):
 
 
 def _blocks(rows, lengths, eos_id, columns):
-    """Yields (first row, int32 block [n, columns] with EOS in place, present bool [n, columns])."""
-    depth = np.arange(columns)
+    """Yields (first row, integer block [n, columns] with EOS in place, present [n, columns]).
+
+    `present` is True where there is a token, or the scalar True when no row of a block is short.
+    """
+    depth, dtype = np.arange(columns), np.promote_types(rows.dtype, np.int32)
     for start in range(0, len(rows), _CHUNK):
         part, length = rows[start : start + _CHUNK], lengths[start : start + _CHUNK, None]
-        block = np.zeros((len(part), columns), np.int32)
+        if eos_id is None and length.min() == columns:
+            yield start, part[:, :columns].astype(dtype, copy=False), True
+            continue
+        block = np.zeros((len(part), columns), dtype)
         width = min(columns, part.shape[1])
         block[:, :width] = part[:, :width]
         if eos_id is not None:
@@ -139,10 +143,10 @@ def _survey(rows, lengths, eos_id, columns, vocab_size):
     """Smallest and largest token of each depth, and the closing token or -1."""
     low = np.full(columns, MAX_VOCABULARY)
     high = np.full(columns, -1)
-    end_token, inner = -1, 0
+    end_token = -1
     for start, block, present in _blocks(rows, lengths, eos_id, columns):
-        low = np.minimum(low, np.where(present, block, MAX_VOCABULARY).min(0))
-        high = np.maximum(high, np.where(present, block, -1).max(0))
+        low = np.minimum(low, block.min(0, where=present, initial=MAX_VOCABULARY))
+        high = np.maximum(high, block.max(0, where=present, initial=-1))
         if low.min() < 0 or high.max() >= vocab_size:
             row, depth = np.argwhere(present & ((block < 0) | (block >= vocab_size)))[0]
             raise ValueError(
@@ -151,10 +155,10 @@ def _survey(rows, lengths, eos_id, columns, vocab_size):
             )
         last = block[np.arange(len(block)), lengths[start : start + len(block)].astype(int) - 1]
         end_token = int(last[0]) if start == 0 else end_token
-        inner += int(((block == end_token) & present).sum()) - len(block)
-        if inner or (last != end_token).any():
-            end_token = -1
-    return low, high, end_token if not inner else -1
+        if end_token >= 0:
+            found = ((block == end_token) & present).sum()
+            end_token = end_token if found == len(block) == (last == end_token).sum() else -1
+    return low, high, end_token
 
 
 def shared_prefix(columns: Columns) -> np.ndarray:
@@ -230,7 +234,10 @@ def _sort_keys(columns):
 
 
 def check_prefix_free(columns: Columns, shared: np.ndarray, rows: np.ndarray | None) -> None:
-    """Raises ValueError when a sorted, unique row continues the row before it."""
+    """Raises ValueError when a sorted, unique row continues the row before it.
+
+    rows: int [U], their numbers in the input; None: as they are.
+    """
     bad = np.flatnonzero(shared[1:] == columns.lengths[:-1])
     if bad.size:
         first, second = (bad[0], bad[0] + 1) if rows is None else rows[bad[0] : bad[0] + 2]
@@ -298,9 +305,9 @@ def rank_directory(flags: np.ndarray) -> np.ndarray:
 
 def tails(columns: Columns, depths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat tail tokens, and int64 [U] starts, of the rows taken in breadth-first `order`."""
-    left = columns.lengths[order].astype(np.int64) - depths[order]
-    starts = np.cumsum(left) - left
-    flat = np.empty(int(left.sum()), columns.tokens.dtype)
+    left = columns.lengths[order] - depths[order]
+    starts = np.cumsum(left, dtype=np.int64) - left
+    flat = np.empty(int(left.sum(dtype=np.int64)), columns.tokens.dtype)
     for part, depth, present in tail_blocks(depths[order], left):
         block = columns.tokens[depth : depth + present.shape[1]].take(order[part], axis=1).T
         values = block.ravel() if present.all() else block[present]

@@ -5,8 +5,6 @@ A model is a function (query index, prefix tuple) -> logits [V] as float64.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 
@@ -66,13 +64,3 @@ def beam_search(model, query, rows, num_beams, renormalise=False, length_penalty
         finished = finished[:num_beams]
         live = [offer for offer in offers if offer[0] not in is_row][:num_beams]
     return finished
-
-
-def num_children(rows, prefix):
-    return len(legal_tokens(rows, prefix))
-
-
-def logsumexp(values):
-    values = list(values)
-    top = max(values)
-    return top + math.log(sum(math.exp(value - top) for value in values))
