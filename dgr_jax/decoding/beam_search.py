@@ -24,18 +24,34 @@ from dgr_jax.decoding.selection import top_k
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
+class Prefixes(NamedTuple):
+    """The live beams after every step: all prefixes that were searched, each once.
+
+    tokens int32 [B, T, M, T]: the t + 1 tokens of the prefixes of step t, then 0;
+    log_probs f32 [B, T, M], descending; -inf where there were fewer: tokens 0, the dead state;
+    state: leaves [B, T, M, ...].
+    Sequences that end are in the BeamResult and not here, but for those of a constraint of fixed
+    length: they are the prefixes of the last step.
+    """
+
+    tokens: jax.Array
+    log_probs: jax.Array
+    state: State
+
+
 class BeamResult(NamedTuple):
     """Sequences of each query, best first.
 
     tokens int32 [B, M, T], 0 after the end; log_probs f32 [B, M], without length penalty;
     valid bool [B, M]: False where fewer sequences were found: tokens 0, log_prob -inf, row -1;
-    rows int32 [B, M]: Constraint.rows.
+    rows int32 [B, M]: Constraint.rows; prefixes: only of beam_search(record=True).
     """
 
     tokens: jax.Array
     log_probs: jax.Array
     valid: jax.Array
     rows: jax.Array
+    prefixes: Prefixes | None = None
 
 
 class _Beams(NamedTuple):
@@ -53,6 +69,7 @@ class _Loop(NamedTuple):
     live: _Beams
     finished: _Beams
     cache: Any
+    prefixes: Prefixes | None
 
 
 def beam_search(
@@ -65,6 +82,7 @@ def beam_search(
     max_length: int | None = None,
     start_id: int = 0,
     length_penalty: float = 0.0,
+    record: bool = False,
 ) -> BeamResult:
     """The most likely legal sequences of each query.
 
@@ -74,12 +92,13 @@ def beam_search(
     max_length: None: of the constraint.  Sequences that have not ended by then are dropped.
     length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
       counting every token of the sequence.
+    record: also returns the prefixes of every step.
 
     Raises ValueError for num_beams or max_length below 1.
     """
     length = constraint.max_length if max_length is None else max_length
     _check("beam_search", num_beams=num_beams, max_length=length, batch_size=batch_size)
-    loop = _start(constraint, cache, (batch_size, num_beams, length), start_id)
+    loop = _start(constraint, cache, (batch_size, num_beams, length), start_id, record)
     together = constraint.fixed_length == length  # all sequences end in the last step
 
     def penalised(log_probs, tokens):
@@ -98,13 +117,15 @@ def beam_search(
         live, parent = _keep_live(loop, offers, also_complete=together)
         cache = jax.tree.map(lambda x: _select(x, parent), cache)
         last = lax.dynamic_index_in_dim(live.tokens, loop.position, axis=2, keepdims=False)
-        return _Loop(loop.position + 1, last, live, finished, cache)
+        prefixes = _noted(loop.prefixes, live, loop.position)
+        return _Loop(loop.position + 1, last, live, finished, cache, prefixes)
 
     loop = lax.while_loop(unfinished, advance, loop)
     finished = loop.live if together else loop.finished
     valid = finished.log_probs > -jnp.inf
     tokens = jnp.where(valid[..., None], finished.tokens, 0)
-    return BeamResult(tokens, finished.log_probs, valid, constraint.rows(finished.state))
+    rows = constraint.rows(finished.state)
+    return BeamResult(tokens, finished.log_probs, valid, rows, loop.prefixes)
 
 
 def _check(function, **sizes):
@@ -113,9 +134,9 @@ def _check(function, **sizes):
             raise ValueError(f"{function}.{name} must be at least 1; got {value}")
 
 
-def _start(constraint, cache, shape, start_id):
+def _start(constraint, cache, shape, start_id, record):
     """Every query has one live beam, the first: the others would only repeat it."""
-    batch, beams, _ = shape
+    batch, beams, length = shape
 
     def first_only(leaf):
         dead = jnp.full((batch, beams - 1, *leaf.shape[1:]), -1, leaf.dtype)
@@ -126,13 +147,26 @@ def _start(constraint, cache, shape, start_id):
     tokens = jnp.zeros(shape, jnp.int32)
     log_probs = none.at[:, 0].set(0.0)
     dead = jax.tree.map(lambda leaf: jnp.full_like(leaf, -1), state)
+    nothing = Prefixes(tokens, none, dead)
+    every_step = lambda leaf: jnp.repeat(leaf[:, None], length, 1)
     return _Loop(
         position=jnp.int32(0),
         last=jnp.full((batch, beams), start_id, jnp.int32),
         live=_Beams(log_probs, log_probs, tokens, state),
         finished=_Beams(none, none, tokens, dead),
         cache=cache,
+        prefixes=jax.tree.map(every_step, nothing) if record else None,
     )
+
+
+def _noted(prefixes, live, position):
+    """`prefixes` with the live beams of this step; None stays None."""
+    if prefixes is None:
+        return None
+    tokens = jnp.where(live.log_probs[..., None] > -jnp.inf, live.tokens, 0)
+    now = Prefixes(tokens, live.log_probs, live.state)
+    put = lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, position, 1)
+    return jax.tree.map(put, prefixes, now)
 
 
 def _expand(constraint, state, prior, logits, width):

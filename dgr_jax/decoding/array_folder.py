@@ -1,0 +1,76 @@
+"""A folder of arrays: one .npy file each and a header that names their sha256.
+
+Written so that an interrupted write leaves no header, and read back memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+
+def save(
+    folder: str | pathlib.Path,
+    arrays: dict[str, np.ndarray],
+    *,
+    kind: str,
+    version: int,
+    settings: dict,
+) -> None:
+    """Writes arrays and JSON settings; the header goes last."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "header.json").unlink(missing_ok=True)
+    digests = {}
+    for name, array in arrays.items():
+        written = folder / f"{name}.tmp.npy"
+        np.save(written, array)
+        digests[name] = _digest(written)
+        written.replace(folder / f"{name}.npy")  # the old file may be mapped by these arrays
+    header = {"format": kind, "version": version, "settings": settings, "sha256": digests}
+    (folder / "header.json").write_text(json.dumps(header, indent=1))
+
+
+def load(
+    folder: str | pathlib.Path, *, kind: str, version: int
+) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, settings), large arrays memory-mapped.
+
+    Raises ValueError that names the file for a header that is missing, foreign or of another
+    version, and for arrays that are missing or differ from what was written.
+    """
+    folder = pathlib.Path(folder)
+    header = _read_header(folder / "header.json", kind, version)
+    arrays = {}
+    for name, digest in header["sha256"].items():
+        path = folder / f"{name}.npy"
+        if not path.exists() or _digest(path) != digest:
+            state = "differs from its sha256 in header.json" if path.exists() else "is missing"
+            raise ValueError(f"{path} {state}: the index is damaged; build it again")
+        arrays[name] = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+    return arrays, header["settings"]
+
+
+def _read_header(path, kind, version):
+    try:
+        header = json.loads(path.read_text())
+        found = (header["format"], header["version"])
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not a folder of {kind}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} is not a header of {kind}; expected JSON with a format and a version"
+        ) from None
+    if found != (kind, version):
+        raise ValueError(
+            f"{path}: got {found[0]!r} version {found[1]}; expected {kind!r} version {version}"
+        )
+    return header
+
+
+def _digest(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,307 @@
+"""Every substring of a corpus: a suffix array, built on the host, saved, and put on a device.
+
+    index = suffix_array.build(passages, vocab_size=32_128)   # token ids of each passage
+    index.save(folder); index = suffix_array.load(folder)     # memory-mapped
+    constraint = index.constraint(max_length=10)              # arrays on the device
+    result = beam_search(step_fn, constraint, cache, record=True, ...)
+    constraint.counts(result.prefixes.state)                  # occurrences of every prefix
+    index.locate(lo, hi, limit=1500)                          # passages that hold a span
+
+The passages lie one after another, each followed by token 0, which occurs nowhere else: so no
+substring crosses the border of a passage.  The suffixes that begin with the same tokens are
+neighbours in the sorted order: a substring is an interval [lo, hi) of it, and hi - lo is the
+number of times that it occurs.  See suffix_array_expand for the decoding step.
+
+Sorting (Manber and Myers 1993 for suffix arrays) is left to libdivsufsort.  It sorts bytes: a
+token is written as two or three of them, most significant first, so that the order of the bytes
+is the order of the tokens, and the suffixes that begin inside of a token are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgr_jax.decoding import array_folder, suffix_array_branches
+from dgr_jax.decoding.suffix_array_branches import Branches
+
+if TYPE_CHECKING:
+    from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
+
+_FORMAT = "dgr_jax.suffix_array"
+_VERSION = 1
+_MAX_VOCAB = 1 << 17
+_MAX_POSITIONS = (1 << 31) - 1  # positions are int32, on the host as on the device
+_CHUNK = 1 << 22  # entries that a pass over the corpus holds at a time
+_PASSAGES = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True)
+class SuffixArray:
+    """An index of all substrings on the host.  Axis letters: N tokens, P passages, V vocabulary.
+
+    tokens uint16 | uint32 [N + P]: the passages, each followed by a 0.
+    suffixes int32 [N]: positions in `tokens`, sorted by the text that begins there.
+    first int32 [V + 1]: the suffixes that begin with token t are [first[t], first[t + 1]).
+    starts int32 [P]: position of each passage.
+    branches: the next tokens of some spans, see suffix_array_branches.
+    """
+
+    tokens: np.ndarray
+    suffixes: np.ndarray
+    first: np.ndarray
+    starts: np.ndarray
+    branches: Branches
+
+    def __len__(self) -> int:
+        """Tokens of the corpus, without separators."""
+        return len(self.suffixes)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.first) - 1
+
+    @property
+    def num_passages(self) -> int:
+        return len(self.starts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index, on disk as on the device."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name."""
+        own = {name: array for name, array in vars(self).items() if name != "branches"}
+        return own | {f"branches_{name}": array for name, array in vars(self.branches).items()}
+
+    def find(
+        self, spans: np.ndarray, lengths: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The interval (lo, hi), int64 [...] each, of every span: hi - lo is its count.
+
+        spans: int [..., T]; lengths: int [...], None: T.  A span that does not occur has hi = lo.
+        """
+        spans = np.asarray(spans)
+        lengths = np.full(spans.shape[:-1], spans.shape[-1]) if lengths is None else lengths
+        lo, hi = np.zeros(spans.shape[:-1], np.int64), np.full(spans.shape[:-1], len(self))
+        for depth in range(spans.shape[-1]):
+            token, more = spans[..., depth], depth < np.asarray(lengths)
+            hi = np.where(more & ~((token > 0) & (token < self.vocab_size)), lo, hi)
+            token = np.clip(token, 0, self.vocab_size - 1)
+            if depth == 0:
+                below, above = self.first[token], self.first[token + 1]
+            else:
+                below = self._search(lo, hi, depth, token)
+                above = self._search(below, hi, depth, token + 1)
+            lo, hi = np.where(more & (lo < hi), (below, above), (lo, hi)).astype(np.int64)
+        return lo, hi
+
+    def _search(self, lo, hi, depth, token):
+        """The first suffix in [lo, hi) whose token at `depth` is at least `token`, or hi."""
+        while (lo < hi).any():
+            middle = np.minimum((lo + hi) // 2, len(self) - 1)
+            here = self.tokens[np.where(lo < hi, self.suffixes[middle] + depth, 0)]
+            right = here < token
+            lo, hi = (
+                np.where((lo < hi) & right, middle + 1, lo),
+                np.where((lo < hi) & ~right, middle, hi),
+            )
+        return lo
+
+    def next_tokens(self, lo: int, hi: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """All tokens that continue a span of `depth` tokens, ascending, and how often each does.
+
+        Reads the whole interval.
+        """
+        counts = np.zeros(self.vocab_size, np.int64)
+        for part in _parts(self.suffixes[lo:hi]):
+            tokens, number = np.unique(self.tokens[part + depth], return_counts=True)
+            counts[tokens] += number
+        found = np.flatnonzero(counts[1:]) + 1  # 0: the passage ends here
+        return found, counts[found]
+
+    def locate(self, lo: int, hi: int, limit: int) -> np.ndarray:
+        """Passages that hold a span, int32, ascending: those of its first `limit` occurrences."""
+        positions = np.asarray(self.suffixes[lo : min(hi, lo + limit)])
+        return np.unique(np.searchsorted(self.starts, positions, side="right") - 1).astype(np.int32)
+
+    def constraint(
+        self, *, max_length: int = 10, opening: np.ndarray | None = None
+    ) -> SubstringConstraint:
+        """The arrays on the default device, as a Constraint for beam_search.
+
+        max_length: tokens of a complete span.  See SubstringConstraint for shorter ones.
+        opening: bool [V], tokens that a span may begin with (those that begin a word, say);
+          None: all.
+
+        Raises ValueError for a max_length below 1 and an opening of another shape or type.
+        """
+        from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
+
+        if max_length < 1:
+            raise ValueError(
+                f"SuffixArray.constraint.max_length must be at least 1; got {max_length}"
+            )
+        opens = np.diff(self.first) > 0
+        if opening is not None:
+            opening = np.asarray(opening)
+            if opening.shape != opens.shape or opening.dtype != np.bool_:
+                raise ValueError(
+                    f"SuffixArray.constraint.opening must be bool of shape {opens.shape}, one a "
+                    f"token; got {opening.dtype} of shape {opening.shape}"
+                )
+            opens &= opening
+        return SubstringConstraint.put(self, opens, max_length)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes header.json and one .npy file an array; the header goes last."""
+        array_folder.save(folder, self.arrays(), kind=_FORMAT, version=_VERSION, settings={})
+
+
+def load(folder: str | pathlib.Path) -> SuffixArray:
+    """Opens a saved index, arrays memory-mapped; refuses foreign, newer and damaged files."""
+    arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION)
+    fields = [field.name for field in dataclasses.fields(Branches)]
+    branches = Branches(**{name: arrays.pop(f"branches_{name}") for name in fields})
+    return SuffixArray(**arrays, branches=branches)
+
+
+def build(
+    passages: Iterable[Sequence[int] | np.ndarray], *, vocab_size: int, max_length: int = 10
+) -> SuffixArray:
+    """Builds the index of all substrings of the passages.
+
+    passages: the token ids of each, 1 to vocab_size - 1, without padding; a stream is read once.
+      Passages may be empty or equal.
+    vocab_size: V, at most 2^17.
+    max_length: tokens of the spans to be decoded.  Longer ones can be, as exactly, but their last
+      steps may be slow.
+
+    Time and memory: see planned_bytes.
+    Raises ValueError for tokens outside of the vocabulary or 0, for a corpus without tokens, and
+    for one of 2^31 tokens and passages or more.
+    """
+    if not 2 <= vocab_size <= _MAX_VOCAB:
+        raise ValueError(
+            f"suffix_array.build.vocab_size must be between 2 and {_MAX_VOCAB}; got {vocab_size}"
+        )
+    tokens, lengths = _concatenate(passages, vocab_size)
+    if len(lengths) == len(tokens):
+        raise ValueError(
+            f"suffix_array.build: {len(lengths)} passages without a token; expected at least one"
+        )
+    starts = np.append(0, np.cumsum(lengths + 1)[:-1]).astype(np.int32)
+    counts = np.zeros(vocab_size, np.int64)
+    for part in _parts(tokens):
+        counts += np.bincount(part, minlength=vocab_size)
+    first = np.append(0, np.cumsum(np.append(0, counts[1:]))).astype(np.int32)
+    suffixes = _sorted_suffixes(tokens, _token_bytes(vocab_size))[len(lengths) :]
+    suffixes = suffixes.copy()
+    branches = suffix_array_branches.find(tokens, suffixes, first, max_length)
+    return SuffixArray(tokens, suffixes, first, starts, branches)
+
+
+def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[str, int]:
+    """Bytes of each array of an index, of all ("index"), and the most that `build` holds at once
+    ("build").  Nothing is allocated.
+
+    The index, on disk and on the device: a token takes 2 bytes up to a vocabulary of 2^16 and 4
+    beyond, its suffix 4 (positions are below 2^31: more tokens are refused), a passage 4 and a
+    separator.  The lists of suffix_array_branches depend on the text: a sixteenth of the suffixes
+    and some KB are planned for.  700M tokens of 32,128 in 8.8M passages: 4.5 GB.
+
+    Building sorts 2 or 3 bytes a token, for which libdivsufsort keeps 4 bytes a byte (8 from 2^31
+    bytes on: about 715M tokens beyond a vocabulary of 2^16), beside the tokens: 8.5 GB for the
+    same corpus; then the index is copied out.
+    """
+    positions = num_tokens + num_passages
+    if positions > _MAX_POSITIONS:
+        raise ValueError(
+            f"suffix_array: {num_tokens} tokens and {num_passages} separators; expected at most "
+            f"{_MAX_POSITIONS} together: split the corpus into several indexes"
+        )
+    width, dtype = _token_bytes(vocab_size), _token_dtype(vocab_size)
+    sizes = {
+        "tokens": positions * dtype.itemsize,
+        "suffixes": 4 * num_tokens,
+        "first": 4 * (vocab_size + 1),
+        "starts": 4 * num_passages,
+        "branches": num_tokens // 4 + 4096,
+    }
+    written = positions * width
+    order = written * (4 if written <= _MAX_POSITIONS else 8)
+    build = sizes["tokens"] + order + max(written, sizes["suffixes"])
+    return {**sizes, "index": sum(sizes.values()), "build": build}
+
+
+def _token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _token_bytes(vocab_size: int) -> int:
+    """Bytes of a token while sorting."""
+    return 2 if vocab_size <= 1 << 16 else 3
+
+
+def _parts(array: np.ndarray) -> Iterable[np.ndarray]:
+    return (array[a : a + _CHUNK] for a in range(0, len(array), _CHUNK))
+
+
+def _concatenate(passages, vocab_size):
+    """(tokens with a 0 after each passage, lengths int64 [P])."""
+    stream, blocks, lengths = iter(passages), [], []
+    separator = np.zeros(1, np.uint8)
+    while block := [np.asarray(p) for p in itertools.islice(stream, _PASSAGES)]:
+        _check(block, len(lengths) * _PASSAGES, vocab_size)
+        lengths.append(np.array([len(p) for p in block]))
+        separated = [part for p in block for part in (p, separator)]
+        joined = np.concatenate(separated, dtype=_token_dtype(vocab_size), casting="unsafe")
+        blocks.append(joined)
+    if not blocks:
+        raise ValueError("suffix_array.build: no passages; expected at least one")
+    lengths = np.concatenate(lengths)
+    planned_bytes(int(lengths.sum()), len(lengths), vocab_size)  # refuses too many
+    return np.concatenate(blocks), lengths
+
+
+def _check(block, before, vocab_size):
+    for i, passage in enumerate(block):
+        if passage.ndim != 1 or (passage.size and passage.dtype.kind not in "iu"):
+            raise ValueError(
+                f"suffix_array.build: passage {before + i} has dtype {passage.dtype} and shape "
+                f"{passage.shape}; expected integers [n]"
+            )
+        if passage.size and not 0 < passage.min() <= passage.max() < vocab_size:
+            wrong = passage.min() if passage.min() < 1 else passage.max()
+            raise ValueError(
+                f"suffix_array.build: passage {before + i} holds token {wrong}; expected 1 to "
+                f"{vocab_size - 1} (0 separates passages; set suffix_array.build.vocab_size)"
+            )
+
+
+def _sorted_suffixes(tokens, width):
+    """int32 [n]: positions in `tokens`, sorted by the text that begins there."""
+    try:
+        from pydivsufsort import divsufsort
+    except ImportError:
+        raise ImportError(
+            "suffix_array.build needs the extra 'dgr_jax[multiview]': pip install "
+            "'dgr_jax[multiview]' (or pip install pydivsufsort)"
+        ) from None
+    written = np.empty((len(tokens), width), np.uint8)
+    for byte in range(width):
+        written[:, byte] = tokens >> (8 * (width - 1 - byte))
+    order = divsufsort(written.reshape(-1))
+    del written
+    kept = 0
+    for part in _parts(order):  # in place: what is kept is never ahead of what is read
+        part = part[part % width == 0] // width
+        order[kept : kept + len(part)] = part
+        kept += len(part)
+    return order[:kept].astype(np.int32, copy=False)
