@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
+_LEAST_CUT = 256  # rows; shorter arrays of an index stay whole
 
 # Logical axis (t5x's names) -> mesh axes. On a mesh whose axis has size 1 a rule changes nothing,
 # so one table serves data, model and fully sharded data parallelism.
@@ -90,6 +91,54 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of every batch feature: axis 0 is cut, the others are whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def on_batch_shards(function: Any, mesh: jax.sharding.Mesh, *, whole: int) -> Any:
+    """function(*whole arguments, batch) -> tree of [B, ...], run by each data shard on its rows.
+
+    So no row waits for another shard's, and a loop in it may end early on one of them. Arrays that
+    are cut over `model` stay so, and XLA divides the work on them; those cut over `fsdp` are
+    gathered once, before the function runs.
+
+    Args:
+      whole: number of leading arguments that every data shard sees whole.
+    """
+    rows = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*[PartitionSpec()] * whole, rows),
+        out_specs=rows,
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )
+
+
+def index_shardings(
+    arrays: Mapping[str, Any], mesh: jax.sharding.Mesh, *, max_replicated_bytes: int
+) -> dict[str, NamedSharding]:
+    """Shardings of an index: whole on every device, unless that takes more than the limit.
+
+    Then the largest arrays are cut along axis 0 over `model`, one after the other, until a device
+    holds no more than the limit. Short arrays, and those that the axis does not divide, stay whole.
+    """
+    parts = mesh.shape["model"]
+    held = sum(array.nbytes for array in arrays.values())
+    shardings = dict.fromkeys(arrays, replicated(mesh))
+    for name in sorted(arrays, key=lambda name: -arrays[name].nbytes):
+        rows = arrays[name].shape[0] if arrays[name].ndim else 1
+        if held <= max_replicated_bytes or parts == 1:
+            break
+        if rows >= _LEAST_CUT and rows % parts == 0:
+            shardings[name] = NamedSharding(mesh, PartitionSpec("model"))
+            held -= arrays[name].nbytes * (parts - 1) // parts
+    if held > max_replicated_bytes:
+        logger.warning(
+            "the index takes %d bytes on each device, more than Search.max_replicated_bytes=%d; "
+            "Mesh.model=%d parts cut it no further",
+            *(held, max_replicated_bytes, parts),
+        )
+    return shardings
 
 
 def _spec(

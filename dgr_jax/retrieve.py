@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from dgr_jax import cli
 
 DESCRIPTION = (
     "Answer questions with the student in --model_dir: --query prints passages, --queries writes a "
-    "TREC run. With --gin_file and neither, run the candidates stage of an experiment."
+    "TREC run or, with --report_speed, measures how fast it answers. With --gin_file and neither, "
+    "run the candidates stage of an experiment."
 )
 
 
@@ -17,15 +19,23 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--query", action="append", default=[], help="a question; may be repeated")
     parser.add_argument("--queries", help="TSV of qid and text, or a BEIR queries.jsonl")
     parser.add_argument("--output", help="TREC run to write for --queries (.gz too)")
+    parser.add_argument(
+        "--report_speed",
+        action="store_true",
+        help="measure queries a second and latency on --queries; --output: JSON, and no run",
+    )
     parser.add_argument("--k", type=int, default=10, help="passages a question")
     parser.add_argument("--num_beams", type=int, help="beams; default: those of the experiment")
-    parser.add_argument("--system", help="distill, control or generate; default: the last trained")
+    parser.add_argument("--batch_size", type=int, help="questions decoded together; see Search")
+    parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")
+    parser.add_argument(
+        "--system",
+        choices=("distill", "control", "generate"),
+        help="which student; default: the first of these that is trained",
+    )
     args, bindings = cli.parse(parser, argv)
+    _check(parser, args, bindings)
     if args.query or args.queries:
-        if not args.model_dir:
-            parser.error("--query and --queries need --model_dir")
-        if args.queries and not args.output:
-            parser.error("--queries needs --output")
         from dgr_jax.stages import ask
 
         ask.answer(args)
@@ -35,6 +45,30 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax import pipeline, stages
 
     pipeline.run(experiment, stages.MAKERS, ["candidates"])
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:
+    """Ends the program where a flag lacks another, or would have no effect."""
+    for name in ("output", "report_speed"):
+        if getattr(args, name) and not args.queries:
+            parser.error(f"--{name} needs --queries")
+    if args.query or args.queries:
+        if not args.model_dir:
+            parser.error("--query and --queries need --model_dir")
+        if args.queries and not (args.output or args.report_speed):
+            parser.error("--queries needs --output")
+        flags = tuple(f"{macro} = " for macro, flag in cli.FLAGS.items() if getattr(args, flag[2:]))
+        given = ["--gin_file"] * bool(args.gin_file) + ["--data_dir"] * bool(args.data_dir)
+        given += [f"--gin.{b.partition(' =')[0]}" for b in bindings if not b.startswith(flags)]
+        if given:
+            parser.error(
+                f"{given[0]} has no effect on --query and --queries, which ask the finished "
+                "student of --model_dir; there are --k, --num_beams, --batch_size, --system"
+            )
+        return
+    for name in ("k", "num_beams", "batch_size", "mesh", "system"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} needs --query or --queries")
 
 
 if __name__ == "__main__":

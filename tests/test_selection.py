@@ -33,7 +33,7 @@ def draw_values(seed, shape, levels):
 @few
 @given(
     seed=st.integers(0, 99),
-    n=st.sampled_from([30, 2000, 2083]),
+    n=st.sampled_from([30, 3000, 3083]),
     levels=st.sampled_from([3, 10**6]),
 )
 def test_top_k(seed, n, levels):
@@ -45,7 +45,7 @@ def test_top_k(seed, n, levels):
 @few
 @given(
     seed=st.integers(0, 99),
-    n=st.sampled_from([30, 2000, 2083]),
+    n=st.sampled_from([30, 3000, 3083]),
     levels=st.sampled_from([3, 300, 10**6]),
 )
 def test_joint_top_k(seed, n, levels):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgr_jax.decoding import trie, trie_build
+from dgr_jax.decoding import trie, trie_build, trie_expand
 from dgr_jax.decoding.trie_expand import TrieState
 from tests.reference import decoding as reference
 
@@ -212,12 +212,14 @@ def test_expand_where_levels_lie_in_blocks_of_the_vocabulary():
     walk(index, reference.unique_rows(rows), 80, 5, False)
 
 
-def test_expand_in_a_large_vocabulary_and_bfloat16():
+@pytest.mark.parametrize(("highest", "counted"), [(1300, True), (2300, False)])
+def test_expand_in_a_large_vocabulary_and_bfloat16(highest, counted):
     rng = np.random.default_rng(0)
-    rows = np.stack([rng.integers(100, 1300, 800), rng.integers(0, 3, 800)], 1).tolist()
-    index = narrow_build(rows, 2, 4, vocab_size=1300)
+    rows = np.stack([rng.integers(100, highest, 800), rng.integers(0, 3, 800)], 1).tolist()
+    index = narrow_build(rows, 2, 4, vocab_size=highest)
     assert len(index.arrays.wide) == 1
-    walk(index, reference.unique_rows(rows), 1301, 2, False, dtype=jnp.bfloat16)
+    assert (index.layout.bitmap_words <= trie_expand._COUNTED_WORDS) == counted
+    walk(index, reference.unique_rows(rows), highest + 1, 2, False, dtype=jnp.bfloat16)
 
 
 def test_one_row_and_dead_states():
@@ -360,8 +362,16 @@ def test_a_damaged_array_is_refused_by_name(tmp_path, change):
         (lambda b: b"[1]", "header.json is not a trie header"),
         (lambda b: b'{"format": "other", "version": 1}', "got 'other' version 1; expected 'dgr_j"),
         (
-            lambda b: json.dumps(json.loads(b) | {"version": 2}).encode(),
-            "got 'dgr_jax.trie' version 2; expected 'dgr_jax.trie' version 1",
+            lambda b: json.dumps(json.loads(b) | {"version": 1}).encode(),
+            "got 'dgr_jax.trie' version 1; expected 'dgr_jax.trie' version 2: build the index",
+        ),
+        (
+            lambda b: json.dumps(json.loads(b) | {"layout": {"ends": "fixed"}}).encode(),
+            "layout lacks bitmap_words, gathers, max_length, token_dtype; expected those of ver",
+        ),
+        (
+            lambda b: json.dumps(json.loads(b) | {"sha256": {}}).encode(),
+            "sha256 lacks base, bitmap_low, .*: build the index again",
         ),
     ],
 )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_SHORT = 1024  # below this lax.top_k is as fast
+_SHORT = 1024  # rows below this are left to lax.top_k,
+_FEW = 1 << 14  # and so are fewer entries than this in all: it is as fast
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -21,8 +22,8 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     n = values.shape[-1]
     block = 1 << max(0, (n // max(k, 1)).bit_length() // 2)
-    if n < _SHORT or 4 * k * block > n:
-        return lax.top_k(values, k)
+    if n < _SHORT or values.size < _FEW or 4 * k * block > n:
+        return tuple(lax.top_k(values, k))
     blocks = -(-n // block)
     lead = [(0, 0)] * (values.ndim - 1)
     padded = jnp.pad(values, [*lead, (0, blocks * block - n)], constant_values=-jnp.inf)

@@ -17,7 +17,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint
 
 _FORMAT = "dgr_jax.trie"
-_VERSION = 1
+_VERSION = 2  # of the folder: raise it when Layout, Arrays or what they mean changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +136,22 @@ class Trie:
         before = np.append(0, np.cumsum(allowed))
         return before[self.offsets[1:]] > before[self.offsets[:-1]]
 
-    def constraint(self, *, renormalise: bool = False) -> TrieConstraint:
+    def constraint(
+        self,
+        *,
+        renormalise: bool = False,
+        shardings: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]] | None = None,
+    ) -> TrieConstraint:
         """The arrays on the default device, as a Constraint for beam_search.
 
         renormalise: log-probabilities over the legal tokens only, not the whole vocabulary.
+        shardings: padded arrays by name -> where each of them goes instead of that device.
         """
         from dgr_jax.decoding.trie_expand import TrieConstraint
 
-        return TrieConstraint.put(self.padded(), self.layout, self.vocab_size, renormalise)
+        arrays = self.padded()
+        places = shardings(dict(arrays.items())) if shardings else {}
+        return TrieConstraint.put(arrays, self.layout, self.vocab_size, renormalise, places)
 
     def padded(self) -> Arrays:
         """The arrays at their capacity, as they go to the device."""
@@ -224,9 +233,8 @@ def load(folder: str | pathlib.Path) -> Trie:
             state = "differs from its sha256 in header.json" if path.exists() else "is missing"
             raise ValueError(f"{path} {state}: the index is damaged; build it again")
         stored[name] = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
-    fields = [field.name for field in dataclasses.fields(Arrays)]
     return Trie(
-        Arrays(**{name: stored.pop(name) for name in fields}),
+        Arrays(**{name: stored.pop(name) for name in _names(Arrays)}),
         Layout(**header["layout"] | {"gathers": tuple(header["layout"]["gathers"])}),
         header["vocab_size"],
         {name: tuple(shape) for name, shape in header["capacity"].items()},
@@ -244,9 +252,21 @@ def _read_header(path: pathlib.Path) -> dict:
         raise ValueError(f"{path} is not a trie header; expected JSON with format") from None
     if found != (_FORMAT, _VERSION):
         raise ValueError(
-            f"{path}: got {found[0]!r} version {found[1]}; expected {_FORMAT!r} version {_VERSION}"
+            f"{path}: got {found[0]!r} version {found[1]}; expected {_FORMAT!r} version "
+            f"{_VERSION}: build the index again"
         )
+    whole = {"layout": _names(Layout), "capacity": _names(Arrays), "sha256": _names(Arrays)}
+    for part, names in whole.items():
+        if missing := sorted(set(names) - set(header.get(part, ()))):
+            raise ValueError(
+                f"{path}: {part} lacks {', '.join(missing)}; expected those of version {_VERSION}: "
+                "build the index again"
+            )
     return header
+
+
+def _names(of: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(of)]
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -11,6 +11,8 @@ the branches of one lax.switch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from dgr_jax.decoding.trie import Arrays
 
 _DEAD = -1
+_COUNTED_WORDS = 64  # bitmaps of more words are not read to rank one bit
 
 
 class TrieState(NamedTuple):
@@ -93,10 +96,17 @@ class TrieConstraint:
 
     @classmethod
     def put(
-        cls, arrays: Arrays, layout: Layout, vocab_size: int, renormalise: bool
+        cls,
+        arrays: Arrays,
+        layout: Layout,
+        vocab_size: int,
+        renormalise: bool,
+        shardings: Mapping[str, jax.sharding.Sharding] = MappingProxyType({}),
     ) -> TrieConstraint:
-        """The (padded) arrays on the default device."""
-        device = {name: jnp.asarray(array) for name, array in arrays.items()}
+        """The (padded) arrays on the default device, or where their shardings say."""
+        device = {
+            name: jax.device_put(array, shardings.get(name)) for name, array in arrays.items()
+        }
         return cls(**device, layout=layout, vocab_size=vocab_size, renormalise=renormalise)
 
     @property
@@ -264,22 +274,16 @@ class TrieConstraint:
         if self.renormalise:
             planes = scores.astype(jnp.float32).reshape(*bits.shape[:-1], 32, -1)
             prior -= _finite(jax.nn.logsumexp(mask(planes, bits), (-2, -1)))
-        if self.layout.ends == "fixed":
-            return self._masked(step, scores, bits, prior, low, width)
+        child_of = lambda parent, place: self._child_of(step, bits, low, parent, place)
         if self.layout.ends == "token":
-            closing, bits = self._take_closing(step, scores, bits, prior, low)
-            return _join(self._masked(step, scores, bits, prior, low, width), closing)
-        found = self._masked(step, scores, bits, prior, low, 2 * width)
+            closing, rest = self._take_closing(scores, bits, prior, low, child_of)
+            return _join(_masked(scores, rest, prior, low, width, child_of), closing)
+        if self.layout.ends == "fixed":
+            return _masked(scores, bits, prior, low, width, child_of)
+        found = _masked(scores, bits, prior, low, 2 * width, child_of)
         complete = self._completes(found.tokens, found.child, step.level + 1)
         others, ends = found.where(~complete), found.where(complete)
         return _join(_sorted(others, width), _sorted(ends, width))
-
-    def _masked(self, step, scores, bits, prior, low, width):
-        """The best continuations by the tokens whose bit is set."""
-        span = scores.shape[-1]
-        best, place = masked_top_k(scores, bits, prior, min(width, span * bits.shape[1]))
-        parent, tokens = place // span, place % span + low
-        return _padded(_Found(parent, tokens, best, self._child_of(step, parent, tokens)), width)
 
     def _covered_scores(self, step):
         """Scores [B, M, 32 * bitmap_words] of the tokens that bitmaps cover, and the first one."""
@@ -290,7 +294,7 @@ class TrieConstraint:
         pad = [(0, 0), (0, 0), (0, span - size)]
         return jnp.pad(step.scores, pad, constant_values=-jnp.inf), low
 
-    def _take_closing(self, step, scores, bits, prior, low):
+    def _take_closing(self, scores, bits, prior, low, child_of):
         """(the closing token of each beam, bits without it)."""
         words = self.layout.bitmap_words
         place = self.ends_at - low
@@ -300,21 +304,41 @@ class TrieConstraint:
         legal = ((bits & flag) > 0).any(-1)
         log_probs = jnp.where(legal, scores[..., inside].astype(jnp.float32) + prior, -jnp.inf)
         beam = jnp.broadcast_to(jnp.arange(legal.shape[1]), legal.shape)
-        leaf = self._child_of(step, beam, jnp.broadcast_to(self.ends_at, legal.shape))
+        leaf = child_of(beam, jnp.broadcast_to(inside, legal.shape))
         return self._closing(log_probs, leaf), bits & ~flag
 
-    def _child_of(self, step, parent, tokens):
-        """The child reached by each legal token: a binary search among the edges of its parent."""
-        wanted = tokens - self.base[step.level]
-        low = jnp.take_along_axis(step.first, parent, -1)
+    def _child_of(self, step, bits, low, parent, place):
+        """The child int32 [B, C] reached by the token of bit `place` of the bitmap of `parent`.
+
+        Its rank is the number of bits before it in a short bitmap, which is at hand; in a long one
+        it is found by binary search among the edges.
+        """
+        first = jnp.take_along_axis(step.first, parent, -1)
+        words = self.layout.bitmap_words
+        if words <= _COUNTED_WORDS:
+            own = jnp.take_along_axis(bits, parent[..., None], 1)
+            plane, word = (x[..., None] for x in (place // words, place % words))
+            plane = (plane + (jnp.arange(words) < word)).astype(jnp.uint32)
+            before = ~jnp.where(plane < 32, jnp.uint32(0xFFFFFFFF) << plane, 0)
+            rank = lax.population_count(own & before).sum(-1, dtype=jnp.uint32)
+            return first + rank.astype(jnp.int32)
+        wanted = place + low - self.base[step.level]
         left = jnp.take_along_axis(step.count, parent, -1)
-        for _ in range((32 * self.layout.bitmap_words).bit_length()):
+        for _ in range((32 * words).bit_length()):
             half = left >> 1
-            edge = self.edge_tokens.at[low + half].get(mode="clip").astype(jnp.int32)
+            edge = self.edge_tokens.at[first + half].get(mode="clip").astype(jnp.int32)
             right = (edge < wanted) & (left > 0)
-            low = jnp.where(right, low + half + 1, low)
+            first = jnp.where(right, first + half + 1, first)
             left = jnp.where(right, left - half - 1, half)
-        return low
+        return first
+
+
+def _masked(scores, bits, prior, low, width, child_of):
+    """The best continuations by the tokens whose bit is set; bit 0 stands for token `low`."""
+    span = scores.shape[-1]
+    best, place = masked_top_k(scores, bits, prior, min(width, span * bits.shape[1]))
+    parent, place = place // span, place % span
+    return _padded(_Found(parent, place + low, best, child_of(parent, place)), width)
 
 
 def _finite(log_z):

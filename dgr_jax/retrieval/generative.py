@@ -1,13 +1,17 @@
-"""Queries -> passages, by writing identifiers with a constrained beam search."""
+"""Queries -> passages, by writing identifiers with a constrained beam search.
+
+Axis letters: B queries, Q query length, M beams, P passages.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +26,14 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 
 SYSTEMS = ("distill", "control", "generate")
+BLOCK = 4096  # queries tokenised, and sorted by length, together
+
+Found = tuple[np.ndarray, np.ndarray]
+
+
+def _without_effect(default: int) -> Any:
+    """A setting that changes speed, but not results."""
+    return field(default=default, metadata={"fingerprint": False})
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,15 @@ class Search:
     """Settings of retrieval.
 
     num_beams: identifiers kept a query; at least as many as passages wanted.
-    batch_size: queries decoded together; the last batch is padded, so decoding compiles once.
+    batch_size: queries decoded together, rounded up to the data shards of the mesh; the last batch
+      is padded. A query asked alone is decoded alone.
     depth: passages a query in a run.
     query_length: tokens of a query, EOS counted; longer ones are cut.
     renormalise: log-probabilities over the legal tokens instead of the whole vocabulary.
+    min_query_length, queries_per_shape: a query is padded to query_length or, where at least
+      `queries_per_shape` of those retrieved together fit, to its half, quarter ... of at least
+      `min_query_length` tokens. Decoding compiles once for each length that is used.
+    max_replicated_bytes: an index of more bytes is cut over the model axis of the mesh.
     """
 
     num_beams: int = 100
@@ -40,23 +57,36 @@ class Search:
     depth: int = 100
     query_length: int = 32
     renormalise: bool = False
+    min_query_length: int = _without_effect(8)
+    queries_per_shape: int = _without_effect(2048)
+    max_replicated_bytes: int = _without_effect(4 << 30)
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "batch_size", "depth", "query_length"):
+        for name in ("num_beams", "batch_size", "depth", "query_length", "min_query_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Search.{name}: got {getattr(self, name)}, expected at least 1")
 
+    @property
+    def padded_lengths(self) -> tuple[int, ...]:
+        """Lengths that queries may be padded to, ascending; the last is query_length."""
+        lengths = [self.query_length]
+        while (shorter := (lengths[0] + 1) // 2) >= self.min_query_length and shorter < lengths[0]:
+            lengths.insert(0, shorter)
+        return tuple(lengths)
+
 
 @functools.lru_cache(maxsize=8)
-def decode_fn(config: T5Config, num_beams: int, length: int):
+def decode_fn(config: T5Config, num_beams: int, length: int, mesh: jax.sharding.Mesh | None = None):
     """The compiled search: (params, constraint, int32 [B, Q]) -> BeamResult with M = num_beams.
 
     A query is encoded once; its cross-attention keys and values are shared by all beams.
+    mesh: each data shard searches for its own rows, without waiting for others; the devices that
+      share its parameters work together. Every device gets the whole result. None: no mesh.
     """
     model = Transformer(config)
 
     def decode(params: Any, constraint: Any, tokens: jax.Array) -> BeamResult:
-        apply = functools.partial(model.apply, {"params": params})
+        apply = functools.partial(model.apply, {"params": _cast_kernels(params, config.dtype)})
         encoded = apply(tokens, method="encode")
         cross = apply(encoded, method="cross")
         cache = apply(encoded, num_beams, length, method="init_cache")
@@ -73,36 +103,96 @@ def decode_fn(config: T5Config, num_beams: int, length: int):
             max_length=length,
         )
 
-    return jax.jit(decode)
+    if mesh is None:
+        return jax.jit(decode)
+    on_shards = partitioning.on_batch_shards(decode, mesh, whole=2)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+def _cast_kernels(params: Any, dtype: str) -> Any:
+    """Kernels in the dtype that they are multiplied in: cast once a batch, not once a step."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        names = [key.key for key in path]
+        return leaf.astype(dtype) if names[-1] == "kernel" and names[-2] != "logits_dense" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def batches(lengths: np.ndarray, search: Search, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(padded length, places of at most `size` queries) of every batch, the longest first.
+
+    lengths: tokens of each query, int [n]. See Search.queries_per_shape.
+    """
+    ladder = search.padded_lengths
+    rung = np.searchsorted(ladder, lengths)
+    for short in range(len(ladder) - 1):
+        if (rung == short).sum() < search.queries_per_shape:
+            rung[rung == short] += 1
+    for used in reversed(range(len(ladder))):
+        places = np.flatnonzero(rung == used)
+        places = places[np.argsort(-lengths[places], kind="stable")]
+        for start in range(0, len(places), size):
+            yield ladder[used], places[start : start + size]
 
 
 def rank_passages(
-    rows: np.ndarray, log_probs: np.ndarray, table: IdentifierTable, depth: int
-) -> tuple[np.ndarray, np.ndarray]:
+    rows: np.ndarray,
+    log_probs: np.ndarray,
+    table: IdentifierTable,
+    depth: int,
+    allowed: np.ndarray | None = None,
+) -> Found:
     """Passages of the identifiers found, best first: passage index int32 and score f32 [B, depth].
 
     rows: rows of the table int [B, M], -1 where nothing was found; log_probs f32 [B, M], best
     first. The passages of one identifier share its score and stand in corpus order; a passage
     counts once, at its best identifier. Free places hold -1 and -inf.
+    allowed: bool [P], passages that may be returned; None: all.
     """
-    passages = np.full((len(rows), depth), -1, np.int32)
-    scores = np.full((len(rows), depth), -np.inf, np.float32)
-    sizes = np.diff(table.offsets)
-    for query, (found, values) in enumerate(zip(rows, log_probs, strict=True)):
-        keep = found >= 0
-        found, values = found[keep], values[keep]
-        owners = np.concatenate([table.passages_of(row) for row in found] or [[]]).astype(np.int32)
-        values = np.repeat(values, sizes[found])
-        _, first = np.unique(owners, return_index=True)
-        best = np.sort(first)[:depth]
-        passages[query, : len(best)] = owners[best]
-        scores[query, : len(best)] = values[best]
+    query, beam = np.nonzero(rows >= 0)
+    found = rows[query, beam]
+    first, sizes = table.offsets[found], table.offsets[found + 1] - table.offsets[found]
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    owners = np.asarray(table.passages[np.repeat(first, sizes) + within])
+    values = np.repeat(log_probs[query, beam], sizes)
+    query = np.repeat(query, sizes)
+    keep = np.arange(len(owners)) if allowed is None else np.flatnonzero(allowed[owners])
+    _, once = np.unique(query[keep] * table.num_passages + owners[keep], return_index=True)
+    keep = keep[np.sort(once)]
+    query, owners, values = query[keep], owners[keep], values[keep]
+    place = np.arange(len(query)) - np.searchsorted(query, query)
+    query, owners, values, place = (x[place < depth] for x in (query, owners, values, place))
+    passages, scores = _nothing(len(rows), depth)
+    passages[query, place] = owners
+    scores[query, place] = values
     return passages, scores
+
+
+def _nothing(queries: int, depth: int) -> Found:
+    return np.full((queries, depth), -1, np.int32), np.full((queries, depth), -np.inf, np.float32)
+
+
+class _Batch(NamedTuple):
+    """Queries at `places` of a block whose passages are `found`, on their way through the device.
+
+    last: the block is whole when these are ranked.
+    """
+
+    found: Found
+    places: np.ndarray
+    result: BeamResult | None
+    last: bool
 
 
 @dataclass
 class Decoder:
-    """Parameters, index and settings ready to answer token batches."""
+    """Parameters, index and settings ready to answer token batches.
+
+    params: placed on the mesh as `partitioning.abstract_params` says.
+    index: built from the rows of the table, in their order.
+    allowed: bool [P], passages that may be returned; None: all. See `restrict`.
+    """
 
     config: T5Config
     params: Any
@@ -110,38 +200,96 @@ class Decoder:
     table: IdentifierTable
     search: Search
     mesh: jax.sharding.Mesh
+    allowed: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self._constraint = self.index.constraint(renormalise=self.search.renormalise)
-        self._decode = decode_fn(self.config, self.search.num_beams, self.table.tokens.shape[1])
-
-    def passages(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`.
-
-        The next batch is on the device while the host ranks the one before.
-        """
-        size = self.search.batch_size
-        results, parts = None, []
-        for start in range(0, len(tokens), size):
-            batch = tokens[start : start + size]
-            padded = np.pad(batch, [(0, size - len(batch)), (0, 0)])
-            device = partitioning.shard_batch({"tokens": padded}, self.mesh)["tokens"]
-            ahead = self._decode(self.params, self._constraint, device), len(batch)
-            if results:
-                parts.append(self._rank(*results))
-            results = ahead
-        if results:
-            parts.append(self._rank(*results))
-        if not parts:
-            depth = self.search.depth
-            return np.zeros((0, depth), np.int32), np.zeros((0, depth), np.float32)
-        return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
-
-    def _rank(self, result: BeamResult, count: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.index.table_rows(np.asarray(result.rows)[:count])
-        return rank_passages(
-            rows, np.asarray(result.log_probs)[:count], self.table, self.search.depth
+        self._constraint = self.index.constraint(
+            renormalise=self.search.renormalise,
+            shardings=functools.partial(
+                partitioning.index_shardings,
+                mesh=self.mesh,
+                max_replicated_bytes=self.search.max_replicated_bytes,
+            ),
         )
+        self._decode = decode_fn(
+            self.config, self.search.num_beams, self.index.layout.max_length, self.mesh
+        )
+
+    def restrict(self, passage_mask: np.ndarray) -> Decoder:
+        """A decoder that finds only some passages, bool [P]; nothing is compiled again.
+
+        Raises ValueError for a mask of another shape or dtype, or one that leaves no identifier.
+        """
+        mask = np.asarray(passage_mask)
+        if mask.dtype != np.bool_ or mask.shape != (self.table.num_passages,):
+            raise ValueError(
+                f"Decoder.restrict: passage_mask must be bool of shape "
+                f"[{self.table.num_passages}]; got {mask.dtype} of shape {mask.shape}"
+            )
+        if self.allowed is not None:
+            mask = mask & self.allowed
+        rows = np.maximum.reduceat(mask[self.table.passages], self.table.offsets[:-1])
+        return replace(self, index=self.index.restrict(rows), allowed=mask)
+
+    def passages(self, tokens: np.ndarray) -> Found:
+        """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
+        (found,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
+        return found
+
+    def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
+        """`passages` of each block of queries, which a generator may tokenise.
+
+        The next batch, of the next block too, is on the device while the host ranks the one before.
+        """
+        return self._ranked(blocks, self.search.batch_size)
+
+    def _ranked(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Found]:
+        before = None
+        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
+            if before is not None:
+                self._rank(before)
+                if before.last:
+                    yield before.found
+            before = batch
+
+    def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
+        shards = partitioning.batch_shards(self.mesh)
+        size = -(-batch_size // shards) * shards
+        for tokens in blocks:
+            found = _nothing(len(tokens), self.search.depth)
+            lengths = self._lengths(tokens)
+            planned = list(batches(lengths, self.search, size))
+            if not planned:
+                yield _Batch(found, lengths, None, last=True)
+            for number, (length, places) in enumerate(planned, start=1):
+                result = self._start(tokens[places, :length], (size, length))
+                yield _Batch(found, places, result, last=number == len(planned))
+
+    def _lengths(self, tokens: np.ndarray) -> np.ndarray:
+        lengths = (tokens > 0).sum(1)
+        if lengths.max(initial=0) > self.search.query_length:
+            raise ValueError(
+                f"tokens: got a query of {lengths.max()}, expected at most "
+                f"{self.search.query_length}, Search.query_length"
+            )
+        return lengths
+
+    def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
+        padded = np.zeros(shape, np.int32)
+        padded[: tokens.shape[0], : tokens.shape[1]] = tokens
+        placed = jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+        return self._decode(self.params, self._constraint, placed)
+
+    def _rank(self, batch: _Batch) -> None:
+        """Waits for a batch and writes its passages into those of its block."""
+        if batch.result is None:
+            return
+        count = len(batch.places)
+        rows = self.index.table_rows(np.asarray(batch.result.rows)[:count])
+        log_probs = np.asarray(batch.result.log_probs)[:count]
+        ranked = rank_passages(rows, log_probs, self.table, self.search.depth, self.allowed)
+        for whole, part in zip(batch.found, ranked, strict=True):
+            whole[batch.places] = part
 
 
 @dataclass(frozen=True)
@@ -167,11 +315,17 @@ class Retriever:
 
     @classmethod
     def load(
-        cls, model_dir: str | Path, *, system: str | None = None, **settings: Any
+        cls,
+        model_dir: str | Path,
+        *,
+        system: str | None = None,
+        mesh: partitioning.Mesh | None = None,
+        **settings: Any,
     ) -> Retriever:
         """Open a MODEL_DIR.
 
         system: 'distill', 'control' or 'generate'; None: the first of these that is finished.
+        mesh: how all devices share queries and parameters; None: one device does it all.
         settings: fields of `Search` that replace those of the experiment, such as num_beams.
         Raises FileNotFoundError when no trained student is there.
         """
@@ -180,9 +334,12 @@ class Retriever:
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         config = T5Config(**described["model"])
         search = Search(**described["search"] | settings)
-        mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+        if mesh is None:
+            devices = partitioning.make_mesh(devices=jax.devices()[:1])
+        else:
+            devices = partitioning.make_mesh(mesh)
         params = checkpoints.restore_params(
-            folder / "checkpoints", partitioning.abstract_params(Transformer(config), mesh)
+            folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
         )
         prepared = model_dir / "prepare"
         decoder = Decoder(
@@ -191,7 +348,7 @@ class Retriever:
             trie.load(prepared / "trie"),
             IdentifierTable.load(prepared / "identifiers"),
             search,
-            mesh,
+            devices,
         )
         return cls(decoder, Vocabulary.load(prepared), PassageStore(prepared / "passages"))
 
@@ -206,8 +363,7 @@ class Retriever:
                 f"k: got {k}, expected at most {min(beams, depth)}: set num_beams ({beams}) and "
                 f"depth ({depth}) in Retriever.load"
             )
-        tokens = self.vocabulary.encode_inputs(queries, self.decoder.search.query_length)
-        found = self.decoder.passages(tokens)
+        found = self._found(queries)
         return [
             [self._hit(rank, i, s) for rank, (i, s) in enumerate(_pairs(p, v, k), start=1)]
             for p, v in zip(*found, strict=True)
@@ -215,11 +371,19 @@ class Retriever:
 
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
-        tokens = self.vocabulary.encode_inputs(
-            list(queries.values()), self.decoder.search.query_length
-        )
-        found = self.decoder.passages(tokens)
+        found = self._found(list(queries.values()))
         return scored_passages(list(queries), *found, self.store.pids)
+
+    def _found(self, texts: Sequence[str]) -> Found:
+        length = self.decoder.search.query_length
+        blocks = (
+            self.vocabulary.encode_inputs(texts[start : start + BLOCK], length)
+            for start in range(0, max(1, len(texts)), BLOCK)
+        )
+        if len(texts) <= BLOCK:
+            return self.decoder.passages(next(blocks))
+        parts = zip(*self.decoder.passages_of_blocks(blocks), strict=True)
+        return tuple(np.concatenate(part) for part in parts)
 
     def _hit(self, rank: int, index: int, score: float) -> Hit:
         passage = self.store[index]

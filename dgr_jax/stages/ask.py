@@ -3,41 +3,80 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import textwrap
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from dgr_jax.corpora import lines, trec
 from dgr_jax.corpora.types import RankList
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import speed
 from dgr_jax.retrieval.generative import Retriever
 
 logger = logging.getLogger(__name__)
 
 
 def answer(args: argparse.Namespace) -> None:
-    """--query: print passages; --queries: write a TREC run to --output."""
+    """--query: print passages; --queries: write a TREC run, or measure speed (--report_speed)."""
     if args.k < 1:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
     if any(not query.strip() for query in args.query):
         raise ValueError("--query: got a blank question")
     queries = read_queries(args.queries) if args.queries else {}
-    settings = {"depth": args.k, "batch_size": min(32, max(len(args.query), len(queries)))}
-    if args.num_beams:
+    settings = {"depth": args.k}
+    if args.batch_size is not None:
+        settings["batch_size"] = args.batch_size
+    elif not args.report_speed:
+        settings["batch_size"] = min(32, max(len(args.query), len(queries)))
+    if args.num_beams is not None:
         settings["num_beams"] = args.num_beams
-    retriever = Retriever.load(args.model_dir, system=args.system, **settings)
+    mesh = _mesh(args.mesh) if args.mesh else None
+    retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
     beams = retriever.decoder.search.num_beams
     if args.k > beams:
         raise ValueError(f"--k: got {args.k}, expected at most {beams}, the beams (--num_beams)")
     if args.query:
         _print(retriever, args.query, args.k)
-    if queries:
+    if args.report_speed:
+        _report_speed(retriever, list(queries.values()), args.output)
+    elif queries:
         run = retriever.run(queries)
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
         logger.info("wrote the passages of %d queries to %s", len(run), args.output)
+
+
+def _mesh(text: str) -> Mesh:
+    try:
+        data, model = (int(size) for size in text.split(","))
+    except ValueError:
+        raise ValueError(f"--mesh: got {text!r}, expected DATA,MODEL such as 4,2") from None
+    return Mesh(data=data, model=model)
+
+
+def _report_speed(retriever: Retriever, queries: list[str], output: str | None) -> None:
+    """Prints the report, and writes it as JSON."""
+    report = speed.measure(retriever, queries)
+    console = Console()
+    console.print(
+        f"{report['device']}; {report['parameters']:,} parameters, {report['dtype']}; "
+        f"{report['identifiers']:,} identifiers; {report['num_beams']} beams",
+        highlight=False,
+    )
+    table = Table("batch", "queries", "queries/s", "p50 ms", "p95 ms", "p99 ms")
+    for row in (report["alone"], report["batched"]):
+        numbers = (row["queries_per_second"], *row["latency_ms"].values())
+        cells = (str(row["batch_size"]), str(row["queries"]))
+        table.add_row(*cells, *(f"{number:.1f}" for number in numbers))
+    console.print(table)
+    if output:
+        Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        logger.info("wrote the speed of %d queries to %s", len(queries), output)
 
 
 def read_queries(path: str) -> dict[str, str]:
