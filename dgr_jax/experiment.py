@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgr_jax.corpora.types import Collection
-from dgr_jax.data.examples import Sources
+from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
@@ -75,14 +75,23 @@ class Training:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The student retrieves its own candidates for the training queries.
+    """The student retrieves its own candidates for queries that it learned from.
 
-    max_queries: of so many training queries at most (0: all), drawn by the seed.
+    sources: 'labelled' is the queries of the training split; 'passages' and 'pseudo_queries' are
+      the texts of these sources of the mixture, each with the passage that it was made of as its
+      positive. A teacher that needs no labels can order the candidates of any text.
+    max_queries: so many queries of each source at most (0: all), drawn by the seed.
     """
 
     search: Search
+    sources: tuple[str, ...] = ("labelled",)
     max_queries: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sources if name not in SOURCES]
+        if unknown or not self.sources:
+            raise ValueError(f"Candidates.sources: got {self.sources}, expected some of {SOURCES}")
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,15 @@ class Experiment:
     evaluate: Evaluate
     control: bool = True
     mesh: Mesh = Mesh()
+
+    def __post_init__(self) -> None:
+        rates = self.prepare.sources.rates()
+        for source in self.candidates.sources:
+            if source != "labelled" and source not in rates:
+                raise ValueError(
+                    f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
+                    f"{sorted(rates)}: give Sources.{source} a rate"
+                )
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -28,6 +29,7 @@ from dgr_jax.experiment import STAGES
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import abstract_params, make_mesh
 from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.stages.prepare import Prepared
 from tests.conftest import ROOT, TINY
 
 SYSTEMS = ("bm25", "generate", "control", "distill")
@@ -196,17 +198,60 @@ def test_distillation_and_control_have_the_same_examples_and_steps(tiny_model_di
         assert (steps[0], steps[-1]) == (first, last)
 
 
+def test_queries_that_are_cut_are_counted(tiny_run):
+    report = json.loads((tiny_run.folder / "prepare/report.json").read_text())
+    vocabulary = Prepared.load(tiny_run.folder).vocabulary
+    for split, of in (("train", 1440), ("test", 240)):
+        texts = [query.text for query in QuickstartCollection().queries(split)]
+        whole = vocabulary.encode_inputs(texts, 100)
+        cut = int((whole[:, 12:] > 0).any(1).sum())
+        assert 0 < cut == report["queries_cut"][split]
+        said = f"prepare: {cut:,} of {of:,} {split} queries are longer than 12 tokens and are cut"
+        assert said in tiny_run.log
+
+
+def test_nothing_is_said_by_libraries(tiny_run):
+    """But by JAX, which was asked to."""
+    for line in tiny_run.log.splitlines():
+        assert not re.match(r"WARNING|[IWE]\d{4} ", line)
+        assert "absl" not in line and "Metadata file" not in line
+
+
 def test_reports(tiny_model_dir):
     prepared = json.loads((tiny_model_dir / "prepare/report.json").read_text())
     assert prepared["passages"] == 240
     assert prepared["queries"] == {"train": 1440, "test": 240}
     assert prepared["identifiers"]["passages_sharing_an_identifier"] == 0
     taught = json.loads((tiny_model_dir / "teach/report.json").read_text())
-    assert taught["lists"]["queries"] == 16
-    assert taught["teacher"]["Success@1"] >= 0.5
+    assert taught["lists"]["queries"] == 48
+    for source in ("labelled", "passages", "pseudo_queries"):
+        assert taught["teacher"][source]["queries"] == 16
+        assert taught["teacher"][source]["Success@1"] >= 0.5
 
 
 # search
+
+
+def test_rank_lists_of_every_source_hold_what_they_ask_for(tiny_model_dir):
+    made = Prepared.load(tiny_model_dir)
+    with np.load(tiny_model_dir / "teach" / "rank_lists.npz") as stored:
+        lists = dict(stored)
+    qids = [str(qid) for qid in lists["qids"]]
+    asked = Counter(qid.partition(":")[0] if ":" in qid else "labelled" for qid in qids)
+    assert asked == {"labelled": 16, "passages": 16, "pseudo_queries": 16}
+    judged, queries = made.qrels("train"), made.queries("train")
+    for qid, text, listed, positive in zip(
+        qids, lists["texts"], lists["passages"], lists["positives"], strict=True
+    ):
+        assert positive in listed
+        passage = made.store[positive]
+        if ":" in qid:  # a sentence or chunk of its passage
+            of_passage = set(f"{passage.title} {passage.text}".lower().split())
+            asked = set(str(text).lower().split())
+            assert len(asked - of_passage) <= 1  # the last word may be cut
+        else:
+            assert judged[qid][passage.pid] == 2
+            assert text == queries[qid].text
 
 
 def test_search(retriever, tiny_model_dir):

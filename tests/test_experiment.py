@@ -178,3 +178,24 @@ def test_paths_of_settings():
 def test_settings_of_prepare_that_cannot_work(settings, message):
     with pytest.raises(ValueError, match=message):
         Prepare("t", Atomic(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ((), "Candidates.sources: got \\(\\), expected some of"),
+        (("labeled",), "Candidates.sources: got \\('labeled',\\), expected some of \\('labelled'"),
+    ],
+)
+def test_candidates_of_unknown_sources(sources, message):
+    with pytest.raises(ValueError, match=message):
+        Candidates(Search(), sources=sources)
+
+
+def test_candidates_of_a_source_that_is_not_prepared():
+    message = "Candidates.sources: got 'passages', expected 'labelled' or one of .*Sources.passages"
+    unused = dataclasses.replace(BASE.prepare, sources=Sources(passages=0))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(
+            BASE, prepare=unused, candidates=Candidates(Search(), sources=("labelled", "passages"))
+        )

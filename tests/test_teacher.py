@@ -14,6 +14,7 @@ from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.teacher import (
     BiEncoderTeacher,
     Bm25Teacher,
+    Coverage,
     CrossEncoderTeacher,
     RunTeacher,
     TopM,
@@ -28,6 +29,9 @@ class ListStore(list):
     @property
     def pids(self):
         return [passage.pid for passage in self]
+
+    def __contains__(self, pid):
+        return pid in self.pids
 
     def index_of(self, pid):
         for row, passage in enumerate(self):
@@ -59,6 +63,10 @@ def scored(*items):
     return [ScoredPassage(pid, score) for pid, score in items]
 
 
+def rank(made, queries=QUERIES, candidates=CANDIDATES, qrels=QRELS, **settings):
+    return dict(made.rank(queries, candidates, STORE, qrels, **settings))
+
+
 def write_run(path, rows):
     path.write_text("".join(f"{q} Q0 {p} {r} {s} tag\n" for q, p, r, s in rows))
     return str(path)
@@ -68,10 +76,10 @@ def write_run(path, rows):
 
 
 def test_bm25_teacher_scores_candidates_and_puts_the_judged_first():
-    ranked = Bm25Teacher().rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(Bm25Teacher())
     assert list(ranked) == list(QUERIES)
     assert pids(ranked) == {"q1": ["a", "b", "c"], "q2": ["c", "b", "a", "d"], "q3": []}
-    own = Bm25Teacher(judged_first=False).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    own = rank(Bm25Teacher(judged_first=False))
     assert pids(own)["q2"] == ["c", "a", "b", "d"], "no word in common: ties by pid"
     index = Bm25().fit(STORE)
     assert own["q1"][0].score == index.scores(QUERIES["q1"])[0]
@@ -80,8 +88,19 @@ def test_bm25_teacher_scores_candidates_and_puts_the_judged_first():
         assert scores == sorted(scores, reverse=True)
 
 
+def test_bm25_teacher_can_add_its_own_best():
+    ranked = rank(Bm25Teacher(judged_first=False, own=1))
+    assert pids(ranked)["q1"] == ["a", "b", "c"], "its first is judged already"
+    own = rank(Bm25Teacher(judged_first=False, own=1), candidates={"q1": ["b"]}, qrels={})
+    assert pids(own)["q1"] == ["a", "b"]
+    two = rank(Bm25Teacher(own=2), queries={"q1": "hive"}, candidates={"q1": ["c"]}, qrels={})
+    assert pids(two)["q1"] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="Bm25Teacher.own = -1, expected 0 or more"):
+        rank(Bm25Teacher(own=-1))
+
+
 def test_min_relevance_decides_what_is_positive():
-    ranked = Bm25Teacher().rank(QUERIES, CANDIDATES, STORE, QRELS, min_relevance=2)
+    ranked = rank(Bm25Teacher(), min_relevance=2)
     assert pids(ranked) == {"q1": ["b", "c"], "q2": ["c", "a", "d"], "q3": []}
 
 
@@ -96,9 +115,10 @@ def test_run_teacher_orders_the_candidates_that_it_holds(tmp_path):
             ("q1", "gone", 4, 4.0),
         ],
     )
-    ranked, report = RunTeacher(path).rank_and_report(QUERIES, CANDIDATES, STORE, QRELS)
+    coverage = Coverage()
+    ranked = rank(RunTeacher(path), coverage=dict.fromkeys(QUERIES, coverage))
     assert ranked == {"q1": scored(("c", 5.0), ("b", 1.0)), "q2": [], "q3": []}
-    assert report == {
+    assert coverage.report() == {
         "queries": 3,
         "queries_scored": 1,
         "queries_with_positive": 2,
@@ -109,7 +129,7 @@ def test_run_teacher_orders_the_candidates_that_it_holds(tmp_path):
         "Success@1": 0.0,
         "RR@10": 0.0,
     }
-    first = RunTeacher(path, judged_first=True).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    first = rank(RunTeacher(path, judged_first=True))
     # q1: the mean gap of two scores is 4; q2: the run knows nothing but the judgements do.
     assert first["q1"] == scored(("a", 9.0), ("c", 5.0), ("b", 1.0))
     assert first["q2"] == scored(("c", 1.0), ("b", 0.0))
@@ -120,31 +140,33 @@ def test_run_teacher_can_take_the_lists_of_the_run(tmp_path, caplog):
         tmp_path / "run.txt", [("q1", "d", 1, 9.0), ("q1", "gone", 2, 7.0), ("q1", "a", 3, 5.0)]
     )
     with caplog.at_level(logging.WARNING):
-        ranked = RunTeacher(path, pool="run").rank(QUERIES, CANDIDATES, STORE, QRELS)
+        ranked = rank(RunTeacher(path, pool="run"))
     assert pids(ranked) == {"q1": ["d", "a"], "q2": [], "q3": []}
-    assert "left out 1 passages not in the corpus" in caplog.text
+    assert caplog.messages == [
+        f"{path}: left out 1 of 3 places of the run: their passages are not in the corpus"
+    ]
 
 
 def test_run_teacher_reads_score_tables_and_gzip_and_keeps_ranks_of_ties(tmp_path):
     table = tmp_path / "scores.tsv"
     table.write_text("\nq2\ta\t0.5\nq2\tc\t0.7\n")
-    ranked = RunTeacher(str(table)).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(RunTeacher(str(table)))
     assert pids(ranked)["q2"] == ["c", "a"]
     packed = tmp_path / "run.gz"
     packed.write_bytes(gzip.compress(b"q2 Q0 d 1 3 x\nq2 Q0 a 2 3 x\nq2 Q0 c 3 2 x\n"))
-    ranked = RunTeacher(str(packed)).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(RunTeacher(str(packed)))
     assert pids(ranked)["q2"] == ["d", "a", "c"]
 
 
 def test_bad_runs_are_named(tmp_path):
     path = write_run(tmp_path / "run.txt", [("other", "a", 1, 1.0)])
     with pytest.raises(ValueError, match=r"RunTeacher\.path = .*: none of the 3 queries is in"):
-        RunTeacher(path).rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(RunTeacher(path))
     with pytest.raises(ValueError, match=r"RunTeacher\.pool = 'x', expected 'candidates' or 'run'"):
-        RunTeacher(path, pool="x").rank(QUERIES, CANDIDATES, STORE, QRELS)
+        RunTeacher(path, pool="x")
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match=r"RunTeacher\.path = .*the file is empty"):
-        RunTeacher(str(tmp_path / "empty")).rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(RunTeacher(str(tmp_path / "empty")))
 
 
 def vector_files(tmp_path, passages, queries, ids):
@@ -160,7 +182,7 @@ def test_vector_teacher_takes_dot_products(tmp_path):
     vectors = rng.normal(size=(2, 3)).astype(np.float16)
     ids = "query-id\tcorpus-id\tscore\nq2\tc\t2\nq2\tb\t1\nq1\ta\t1\n"
     files = vector_files(tmp_path, passages, vectors, ids)
-    ranked = VectorTeacher(*files).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(VectorTeacher(*files))
     scores = vectors.astype(np.float32) @ passages.astype(np.float32).T
     expected = sorted("abcd", key=lambda pid: -scores[0][ord(pid) - ord("a")])
     assert pids(ranked)["q2"] == expected
@@ -183,7 +205,7 @@ def test_vectors_that_do_not_fit_are_named(tmp_path, passages, queries, ids, mes
         tmp_path, np.zeros(passages, np.float32), np.zeros(queries, np.float32), ids
     )
     with pytest.raises(ValueError, match=r"VectorTeacher\." + message):
-        VectorTeacher(*files).rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(VectorTeacher(*files))
 
 
 class FakeCrossEncoder:
@@ -227,26 +249,26 @@ def sentence_transformers(monkeypatch):
 
 def test_cross_encoder_teacher(sentence_transformers, monkeypatch):
     monkeypatch.setattr(teacher, "_BLOCK", 1)
-    ranked = CrossEncoderTeacher("local").rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(CrossEncoderTeacher("local"))
     assert ranked["q1"] == scored(("a", 2.0), ("c", 1.0), ("b", 0.0))
     assert ranked["q2"] == scored(("c", 3.0), ("a", 0.0), ("b", 0.0), ("d", 0.0))
     assert ranked["q3"] == []
     assert FakeCrossEncoder.calls == [3, 4]
     with pytest.raises(ValueError, match=r"CrossEncoderTeacher\.model = 'unreachable' cannot be"):
-        CrossEncoderTeacher("unreachable").rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(CrossEncoderTeacher("unreachable"))
     with pytest.raises(ValueError, match=r"got scores of shape \(3, 2\) for 3 pairs"):
-        CrossEncoderTeacher("wide").rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(CrossEncoderTeacher("wide"))
 
 
 def test_bi_encoder_teacher(sentence_transformers):
-    ranked = BiEncoderTeacher("local", normalise=False).rank(QUERIES, CANDIDATES, STORE, QRELS)
+    ranked = rank(BiEncoderTeacher("local", normalise=False))
     assert ranked["q1"] == scored(("a", 2.0), ("b", 0.0), ("c", 0.0))
     assert ranked["q2"][0] == ScoredPassage("c", 2.0)
     prefixed = BiEncoderTeacher("local", query_prefix="passage: ", passage_prefix="passage: ")
-    found = prefixed.rank(QUERIES, CANDIDATES, STORE, QRELS)["q1"]
+    found = rank(prefixed)["q1"]
     assert found[0].score == pytest.approx(1.0)
     assert found[1].score == pytest.approx(1 / 3**0.5)
-    assert BiEncoderTeacher("local").rank({}, {}, STORE, {}) == {}
+    assert rank(BiEncoderTeacher("local"), {}, {}, {}) == {}
 
 
 @pytest.mark.parametrize("kind", [CrossEncoderTeacher, BiEncoderTeacher])
@@ -256,7 +278,7 @@ def test_encoders_without_their_extra(kind, monkeypatch):
         ImportError,
         match=rf"^{kind.__name__}\.model needs the extra 'dgr_jax\[encoders\]': pip install",
     ):
-        kind().rank(QUERIES, CANDIDATES, STORE, QRELS)
+        rank(kind())
 
 
 # Judged passages first.
@@ -305,7 +327,10 @@ def test_report_measures_the_teachers_own_order():
     }
     candidates = {"q1": ["a", "b", "c"], "q2": ["c"], "q3": ["a"], "q4": ["b"]}
     positives = {"q1": {"a": 1}, "q2": {"c": 1}, "q3": {"d": 1}, "q4": {}}
-    assert teacher.report(ranked, candidates, positives) == {
+    coverage = Coverage()
+    for qid, listed in ranked.items():
+        coverage.add(listed, candidates[qid], positives[qid])
+    assert coverage.report() == {
         "queries": 4,
         "queries_scored": 3,
         "queries_with_positive": 3,
@@ -316,7 +341,7 @@ def test_report_measures_the_teachers_own_order():
         "Success@1": 1 / 3,
         "RR@10": (1 / 2 + 1) / 3,
     }
-    assert teacher.report({}, {}, {})["RR@10"] == 0.0
+    assert set(Coverage().report().values()) == {0}
 
 
 # Rank lists.
@@ -325,11 +350,11 @@ def test_report_measures_the_teachers_own_order():
 def select(recipe, ranked, qrels, candidates=None, qids=None, **settings):
     qids = list(ranked) if qids is None else qids
     return recipe.select(
-        ranked, qids=qids, store=STORE, qrels=qrels, candidates=candidates or {}, **settings
+        ranked.items(), qids=qids, store=STORE, qrels=qrels, candidates=candidates or {}, **settings
     )
 
 
-def test_top_m_is_the_list_as_it_is_with_the_positive_ensured(caplog):
+def test_top_m_is_the_list_as_it_is_with_the_positive_ensured():
     ranked = {
         "q1": scored(("d", 4.0), ("a", 3.0), ("b", 2.0), ("c", 1.0)),
         "q2": scored(("d", 4.0), ("a", 3.0), ("b", 2.0), ("c", 1.0)),
@@ -339,8 +364,7 @@ def test_top_m_is_the_list_as_it_is_with_the_positive_ensured(caplog):
         "q6": scored(("a", 1.0)),
     }
     qrels = {"q1": {"a": 1}, "q2": {"a": 1, "c": 2}, "q3": {"b": 1}, "q5": {"a": 1}, "q6": {"a": 1}}
-    with caplog.at_level(logging.WARNING):
-        lists = select(TopM(size=3), ranked, qrels)
+    lists = select(TopM(size=3), ranked, qrels)
     assert lists.passages.tolist() == [[3, 0, 1], [3, 0, 2], [1, 0, -1]]
     assert lists.teacher_scores.tolist() == [[4, 3, 2], [4, 3, 1], [2, 1, 0]]
     assert lists.positives.tolist() == [1, 2, 0]
@@ -357,13 +381,17 @@ def test_top_m_is_the_list_as_it_is_with_the_positive_ensured(caplog):
         "positive_not_scored": 1,
         "too_few_negatives": 1,
     }
-    assert "queries left out of the rank lists" in caplog.text
 
 
 def test_query_rows_follow_the_given_qids_and_nothing_gives_empty_arrays():
     ranked = {"q1": scored(("a", 2.0), ("b", 1.0))}
     lists = select(TopM(), ranked, {"q1": {"a": 1}}, qids=["q0", "q1"])
     assert lists.query_rows.tolist() == [1]
+    both = {"q1": ranked["q1"], "q0": scored(("c", 2.0), ("d", 1.0))}
+    lists = select(TopM(size=2), both, {"q1": {"a": 1}, "q0": {"d": 1}}, qids=["q0", "q1"])
+    assert lists.query_rows.tolist() == [0, 1]
+    assert lists.passages.tolist() == [[2, 3], [0, 1]]
+    assert lists.positives.tolist() == [1, 0]
     empty = select(TopM(), {}, {}, qids=["q0"])
     assert empty.passages.shape == empty.teacher_scores.shape == (0, 5)
     assert len(empty.positive_passages) == 0
@@ -393,7 +421,7 @@ def test_two_lists_share_the_negatives_of_the_student(seed):
     ranked, student, qrels = two_lists_case(seed)
     recipe = TwoLists(negatives=4, depth=20)
     lists = recipe.select(
-        ranked, qids=["q"], store=BIG, qrels=qrels, candidates={"q": student}, seed=seed
+        ranked.items(), qids=["q"], store=BIG, qrels=qrels, candidates={"q": student}, seed=seed
     )
     assert lists.passages.shape == (2, 5)
     place = {p.pid: i for i, p in enumerate(ranked["q"])}
@@ -421,7 +449,7 @@ def test_two_lists_depend_on_seed_and_query_alone():
 
     def draw(run, seed):
         lists = recipe.select(
-            run,
+            run.items(),
             qids=list(run),
             store=BIG,
             qrels={qid: qrels["q"] for qid in run},
@@ -464,6 +492,6 @@ def test_two_lists_of_one_positive_are_equal_and_too_few_negatives_are_counted()
 
 def test_bad_recipes_are_named():
     with pytest.raises(ValueError, match=r"TopM\.size = 1, expected 2 or more"):
-        select(TopM(size=1), {}, {})
+        TopM(size=1)
     with pytest.raises(ValueError, match=r"TwoLists\.negatives = 4 and TwoLists\.depth = 3"):
-        select(TwoLists(negatives=4, depth=3), {}, {})
+        TwoLists(negatives=4, depth=3)

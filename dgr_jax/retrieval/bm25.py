@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +16,6 @@ from dgr_jax.corpora.types import ScoredPassage
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
 
-_FORMAT = "dgr_jax bm25 index"
-_VERSION = 1
-_HEADER = "bm25.json"
 _WORD = re.compile(r"\b\w\w+\b")
 
 
@@ -32,7 +25,7 @@ class Bm25:
 
     k1: how soon more occurrences of a word stop counting. b: how much long passages are marked
     down. stop_words: a list of bm25s ("english", ...) or "" for none. stemmer: a language of
-    PyStemmer ("english", ...), which must then be installed; "" for none.
+    PyStemmer ("english", ...; extra `stemmer`); "" for none.
     """
 
     k1: float = 0.9
@@ -63,7 +56,6 @@ class Bm25Index:
     def __init__(
         self, settings: Bm25, model: Any, vocabulary: dict[str, int], pids: list[str]
     ) -> None:
-        self._settings = settings
         self._model = model
         self._vocabulary = vocabulary
         self._pids = pids
@@ -84,9 +76,10 @@ class Bm25Index:
         """
         if k < 1:
             raise ValueError(f"Bm25 search: got k = {k}, expected 1 or more")
-        return {qid: self._best(self.scores(text), k) for qid, text in queries.items()}
+        return {qid: self.best(self.scores(text), k) for qid, text in queries.items()}
 
-    def _best(self, scores: np.ndarray, k: int) -> list[ScoredPassage]:
+    def best(self, scores: np.ndarray, k: int) -> list[ScoredPassage]:
+        """The k best passages of `scores` (f32 [P]) above 0, best first, ties by pid."""
         threshold = 0.0
         if k < len(scores):
             threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
@@ -94,47 +87,6 @@ class Bm25Index:
         found = np.flatnonzero((scores >= threshold) & (scores > 0))
         listed = [ScoredPassage(self._pids[i], float(scores[i])) for i in found]
         return sorted(listed, key=lambda passage: (-passage.score, passage.pid))[:k]
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the index; the passages themselves stay in their store."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _HEADER).unlink(missing_ok=True)
-        if self._model is not None:
-            self._model.save(folder)
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "settings": asdict(self._settings),
-            "passages": len(self._pids),
-            "pids": _digest(self._pids),
-            "words": len(self._vocabulary),
-        }
-        (folder / _HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], store: PassageStore) -> Bm25Index:
-        """Opens a saved index of this store; its arrays are memory mapped.
-
-        Raises FileNotFoundError when there is none, ValueError when it is not whole or was made
-        from other passages.
-        """
-        folder = Path(folder)
-        header = _read_header(folder / _HEADER)
-        pids = store.pids
-        if header["passages"] != len(pids) or header["pids"] != _digest(pids):
-            raise ValueError(
-                f"{folder}: got an index of {header['passages']} passages that are not the "
-                f"{len(pids)} of this corpus; make the index again"
-            )
-        settings = Bm25(**header["settings"])
-        if not header["words"]:
-            return cls(settings, None, {}, pids)
-        try:
-            model = _bm25s().BM25.load(folder, mmap=True)
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise ValueError(f"{folder}: not whole ({error}); make the index again") from None
-        return cls(settings, model, model.vocab_dict, pids)
 
 
 def _bm25s() -> ModuleType:
@@ -168,30 +120,12 @@ def _stemmer(language: str) -> Callable[[list[str]], list[str]] | None:
     try:
         import Stemmer
     except ImportError:
-        raise ImportError("Bm25.stemmer needs PyStemmer: pip install PyStemmer") from None
+        raise ImportError(
+            "Bm25.stemmer needs the extra 'dgr_jax[stemmer]': pip install 'dgr_jax[stemmer]'"
+        ) from None
     try:
         return Stemmer.Stemmer(language).stemWords
     except KeyError:
         raise ValueError(
             f"Bm25.stemmer = {language!r}, expected one of {sorted(Stemmer.algorithms())}"
         ) from None
-
-
-def _digest(pids: list[str]) -> str:
-    digest = hashlib.sha256()
-    for pid in pids:
-        digest.update(pid.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path.parent}: no BM25 index here ({path.name} is missing)")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a BM25 index header: {error}") from None
-    made_by = (header.get("format"), header.get("version")) if isinstance(header, dict) else None
-    if made_by != (_FORMAT, _VERSION):
-        raise ValueError(f"{path}: expected {_FORMAT!r} version {_VERSION}; make the index again")
-    return header

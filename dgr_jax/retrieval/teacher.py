@@ -1,9 +1,9 @@
 """Teachers order candidates; recipes cut rank lists from their order.
 
 A teacher gets queries and, for each, candidate passages (what the student retrieved). The judged
-passages are always scored with them. It returns `qid -> [ScoredPassage]`, best first; a passage
-that the teacher cannot score stays out of the list, for a made-up score would teach a made-up
-order. A recipe then makes the arrays that distillation reads.
+passages are always scored with them. It yields (qid, passages best first); a passage that the
+teacher cannot score stays out of the list, for a made-up score would teach a made-up order. A
+recipe then makes the arrays that distillation reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import itertools
 import logging
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 _BLOCK = 256  # queries that a neural teacher scores together
 
-Ranked = dict[str, list[ScoredPassage]]
+Ranked = Iterable[tuple[str, Sequence[ScoredPassage]]]
 Queries = Mapping[str, str]
 Candidates = Mapping[str, Sequence[str]]
 Qrels = Mapping[str, Mapping[str, int]]
@@ -55,45 +56,74 @@ class Teacher(ABC):
         qrels: Qrels,
         *,
         min_relevance: int = 1,
-    ) -> Ranked:
-        """The teacher's lists, in the order of `queries`; logs the report."""
-        ranked, report = self.rank_and_report(
-            queries, candidates, store, qrels, min_relevance=min_relevance
-        )
-        _log.info("%s: %s", type(self).__name__, report)
-        return ranked
+        coverage: Mapping[str, Coverage] | None = None,
+    ) -> Iterator[tuple[str, list[ScoredPassage]]]:
+        """(qid, the teacher's list) of every query once, as the teacher comes to them.
 
-    def rank_and_report(
-        self,
-        queries: Queries,
-        candidates: Candidates,
-        store: PassageStore,
-        qrels: Qrels,
-        *,
-        min_relevance: int = 1,
-    ) -> tuple[Ranked, dict[str, float]]:
-        """`rank`, and how far the teacher covers the candidates and agrees with the qrels.
+        Few lists are in memory at a time, whatever the number of queries. Queries without
+        candidates and positives, and those the teacher knows nothing of, get an empty list.
 
-        The report is that of `report`, on the teacher's own order: before judged passages are
-        moved to the front. Queries without candidates and positives get an empty list.
+        coverage: the one of a query is told of the teacher's own order, before judged passages are
+          moved to the front.
         """
-        positives = {qid: _positives(qrels.get(qid, {}), store, min_relevance) for qid in queries}
-        pools = {
-            qid: list(dict.fromkeys(itertools.chain(candidates.get(qid, ()), positives[qid])))
-            for qid in queries
-        }
-        own: Ranked = {qid: [] for qid in queries}
-        own.update(self._order(queries, pools, store))
-        summary = report(own, candidates, positives)
-        if not self.judged_first:
-            return own, summary
-        return {qid: judged_first(own[qid], positives[qid]) for qid in queries}, summary
+        pools = _Pools(queries, candidates, store, qrels, min_relevance)
+        left = dict.fromkeys(queries)
+        for qid, listed in self._order(queries, pools, store):
+            del left[qid]
+            yield qid, self._finished(qid, listed, candidates, pools, coverage)
+        for qid in left:
+            yield qid, self._finished(qid, [], candidates, pools, coverage)
+
+    def _finished(
+        self,
+        qid: str,
+        own: list[ScoredPassage],
+        candidates: Candidates,
+        pools: _Pools,
+        coverage: Mapping[str, Coverage] | None,
+    ) -> list[ScoredPassage]:
+        positives = pools.positives(qid)
+        if coverage is not None and qid in coverage:
+            coverage[qid].add(own, candidates.get(qid, ()), positives)
+        return judged_first(own, positives) if self.judged_first else own
 
     @abstractmethod
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterable[tuple[str, list[ScoredPassage]]]:
         """(qid, passages of its pool that the teacher can score, best first)."""
+
+
+class _Pools(Mapping[str, list[str]]):
+    """qid -> what the teacher is to score: candidates, then positives; made when asked for."""
+
+    def __init__(
+        self,
+        queries: Queries,
+        candidates: Candidates,
+        store: PassageStore,
+        qrels: Qrels,
+        min_relevance: int,
+    ) -> None:
+        self._queries, self._candidates, self._store = queries, candidates, store
+        self._qrels, self._least = qrels, min_relevance
+
+    def __getitem__(self, qid: str) -> list[str]:
+        return list(dict.fromkeys([*self._candidates.get(qid, ()), *self.positives(qid)]))
+
+    def __contains__(self, qid: object) -> bool:
+        return qid in self._queries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._queries)
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def positives(self, qid: str) -> dict[str, int]:
+        """pid -> grade of the query's positives that are in the corpus."""
+        grades = self._qrels.get(qid, {})
+        return {p: g for p, g in grades.items() if g >= self._least and p in self._store}
 
 
 @dataclass(frozen=True)
@@ -109,12 +139,14 @@ class RunTeacher(Teacher):
     path: str
     pool: str = "candidates"
 
+    def __post_init__(self) -> None:
+        if self.pool not in ("candidates", "run"):
+            raise ValueError(f"RunTeacher.pool = {self.pool!r}, expected 'candidates' or 'run'")
+
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
-        if self.pool not in ("candidates", "run"):
-            raise ValueError(f"RunTeacher.pool = {self.pool!r}, expected 'candidates' or 'run'")
-        found = unknown = 0
+        found = places = unknown = 0
         for rank_list in _read_run(self.path):
             if rank_list.qid not in pools:
                 continue
@@ -124,11 +156,15 @@ class RunTeacher(Teacher):
                 wanted = set(pools[rank_list.qid])
                 yield rank_list.qid, [p for p in listed if p.pid in wanted]
                 continue
-            known = [p for p in listed if _is_known(store, p.pid)]
+            known = [p for p in listed if p.pid in store]
+            places += len(listed)
             unknown += len(listed) - len(known)
             yield rank_list.qid, known
         if unknown:
-            _log.warning("%s: left out %d passages not in the corpus", self.path, unknown)
+            _log.warning(
+                "%s: left out %s of %s places of the run: their passages are not in the corpus",
+                self.path, f"{unknown:,}", f"{places:,}",
+            )  # fmt: skip
         if not found:
             raise ValueError(
                 f"RunTeacher.path = {self.path!r}: none of the {len(pools)} queries is in this run"
@@ -137,18 +173,27 @@ class RunTeacher(Teacher):
 
 @dataclass(frozen=True)
 class Bm25Teacher(Teacher):
-    """BM25 over the whole corpus; by default with the judged passages first."""
+    """BM25 over the whole corpus; by default with the judged passages first.
+
+    own: so many of BM25's best passages join the student's candidates: what the student does not
+    find, it can be taught to find.
+    """
 
     bm25: Bm25 = field(default_factory=Bm25)
+    own: int = 0
     judged_first: bool = field(default=True, kw_only=True)
 
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
+        if self.own < 0:
+            raise ValueError(f"Bm25Teacher.own = {self.own}, expected 0 or more")
         index = self.bm25.fit(store)
         for qid, pids in pools.items():
-            rows = [store.index_of(pid) for pid in pids]
-            yield qid, best_first(pids, index.scores(queries[qid])[rows])
+            scores = index.scores(queries[qid])
+            own = index.best(scores, self.own) if self.own else []
+            pids = list(dict.fromkeys([*pids, *(passage.pid for passage in own)]))
+            yield qid, best_first(pids, scores[[store.index_of(pid) for pid in pids]])
 
 
 @dataclass(frozen=True)
@@ -169,8 +214,8 @@ class CrossEncoderTeacher(Teacher):
         for block in _blocks(pools):
             pairs = [
                 (queries[qid], store[store.index_of(pid)].contents)
-                for qid in block
-                for pid in pools[qid]
+                for qid, pids in block.items()
+                for pid in pids
             ]
             if not pairs:
                 continue
@@ -183,9 +228,9 @@ class CrossEncoderTeacher(Teacher):
                     f"{scores.shape} for {len(pairs)} pairs, expected one number a pair"
                 )
             first = 0
-            for qid in block:
-                last = first + len(pools[qid])
-                yield qid, best_first(pools[qid], scores[first:last])
+            for qid, pids in block.items():
+                last = first + len(pids)
+                yield qid, best_first(pids, scores[first:last])
                 first = last
 
     def _load(self) -> Any:
@@ -224,15 +269,16 @@ class BiEncoderTeacher(Teacher):
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         encoder = load_sentence_transformer(self.model, "BiEncoderTeacher.model")
-        rows = {pid: row for row, pid in enumerate(dict.fromkeys(itertools.chain(*pools.values())))}
+        distinct = dict.fromkeys(itertools.chain.from_iterable(pools.values()))
+        rows = {pid: row for row, pid in enumerate(distinct)}
         texts = (self.passage_prefix + store[store.index_of(pid)].contents for pid in rows)
         parts = [self._encode(encoder, part) for part in _batched(texts, 4096)]
         passages = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
         for block in _blocks(pools):
             vectors = self._encode(encoder, [self.query_prefix + queries[qid] for qid in block])
-            for qid, vector in zip(block, vectors, strict=True):
-                listed = [rows[pid] for pid in pools[qid]]
-                yield qid, best_first(pools[qid], passages[listed] @ vector)
+            for (qid, pids), vector in zip(block.items(), vectors, strict=True):
+                listed = [rows[pid] for pid in pids]
+                yield qid, best_first(pids, passages[listed] @ vector)
 
     def _encode(self, encoder: Any, texts: list[str]) -> np.ndarray:
         vectors = encoder.encode(
@@ -329,45 +375,56 @@ def judged_first(
     return lifted[::-1] + others
 
 
-def report(
-    ranked: Ranked, candidates: Candidates, positives: Mapping[str, Mapping[str, int]]
-) -> dict[str, float]:
-    """Coverage of a teacher's lists and their agreement with the qrels.
+@dataclass
+class Coverage:
+    """Counts how much of the candidates a teacher scores, and how far it agrees with the qrels."""
 
-    Counts: queries, those with a scored passage, those with a positive. Shares: of candidates that
-    the teacher scored; of queries with a positive, those whose candidates hold one
-    (`positive_in_candidates`) and whose list does (`positive_scored`). Success@1 and RR@10 are the
-    teacher's own, over the queries with a positive; a list without one counts 0.
-    """
-    scored = total = in_candidates = in_list = 0
-    success = reciprocal = 0.0
-    for qid, listed in ranked.items():
-        pids = {passage.pid for passage in listed}
-        wanted = candidates.get(qid, ())
-        total += len(wanted)
-        scored += sum(pid in pids for pid in wanted)
-        relevant = positives.get(qid, {})
-        if not relevant:
-            continue
-        in_candidates += any(pid in relevant for pid in wanted)
-        ranks = [rank for rank, p in enumerate(listed, start=1) if p.pid in relevant]
-        if ranks:
-            in_list += 1
-            success += ranks[0] == 1
-            reciprocal += 1.0 / ranks[0] if ranks[0] <= 10 else 0.0
-    judged = sum(bool(positives.get(qid)) for qid in ranked)
-    share = lambda part, whole: part / whole if whole else 0.0
-    return {
-        "queries": len(ranked),
-        "queries_scored": sum(bool(listed) for listed in ranked.values()),
-        "queries_with_positive": judged,
-        "candidates": total,
-        "candidates_scored": share(scored, total),
-        "positive_in_candidates": share(in_candidates, judged),
-        "positive_scored": share(in_list, judged),
-        "Success@1": share(success, judged),
-        "RR@10": share(reciprocal, judged),
-    }
+    queries: int = 0
+    queries_scored: int = 0
+    queries_with_positive: int = 0
+    candidates: int = 0
+    candidates_scored: int = 0
+    positive_in_candidates: int = 0
+    positive_scored: int = 0
+    first_is_positive: int = 0
+    reciprocal_ranks: float = 0.0
+
+    def add(
+        self, own: Sequence[ScoredPassage], candidates: Sequence[str], positives: Container[str]
+    ) -> None:
+        """Counts a query: the teacher's own list, the student's candidates, the positives."""
+        scored = {passage.pid for passage in own}
+        self.queries += 1
+        self.queries_scored += bool(own)
+        self.candidates += len(candidates)
+        self.candidates_scored += sum(pid in scored for pid in candidates)
+        if not positives:
+            return
+        self.queries_with_positive += 1
+        self.positive_in_candidates += any(pid in positives for pid in candidates)
+        rank = next((n for n, p in enumerate(own, start=1) if p.pid in positives), None)
+        if rank:
+            self.positive_scored += 1
+            self.first_is_positive += rank == 1
+            self.reciprocal_ranks += 1.0 / rank if rank <= 10 else 0.0
+
+    def report(self) -> dict[str, float]:
+        """Counts: queries, those with a scored passage, those with a positive. Shares: of
+        candidates that the teacher scored; of queries with a positive, those whose candidates hold
+        one (`positive_in_candidates`) and whose list does (`positive_scored`). Success@1 and RR@10
+        are the teacher's own, over the queries with a positive; a list without one counts 0."""
+        judged = self.queries_with_positive or 1
+        return {
+            "queries": self.queries,
+            "queries_scored": self.queries_scored,
+            "queries_with_positive": self.queries_with_positive,
+            "candidates": self.candidates,
+            "candidates_scored": self.candidates_scored / (self.candidates or 1),
+            "positive_in_candidates": self.positive_in_candidates / judged,
+            "positive_scored": self.positive_scored / judged,
+            "Success@1": self.first_is_positive / judged,
+            "RR@10": self.reciprocal_ranks / judged,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,6 +458,10 @@ class TopM:
 
     size: int = 5
 
+    def __post_init__(self) -> None:
+        if self.size < 2:
+            raise ValueError(f"TopM.size = {self.size}, expected 2 or more")
+
     def select(
         self,
         ranked: Ranked,
@@ -412,24 +473,24 @@ class TopM:
         seed: int = 0,
         min_relevance: int = 1,
     ) -> RankLists:
-        """One list for each of `qids` where possible; nothing is drawn."""
+        """One list a query where possible, in the order of `qids`; nothing is drawn.
+
+        ranked: (qid, its list) of every query, in any order.
+        """
         del candidates, seed
-        if self.size < 2:
-            raise ValueError(f"TopM.size = {self.size}, expected 2 or more")
-        made = _Builder(self.size, store)
-        for row, qid in enumerate(qids):
-            listed = ranked.get(qid, [])
+        made = _Builder(self.size, store, qids)
+        for qid, listed in ranked:
             best = made.best_positive(listed, qrels.get(qid, {}), min_relevance)
             if best is None:
                 continue
             if len(listed) < 2:
                 made.count("too_few_negatives")
                 continue
-            top = listed[: self.size]
+            top = list(listed[: self.size])
             if best not in top:
                 top[-1] = best
-            made.add(row, top, best)
-        return made.arrays(len(qids))
+            made.add(qid, top, best)
+        return made.arrays()
 
 
 @dataclass(frozen=True)
@@ -445,6 +506,13 @@ class TwoLists:
     negatives: int = 4
     depth: int = 200
 
+    def __post_init__(self) -> None:
+        if self.negatives < 1 or self.depth < self.negatives:
+            raise ValueError(
+                f"TwoLists.negatives = {self.negatives} and TwoLists.depth = {self.depth}, "
+                "expected 1 or more negatives and a depth of at least as many"
+            )
+
     def select(
         self,
         ranked: Ranked,
@@ -456,18 +524,14 @@ class TwoLists:
         seed: int = 0,
         min_relevance: int = 1,
     ) -> RankLists:
-        """Two lists for each of `qids` where possible; candidates are the student's, best first.
+        """Two lists a query where possible, in the order of `qids`.
 
+        ranked: (qid, its list) of every query, in any order. candidates: the student's, best first.
         Draws depend on the seed and the qid alone, so a query gets the same lists in any company.
         """
-        if self.negatives < 1 or self.depth < self.negatives:
-            raise ValueError(
-                f"TwoLists.negatives = {self.negatives} and TwoLists.depth = {self.depth}, "
-                "expected 1 or more negatives and a depth of at least as many"
-            )
-        made = _Builder(self.negatives + 1, store)
-        for row, qid in enumerate(qids):
-            listed, grades = ranked.get(qid, []), qrels.get(qid, {})
+        made = _Builder(self.negatives + 1, store, qids)
+        for qid, listed in ranked:
+            grades = qrels.get(qid, {})
             best = made.best_positive(listed, grades, min_relevance)
             if best is None:
                 continue
@@ -486,20 +550,19 @@ class TwoLists:
             others = [i for i, p in enumerate(listed) if grades.get(p.pid, 0) >= min_relevance]
             for positive in (place[best.pid], int(rng.choice(others))):
                 chosen = [listed[i] for i in sorted([positive, *negatives])]
-                made.add(row, chosen, listed[positive])
-        return made.arrays(len(qids))
+                made.add(qid, chosen, listed[positive])
+        return made.arrays()
 
 
 class _Builder:
     """Collects rank lists of one width, and counts what is left out."""
 
-    def __init__(self, width: int, store: PassageStore) -> None:
+    def __init__(self, width: int, store: PassageStore, qids: Sequence[str]) -> None:
         self._width = width
         self._store = store
-        self._rows: list[int] = []
-        self._passages: list[list[int]] = []
-        self._scores: list[list[float]] = []
-        self._positives: list[int] = []
+        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self._rows, self._positives, self._passages = array("i"), array("i"), array("i")
+        self._scores = array("f")
         self._left_out = {"without_positive": 0, "positive_not_scored": 0, "too_few_negatives": 0}
 
     def best_positive(
@@ -516,37 +579,23 @@ class _Builder:
     def count(self, reason: str) -> None:
         self._left_out[reason] += 1
 
-    def add(self, row: int, listed: Sequence[ScoredPassage], positive: ScoredPassage) -> None:
+    def add(self, qid: str, listed: Sequence[ScoredPassage], positive: ScoredPassage) -> None:
         free = self._width - len(listed)
-        self._rows.append(row)
-        self._passages.append([self._store.index_of(p.pid) for p in listed] + [-1] * free)
-        self._scores.append([p.score for p in listed] + [0.0] * free)
+        self._rows.append(self._row_of[qid])
         self._positives.append(listed.index(positive))
+        self._passages.extend([*(self._store.index_of(p.pid) for p in listed), *[-1] * free])
+        self._scores.extend([*(p.score for p in listed), *[0.0] * free])
 
-    def arrays(self, num_queries: int) -> RankLists:
-        summary = {"queries": num_queries, "lists": len(self._rows), **self._left_out}
-        if any(self._left_out.values()):
-            _log.warning("queries left out of the rank lists: %s", self._left_out)
+    def arrays(self) -> RankLists:
+        rows = np.array(self._rows, np.int32)
+        order = np.argsort(rows, kind="stable")
         return RankLists(
-            query_rows=np.array(self._rows, np.int32),
-            passages=np.array(self._passages, np.int32).reshape(-1, self._width),
-            teacher_scores=np.array(self._scores, np.float32).reshape(-1, self._width),
-            positives=np.array(self._positives, np.int32),
-            report=summary,
+            query_rows=rows[order],
+            passages=np.array(self._passages, np.int32).reshape(-1, self._width)[order],
+            teacher_scores=np.array(self._scores, np.float32).reshape(-1, self._width)[order],
+            positives=np.array(self._positives, np.int32)[order],
+            report={"queries": len(self._row_of), "lists": len(rows), **self._left_out},
         )
-
-
-def _positives(grades: Mapping[str, int], store: PassageStore, least: int) -> dict[str, int]:
-    """pid -> grade of the positives that are in the corpus."""
-    return {pid: grade for pid, grade in grades.items() if grade >= least and _is_known(store, pid)}
-
-
-def _is_known(store: PassageStore, pid: str) -> bool:
-    try:
-        store.index_of(pid)
-    except KeyError:
-        return False
-    return True
 
 
 def _read_run(path: str) -> Iterator[RankList]:
@@ -564,8 +613,9 @@ def _first_column(path: str) -> dict[str, None]:
     return dict.fromkeys(value for value in values if value not in ("query-id", "qid"))
 
 
-def _blocks(pools: Mapping[str, Any]) -> Iterator[list[str]]:
-    return _batched(pools, _BLOCK)
+def _blocks(pools: Mapping[str, list[str]]) -> Iterator[dict[str, list[str]]]:
+    """The pools of `_BLOCK` queries at a time."""
+    return map(dict, _batched(pools.items(), _BLOCK))
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

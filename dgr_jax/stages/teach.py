@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dgr_jax.data import rank_lists
 from dgr_jax.experiment import Experiment
+from dgr_jax.retrieval.teacher import Coverage, RankLists
+from dgr_jax.stages.candidates import training_queries
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import arrays
 
@@ -19,16 +22,28 @@ _BLOCK = 2048
 
 
 def teach(experiment: Experiment, folder: Path) -> None:
-    """Writes rank_lists.npz (qids' rows, passages, scores, positives), their token arrays in
-    rank_lists/, and report.json: the teacher's coverage and agreement, and what was left out."""
+    """Writes rank_lists.npz, their token arrays in rank_lists/, and report.json: the teacher's
+    coverage and agreement, and what was left out.
+
+    Of each list rank_lists.npz holds its query (qids, and 200 characters of texts), passage indices
+    int32 [n, L] (passages, -1: free place) with teacher_scores f32 [n, L], and the passage of the
+    generation target int32 [n] (positives). The teacher's lists are cut one after another and never
+    held together.
+    """
     settings, least = experiment.teach, experiment.prepare.min_relevance
     made = Prepared.load(experiment.model_dir)
-    qids, candidates = _candidates(experiment, made)
-    judged = made.qrels(experiment.prepare.train_split)
-    queries = made.queries(experiment.prepare.train_split)
-    texts = {qid: queries[qid].text for qid in qids}
-    ranked, coverage = settings.teacher.rank_and_report(
-        texts, candidates, made.store, judged, min_relevance=least
+    candidates = _Candidates.load(experiment, made)
+    asked = training_queries(experiment, made)
+    texts, judged = asked.texts, asked.qrels
+    qids = list(texts)
+    coverage = {source: Coverage() for source in dict.fromkeys(asked.sources.values())}
+    ranked = settings.teacher.rank(
+        texts,
+        candidates,
+        made.store,
+        judged,
+        min_relevance=least,
+        coverage={qid: coverage[source] for qid, source in asked.sources.items()},
     )
     lists = settings.lists.select(
         ranked,
@@ -44,62 +59,77 @@ def teach(experiment: Experiment, folder: Path) -> None:
             f"no rank list could be made of {len(qids)} queries: {lists.report}; look at "
             "Teach.teacher and Teach.lists"
         )
-    chosen = [texts[qids[row]] for row in lists.query_rows]
     np.savez(
         folder / "rank_lists.npz",
-        texts=np.array(chosen),
+        qids=np.array([qids[row] for row in lists.query_rows]),
+        texts=np.array([texts[qids[row]][:200] for row in lists.query_rows]),
         passages=lists.passages,
         teacher_scores=lists.teacher_scores,
         positives=lists.positive_passages,
     )
-    arrays.write_arrays(folder / "rank_lists", _features(experiment, folder, made))
-    report = {"teacher": coverage, "lists": lists.report}
+    features = _features(lists, list(texts.values()), made, experiment.prepare.query_length)
+    arrays.write_arrays(folder / "rank_lists", features)
+    teacher = {source: found.report() for source, found in coverage.items()}
+    report = {"teacher": teacher, "lists": lists.report}
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for line in _readable(coverage, lists.report):
+    for line in _readable(teacher, lists.report):
         logger.info("teach: %s", line)
 
 
-def _candidates(experiment: Experiment, made: Prepared) -> tuple[list[str], dict[str, list[str]]]:
-    """qids in order, and the pids that the student found for each, best first."""
-    folder = Path(experiment.model_dir) / "candidates"
-    qids = json.loads((folder / "qids.json").read_text(encoding="utf-8"))
-    found = np.load(folder / "candidates.npz")["passages"]
-    pids = made.store.pids
-    return qids, {
-        qid: [pids[i] for i in row if i >= 0] for qid, row in zip(qids, found, strict=True)
-    }
+class _Candidates(Mapping[str, list[str]]):
+    """qid -> the pids that the student found, best first; made from the arrays when asked for."""
+
+    def __init__(self, qids: Sequence[str], passages: np.ndarray, pids: Sequence[str]) -> None:
+        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self._passages, self._pids = passages, pids
+
+    @classmethod
+    def load(cls, experiment: Experiment, made: Prepared) -> _Candidates:
+        folder = Path(experiment.model_dir) / "candidates"
+        qids = json.loads((folder / "qids.json").read_text(encoding="utf-8"))
+        with np.load(folder / "candidates.npz") as found:
+            return cls(qids, found["passages"], made.store.pids)
+
+    def __getitem__(self, qid: str) -> list[str]:
+        return [self._pids[i] for i in self._passages[self._row_of[qid]] if i >= 0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row_of)
+
+    def __len__(self) -> int:
+        return len(self._row_of)
 
 
-def load_rank_lists(folder: Path) -> dict[str, np.ndarray]:
-    """Arguments of `data.rank_lists.examples` and `.features` that the teach stage left."""
-    with np.load(folder / "rank_lists.npz") as stored:
-        return {name: stored[name] for name in stored.files}
-
-
-def _features(experiment: Experiment, folder: Path, made: Prepared):
+def _features(
+    lists: RankLists, texts: Sequence[str], made: Prepared, query_length: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Model features of all rank lists in blocks."""
-    lists = load_rank_lists(folder)
-    for start in range(0, len(lists["passages"]), _BLOCK):
-        block = {name: values[start : start + _BLOCK] for name, values in lists.items()}
+    for start in range(0, len(lists.passages), _BLOCK):
+        block = slice(start, start + _BLOCK)
         yield rank_lists.features(
-            **block | {"texts": block["texts"].tolist()},
+            [texts[row] for row in lists.query_rows[block]],
+            lists.passages[block],
+            lists.teacher_scores[block],
+            lists.positive_passages[block],
             table=made.table,
             vocabulary=made.vocabulary,
-            query_length=experiment.prepare.query_length,
+            query_length=query_length,
         )
 
 
-def _readable(coverage: dict[str, float], lists: dict[str, int]) -> list[str]:
+def _readable(teacher: dict[str, dict[str, float]], lists: dict[str, int]) -> Iterator[str]:
+    for source, found in teacher.items():
+        yield (
+            f"{source}: {found['candidates_scored']:.1%} of {found['candidates']:,} candidates "
+            f"scored; a positive is among the candidates of {found['positive_in_candidates']:.1%} "
+            f"of {found['queries']:,} queries, and scored for {found['positive_scored']:.1%}; the "
+            f"teacher alone: Success@1 {found['Success@1']:.3f}, RR@10 {found['RR@10']:.3f}"
+        )
     left_out = ", ".join(
         f"{value:,} {name.replace('_', ' ')}"
         for name, value in lists.items()
         if name not in ("queries", "lists") and value
     )
-    return [
-        f"{coverage['candidates_scored']:.1%} of {coverage['candidates']:,} candidates scored; a "
-        f"positive is among the candidates of {coverage['positive_in_candidates']:.1%} of the "
-        f"queries; the teacher alone: Success@1 {coverage['Success@1']:.3f}, "
-        f"RR@10 {coverage['RR@10']:.3f}",
-        f"{lists['lists']:,} rank lists of {lists['queries']:,} queries"
-        + (f"; left out: {left_out}" if left_out else ""),
-    ]
+    yield f"{lists['lists']:,} rank lists of {lists['queries']:,} queries" + (
+        f"; left out: {left_out}" if left_out else ""
+    )
