@@ -219,8 +219,8 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
         wanted = "a checkpoint" if step is None else f"step {step}, found {sorted(steps)}"
         raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
     path = folder / str(max(steps) if step is None else step) / "params"
+    # The handler reads the item's own metadata; a checkpointer would look for a step's there.
+    found = ocp.StandardCheckpointHandler().metadata(path).tree
+    check_shapes(found, abstract, f"checkpoint {path.parent}")
     with ocp.StandardCheckpointer() as checkpointer:
-        check_shapes(
-            checkpointer.metadata(path).item_metadata.tree, abstract, f"checkpoint {path.parent}"
-        )
         return checkpointer.restore(path, abstract)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import ctypes
 import difflib
 import functools
 import inspect
 import logging
 import os
+import platform
 import re
 import sys
 import tokenize
@@ -50,6 +52,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
     p = argparse.ArgumentParser(
         prog=f"python -m dgr_jax.{command}",
+        allow_abbrev=False,
         description=description,
         epilog="Any binding can be set as --gin.NAME=VALUE, such as --gin.SEED=1 or "
         "--gin.Search.num_beams=40. gin files shipped with the package: "
@@ -118,6 +121,20 @@ def _configure_logging(verbose: bool) -> None:
         logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def reuse_memory() -> None:
+    """Ask glibc, before there are threads, to keep what is freed.
+
+    Otherwise the temporaries of every step on CPU go back to the system and return zeroed, page by
+    page: a fifth of a small student's training time. Without effect on other systems.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+        libc.mallopt(parameter, value)
+
+
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
     try:
@@ -127,7 +144,10 @@ def main(command: Callable[[Sequence[str] | None], None]) -> None:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if logging.getLogger().level <= logging.INFO:
             raise
-        sys.exit(_complain(f"{error}\n(--verbose shows where)"))
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        sys.exit(_complain(f"{message}\n(--verbose shows where)"))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -332,7 +352,10 @@ def _keep(experiment: Experiment) -> None:
             if ("", name, key) not in bound and _is_literal(default):
                 lines[f"{name}.{key} = {default!r}"] = None
     folder = Path(experiment.model_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"MODEL_DIR {folder} cannot be made: {error.strerror}") from error
     partial = folder / "config.gin.partial"
     rule = "# " + "=" * 78
     partial.write_text(

@@ -62,7 +62,11 @@ def evaluate(
     Raises:
       ValueError: unknown measure, no queries, a passage twice in a list, a score that is NaN.
     """
-    values = per_query(run, qrels, measures, min_relevance=min_relevance)
+    return means(per_query(run, qrels, measures, min_relevance=min_relevance))
+
+
+def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{measure: mean over the queries} of what `per_query` gives."""
     return {name: _mean(scores.values()) for name, scores in values.items()}
 
 
@@ -108,11 +112,21 @@ class Comparison:
         )
 
 
-def compare(
-    run_a: Run, run_b: Run, qrels: Qrels, measure: str, *, min_relevance: int = 1
-) -> Comparison:
-    """Run a against run b, with the p-value of `paired_randomization_test` over the queries."""
-    return compare_many([run_a], [run_b], qrels, measure, min_relevance=min_relevance)
+def compare(measure: str, a: Sequence[float], b: Sequence[float]) -> Comparison:
+    """System a against system b: a value of each query, in the same order for both, with the
+    p-value of `paired_randomization_test`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    differences = np.where(np.isclose(a, b, rtol=0, atol=1e-9), 0.0, a - b)
+    return Comparison(
+        measure=measure,
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        difference=float(a.mean() - b.mean()),
+        p_value=paired_randomization_test(differences),
+        wins=int((differences > 0).sum()),
+        losses=int((differences < 0).sum()),
+        ties=int((differences == 0).sum()),
+    )
 
 
 def compare_many(
@@ -140,18 +154,7 @@ def compare_many(
         values = [per_query(run, qrels, (measure,), min_relevance=min_relevance) for run in runs]
         return np.mean([[row[measure][qid] for qid in qrels] for row in values], axis=0)
 
-    a, b = mean_over_seeds(runs_a), mean_over_seeds(runs_b)
-    differences = np.where(np.isclose(a, b, rtol=0, atol=1e-9), 0.0, a - b)
-    return Comparison(
-        measure=measure,
-        mean_a=float(a.mean()),
-        mean_b=float(b.mean()),
-        difference=float(a.mean() - b.mean()),
-        p_value=paired_randomization_test(differences),
-        wins=int((differences > 0).sum()),
-        losses=int((differences < 0).sum()),
-        ties=int((differences == 0).sum()),
-    )
+    return compare(measure, mean_over_seeds(runs_a), mean_over_seeds(runs_b))
 
 
 def paired_randomization_test(
@@ -180,64 +183,6 @@ def paired_randomization_test(
         sums = 2.0 * (signs @ differences) - differences.sum()
         count += int((np.abs(sums) >= reached).sum())
     return (count + 1) / (draws + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How far a teacher's run covers the judgements, and how far it agrees with them.
-
-    queries: queries of the qrels with a relevant passage; covered: those the run ranks.
-    relevant: relevant judgements; retrieved: those whose passage stands in the run.
-    top_relevant: share of covered queries whose first passage is relevant.
-    ordered: share of the pairs (relevant passage, less relevant or unjudged passage) of the run
-      that stand in the right order, equal scores counted half; the mean over queries that have such
-      a pair, NaN if none has.
-    """
-
-    queries: int
-    covered: int
-    relevant: int
-    retrieved: int
-    top_relevant: float
-    ordered: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.covered} of {self.queries} judged queries and {self.retrieved} of "
-            f"{self.relevant} relevant passages are in the run; the first passage is relevant for "
-            f"{self.top_relevant:.1%} of the queries; {self.ordered:.1%} of pairs agree with the "
-            "judgements"
-        )
-
-
-def agreement(run: Run, qrels: Qrels, *, min_relevance: int = 1) -> Agreement:
-    """Coverage of the qrels by a run, and the run's agreement with them; see `Agreement`."""
-    relevant = {
-        qid: {pid for pid, grade in row.items() if grade >= min_relevance}
-        for qid, row in qrels.items()
-    }
-    relevant = {qid: pids for qid, pids in relevant.items() if pids}
-    ranked = {qid: _ranked(qid, run[qid]) for qid in relevant if run.get(qid)}
-    shares = [_ordered_share(ranked[qid], qrels[qid], relevant[qid]) for qid in ranked]
-    return Agreement(
-        queries=len(relevant),
-        covered=len(ranked),
-        relevant=sum(map(len, relevant.values())),
-        retrieved=sum(p.pid in relevant[qid] for qid in ranked for p in ranked[qid]),
-        top_relevant=_mean(ranked[qid][0].pid in relevant[qid] for qid in ranked),
-        ordered=_mean(share for share in shares if share is not None),
-    )
-
-
-def _ordered_share(passages, grades, relevant):
-    scores = np.array([p.score for p in passages])
-    levels = np.array([max(grades.get(p.pid, 0), 0) for p in passages])
-    rows = np.array([p.pid in relevant for p in passages])
-    pairs = levels[rows][:, None] > levels
-    if not pairs.any():
-        return None
-    above, equal = scores[rows][:, None] > scores, scores[rows][:, None] == scores
-    return float((above + 0.5 * equal)[pairs].mean())
 
 
 # Answer strings.
@@ -351,9 +296,9 @@ def measures_table(
     if measures is None:
         measures = list(dict.fromkeys(name for row in results.values() for name in row))
     table = Table(title=title, title_justify="left")
-    table.add_column("system")
+    table.add_column("system", no_wrap=True)
     for name in measures:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     best = {name: max(row.get(name, -math.inf) for row in results.values()) for name in measures}
     for system, row in results.items():
         table.add_row(
@@ -367,25 +312,6 @@ def _cell(value: float | None, best: float, systems: int) -> str:
         return "-"
     cell = f"{value:.3f}"
     return f"[bold]{cell}[/bold]" if systems > 1 and cell == f"{best:.3f}" else cell
-
-
-def comparisons_table(comparisons: Mapping[str, Comparison], *, title: str | None = None) -> Table:
-    """A rich table, one row a comparison: {'distill against generate': Comparison, ...}."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("comparison")
-    for name in ("measure", "a", "b", "difference", "p", "better", "worse", "equal"):
-        table.add_column(name, justify="left" if name == "measure" else "right")
-    for label, c in comparisons.items():
-        values = (c.measure, f"{c.mean_a:.3f}", f"{c.mean_b:.3f}", f"{c.difference:+.3f}")
-        table.add_row(
-            label,
-            *values,
-            _p_value(c.p_value).removeprefix("= "),
-            *map(str, (c.wins, c.losses, c.ties)),
-        )
-    return table
 
 
 def _p_value(p: float) -> str:

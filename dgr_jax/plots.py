@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-UNITS = {"generation_loss": "nats per token", "rank_loss": "score units"}
+# Of a stage that reports no parts, `loss` is that of generation.
+UNITS = {
+    "loss": "nats per token",
+    "generation_loss": "nats per token",
+    "rank_loss": "score units",
+}
 
 
 def training_curves(
@@ -58,7 +63,7 @@ def training_curves(
             f"no losses to draw in the stages {sorted(stages)}: expected rows with 'step' and a "
             "finite value whose name is 'loss' or ends in 'loss'"
         )
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
     figure = _figure(width=max(3.6 * columns, 4.8), height=3.0 * lines)
     colours = dict(zip(stages, _cycle(COLOURS, len(stages)), strict=True))
@@ -176,7 +181,9 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> No
         padded = np.pad(values, width // 2, mode="reflect")
         mean = np.convolve(padded, np.full(width, 1 / width), mode="valid")
         axes.plot(steps, mean, color=colour, linewidth=1.8)
-    axes.set_ylim(bottom=min(0.0, float(values.min())))
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    room = 0.08 * (high - low or 1.0)
+    axes.set_ylim(low - room if low < 0 else 0.0, high + room)
     axes.margins(x=0.02)
 
 

@@ -31,4 +31,5 @@ def command(argv: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
+    cli.reuse_memory()
     cli.main(command)

@@ -49,6 +49,17 @@ TINY = (
     "--gin.Mesh.data=1",
 )
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Workers of pytest-xdist take whole files, so that what a file made is made once; files that
+    look at the small experiment go to one worker."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "experiment" if "tiny_run" in item.fixturenames else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 Command = Callable[..., subprocess.CompletedProcess]
 
 
@@ -74,11 +85,14 @@ def command(tmp_path_factory) -> Command:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
+    # JAX, imported here, sets it for the processes that are started from here.
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+
     def run(module: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True):
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=shared,
-            env={**os.environ, **settings, **(env or {})},
+            env={**inherited, **settings, **(env or {})},
             capture_output=True,
             text=True,
             timeout=600,

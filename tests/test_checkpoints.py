@@ -79,7 +79,7 @@ def test_an_empty_folder_has_nothing(tmp_path):
         assert saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh())) is None
 
 
-def test_params_alone(tmp_path, states):
+def test_params_alone(tmp_path, states, caplog):
     _save(tmp_path, states, [2, 3])
     abstract = partitioning.abstract_params(MODEL, _mesh(4, 2))
     _assert_equal(checkpoints.restore_params(tmp_path, abstract), states[3].params)
@@ -88,6 +88,7 @@ def test_params_alone(tmp_path, states):
         checkpoints.restore_params(tmp_path, abstract, step=9)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint; has the stage been train"):
         checkpoints.restore_params(tmp_path / "none", abstract)
+    assert caplog.messages == []
 
 
 def test_a_save_is_not_touched_by_the_steps_after_it(tmp_path, states, step):

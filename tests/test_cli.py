@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from dgr_jax import cli, configurables, evaluate, prepare, retrieve, teach, train
-from dgr_jax.corpora.beir import BeirCollection
+from dgr_jax.corpora.beir import BeirCollection, write_beir
+from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.experiment import STAGES, fingerprint, stage_settings
 from dgr_jax.identifiers.embeddings import TfidfSvd
+from dgr_jax.retrieval import generative
 from dgr_jax.retrieval.teacher import RunTeacher
 from tests.conftest import ROOT
 
@@ -399,6 +402,11 @@ def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     ]
 
 
+@pytest.mark.parametrize("flag", ["--gin_fil=quickstart.gin", "--model=m", "--gin"])
+def test_half_a_flag(flag, capsys):
+    assert f"unrecognized arguments: {flag}" in complaint(capsys, train.command, flag)
+
+
 @pytest.mark.parametrize("binding", ["--gin.SEED", "--gin.=3", "--gin. = 3"])
 def test_half_a_binding(binding, capsys):
     written = complaint(capsys, train.command, QUICKSTART, binding)
@@ -416,8 +424,9 @@ def test_a_real_process_ends_with_status_2_and_no_traceback(command):
     ("error", "line"),
     [
         (ValueError("bad value"), "error: bad value\n"),
-        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
-        (PermissionError(13, "Not allowed", "m"), "error: [Errno 13] Not allowed: 'm'\n"),
+        (FileNotFoundError(2, "No such file", "x"), "error: x: No such file\n"),
+        (PermissionError(13, "Not allowed", "m"), "error: m: Not allowed\n"),
+        (FileNotFoundError("no x; expected y"), "error: no x; expected y\n"),
         (ImportError("needs the extra"), "error: needs the extra\n"),
         (FloatingPointError("loss is nan at step 3"), "error: loss is nan at step 3\n"),
     ],
@@ -433,6 +442,27 @@ def test_errors_of_stages_are_short_unless_asked(error, line, capsys, monkeypatc
     monkeypatch.setattr(cli.logging.getLogger(), "level", cli.logging.INFO)
     with pytest.raises(type(error)):
         cli.main(command)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it asks glibc")
+def test_freed_memory_is_used_again():
+    code = """
+import resource, sys
+import numpy as np
+from dgr_jax import cli
+if sys.argv[1] == "reuse":
+    cli.reuse_memory()
+np.ones(1 << 22)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    np.ones(1 << 22)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", code, how], cwd=ROOT))
+        for how in ("reuse", "leave")
+    }
+    assert faults["reuse"] < faults["leave"] / 10
 
 
 def test_other_ends_of_a_command():
@@ -498,6 +528,36 @@ def test_every_shipped_experiment_on_own_data_is_looked_at():
     assert set(MISSING) == {name for name in EXPERIMENTS if needed(name)}
 
 
+@pytest.mark.parametrize(
+    ("split", "lines", "message"),
+    [
+        ("test", "", "qrels of split 'test': found none; expected a judged query or more"),
+        ("train", "", "qrels of split 'train': found none; expected a judged query or more"),
+        ("train", "q\tp\t0\n", "split 'train' has no positive: no relevance of 1 or more"),
+        (
+            "test",
+            "q\tp\t1\nq\tx\t1\n",
+            "qrels of split 'test': found 1 of 2 judgements with 1 unknown passage id (x); ",
+        ),
+    ],
+)
+def test_judgements_that_cannot_be_used(split, lines, message, capsys, tmp_path):
+    qrels = {name: [Qrel("q", "p", 1)] for name in ("train", "test")}
+    write_beir(tmp_path / "data", [Passage("p", "text")], [Query("q", "why")], qrels)
+    changed = tmp_path / "data" / "qrels" / f"{split}.tsv"
+    changed.write_text(f"query-id\tcorpus-id\tscore\n{lines}")
+    written = complaint(
+        capsys, prepare.command, "--gin_file=beir.gin", "--model_dir=m", "--data_dir=data"
+    )
+    assert f"error: {message}" in written
+
+
+def test_a_model_dir_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "m").write_text("")
+    written = complaint(capsys, train.command, QUICKSTART, "--model_dir=m")
+    assert written == "error: MODEL_DIR m cannot be made: File exists\n"
+
+
 def test_missing_files_of_settings_are_named_before_anything_starts(capsys):
     written = complaint(capsys, train.command, QUICKSTART, "--gin.SentencePiece.path=no.model")
     assert written.startswith("error: SentencePiece.path: no file at 'no.model'; ")
@@ -524,10 +584,32 @@ def test_unknown_stage(capsys):
     [
         (("--query=why",), "--query and --queries need --model_dir"),
         (("--queries=q.tsv", "--model_dir=m"), "--queries needs --output"),
+        ((QUICKSTART, "--output=run.trec"), "--output needs --queries"),
+        (("--query=why", "--model_dir=m", "--output=x"), "--output needs --queries"),
+        ((QUICKSTART, "--report_speed"), "--report_speed needs --queries"),
+        ((QUICKSTART, "--k=5"), "--k needs --query or --queries"),
+        ((QUICKSTART, "--system=control"), "--system needs --query or --queries"),
+        (
+            ("--query=why", "--model_dir=m", "--system=distil"),
+            "--system: invalid choice: 'distil' (choose from",
+        ),
+        (
+            ("--query=why", "--model_dir=m", "--gin.Search.num_beams=9"),
+            "--gin.Search.num_beams has no effect on --query and --queries, which ask the finished "
+            "student of --model_dir; there are --k, --num_beams, --batch_size, --system",
+        ),
+        (("--query=why", "--model_dir=m", QUICKSTART), "--gin_file has no effect on --query"),
+        (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )
 def test_retrieve_asks_for_what_it_needs(arguments, message, capsys):
     assert message in complaint(capsys, retrieve.command, *arguments)
+
+
+def test_retrieve_knows_the_systems(capsys):
+    with pytest.raises(SystemExit):
+        retrieve.command(["--help"])
+    assert "--system {" + ",".join(generative.SYSTEMS) + "}" in capsys.readouterr().out
 
 
 def test_evaluate_asks_for_run_and_qrels(capsys):

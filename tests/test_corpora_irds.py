@@ -101,3 +101,15 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
     with pytest.raises(ImportError, match=r"needs the extra 'dgr_jax\[irds\]': pip install"):
         IrDatasetsCollection("pages").check()
+
+
+def test_blank_and_repeated_documents_are_noticed(monkeypatch, caplog):
+    library = {
+        "blank": _dataset(docs=[Plain("1", "text"), Plain("2", " "), Plain("3", "")]),
+        "twice": _dataset(docs=[Plain("1", "text"), Plain("1", "more")]),
+    }
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=library.__getitem__))
+    assert len(list(IrDatasetsCollection("blank").passages())) == 3
+    assert caplog.messages == ["blank: 2 passages with blank text, kept; the first on line 2"]
+    with pytest.raises(ValueError, match="twice, line 2: found the passage id '1' again"):
+        list(IrDatasetsCollection("twice").passages())

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgr_jax import evaluation
 from dgr_jax.corpora import checks, trec
 from dgr_jax.corpora.types import Qrel, RankList, ScoredPassage
+from tests.conftest import ROOT
 
 
 def _file(tmp_path: Path, text: str, name: str = "f.txt") -> Path:
@@ -233,3 +235,22 @@ def test_check_qrels_counts_and_gives_three_examples():
         "dev.tsv: found 6 of 8 judgements with 1 unknown query id (x) and 5 unknown passage ids "
         "(p2, p3, p4); expected ids of the collection's queries and passages"
     )
+
+
+# Real runs, where they are: first stages, cross-encoders, language models' orders without scores.
+
+MSMARCO = ROOT.parent / "shared" / "data" / "msmarco"
+
+
+@pytest.mark.parametrize("path", sorted(MSMARCO.glob("runs/*/*.txt")), ids=lambda p: p.name)
+def test_real_runs_are_read_whole_and_agree_with_the_judgements(path):
+    judged = trec.qrels_in_memory(trec.qrels(MSMARCO / "qrels" / "dl19.tsv"))
+    run = trec.run_in_memory(trec.runs(path, ties="rank"))
+    assert run.keys() == judged.keys()
+    assert sum(map(len, run.values())) == len(path.read_text().splitlines())
+    for listed in run.values():
+        scores = [passage.score for passage in listed]
+        assert scores == sorted(scores, reverse=True)
+    found = evaluation.evaluate(run, judged, ("nDCG@10", "RR@10"), min_relevance=2)
+    assert found["nDCG@10"] > 0.5
+    assert found["RR@10"] > 0.7

@@ -60,6 +60,9 @@ def test_encode_inputs_cuts_and_ends(vocabulary):
 def test_missing_sentencepiece_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="SentencePiece.path: no file at 'nowhere.model'"):
         SentencePiece(path="nowhere.model").write(tmp_path, [])
+    (tmp_path / "text").write_text("no model")
+    with pytest.raises(ValueError, match=r"SentencePiece.path: '.*/text' is no SentencePiece mod"):
+        SentencePiece(path=str(tmp_path / "text")).write(tmp_path, [])
     with pytest.raises(ValueError, match="could not be trained"):
         SentencePiece().write(tmp_path, [" "])
     with pytest.raises(FileNotFoundError, match="run the prepare stage first"):
@@ -106,6 +109,9 @@ def test_pseudo_queries_of_a_file(tmp_path, passages, table):
         ("p2", "which bird hunts at night"),
         ("p0", "who makes honey"),
     ]
+    path.write_text("p2\twhich bird\np9\twhich bee\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"pseudo.tsv:2: got the pid 'p9', expected that of a"):
+        list(examples.examples("pseudo_queries", settings, store=passages, table=table))
     path.write_text("p2 which bird\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pseudo.tsv:1: got 'p2 which bird', expected two tab"):
         list(examples.examples("pseudo_queries", settings, store=passages, table=table))

@@ -180,20 +180,24 @@ def test_p_value_is_one_without_any_difference():
     assert evaluation.paired_randomization_test([]) == 1.0
 
 
+def compare(run_a, run_b, qrels, measure, **settings):
+    return evaluation.compare_many([run_a], [run_b], qrels, measure, **settings)
+
+
 def test_compare_counts_wins_from_the_first_runs_side():
     qrels = {f"q{i}": {"a": 1} for i in range(4)}
     better = run_of(q0="ab", q1="ab", q2="ba", q3="ba")
     worse = run_of(q0="ba", q1="ba", q2="ab", q3="ba")
-    got = evaluation.compare(better, worse, qrels, "RR@10")
+    got = compare(better, worse, qrels, "RR@10")
     assert (got.wins, got.losses, got.ties) == (2, 1, 1)
     assert (got.mean_a, got.mean_b, got.difference) == (0.75, 0.625, 0.125)
     assert got.p_value == slow_p_value([0.5, 0.5, -0.5, 0])
     assert str(got) == (
         "RR@10 0.7500 against 0.6250: +0.1250 (p = 1.000; 2 queries better, 1 worse, 1 equal)"
     )
-    mirrored = evaluation.compare(worse, better, qrels, "RR@10")
+    mirrored = compare(worse, better, qrels, "RR@10")
     assert (mirrored.wins, mirrored.difference, mirrored.p_value) == (1, -0.125, got.p_value)
-    same = evaluation.compare(better, better, qrels, "RR@10")
+    same = compare(better, better, qrels, "RR@10")
     assert (same.difference, same.p_value, same.ties) == (0.0, 1.0, 4)
 
 
@@ -212,38 +216,9 @@ def test_compare_many_averages_each_query_over_the_seeds():
 
 def test_compare_uses_the_threshold():
     qrels = {"q": {"a": 1, "b": 2}}
-    assert evaluation.compare(run_of(q="ab"), run_of(q="ba"), qrels, "Success@1").wins == 0
-    got = evaluation.compare(run_of(q="ab"), run_of(q="ba"), qrels, "Success@1", min_relevance=2)
+    assert compare(run_of(q="ab"), run_of(q="ba"), qrels, "Success@1").wins == 0
+    got = compare(run_of(q="ab"), run_of(q="ba"), qrels, "Success@1", min_relevance=2)
     assert got.losses == 1
-
-
-def test_agreement_of_a_teacher():
-    run = run_of(q1="abc", q2="ba", q3="zy", unjudged="a")
-    qrels = {
-        "q1": {"a": 2, "b": 1},  # a>b, a>c, b>c: all right
-        "q2": {"a": 1},  # a>b: wrong
-        "q3": {"a": 1},  # its relevant passage is not in the run: no pair
-        "q4": {"a": 1},  # not in the run
-        "q5": {"a": 0},  # nothing relevant
-    }
-    got = evaluation.agreement(run, qrels)
-    assert (got.queries, got.covered, got.relevant, got.retrieved) == (4, 3, 5, 3)
-    assert got.top_relevant == pytest.approx(1 / 3)
-    assert got.ordered == pytest.approx((1 + 0) / 2)
-    assert str(got) == (
-        "3 of 4 judged queries and 3 of 5 relevant passages are in the run; the first passage is "
-        "relevant for 33.3% of the queries; 50.0% of pairs agree with the judgements"
-    )
-    strict = evaluation.agreement(run, qrels, min_relevance=2)
-    assert (strict.queries, strict.relevant, strict.ordered) == (1, 1, 1.0)
-
-
-def test_agreement_counts_equal_scores_half_and_survives_no_coverage():
-    tied = {"q": [ScoredPassage("a", 1.0), ScoredPassage("b", 1.0)]}
-    assert evaluation.agreement(tied, {"q": {"a": 1}}).ordered == 0.5
-    nothing = evaluation.agreement({}, {"q": {"a": 1}})
-    assert (nothing.covered, nothing.retrieved) == (0, 0)
-    assert math.isnan(nothing.ordered) and math.isnan(nothing.top_relevant)
 
 
 # Answer strings.
@@ -334,18 +309,6 @@ def test_measures_table_marks_the_best_of_each_column():
     assert "\x1b[1m0.620" in distill and "\x1b[1m0.500" not in bm25
     assert "\x1b[1m0.900" in bm25 and "\x1b[1m0.900" in distill  # equal as shown
     assert " - " in bm25
-
-
-def test_comparisons_table_has_a_row_a_comparison():
-    c = evaluation.Comparison("RR@10", 0.5, 0.4, 0.1, 0.0004, 10, 5, 85)
-    row = next(
-        line
-        for line in shown(evaluation.comparisons_table({"distill against generate": c})).split("\n")
-        if "distill against" in line
-    )
-    assert [w for w in row.replace("\u2502", " ").split()][3:] == [
-        "RR@10", "0.500", "0.400", "+0.100", "<", "0.001", "10", "5", "85",
-    ]  # fmt: skip
 
 
 def test_importing_evaluation_pays_for_no_heavy_library():

@@ -1,6 +1,7 @@
 """Who may import whom: reads the imports of every module, runs none."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,13 @@ def test_no_data_set_is_named_in_the_library():
         if room(path) not in {"corpora", "cli", "configurables"}:
             text = path.read_text(encoding="utf-8").lower()
             assert "msmarco" not in text.replace("msmarco.gin", ""), path
+
+
+def test_extras_that_messages_name_can_be_installed():
+    named = {
+        extra
+        for path in modules()
+        for extra in re.findall(r"dgr_jax\[(\w+)\]", path.read_text(encoding="utf-8"))
+    }
+    offered = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert {"encoders", "irds", "stemmer"} <= named <= set(offered)

@@ -21,7 +21,9 @@ from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiment import STAGES, fingerprint
-from dgr_jax.retrieval.teacher import RunTeacher
+from dgr_jax.identifiers.embeddings import FromFile
+from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.retrieval.teacher import RunTeacher, VectorTeacher
 from tests import test_experiment
 
 BACK = re.compile(r"(\w+): taken back from an earlier run of the same configuration")
@@ -350,6 +352,43 @@ def test_files_that_settings_name(made, tmp_path):
     assert made.run() == []
     model.write_text("other pieces")
     assert made.run() == ALL
+
+
+@pytest.mark.parametrize(
+    ("at", "make", "names", "stage"),
+    [
+        (
+            "prepare.identifiers",
+            lambda path: ResidualQuantization(embeddings=FromFile(path)),
+            ["vectors.npy"],
+            "prepare",
+        ),
+        ("prepare.sources.pseudo_query_path", str, ["queries.tsv"], "prepare"),
+        ("teach.teacher", VectorTeacher, ["p.npy", "q.npy", "qids.txt"], "teach"),
+        ("teach.teacher", RunTeacher, ["run.trec"], "teach"),
+    ],
+)
+def test_changed_files_of_settings_are_noticed(made, tmp_path, at, make, names, stage):
+    """Each of them, also where size and time of the file stay as they were."""
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.write_text("first")
+    made.set(at, make(*map(str, files)))
+    made.run()
+    assert made.run() == []
+    for file in files:
+        before = file.stat()
+        file.write_text("other")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert made.run()[0] == stage
+        assert made.run() == []
+        file.unlink()
+        assert made.run() == []
+        made.set("prepare.query_length", made.experiment.prepare.query_length + 1)
+        with pytest.raises(FileNotFoundError, match=f": no file at '.*{file.name}'; name another"):
+            made.run()
+        made.set("prepare.query_length", made.experiment.prepare.query_length - 1)
+        file.write_text("other")
 
 
 def test_measures_are_asked_for_before_anything_runs(made):

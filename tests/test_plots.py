@@ -43,7 +43,10 @@ def test_training_curves_draw_every_loss_of_every_stage(figures, tmp_path):
         "distill: generation loss",
     ]
     assert {axes.get_xlabel() for axes in panels} == {"step"}
-    assert [axes.get_ylabel() for axes in panels] == ["loss", "score units", "nats per token"]
+    units = ["nats per token", "score units", "nats per token"]
+    assert [axes.get_ylabel() for axes in panels] == units
+    for axes, top in zip(panels, (1.0, 2.0, 0.5), strict=True):
+        assert axes.get_ylim() == pytest.approx((0, 1.08 * top))  # no line at the edge
     light, mean = panels[0].get_lines()
     np.testing.assert_allclose(light.get_ydata(), [1 / s for s in range(1, 101)])
     assert len(mean.get_ydata()) == 100 and light.get_alpha() < 0.5
@@ -63,6 +66,12 @@ def test_training_curves_leave_out_what_is_missing_or_not_finite(figures, tmp_pa
     (axes,) = figures[0].axes
     (line,) = axes.get_lines()
     assert line.get_xydata().tolist() == [[1, 3], [4, 2]]
+
+
+def test_a_stage_without_losses_keeps_its_colour(figures, tmp_path):
+    plots.training_curves({"bm25": (), "generate": GENERATE}, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert {line.get_color() for line in axes.get_lines()} == {plots.COLOURS[1]}
 
 
 def test_one_row_is_visible(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import logging
 import re
@@ -74,7 +75,8 @@ def checked(
 
     `kind` is "passage" or "query". Raises ValueError at an id that is empty, holds white space
     (which separates the columns of runs and qrels) or comes twice, naming both lines, and at a
-    file without records. Blank texts are kept; one warning counts them.
+    file without records. Blank texts are kept; one warning counts them, however often the file is
+    read.
     """
     seen: set[str] = set()
     blank, first_blank = 0, 0
@@ -94,10 +96,13 @@ def checked(
         plural = "queries" if kind == "query" else "passages"
         raise ValueError(f"{path}: found no {plural}; expected at least one")
     if blank:
-        logger.warning(
-            "%s: %s with blank text, kept; the first on line %d",
-            path, _count(range(blank), kind), first_blank,
-        )  # fmt: skip
+        _warn_of_blank(path, _count(range(blank), kind), first_blank)
+
+
+@functools.cache
+def _warn_of_blank(path: Path, count: str, first: int) -> None:
+    """Once a process for the same file."""
+    logger.warning("%s: %s with blank text, kept; the first on line %d", path, count, first)
 
 
 def text_field(

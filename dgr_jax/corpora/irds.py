@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dgr_jax.corpora import checks
 from dgr_jax.corpora.types import Passage, Qrel, Query
 
 
@@ -41,7 +42,8 @@ class IrDatasetsCollection:
 
     def passages(self) -> Iterator[Passage]:
         """All documents in the library's order."""
-        return (_passage(doc, self.dataset) for doc in _part(self.dataset, "docs").docs_iter())
+        docs = _part(self.dataset, "docs").docs_iter
+        return _checked(docs, _passage, self.dataset, "passage")
 
     def queries(self, split: str) -> Iterator[Query]:
         """The queries of a split that have a judgement there, in the library's order."""
@@ -51,7 +53,7 @@ class IrDatasetsCollection:
     def all_queries(self, split: str) -> Iterator[Query]:
         """All queries of a split."""
         name = self._id(split)
-        return map(partial(_query, name=name), _part(name, "queries").queries_iter())
+        return _checked(_part(name, "queries").queries_iter, _query, name, "query")
 
     def qrels(self, split: str) -> Iterator[Qrel]:
         """The judgements of a split."""
@@ -88,6 +90,17 @@ def _part(name: str, part: str) -> Any:
             f"(gin: IrDatasetsCollection.{'dataset' if part == 'docs' else 'splits'})"
         )
     return dataset
+
+
+def _checked(
+    records: Callable[[], Iterable[Any]], read: Callable[[Any, str], Any], name: str, kind: str
+) -> Iterator[Any]:
+    """What is asked of every reader; the library's files have no lines, so records are counted."""
+
+    def parse(_: Path) -> Iterator[tuple[int, Any]]:
+        return enumerate((read(record, name) for record in records()), start=1)
+
+    return checks.checked(parse, Path(name), kind)
 
 
 def _passage(doc: Any, name: str) -> Passage:

@@ -9,7 +9,6 @@ offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: wi
 from __future__ import annotations
 
 import json
-import logging
 import mmap
 import operator
 import os
@@ -22,8 +21,6 @@ import numpy as np
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage
-
-logger = logging.getLogger(__name__)
 
 _PASSAGES, _PIDS, _OFFSETS = "passages.jsonl", "pids.txt", "offsets.npy"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -86,6 +83,10 @@ class PassageStore:
             )
         return pids
 
+    def __contains__(self, pid: str) -> bool:
+        """Whether the store has a passage of this pid."""
+        return pid in self._rows
+
     def index_of(self, pid: str) -> int:
         """The passage index of a pid; KeyError naming it when the store has no such passage."""
         try:
@@ -106,35 +107,24 @@ class PassageStore:
 def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStore:
     """Writes passages in their order and returns their store; keeps pids and offsets in memory.
 
-    An older store in the folder stays whole until all passages have come. Blank texts are kept
-    and counted in a warning. Raises ValueError for duplicate pids, pids that are empty or hold a
-    line end, and a corpus without passages.
+    An older store in the folder stays whole until all passages have come. Raises ValueError for
+    duplicate pids, pids that are empty or hold a line end, and a corpus without passages.
     """
     folder = Path(folder)
     pids: list[str] = []
     offsets = array("q", [0])
-    blank: list[str] = []
-    blanks = 0
     with lines.writing(folder / _PASSAGES) as handle:
         for passage in passages:
             line = _line(passage)
             handle.write(line)
             pids.append(passage.pid)
             offsets.append(offsets[-1] + len(line))
-            if not passage.text.strip():
-                blanks += 1
-                blank += [passage.pid] * (len(blank) < 3)
         _check_pids(pids)
         (folder / _OFFSETS).unlink(missing_ok=True)
     with lines.writing(folder / _PIDS) as handle:
         handle.writelines(pid.encode() + b"\n" for pid in pids)
     with lines.writing(folder / _OFFSETS) as handle:
         np.save(handle, np.frombuffer(offsets, np.int64))
-    if blanks:
-        logger.warning(
-            "%s: %d of %d passages have a blank text and are kept (pids %s%s)",
-            folder, blanks, len(pids), ", ".join(blank), ", ..." * (blanks > len(blank)),
-        )  # fmt: skip
     return PassageStore(folder)
 
 

@@ -73,15 +73,15 @@ class Sources:
                 yield " ".join(words[: self.max_sentence_words])
 
 
-def pseudo_queries(path: str) -> Iterator[tuple[str, str]]:
-    """(pid, text) of a pseudo-query file. Raises ValueError naming file and line."""
+def pseudo_queries(path: str) -> Iterator[tuple[int, str, str]]:
+    """(line, pid, text) of a pseudo-query file. Raises ValueError naming file and line."""
     for number, line in lines.read(path):
         pid, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise ValueError(
                 f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
             )
-        yield pid, text.strip()
+        yield number, pid, text.strip()
 
 
 def examples(
@@ -125,7 +125,12 @@ def _pairs(source, settings, store, query_texts, qrels, min_relevance):
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        for pid, text in pseudo_queries(settings.pseudo_query_path):
+        for number, pid, text in pseudo_queries(settings.pseudo_query_path):
+            if pid not in store:
+                raise ValueError(
+                    f"{settings.pseudo_query_path}:{number}: got the pid {pid!r}, expected that "
+                    "of a passage of the collection"
+                )
             yield text, store.index_of(pid), ""
     elif source == "pseudo_queries":
         for index, passage in enumerate(store):

@@ -45,7 +45,8 @@ class SentencePiece:
     def write(self, folder: Path, texts: Iterable[str]) -> Path:
         """Copy or train the model into `folder`/spiece.model.
 
-        Raises FileNotFoundError when `path` is not there, ValueError without any text.
+        Raises FileNotFoundError when `path` is not there, ValueError when it is no model, or
+        without any text.
         """
         target = folder / "spiece.model"
         if not self.path:
@@ -56,6 +57,15 @@ class SentencePiece:
                 f"SentencePiece.path: no file at {self.path!r}; expected a SentencePiece model, "
                 "such as T5's spiece.model, or '' to train one on the corpus"
             )
+        import sentencepiece
+
+        try:
+            sentencepiece.SentencePieceProcessor(model_file=self.path)
+        except RuntimeError as error:
+            raise ValueError(
+                f"SentencePiece.path: {self.path!r} is no SentencePiece model, such as T5's "
+                f"spiece.model ({error})"
+            ) from error
         shutil.copyfile(self.path, target)
         return target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,51 +16,50 @@ from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import RankList, ScoredPassage
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval.bm25 import Bm25
-from dgr_jax.retrieval.generative import scored_passages
+from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics
 
 Run = dict[str, list[ScoredPassage]]
+Values = dict[str, dict[str, float]]  # measure -> qid -> value
 STUDENTS = ("generate", "control", "distill")
+COMPARED = ("Success@1", "Success@10", "RR@10")
 
 
 def evaluate(experiment: Experiment, folder: Path) -> None:
     """Writes <system>.<split>.trec, metrics.json (system -> split -> measure), comparisons.json,
-    success_at_k.png and training_curves.png, and prints the table."""
+    success_at_k.png and training_curves.png, and prints the table.
+
+    One system is in memory at a time, and of its runs one block of queries.
+    """
     made = Prepared.load(experiment.model_dir)
     splits = experiment.prepare.test_splits
     queries = {split: _test_queries(experiment, made, split) for split in splits}
-    judged = {split: _judged(made, split, queries[split]) for split in splits}
-    runs: dict[str, dict[str, Run]] = {}
-    settings = experiment.evaluate
-    if settings.bm25:
-        bm25 = Bm25().fit(made.store)
-        runs["bm25"] = {s: bm25.search(queries[s], settings.search.depth) for s in splits}
-    for system in STUDENTS:
-        if system != "control" or experiment.control:
-            student = decoder(experiment, system, settings.search, made)
-            runs[system] = {s: _retrieve(student, made, queries[s]) for s in splits}
-    for system, by_split in runs.items():
-        for split, run in by_split.items():
-            _write_run(folder / f"{system}.{split}.trec", run, system)
+    values: dict[str, dict[str, Values]] = {}
+    for system in _systems(experiment):
+        search = _search(experiment, made, system)
+        values[system] = {
+            split: _run(experiment, search, queries[split], made.qrels(split),
+                        folder / f"{system}.{split}.trec", f"dgr_jax-{system}")
+            for split in splits
+        }  # fmt: skip
+        del search
     measured = {
         system: {
-            split: evaluation.evaluate(
-                run, judged[split], settings.measures, min_relevance=settings.min_relevance
-            )
-            for split, run in by_split.items()
+            split: evaluation.means({name: found[name] for name in experiment.evaluate.measures})
+            for split, found in by_split.items()
         }
-        for system, by_split in runs.items()
+        for system, by_split in values.items()
     }
     _write_json(folder / "metrics.json", measured)
-    compared = {split: _compare(experiment, runs, split, judged[split]) for split in splits}
+    compared = {split: _compare(values, split) for split in splits}
     described = {
         split: [{"systems": pair, **asdict(c)} for pair, c in found]
         for split, found in compared.items()
     }
     _write_json(folder / "comparisons.json", described)
-    _plot(experiment, folder, runs, judged)
+    _plot(experiment, folder, {system: found[splits[0]] for system, found in values.items()})
     _show(measured, compared)
 
 
@@ -75,18 +75,59 @@ def _test_queries(experiment: Experiment, made: Prepared, split: str) -> dict[st
     return {qids[i]: queries[qids[i]] for i in keep}
 
 
-def _judged(made: Prepared, split: str, queries: dict[str, str]) -> dict[str, dict[str, int]]:
-    return {qid: found for qid, found in made.qrels(split).items() if qid in queries}
+def _systems(experiment: Experiment) -> list[str]:
+    students = (s for s in STUDENTS if s != "control" or experiment.control)
+    return ["bm25"] * experiment.evaluate.bm25 + [*students]
 
 
-def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Run:
-    tokens = made.vocabulary.encode_inputs(list(queries.values()), student.search.query_length)
-    return scored_passages(list(queries), *student.passages(tokens), made.store.pids)
+def _search(
+    experiment: Experiment, made: Prepared, system: str
+) -> Callable[[dict[str, str]], Iterator[Run]]:
+    """queries -> the run of a system in blocks."""
+    settings = experiment.evaluate.search
+    if system == "bm25":
+        index = Bm25().fit(made.store)
+        return lambda queries: (index.search(b, settings.depth) for b in _blocks(queries))
+    student = decoder(experiment, system, settings, made)
+    return lambda queries: _retrieve(student, made, queries)
 
 
-def _write_run(path: Path, run: Run, system: str) -> None:
-    lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
-    trec.write_run(path, lists, tag=f"dgr_jax-{system}")
+def _blocks(queries: dict[str, str]) -> Iterator[dict[str, str]]:
+    items = list(queries.items())
+    return (dict(items[start : start + BLOCK]) for start in range(0, len(items), BLOCK))
+
+
+def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
+    length = student.search.query_length
+    tokens = (made.vocabulary.encode_inputs(list(b.values()), length) for b in _blocks(queries))
+    found = student.passages_of_blocks(tokens)
+    for block, passages in zip(_blocks(queries), found, strict=True):
+        yield scored_passages(list(block), *passages, made.store.pids)
+
+
+def _run(
+    experiment: Experiment,
+    search: Callable[[dict[str, str]], Iterator[Run]],
+    queries: dict[str, str],
+    judged: evaluation.Qrels,
+    path: Path,
+    tag: str,
+) -> Values:
+    """Writes a system's run; -> every measure that is asked for, compared or plotted."""
+    settings = experiment.evaluate
+    names = tuple(dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search))))
+    values: Values = {name: {} for name in names}
+
+    def lists() -> Iterator[RankList]:
+        for run in search(queries):
+            grades = {qid: judged[qid] for qid in run}
+            found = evaluation.per_query(run, grades, names, min_relevance=settings.min_relevance)
+            for name in names:
+                values[name] |= found[name]
+            yield from trec.rank_lists(run)
+
+    trec.write_run(path, lists(), tag=tag)
+    return values
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -94,7 +135,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _compare(
-    experiment: Experiment, runs: dict[str, dict[str, Run]], split: str, judged: Any
+    values: dict[str, dict[str, Values]], split: str
 ) -> list[tuple[str, evaluation.Comparison]]:
     """(systems, comparison) with a paired test over the queries, for every pair of interest."""
     pairs = [("distill", "generate"), ("distill", "control"), ("distill", "bm25")]
@@ -102,59 +143,60 @@ def _compare(
         (
             f"{a} against {b}",
             evaluation.compare(
-                runs[a][split],
-                runs[b][split],
-                judged,
-                measure,
-                min_relevance=experiment.evaluate.min_relevance,
+                name, *([*values[system][split][name].values()] for system in (a, b))
             ),
         )
         for a, b in pairs
-        if a in runs and b in runs
-        for measure in ("Success@1", "Success@10", "RR@10")
+        if a in values and b in values
+        for name in COMPARED
     ]
 
 
-def _plot(experiment: Experiment, folder: Path, runs: Any, judged: Any) -> None:
-    first = experiment.prepare.test_splits[0]
-    ks = [k for k in (1, 5, 10, 20, 50, 100) if k <= experiment.evaluate.search.depth]
-    names = [f"Success@{k}" for k in ks]
+def _plotted(search: Search) -> dict[str, int]:
+    """Measure -> k of the points of the plot."""
+    return {f"Success@{k}": k for k in (1, 5, 10, 20, 50, 100) if k <= search.depth}
+
+
+def _plot(experiment: Experiment, folder: Path, values: dict[str, Values]) -> None:
+    """values: of the first test split."""
+    points = _plotted(experiment.evaluate.search)
     curves = {}
-    for system, by_split in runs.items():
-        values = evaluation.evaluate(
-            by_split[first],
-            judged[first],
-            names,
-            min_relevance=experiment.evaluate.min_relevance,
-        )
-        curves[system] = {k: values[name] for k, name in zip(ks, names, strict=True)}
-    plots.success_at_k(curves, folder / "success_at_k.png", title=f"Success@k, {first}")
+    for system, found in values.items():
+        means = evaluation.means({name: found[name] for name in points})
+        curves[system] = {k: means[name] for name, k in points.items()}
+    title = f"Success@k, {experiment.prepare.test_splits[0]}"
+    plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
-    rows = {s: _metrics(model_dir / s) for s in runs if s in STUDENTS}
+    # BM25 has no curve, but a colour: the others have theirs in both plots.
+    rows = {
+        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in STUDENTS else ()
+        for s in values
+    }
     plots.training_curves(rows, folder / "training_curves.png")
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return metrics.read_jsonl(folder / "metrics.jsonl")
-
-
 def _show(measured: Any, compared: Any) -> None:
-    console = Console()
+    console = _console()
     for split, found in compared.items():
         by_system = {system: by_split[split] for system, by_split in measured.items()}
         console.print(evaluation.measures_table(by_system, title=split))
         for pair, comparison in found:
             if comparison.measure == "RR@10":
-                console.print(f"{pair.replace(' against', ' and')}: {comparison}", highlight=False)
+                line = f"{pair.replace(' against', ' and')}: {comparison}"
+                console.print(line, highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """As wide as the terminal; as wide as any table where there is none, such as in a log."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
 
 
 def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
     """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv)."""
-    judged: dict[str, dict[str, int]] = {}
-    for qrel in trec.qrels(qrels_path):
-        judged.setdefault(qrel.qid, {})[qrel.pid] = qrel.relevance
+    judged = trec.qrels_in_memory(trec.qrels(qrels_path))
     measured = {}
     for path in paths:
-        run = {ranked.qid: list(ranked.passages) for ranked in trec.runs(path)}
+        run = trec.run_in_memory(trec.runs(path))
         measured[Path(path).name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
-    Console().print(evaluation.measures_table(measured, title=Path(qrels_path).name))
+    _console().print(evaluation.measures_table(measured, title=Path(qrels_path).name))

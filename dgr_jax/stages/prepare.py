@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import cli
-from dgr_jax.corpora import beir, checks, store
+from dgr_jax.corpora import beir, checks, store, trec
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
-from dgr_jax.data import examples
+from dgr_jax.data import examples, loading
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.experiment import Experiment
@@ -38,7 +38,9 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     passages = store.write(experiment.collection.passages(), folder / "passages")
     queries, qrels = _read_judged(experiment, splits)
     for split in splits:
-        checks.check_qrels(qrels[split], queries[split], passages.pids)
+        where = f"qrels of split {split!r}"
+        if not checks.check_qrels(qrels[split], queries[split], passages, where=where):
+            raise ValueError(f"{where}: found none; expected a judged query or more")
     train = settings.train_split
     if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[train]):
         raise ValueError(
@@ -54,13 +56,14 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     report = {
         "passages": len(passages),
         "queries": {split: len(queries[split]) for split in splits},
+        "queries_cut": {s: _cut(vocabulary, queries[s], settings.query_length) for s in splits},
         "qrels": {split: len(qrels[split]) for split in splits},
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
         "identifiers": table.report(),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for line in _readable(report):
+    for line in _readable(report, settings.query_length):
         logger.info("prepare: %s", line)
 
 
@@ -99,8 +102,9 @@ def _identifiers(
 
 def _datasets(experiment, folder, passages, table, vocabulary, queries, qrels) -> dict[str, int]:
     """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
-    from dgr_jax.data import datasets, prepared, tasks
-    from dgr_jax.data.feature_converters import GenerationConverter
+    with loading.quietly():
+        from dgr_jax.data import datasets, prepared, tasks
+        from dgr_jax.data.feature_converters import GenerationConverter
 
     settings = experiment.prepare
     texts = {query.qid: query.text for query in queries.values()}
@@ -165,16 +169,15 @@ class Prepared:
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""
-        return {
-            q.qid: q for q in beir.BeirCollection(str(self.folder / "collection")).queries(split)
-        }
+        return {query.qid: query for query in self._judged.queries(split)}
 
     def qrels(self, split: str) -> dict[str, dict[str, int]]:
         """qid -> pid -> relevance of a split."""
-        judged: dict[str, dict[str, int]] = {}
-        for qrel in beir.BeirCollection(str(self.folder / "collection")).qrels(split):
-            judged.setdefault(qrel.qid, {})[qrel.pid] = qrel.relevance
-        return judged
+        return trec.qrels_in_memory(self._judged.qrels(split))
+
+    @property
+    def _judged(self) -> beir.BeirCollection:
+        return beir.BeirCollection(str(self.folder / "collection"))
 
 
 def export(experiment: Experiment, target: str) -> None:
@@ -196,7 +199,12 @@ def export(experiment: Experiment, target: str) -> None:
     )
 
 
-def _readable(report: dict[str, Any]) -> Iterator[str]:
+def _cut(vocabulary: Vocabulary, queries: dict[str, Query], length: int) -> int:
+    """How many queries have more tokens than fit, EOS counted."""
+    return sum(len(vocabulary.encode(query.text)) >= length for query in queries.values())
+
+
+def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
     found = report["identifiers"]
     yield (
         f"{report['passages']:,} passages, "
@@ -204,6 +212,12 @@ def _readable(report: dict[str, Any]) -> Iterator[str]:
         + "; examples: "
         + ", ".join(f"{n:,} {name}" for name, n in report["examples"].items())
     )
+    for split, cut in report["queries_cut"].items():
+        if cut:
+            yield (
+                f"{cut:,} of {report['queries'][split]:,} {split} queries are longer than "
+                f"{query_length} tokens and are cut (Prepare.query_length)"
+            )
     plain = {key: value for key, value in found.items() if not isinstance(value, (list, dict))}
     yield ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in plain.items())
     for number, level in enumerate(found.get("levels", []), start=1):

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from dgr_jax.data import loading
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,8 +43,9 @@ def _tensorboard(folder: Path) -> Any:
     # TensorFlow only writes files here; without this it would take the accelerator's memory.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        import tensorboard  # noqa: F401
-        from clu import metric_writers
+        with loading.quietly():
+            import tensorboard  # noqa: F401
+            from clu import metric_writers
 
         return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
     except ImportError as error:

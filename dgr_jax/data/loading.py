@@ -1,0 +1,36 @@
+"""Loading TensorFlow without its chatter. No TensorFlow here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+
+_CHATTER = re.compile(rb"I\d{4} |WARNING: All log messages before absl::InitializeLog")
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Makes TF_CPP_MIN_LOG_LEVEL hold while TensorFlow is imported, too.
+
+    Its native libraries write to stderr as they are loaded, before they look at the variable. Where
+    it is 1 or more, lines of level INFO are left out and all others are written when the import is
+    over. Where it is not set, nothing is touched.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") == "0":
+        yield
+        return
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            for line in said:
+                if not _CHATTER.match(line):
+                    os.write(2, line)
