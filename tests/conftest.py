@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -49,17 +50,6 @@ TINY = (
     "--gin.Mesh.data=1",
 )
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Workers of pytest-xdist take whole files, so that what a file made is made once; files that
-    look at the small experiment go to one worker."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = "experiment" if "tiny_run" in item.fixturenames else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(name))
-
-
 Command = Callable[..., subprocess.CompletedProcess]
 
 
@@ -106,10 +96,19 @@ def command(tmp_path_factory) -> Command:
 
 @pytest.fixture(scope="session")
 def tiny_run(command, tmp_path_factory) -> Finished:
-    """A whole experiment of a few steps, from its one command."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    done = command("dgr_jax.train", *TINY, f"--model_dir={folder}", env={"JAX_LOG_COMPILES": "1"})
-    return Finished(folder, done.stdout + done.stderr)
+    """A whole experiment of a few steps, from its one command; the workers of pytest-xdist, whose
+    temporary folders lie side by side, share one."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, log = shared / "tiny" / "model", shared / "tiny.log"
+    with open(shared / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            logged = {"JAX_LOG_COMPILES": "1"}
+            done = command("dgr_jax.train", *TINY, f"--model_dir={folder}", env=logged)
+            log.write_text(done.stdout + done.stderr)
+    return Finished(folder, log.read_text())
 
 
 @pytest.fixture(scope="session")
