@@ -29,6 +29,7 @@ from dgr_jax.experiment import STAGES
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import abstract_params, make_mesh
 from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.retrieval.inspection import Inspection
 from dgr_jax.stages.prepare import Prepared
 from tests.conftest import ROOT, TINY
 
@@ -227,6 +228,20 @@ def test_reports(tiny_model_dir):
     for source in ("labelled", "passages", "pseudo_queries"):
         assert taught["teacher"][source]["queries"] == 16
         assert taught["teacher"][source]["Success@1"] >= 0.5
+
+
+def test_the_notebook_reads_the_reports(tiny_model_dir):
+    made = Inspection.load(tiny_model_dir)
+    taught = json.loads((tiny_model_dir / "teach/report.json").read_text())["teacher"]
+    shown = made.teacher()
+    assert shown.columns == ("what", "labelled", "passages", "pseudo queries")
+    assert [row[1:] for row in shown.rows] == [
+        tuple(found[name] for found in taught.values()) for name in taught["labelled"]
+    ]
+    for table in (shown, made.rank_list_counts(), made.stages(), made.collection(),
+                  made.identifier_report(), made.code_usage(), made.groups(), made.measures(),
+                  made.comparisons(), *made.rank_lists(2)):  # fmt: skip
+        assert table.rows and "<td" in table._repr_html_()
 
 
 # search

@@ -193,7 +193,9 @@ def model_dir(tmp_path_factory):
     write_json(evaluate / "comparisons.json", test=[compared])
     settings = {"evaluate": {"min_relevance": 2}}
     write_json(evaluate / "stage.json", status="done", seconds=90.4, settings=settings)
-    write_json(teach / "report.json", teacher={"candidates_scored": 0.25}, lists={"lists": 7})
+    write_json(
+        teach / "report.json", teacher={"labelled": {"candidates_scored": 0.25}}, lists={"lists": 7}
+    )
     np.savez(
         teach / "rank_lists.npz",
         texts=np.array(["which animal barks?"]),
@@ -239,9 +241,9 @@ def test_use_of_codes_and_groups(made):
 
 
 def test_teacher_and_rank_lists(made):
-    assert made.teacher().rows == [
-        ("the teacher: candidates scored", 0.25), ("rank lists: lists", 7)
-    ]  # fmt: skip
+    assert made.teacher().columns == ("what", "labelled")
+    assert made.teacher().rows == [("candidates scored", 0.25)]
+    assert made.rank_list_counts().rows == [("lists", 7)]
     (table,) = made.rank_lists(3)
     assert table.caption == "Rank list: which animal barks?"
     untitled = "The text of passage 2 is a short one."

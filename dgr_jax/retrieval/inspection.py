@@ -190,11 +190,17 @@ class Inspection:
         )
 
     def teacher(self) -> Table:
-        """How far the teacher covers the candidates and agrees with the judgements."""
-        found = _read(self.model_dir / "teach" / "report.json")
-        rows = [("the teacher: " + _words(k), v) for k, v in found["teacher"].items()]
-        rows += [("rank lists: " + _words(k), v) for k, v in found["lists"].items()]
-        return Table("Teacher", ("what", "value"), rows)
+        """How far the teacher covers the candidates and agrees with the judgements, by the source
+        of the queries."""
+        sources = _read(self.model_dir / "teach" / "report.json")["teacher"]
+        names = next(iter(sources.values()))
+        rows = [(_words(k), *(found[k] for found in sources.values())) for k in names]
+        return Table("Teacher", ("what", *map(_words, sources)), rows)
+
+    def rank_list_counts(self) -> Table:
+        """How many rank lists were made, and what was left out."""
+        counts = _read(self.model_dir / "teach" / "report.json")["lists"]
+        return Table("Rank lists", ("what", "count"), [(_words(k), v) for k, v in counts.items()])
 
     def rank_lists(self, count: int = 3) -> list[Table]:
         """The first rank lists that the student was distilled from, in the teacher's order."""
