@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgr_jax import checkpoints, partitioning
+from dgr_jax.training import hash_random
 from dgr_jax.training.objectives import Batch, LossFn, Metrics
 
 
@@ -21,7 +22,7 @@ class TrainState:
     """All that a step changes and a checkpoint keeps.
 
     step: int32 [], steps done. params, opt_state: float32 trees. rng: uint32 [2], the run's key;
-    step n draws from fold_in(rng, n), so that a resumed run draws the same numbers.
+    step n draws from fold_in(rng, n), by hash_random, so that a resumed run draws the same numbers.
     """
 
     step: jax.Array
@@ -97,7 +98,7 @@ def init_state(
     if params is None:
 
         def create() -> TrainState:
-            params = partitioning.boxed_params(model, jax.random.PRNGKey(seed))
+            params = partitioning.boxed_params(model, hash_random.key(jax.random.PRNGKey(seed)))
             return _new_state(nn.unbox(params), optimizer, seed)
 
         return jax.jit(create, out_shardings=shardings)()
@@ -184,7 +185,7 @@ def make_train_step(
     loss = objective.loss_fn(model)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rng = jax.random.fold_in(state.rng, state.step)
+        rng = hash_random.key(jax.random.fold_in(state.rng, state.step))
         with mesh, nn.logical_axis_rules(rules):  # for the model's constraints on activations
             if microbatches == 1:
                 total = _sums(loss, state.params, batch, rng)
