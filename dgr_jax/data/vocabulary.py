@@ -1,8 +1,14 @@
-"""One vocabulary: text pieces (SentencePiece), then a block of docid codes. No TensorFlow here.
+"""One vocabulary: text pieces (SentencePiece), view markers, docid codes. No TensorFlow here.
 
-Token ids: 0 padding and start of a target, 1 end of sequence, 2 unknown, then text pieces. Docid
-codes begin at the next multiple of 128 after the text pieces (32,128 for the published T5 model,
-whose checkpoints hold that many rows), and the whole is rounded up to a multiple of 128.
+Token ids: 0 padding and start of a target, 1 end of sequence, 2 unknown, then text pieces. The
+blocks after them begin at multiples of 128, and the whole is rounded up to one. Docid codes begin
+at the next multiple after the text pieces (32,128 for the published T5 model, whose checkpoints
+hold that many rows). A vocabulary with views has a block of their markers there, and its docid
+codes begin 128 later. For the views of VIEWS and 1,000 text pieces:
+
+    0 pad  1 eos  2 unk  3..999 text  1024 <title>  1025 <body>  1026 <query>  1152.. docid codes
+
+See dgr_jax.identifiers.multiview for where the markers stand.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+VIEWS = ("title", "body", "query")
 _MULTIPLE = 128
 
 
@@ -106,17 +113,21 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A prepared vocabulary in `folder`: spiece.model and vocabulary.json."""
+    """A prepared vocabulary in `folder`: spiece.model and vocabulary.json.
+
+    views: those that have a marker, in the order of their ids.
+    """
 
     folder: Path
     text_size: int
     num_code_tokens: int = 0
+    views: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, folder: Path, *, extra_ids: int = 0) -> Vocabulary:
+    def create(cls, folder: Path, *, extra_ids: int = 0, views: Sequence[str] = ()) -> Vocabulary:
         """The vocabulary over `folder`/spiece.model, before any docid code is known."""
         pieces = cls(folder, 0)._processor.get_piece_size()
-        return cls(folder, pieces + extra_ids)
+        return cls(folder, pieces + extra_ids, views=tuple(views))
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
@@ -124,21 +135,36 @@ class Vocabulary:
         path = folder / "vocabulary.json"
         if not path.is_file():
             raise FileNotFoundError(f"no vocabulary at {path}: run the prepare stage first")
-        return cls(folder, **json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(folder, **values | {"views": tuple(values.get("views", ()))})
 
     def save(self) -> None:
         values = {k: v for k, v in asdict(self).items() if k != "folder"}
         (self.folder / "vocabulary.json").write_text(json.dumps(values), encoding="utf-8")
 
     @property
+    def first_view_id(self) -> int:
+        """Token id of the first view marker, where there is one."""
+        return _round_up(self.text_size)
+
+    @property
     def first_code_id(self) -> int:
         """Token id of the first docid code."""
-        return _round_up(self.text_size)
+        return self.first_view_id + _round_up(len(self.views))
 
     @property
     def size(self) -> int:
         """Rows of the embedding table, V."""
         return self.first_code_id + _round_up(self.num_code_tokens)
+
+    def marker(self, view: str) -> int:
+        """Token id that marks a view. Raises ValueError for one without a marker."""
+        if view not in self.views:
+            raise ValueError(
+                f"view {view!r}: the vocabulary in {self.folder} has markers of {self.views}; "
+                "expected one of them: prepare the collection with this view (Multiview.views)"
+            )
+        return self.first_view_id + self.views.index(view)
 
     @cached_property
     def _processor(self):
@@ -151,20 +177,36 @@ class Vocabulary:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; docid codes are written as <code>."""
+        """The text of token ids; docid codes are written as <code>, view markers as <view>."""
         parts, run = [], []
         for i in ids:
             if i >= self.text_size:
-                parts += [self._processor.decode(run), f"<{i - self.first_code_id}>"]
+                parts += [self._processor.decode(run), f"<{self._name(i)}>"]
                 run = []
             elif i > UNK_ID:
                 run.append(int(i))
         return " ".join(filter(None, [*parts, self._processor.decode(run)]))
 
-    def encode_inputs(self, texts: Sequence[str], length: int) -> np.ndarray:
-        """Encoder inputs int32 [B, length]: cut to length - 1 pieces, ended by EOS, padded by 0."""
+    def _name(self, token: int) -> str:
+        """What stands for a token that is no text piece."""
+        view = token - self.first_view_id
+        return self.views[view] if 0 <= view < len(self.views) else f"{token - self.first_code_id}"
+
+    def encode_inputs(self, texts: Sequence[str], length: int, *, view: str = "") -> np.ndarray:
+        """Encoder inputs int32 [B, length]: cut to length - 1 pieces, ended by EOS, padded by 0.
+
+        view: its marker stands first, and counts as a piece; blank: none.
+        """
+        first = [self.marker(view)] if view else []
         rows = np.zeros((len(texts), length), np.int32)
         for row, ids in zip(rows, self._processor.encode(list(texts)), strict=True):
-            ids = ids[: length - 1] + [EOS_ID]
+            ids = (first + ids)[: length - 1] + [EOS_ID]
             row[: len(ids)] = ids
         return rows
+
+    def word_starts(self) -> np.ndarray:
+        """bool [V]: pieces that begin a word, for scripts that write spaces between words."""
+        starts = np.zeros(self.size, bool)
+        pieces = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        starts[: len(pieces)] = [piece.startswith("\u2581") for piece in pieces]
+        return starts

@@ -1,0 +1,271 @@
+"""Scores of passages from the identifiers found in them: one function for training and search.
+
+For an identifier k of a passage with log-probability l_k and F_k occurrences in a corpus of N
+tokens (SEAL, Bevilacqua et al. 2022; views and pseudo-queries: MINDER, Li et al. 2023):
+
+    c_k = log((F_k + smoothing) / (N + smoothing))
+    w_k = max(0, (l_k + log(1 - e^c_k)) - (c_k + log(1 - e^l_k))) ^ exponent
+    r_k = 1 - repetition + repetition * |tokens of k not yet covered| / |tokens of k|
+    s   = sum of w_k * r_k over the identifiers that count, best first
+
+- l_k of a pseudo-query is first replaced by min(l_k + query_shift, query_cap).
+- Best first: by w_k descending; equal ones by l_k descending, then in the order given. Pseudo-
+  queries that reach the cap often have equal weights: the model's own order decides among them.
+- Tokens are counted as a set of token ids. They are covered by the better identifiers of the
+  same passage, of any view, that count.
+- A title or pseudo-query always counts. A body span counts when one of its occurrences in the
+  passage overlaps no occurrence of a better body span that counts.
+
+Only l_k carries a gradient: order, coverage and overlap are constants of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+VIEWS = ("title", "body", "query")
+TITLE, BODY, QUERY = range(3)
+
+_HIGHEST = -1e-6  # log-probabilities above are cut: log(1 - e^0) is not finite
+_LOWEST = -1e4  # and below, where every weight is 0: -inf has no useful gradient
+_NEVER = jnp.iinfo(jnp.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Settings of passage scores; the defaults are the published ones.
+
+    exponent: of the log-odds ratio in w_k, above 0.
+    repetition: share of w_k that is lost when all tokens are covered, 0 to 1.
+    smoothing: added to F_k and N, above 0.
+    query_shift: added to the log-probability of a pseudo-query,
+    query_cap: which is then at most this, below 0.
+    common: identifiers that occur more often nominate no passage.
+    max_passages: nominated passages a query that are scored.
+
+    Raises ValueError for values outside of these ranges.
+    """
+
+    exponent: float = 2.0
+    repetition: float = 0.8
+    smoothing: float = 5.0
+    query_shift: float = 14.0
+    query_cap: float = -1.0
+    common: int = 1500
+    max_passages: int = 500
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "exponent": (self.exponent > 0, "above 0"),
+            "repetition": (0 <= self.repetition <= 1, "0 to 1"),
+            "smoothing": (self.smoothing > 0, "above 0"),
+            "query_cap": (self.query_cap < 0, "below 0"),
+            "common": (self.common >= 1, "at least 1"),
+            "max_passages": (self.max_passages >= 1, "at least 1"),
+        }
+        for name, (valid, expected) in ranges.items():
+            if not valid:
+                raise ValueError(f"Scoring.{name}: got {getattr(self, name)}, expected {expected}")
+
+
+class Identifiers(NamedTuple):
+    """The identifiers of passages. K identifiers of T tokens a passage, E occurrences.
+
+    log_probs f32 [..., K]: of all tokens of the identifier given the query.
+    counts int32 [..., K]: occurrences in the corpus; of a title or pseudo-query: its passages.
+    tokens int32 [..., K, T]: below 2^31 / K; 0 is padding, at any place.
+    views int [..., K]: TITLE, BODY or QUERY.
+    mask bool [..., K]: True for those that are found in the passage; the others may hold
+      anything.
+    spans int32 [..., E]: the k in 0..K-1 of the body span of each occurrence, -1 for none;
+    starts int32 [..., E]: where in the passage it begins, in tokens of the passage.
+      Scores are exact when all occurrences of the body spans are listed, in any order. Of fewer,
+      the overlaps with those left out are not seen: a span without any overlaps nothing.
+    """
+
+    log_probs: jax.Array
+    counts: jax.Array
+    tokens: jax.Array
+    views: jax.Array
+    mask: jax.Array
+    spans: jax.Array
+    starts: jax.Array
+
+
+def passage_scores(
+    found: Identifiers,
+    num_tokens: int | float | jax.Array,
+    scoring: Scoring | None = None,
+    *,
+    special_ids: Sequence[int] = (1,),
+) -> jax.Array:
+    """Score of each passage from the identifiers found in it; see the module.
+
+    Args:
+      found: see Identifiers; the leading axes [...] are those of the passages, [B, L] in training.
+      num_tokens: N, tokens of the corpus. Beyond int32 an argument of a jitted function must be a
+        float, for JAX's sake.
+      scoring: None: the published settings.
+      special_ids: token ids that belong to no text, as end of sequence and view markers: they
+        are neither counted nor covered, nor part of the length of a span.
+
+    Returns:
+      f32 [...], 0 for a passage without identifiers. Finite, as is its gradient in log_probs, for
+      all log-probabilities up to 0, -inf included; those of masked identifiers get exactly 0.
+
+    Time a passage: a sort of K * T and K steps over E occurrences; memory O(K * T + E).
+    Raises ValueError for arrays whose shapes do not belong together.
+    """
+    scoring = Scoring() if scoring is None else scoring
+    _check(found)
+    tokens = found.tokens
+    for special in special_ids:
+        tokens = jnp.where(tokens == special, 0, tokens)
+    mask = found.mask & (tokens > 0).any(-1)
+    log_probs = jnp.where(mask, found.log_probs, -1.0)
+    weights = identifier_weights(log_probs, found.counts, found.views, num_tokens, scoring)
+    shares = functools.partial(_shares, repetition=scoring.repetition)
+    for _ in range(weights.ndim - 1):
+        shares = jax.vmap(shares)
+    constants = map(lax.stop_gradient, (weights, log_probs))
+    body = found.views == BODY
+    share = shares(*constants, tokens, body, mask, found.spans, found.starts)
+    return jnp.sum(jnp.where(mask, weights * share, 0.0), -1)
+
+
+def identifier_weights(
+    log_probs: jax.Array,
+    counts: jax.Array,
+    views: jax.Array,
+    num_tokens: int | float | jax.Array,
+    scoring: Scoring | None = None,
+) -> jax.Array:
+    """w_k of the module's formula: f32, of the common shape of log_probs, counts and views.
+
+    log_probs f32, counts int, views int, num_tokens: see Identifiers and passage_scores. The
+    gradient is finite for all log-probabilities up to 0, -inf included; it is 0 where the weight
+    is 0, above -1e-6 (log(1 - e^l) ends at 0), and for pseudo-queries that reach the cap.
+    """
+    scoring = Scoring() if scoring is None else scoring
+    log_probs = jnp.asarray(log_probs, jnp.float32)
+    total = jnp.asarray(num_tokens, jnp.float32) + scoring.smoothing
+    corpus = jnp.log((jnp.asarray(counts, jnp.float32) + scoring.smoothing) / total)
+    corpus = jnp.minimum(corpus, _HIGHEST)  # more counts than tokens: only in the tiniest corpora
+    shifted = log_probs + scoring.query_shift
+    shifted = jnp.where(shifted < scoring.query_cap, shifted, scoring.query_cap)
+    model = jnp.where(views == QUERY, shifted, log_probs)
+    inside = (model > _LOWEST) & (model < _HIGHEST)
+    model = jnp.where(inside, model, lax.stop_gradient(jnp.clip(model, _LOWEST, _HIGHEST)))
+    odds = (model + _log1mexp(corpus)) - (corpus + _log1mexp(model))
+    return jnp.where(odds > 0, jnp.where(odds > 0, odds, 1.0) ** scoring.exponent, 0.0)
+
+
+def occurrences(text: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where spans occur in a text, on the host: all occurrences, overlapping ones too.
+
+    text: int [S], passages separated by 0 if there are several; spans: int [K, T], each padded
+    on the right with 0. Returns (spans int32 [E], starts int32 [E]) as in Identifiers, by span,
+    then start; an empty span occurs nowhere.
+    """
+    found = []
+    for span in np.asarray(spans).tolist():
+        span = [token for token in span if token > 0]
+        ends = len(text) - len(span) + 1
+        at = np.flatnonzero(text[: max(ends, 0)] == span[0]) if len(span) else np.zeros(0, int)
+        for offset, token in enumerate(span[1:], start=1):
+            at = at[text[at + offset] == token]
+        found.append(at)
+    owners = np.repeat(np.arange(len(found), dtype=np.int32), [len(at) for at in found])
+    return owners, np.concatenate([*found, np.zeros(0, int)]).astype(np.int32)
+
+
+def _log1mexp(x: jax.Array) -> jax.Array:
+    """log(1 - e^x) for x < 0, exact at both ends (Maechler 2012)."""
+    near = x > -0.6931472
+    close = jnp.log(-jnp.expm1(jnp.where(near, x, -1.0)))
+    return jnp.where(near, close, jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
+
+
+def _order(weights: jax.Array, log_probs: jax.Array, mask: jax.Array) -> jax.Array:
+    """int32 [K]: identifiers of one passage, best first, masked ones last."""
+    index = jnp.arange(len(weights), dtype=jnp.int32)
+    keys = jnp.where(mask, -weights, 1.0), -log_probs, index
+    return lax.sort(keys, num_keys=2, is_stable=True)[-1]
+
+
+def _shares(weights, log_probs, tokens, body, mask, spans, starts, *, repetition) -> jax.Array:
+    """f32 [K]: r_k of the identifiers of one passage that count, 0 of the others."""
+    order, counted = _order(weights, log_probs, mask), mask
+    if len(spans):
+        lengths = (tokens > 0).sum(-1, dtype=jnp.int32)
+        counted = _without_overlaps(order, lengths, body, mask, spans, starts)
+    ranked = jnp.where(counted[order, None], tokens[order], 0)
+    fresh, distinct = _fresh_tokens(ranked)
+    share = 1.0 - repetition + repetition * fresh / jnp.maximum(distinct, 1)
+    share = jnp.zeros_like(share).at[order].set(share)
+    return jnp.where(counted, share, 0.0)
+
+
+def _without_overlaps(order, lengths, body, mask, spans, starts) -> jax.Array:
+    """bool [K]: identifiers that count. Best first, each looks for an occurrence still free."""
+    real = spans >= 0
+    starts, spans = lax.sort((jnp.where(real, starts, _NEVER), spans), num_keys=1)
+    ends = jnp.where(spans >= 0, starts + lengths[jnp.maximum(spans, 0)], _NEVER)
+
+    def count(blocked, k):
+        own = (spans == k) & body[k]
+        counts = mask[k] & ((own & ~blocked).any() | ~own.any())
+        before = lax.cummax(jnp.where(own, ends, -1))  # ends of the last one that begins earlier
+        after = lax.cummin(jnp.where(own, starts, _NEVER), reverse=True)
+        overlaps = (before > starts) | (after < ends)
+        return blocked | (counts & overlaps), counts
+
+    _, counted = lax.scan(count, jnp.zeros(spans.shape, bool), order)
+    return jnp.zeros(order.shape, bool).at[order].set(counted)
+
+
+def _fresh_tokens(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(tokens of each row that no row before it has, all its tokens), as sets: int32 [K] each.
+
+    tokens: [K, T].  Sorted by token, then row, the first of equal tokens is the fresh one.
+    """
+    number = len(tokens)
+    row = jnp.arange(number, dtype=tokens.dtype)[:, None]
+    keys = jnp.sort((tokens * number + row).reshape(-1))  # one key: sorting it is quick
+    token, row = keys // number, keys % number
+    new = lambda column: jnp.append(True, column[1:] != column[:-1])
+    flags = (token > 0)[:, None] & jnp.stack([new(token), new(keys)], -1)
+    total = jnp.zeros((number, 2), jnp.int32).at[row].add(flags.astype(jnp.int32))
+    return total[:, 0], total[:, 1]
+
+
+def _check(found: Identifiers) -> None:
+    shape, occurring = found.log_probs.shape, found.spans.shape
+    for name in ("counts", "views", "mask"):
+        if (got := getattr(found, name).shape) != shape:
+            raise ValueError(
+                f"passage_scores: {name} has shape {got}; expected {shape}, that of log_probs"
+            )
+    if found.tokens.ndim != len(shape) + 1 or found.tokens.shape[:-1] != shape:
+        raise ValueError(
+            f"passage_scores: tokens have shape {found.tokens.shape}; expected {shape} and a "
+            "length: those of log_probs, then the tokens"
+        )
+    if occurring[:-1] != shape[:-1] or len(occurring) != len(shape):
+        raise ValueError(
+            f"passage_scores: spans have shape {occurring}; expected {shape[:-1]} and a number of "
+            "occurrences"
+        )
+    if found.starts.shape != occurring:
+        raise ValueError(
+            f"passage_scores: starts have shape {found.starts.shape}; expected {occurring}, that "
+            "of spans"
+        )

@@ -1,0 +1,357 @@
+"""Queries -> passages, from identifiers of several views: titles, body spans, pseudo-queries.
+
+    index = MultiviewIndex(text, {"title": titles, "query": pseudo_queries})
+    found = index.rank([
+        written_spans(spans_result),                              # beam_search(record=True)
+        written_rows("title", titles_result, trie.table_rows(titles_result.rows), titles),
+        written_rows("query", queries_result, ...),
+    ])
+    found[0].passages, found[0].scores                            # of the first query, best first
+    found[0].identifiers(40)                                      # what its passages were found by
+
+After SEAL (Bevilacqua et al. 2022) and MINDER (Li et al. 2023). For each query:
+
+1. Identifiers of weight 0 are left out: they add nothing, and cover nothing that counts.
+2. Those that occur at most Scoring.common times nominate the passages that hold them.
+3. Of more than Scoring.max_passages nominated, those stay whose nominating identifiers could add
+   most: the sum of the best weight at each place of the passage where a span begins, and of the
+   weights of its titles and pseudo-queries. Ties stay by passage index.
+4. All identifiers are looked for in the passages that stay, and passage_scoring scores them.
+
+The host finds where identifiers occur; weights and scores come from the one function on the device,
+in shapes of a few sizes, so that it is not compiled again for every query.
+
+Axis letters: B queries, M identifiers a view, K identifiers a query, T tokens, P passages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dgr_jax.decoding import passage_scoring
+from dgr_jax.decoding.beam_search import BeamResult
+from dgr_jax.decoding.passage_scoring import BODY, VIEWS, Identifiers, Scoring
+from dgr_jax.decoding.suffix_array import SuffixArray
+from dgr_jax.identifiers.table import IdentifierTable
+
+_FEWEST = 64, 128  # identifiers and occurrences a passage that are padded to, at least
+
+
+class Written(NamedTuple):
+    """What beam search wrote in one view, on the host.
+
+    view: of VIEWS; tokens int32 [B, M, T], 0 is padding; log_probs f32 [B, M], -inf for none;
+    lo, hi int64 [B, M]: where it occurs: suffixes of the text, or entries of table.passages.
+    """
+
+    view: str
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+
+
+def written_spans(result: BeamResult) -> Written:
+    """All prefixes that a search under a SubstringConstraint went through, as body spans.
+
+    Raises ValueError for a search that did not record them.
+    """
+    if result.prefixes is None:
+        raise ValueError(
+            "written_spans: the search kept no prefixes; expected beam_search(record=True)"
+        )
+    tokens, log_probs, state = jax.device_get(result.prefixes)
+    flat = lambda leaf: leaf.reshape(len(leaf), -1, *leaf.shape[3:])
+    lo, hi = (flat(leaf).astype(np.int64) for leaf in (state.lo, state.hi))
+    return Written("body", flat(tokens), flat(log_probs), lo, hi)
+
+
+def written_rows(
+    view: str, result: BeamResult, rows: np.ndarray, table: IdentifierTable
+) -> Written:
+    """The rows of a table that a search under its trie ended with; rows int [B, M], -1 for none.
+
+    They count as often as they have passages.
+    """
+    rows = np.asarray(rows)
+    known, at = rows >= 0, np.maximum(rows, 0)
+    lo, hi = (np.where(known, table.offsets[at + i], 0) for i in (0, 1))
+    log_probs = np.where(known, np.asarray(result.log_probs), -np.inf)
+    return Written(view, np.asarray(result.tokens), log_probs, lo, hi)
+
+
+class _Query(NamedTuple):
+    """Identifiers of one query whose weight is above 0, best first; views int32."""
+
+    log_probs: np.ndarray
+    counts: np.ndarray
+    tokens: np.ndarray
+    views: np.ndarray
+    weights: np.ndarray
+    lo: np.ndarray
+
+
+class _Places(NamedTuple):
+    """Occurrences, int [n] each: owner, the identifier; passage; start in it (0 for no span)."""
+
+    owner: np.ndarray
+    passage: np.ndarray
+    start: np.ndarray
+
+
+class _Packed(NamedTuple):
+    """Identifiers by passage: members int32 [P, K'], best first, then -1; spans (places in
+    `members`) and starts int32 [P, E] as in Identifiers."""
+
+    members: np.ndarray
+    spans: np.ndarray
+    starts: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """Passages of one query, best first; ties by passage index.
+
+    passages int32 [n]; scores f32 [n].
+    """
+
+    passages: np.ndarray
+    scores: np.ndarray
+    query: _Query
+    packed: _Packed
+
+    def identifiers(self, limit: int) -> Identifiers:
+        """The `limit` identifiers of most weight that each passage holds, numpy [n, limit, ...].
+
+        Their occurrences are complete: E is the most that any passage has.
+        """
+        members, spans, starts = self.packed
+        members = members[:, :limit]
+        members = np.pad(members, ((0, 0), (0, limit - members.shape[1])), constant_values=-1)
+        order = np.argsort(~((0 <= spans) & (spans < limit)), axis=1, kind="stable")
+        spans, starts = (np.take_along_axis(leaf, order, 1) for leaf in (spans, starts))
+        spans = np.where(spans < limit, spans, -1)
+        used = (spans >= 0).sum(1).max(initial=0)
+        starts = np.where(spans >= 0, starts, 0)
+        return _gather(self.query[:4], _Packed(members, spans[:, :used], starts[:, :used]))
+
+
+def best(found: Sequence[Scored], depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Passage indices int32 and scores f32 [B, depth], best first; free places -1 and -inf."""
+    passages = np.full((len(found), depth), -1, np.int32)
+    scores = np.full((len(found), depth), -np.inf, np.float32)
+    for query, one in enumerate(found):
+        number = min(depth, len(one.passages))
+        passages[query, :number] = one.passages[:number]
+        scores[query, :number] = one.scores[:number]
+    return passages, scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MultiviewIndex:
+    """Where identifiers occur, and what they are worth.
+
+    text: index of the passages; tables: titles and pseudo-queries by view, over the same passages.
+    special_ids: token ids that belong to no text, see passage_scores.
+    allowed: bool [P], passages that may be returned; None: all. Counts are of all passages.
+
+    Raises ValueError for an unknown view and for tables or masks of another number of passages.
+    """
+
+    text: SuffixArray
+    tables: Mapping[str, IdentifierTable]
+    scoring: Scoring = Scoring()
+    special_ids: tuple[int, ...] = (1,)
+    allowed: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        expected = self.text.num_passages
+        for view, table in self.tables.items():
+            if view not in VIEWS or view == "body":
+                raise ValueError(f"MultiviewIndex.tables: got view {view!r}, expected title, query")
+            if table.num_passages != expected:
+                raise ValueError(
+                    f"MultiviewIndex.tables: {view!r} has {table.num_passages} passages; expected "
+                    f"{expected}, those of the text"
+                )
+        mask = self.allowed
+        if mask is not None and (mask.dtype != np.bool_ or mask.shape != (expected,)):
+            raise ValueError(
+                f"MultiviewIndex.allowed must be bool of shape [{expected}]; got {mask.dtype} of "
+                f"shape {mask.shape}"
+            )
+
+    def rank(self, written: Sequence[Written]) -> list[Scored]:
+        """The passages of each of B queries that `written` leads to; none where it leads nowhere.
+
+        written: the views, in any order; no identifier of a view twice for a query. Where weight
+          and log-probability are equal, titles stand before body spans before pseudo-queries.
+        Raises ValueError for a view that has no table, and without any view.
+        """
+        waiting = []
+        for query in self._queries(written):
+            places, nominated = self._nominated(query, self._rare(query))
+            if len(nominated):
+                places = _joined([places, self._common(query, nominated)])
+            packed = _pack(query, places, nominated, self.scoring.max_passages)
+            scores = self._scores(query, packed) if len(nominated) else np.zeros(0, np.float32)
+            waiting.append((nominated, scores, query, packed))
+        return [_ranked(*one) for one in waiting]
+
+    def _queries(self, written: Sequence[Written]) -> list[_Query]:
+        if not written:
+            raise ValueError("MultiviewIndex.rank: got no view, expected one or more")
+        known = ("body", *self.tables)
+        if unknown := [part.view for part in written if part.view not in known]:
+            raise ValueError(
+                f"MultiviewIndex.rank: got view {unknown[0]!r}, expected {', '.join(known)}: set "
+                "MultiviewIndex.tables"
+            )
+        written = sorted(written, key=lambda part: VIEWS.index(part.view))
+        length = max(part.tokens.shape[-1] for part in written)
+        widen = lambda x: np.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))
+        tokens = np.concatenate([widen(part.tokens) for part in written], 1)
+        log_probs, lo, hi = (
+            np.concatenate([getattr(part, name) for part in written], 1)
+            for name in ("log_probs", "lo", "hi")
+        )
+        views = [np.full(part.lo.shape, VIEWS.index(part.view), np.int32) for part in written]
+        views, counts = np.concatenate(views, 1), (hi - lo).astype(np.int32)
+        weights = np.asarray(
+            _weigh(log_probs, counts, views, float(len(self.text)), scoring=self.scoring)
+        )
+        weights = np.where(counts > 0, weights, 0.0)
+        order = np.lexsort((-log_probs, -weights))  # the order of passage_scores
+        leaves = (log_probs, counts, tokens, views, weights, lo)
+        return [
+            _Query(*(leaf[b, order[b][: (weights[b] > 0).sum()]] for leaf in leaves))
+            for b in range(len(order))
+        ]
+
+    def _entries(self, query: _Query, k: int) -> np.ndarray:
+        """Where the k-th identifier occurs: positions in the text, or passages of a table."""
+        view, part = query.views[k], slice(query.lo[k], query.lo[k] + query.counts[k])
+        entries = self.text.suffixes if view == BODY else self.tables[VIEWS[view]].passages
+        return np.asarray(entries[part])
+
+    def _rare(self, query: _Query) -> _Places:
+        """All occurrences of the identifiers that nominate, in allowed passages."""
+        rare = np.flatnonzero(query.counts <= self.scoring.common)
+        found = [self._entries(query, k) for k in rare]
+        owner = np.repeat(rare, [len(entries) for entries in found])
+        entry = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int32)
+        body = query.views[owner] == BODY
+        starts = self.text.starts
+        passage = np.where(body, np.searchsorted(starts, entry, side="right") - 1, entry)
+        start = np.where(body, entry - starts[passage], 0)
+        keep = slice(None) if self.allowed is None else self.allowed[passage]
+        return _Places(owner[keep], passage[keep], start[keep])
+
+    def _nominated(self, query: _Query, places: _Places) -> tuple[_Places, np.ndarray]:
+        """(the occurrences in the passages that stay, these passages, ascending)."""
+        passages, of_passage = np.unique(places.passage, return_inverse=True)
+        most = self.scoring.max_passages
+        if len(passages) <= most:
+            return places, passages
+        # one of each place where spans begin; owners are sorted, so the first is the best
+        begin = np.where(query.views[places.owner] == BODY, places.start, -1 - places.owner)
+        key = of_passage * (np.ptp(begin) + 1) + begin - begin.min()
+        _, once = np.unique(key, return_index=True)
+        bounds = np.bincount(of_passage[once], query.weights[places.owner[once]])
+        stay = np.sort(np.argsort(-bounds, kind="stable")[:most])
+        keep = np.isin(of_passage, stay)
+        return _Places(*(leaf[keep] for leaf in places)), passages[stay]
+
+    def _common(self, query: _Query, nominated: np.ndarray) -> _Places:
+        """The occurrences in these passages of the identifiers that nominate none."""
+        common = np.flatnonzero(query.counts > self.scoring.common)
+        spans = common[query.views[common] == BODY]
+        found = [self._spans_in(query, spans, nominated)] if len(spans) else []
+        for k in common[query.views[common] != BODY]:
+            passage = nominated[np.isin(nominated, self._entries(query, k))]
+            found.append(_Places(np.full(len(passage), k), passage, np.zeros(len(passage), int)))
+        return _joined(found)
+
+    def _spans_in(self, query: _Query, spans: np.ndarray, nominated: np.ndarray) -> _Places:
+        """Occurrences of body spans, read from the text of the passages."""
+        tokens, starts = self.text.tokens, self.text.starts
+        begins, following = starts[nominated], np.minimum(nominated + 1, len(starts) - 1)
+        ends = np.where(nominated < following, starts[following], len(tokens))  # a 0 is the last
+        text = np.concatenate([tokens[a:b] for a, b in zip(begins, ends, strict=True)])
+        offsets = np.cumsum(ends - begins) - (ends - begins)
+        special = np.isin(query.tokens[spans], (0, *self.special_ids))
+        order = np.argsort(special, axis=1, kind="stable")
+        plain = np.take_along_axis(np.where(special, 0, query.tokens[spans]), order, 1)
+        owner, start = passage_scoring.occurrences(text, plain)
+        row = np.searchsorted(offsets, start, side="right") - 1
+        return _Places(spans[owner], nominated[row], start - offsets[row])
+
+    def _scores(self, query: _Query, packed: _Packed) -> jax.Array:
+        """f32 [max_passages], on its way."""
+        size = _size(len(query.lo), _FEWEST[0])
+        grow = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
+        return _score(
+            tuple(map(grow, query[:4])),
+            packed,
+            float(len(self.text)),
+            scoring=self.scoring,
+            special_ids=self.special_ids,
+        )
+
+
+_weigh = jax.jit(passage_scoring.identifier_weights, static_argnames="scoring")
+
+
+@functools.partial(jax.jit, static_argnames=("scoring", "special_ids"))
+def _score(leaves, packed, num_tokens, *, scoring, special_ids) -> jax.Array:
+    found = _gather(leaves, packed)
+    return passage_scoring.passage_scores(found, num_tokens, scoring, special_ids=special_ids)
+
+
+def _gather(leaves: Sequence, packed: _Packed) -> Identifiers:
+    """Identifiers of each passage, on the host or the device; leaves: the first four of a query."""
+    at = packed.members.clip(0)
+    of_passages = (leaf[at] for leaf in leaves)
+    return Identifiers(*of_passages, packed.members >= 0, packed.spans, packed.starts)
+
+
+def _joined(parts: Sequence[_Places]) -> _Places:
+    none = np.zeros(0, np.int64)
+    return _Places(*map(np.concatenate, zip(_Places(none, none, none), *parts, strict=True)))
+
+
+def _pack(query: _Query, places: _Places, passages: np.ndarray, rows: int) -> _Packed:
+    """Places by passage, padded to `rows` passages and to sizes that recur."""
+    number = max(1, len(query.lo))
+    row = np.searchsorted(passages, places.passage)
+    pairs, of_pair = np.unique(row * number + places.owner, return_inverse=True)
+    pair_row, owner = pairs // number, pairs % number
+    slot = np.arange(len(pairs)) - np.searchsorted(pair_row, pair_row)
+    members = np.full((rows, _size(slot.max(initial=0) + 1, _FEWEST[0])), -1, np.int32)
+    members[pair_row, slot] = owner
+    body = np.flatnonzero(query.views[places.owner] == BODY)
+    body = body[np.argsort(row[body], kind="stable")]
+    row = row[body]
+    event = np.arange(len(body)) - np.searchsorted(row, row)
+    spans = np.full((rows, _size(event.max(initial=0) + 1, _FEWEST[1])), -1, np.int32)
+    starts = np.zeros_like(spans)
+    spans[row, event], starts[row, event] = slot[of_pair[body]], places.start[body]
+    return _Packed(members, spans, starts)
+
+
+def _size(number: int, fewest: int) -> int:
+    """The power of two that holds `number`, at least `fewest`."""
+    return max(fewest, 1 << (int(number) - 1).bit_length())
+
+
+def _ranked(passages: np.ndarray, scores: jax.Array, query: _Query, packed: _Packed) -> Scored:
+    scores = np.asarray(scores)[: len(passages)]
+    order = np.argsort(-scores, kind="stable")  # passages are ascending
+    packed = _Packed(*(leaf[order] for leaf in packed))
+    return Scored(passages[order].astype(np.int32), scores[order], query, packed)
