@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dgr_jax.decoding.constraint import Constraint, State
+from dgr_jax.decoding.constraint import Candidates, Constraint, State
 from dgr_jax.decoding.selection import top_k
 
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
@@ -87,7 +87,7 @@ def beam_search(
     """The most likely legal sequences of each query.
 
     step_fn: (tokens int32 [B, M], cache, position int32) -> (logits [B, M, V], cache); the tokens
-      are those at `position`, start_id at position 0; logits of any float dtype.
+      are those at `position`, start_id at position 0, where M is 1; logits of any float dtype.
     cache: pytree, leaves [B, M, ...]; only these are reordered.  It must hold max_length steps.
     max_length: None: of the constraint.  Sequences that have not ended by then are dropped.
     length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
@@ -109,9 +109,14 @@ def beam_search(
         reachable = penalised(loop.live.log_probs[:, 0], jnp.float32(ahead))
         return (loop.position < length) & (reachable > loop.finished.scores[:, -1]).any()
 
-    def advance(loop):
-        logits, cache = step_fn(loop.last, loop.cache, loop.position)
-        offers = _expand(constraint, loop.live.state, loop.live.log_probs, logits, num_beams)
+    def advance(loop, searched=num_beams):
+        """One step, of the first `searched` beams: the others are dead."""
+        last, cache, state, prior = jax.tree.map(
+            lambda leaf: leaf[:, :searched],
+            (loop.last, loop.cache, loop.live.state, loop.live.log_probs),
+        )
+        logits, cache = step_fn(last, cache, loop.position)
+        offers = _expand(constraint, state, prior, logits, num_beams)
         penalty = lambda x: penalised(x, (loop.position + 1).astype(jnp.float32))  # noqa: E731
         finished = loop.finished if together else _keep_finished(loop, offers, penalty)
         live, parent = _keep_live(loop, offers, also_complete=together)
@@ -120,6 +125,7 @@ def beam_search(
         prefixes = _noted(loop.prefixes, live, loop.position)
         return _Loop(loop.position + 1, last, live, finished, cache, prefixes)
 
+    loop = advance(loop, searched=1)  # nothing is written yet: every query has one beam
     loop = lax.while_loop(unfinished, advance, loop)
     finished = loop.live if together else loop.finished
     valid = finished.log_probs > -jnp.inf
@@ -173,7 +179,24 @@ def _expand(constraint, state, prior, logits, width):
     """Candidates of beams whose log-probability is `prior`; theirs is of the whole sequence."""
     if not constraint.renormalise:
         prior -= jax.nn.logsumexp(logits.astype(jnp.float32), -1)
-    return constraint.expand(state, logits, prior, width=width)
+    return _filled(constraint.expand(state, logits, prior, width=width), width)
+
+
+def _filled(offers, width):
+    """Candidates with slots that hold nothing, where the constraint found less than `width`."""
+    missing = max(0, width - offers.log_probs.shape[1])
+
+    def fill(leaf, value):
+        return jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2),
+                       constant_values=value)  # fmt: skip
+
+    return Candidates(
+        parent=fill(offers.parent, 0),
+        token_ids=fill(offers.token_ids, 0),
+        log_probs=fill(offers.log_probs, -jnp.inf),
+        next_state=jax.tree.map(lambda leaf: fill(leaf, -1), offers.next_state),
+        complete=fill(offers.complete, False),
+    )
 
 
 def _keep_live(loop, offers, also_complete):
