@@ -46,6 +46,7 @@ from dgr_jax.decoding import trie, trie_build
 from dgr_jax.decoding.beam_search import beam_search
 from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.selection import joint_top_k
+from dgr_jax.retrieval.speed import device_name
 
 LENGTH = 8
 DENSE_ENTRIES = 1 << 29
@@ -374,7 +375,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
             "vocabulary": options.vocabulary,
             "batch": batch,
             "beams": beams,
-            "device": jax.devices()[0].device_kind,
+            "device": device_name(jax.devices()[0]),
         }
         records += [setting | record for record in summary(runs, systems)]
     return records

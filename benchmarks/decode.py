@@ -47,6 +47,7 @@ from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import decode_fn
+from dgr_jax.retrieval.speed import device_name
 
 EOS = 1
 SIZES = {
@@ -399,9 +400,9 @@ def main() -> None:
     if "hf" in args.systems:
         args.dict_trie = dict_trie(rows)
     print(
-        f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, jax "
-        f"{jax.__version__}; {len(rows)} identifiers of {rows.shape[1]} tokens ({args.codes} codes "
-        f"of {args.codebook}, EOS), trie {args.index.nbytes / 1e6:.1f} MB in {built:.1f} s; batch "
+        f"{device_name(device)}, jax {jax.__version__}; {len(rows)} identifiers of "
+        f"{rows.shape[1]} tokens ({args.codes} codes of {args.codebook}, EOS), trie "
+        f"{args.index.nbytes / 1e6:.1f} MB in {built:.1f} s; batch "
         f"{args.batch}, queries of {args.query_length} tokens, vocabulary {args.vocab_size}, "
         f"{args.dtype}",
         flush=True,
@@ -414,7 +415,7 @@ def main() -> None:
             sys.stdout.flush()
     if args.output:
         settings = {k: v for k, v in vars(args).items() if k not in ("index", "dict_trie")}
-        report = {"device": device.device_kind, "cpu_cores": os.cpu_count(), "settings": settings}
+        report = {"device": device_name(device), "settings": settings}
         pathlib.Path(args.output).write_text(json.dumps(report | {"lines": lines}, indent=1))
 
 

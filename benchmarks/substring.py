@@ -25,7 +25,6 @@ import gc
 import importlib.metadata
 import json
 import pathlib
-import re
 import resource
 import sys
 import time
@@ -36,6 +35,7 @@ import numpy as np
 
 from dgr_jax.decoding import suffix_array
 from dgr_jax.decoding.suffix_array_expand import SpanState
+from dgr_jax.retrieval.speed import device_name
 
 BEAMS = 15
 LENGTH = 10
@@ -269,13 +269,6 @@ def spread(values, scale=1.0):
     return {"median": round(median, 4), "min": round(low, 4), "max": round(high, 4)}
 
 
-def device():
-    """The device's name; of a CPU, as the system tells it."""
-    kind = jax.devices()[0].device_kind
-    names = re.findall("model name\t: (.+)", pathlib.Path("/proc/cpuinfo").read_text())
-    return f"{names[0]}, {len(names)} cores" if kind == "cpu" and names else kind
-
-
 def peak_memory():
     """GB that this process has held at most."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
@@ -294,7 +287,7 @@ def main():
     passages = (part[part > 0] for part in np.split(tokens, np.flatnonzero(tokens == 0)[:-1] + 1))
     index = suffix_array.build(passages, vocab_size=VOCAB, max_length=LENGTH)
     report = {
-        "device": device(),
+        "device": device_name(jax.devices()[0]),
         "python": sys.version.split()[0],
         "versions": {
             name: importlib.metadata.version(name)

@@ -29,7 +29,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.data import examples, vocabulary
     from dgr_jax.identifiers import atomic, embeddings, rq, semantic, string, title
     from dgr_jax.models import t5
-    from dgr_jax.retrieval import bm25, generative, teacher
+    from dgr_jax.retrieval import bm25, generative, recipes, teacher
     from dgr_jax.training import objectives, optimizers
 
     return (
@@ -44,7 +44,7 @@ def _components() -> tuple[type, ...]:
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         teacher.RunTeacher, teacher.Bm25Teacher, teacher.CrossEncoderTeacher,
-        teacher.BiEncoderTeacher, teacher.VectorTeacher, teacher.TopM, teacher.TwoLists,
+        teacher.BiEncoderTeacher, teacher.VectorTeacher, recipes.TopM, recipes.TwoLists,
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class Candidates:
 class Teach:
     """A teacher orders the candidates, and rank lists are cut from its order.
 
-    teacher, lists: see `dgr_jax.retrieval.teacher`.
+    teacher, lists: see `dgr_jax.retrieval.teacher` and `dgr_jax.retrieval.recipes`.
     """
 
     teacher: Any

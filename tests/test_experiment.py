@@ -33,7 +33,8 @@ from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.teacher import Bm25Teacher, RunTeacher, TopM, VectorTeacher
+from dgr_jax.retrieval.recipes import TopM
+from dgr_jax.retrieval.teacher import Bm25Teacher, RunTeacher, VectorTeacher
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor, Constant
 

@@ -192,6 +192,7 @@ def change(header, **fields):
         (lambda header: header.write_text("{"), "header.json is not a header of dgr_jax.suffix_ar"),
         (lambda header: change(header, format="x"), "got 'x' version 1; expected 'dgr_jax.suffix_"),
         (lambda header: change(header, version=7), "version 7; expected 'dgr_jax.suffix_array' ve"),
+        (lambda header: change(header, sha256={}), "sha256 lacks branches_children, .*: build the"),
         (
             lambda header: header.with_name("suffixes.npy").unlink(),
             "suffixes.npy is missing: the index is damaged",

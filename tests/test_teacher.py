@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.retrieval import teacher
 from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.recipes import TopM, TwoLists
 from dgr_jax.retrieval.teacher import (
     BiEncoderTeacher,
     Bm25Teacher,
     Coverage,
     CrossEncoderTeacher,
     RunTeacher,
-    TopM,
-    TwoLists,
     VectorTeacher,
 )
 

@@ -358,8 +358,8 @@ def test_a_damaged_array_is_refused_by_name(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b[: len(b) // 2], "header.json is not a trie header"),
-        (lambda b: b"[1]", "header.json is not a trie header"),
+        (lambda b: b[: len(b) // 2], "header.json is not a header of dgr_jax.trie; expected"),
+        (lambda b: b"[1]", "header.json is not a header of dgr_jax.trie; expected"),
         (lambda b: b'{"format": "other", "version": 1}', "got 'other' version 1; expected 'dgr_j"),
         (
             lambda b: json.dumps(json.loads(b) | {"version": 1}).encode(),
@@ -382,7 +382,7 @@ def test_a_foreign_header_is_refused_by_name(tmp_path, change, message):
 
 
 def test_a_missing_header_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="header.json is missing: not a folder written by"):
+    with pytest.raises(ValueError, match="header.json is missing: not a folder of dgr_jax.trie"):
         trie.load(tmp_path)
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage, Qrel
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
 
 SOURCES = ("labelled", "passages", "pseudo_queries")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -73,15 +76,23 @@ class Sources:
                 yield " ".join(words[: self.max_sentence_words])
 
 
-def pseudo_queries(path: str) -> Iterator[tuple[int, str, str]]:
-    """(line, pid, text) of a pseudo-query file. Raises ValueError naming file and line."""
+def pseudo_queries(path: str, store: PassageStore) -> Iterator[tuple[int, str]]:
+    """(passage index, text) of a pseudo-query file.
+
+    Raises ValueError naming file and line of a line that is no pair, or a pid not in the store.
+    """
     for number, line in lines.read(path):
         pid, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise ValueError(
                 f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
             )
-        yield number, pid, text.strip()
+        if pid not in store:
+            raise ValueError(
+                f"{path}:{number}: got the pid {pid!r}, expected that of a passage of the "
+                "collection"
+            )
+        yield store.index_of(pid), text.strip()
 
 
 def examples(
@@ -125,13 +136,8 @@ def _pairs(source, settings, store, query_texts, qrels, min_relevance):
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        for number, pid, text in pseudo_queries(settings.pseudo_query_path):
-            if pid not in store:
-                raise ValueError(
-                    f"{settings.pseudo_query_path}:{number}: got the pid {pid!r}, expected that "
-                    "of a passage of the collection"
-                )
-            yield text, store.index_of(pid), ""
+        for index, text in pseudo_queries(settings.pseudo_query_path, store):
+            yield text, index, ""
     elif source == "pseudo_queries":
         for index, passage in enumerate(store):
             for text in settings.sentences(passage):

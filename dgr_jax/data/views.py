@@ -402,16 +402,11 @@ def pseudo_queries(
     Raises ValueError naming file and line of a pid that is not in the store.
     """
     forbidden = set(map(normalised, copies_of))
-    for number, pid, text in texts_of.pseudo_queries(path):
-        if pid not in store:
-            raise ValueError(
-                f"{path}:{number}: got the pid {pid!r}, expected that of a passage of the "
-                "collection"
-            )
+    for index, text in texts_of.pseudo_queries(path, store):
         copied = normalised(text) in forbidden
         counts["copies_of_test_queries" if copied else "pseudo_queries"] += 1
         if not copied:
-            yield store.index_of(pid), text
+            yield index, text
 
 
 class _Spaces(dict):

@@ -8,19 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 
 def save(
     folder: str | pathlib.Path,
-    arrays: dict[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
     *,
     kind: str,
     version: int,
-    settings: dict,
+    settings: Mapping[str, Any],
 ) -> None:
-    """Writes arrays and JSON settings; the header goes last."""
+    """Writes arrays, and JSON settings into the header, which goes last."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "header.json").unlink(missing_ok=True)
@@ -30,20 +32,22 @@ def save(
         np.save(written, array)
         digests[name] = _digest(written)
         written.replace(folder / f"{name}.npy")  # the old file may be mapped by these arrays
-    header = {"format": kind, "version": version, "settings": settings, "sha256": digests}
+    header = {"format": kind, "version": version, **settings, "sha256": digests}
     (folder / "header.json").write_text(json.dumps(header, indent=1))
 
 
 def load(
-    folder: str | pathlib.Path, *, kind: str, version: int
-) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays, settings), large arrays memory-mapped.
+    folder: str | pathlib.Path, *, kind: str, version: int, needed: Mapping[str, Iterable[str]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, header), large arrays memory-mapped.
 
-    Raises ValueError that names the file for a header that is missing, foreign or of another
-    version, and for arrays that are missing or differ from what was written.
+    needed: what parts of the header must name; those of "sha256" are the arrays.
+
+    Raises ValueError that names the file for a header that is missing, foreign, of another version
+    or incomplete, and for arrays that are missing or differ from what was written.
     """
     folder = pathlib.Path(folder)
-    header = _read_header(folder / "header.json", kind, version)
+    header = _read_header(folder / "header.json", kind, version, needed)
     arrays = {}
     for name, digest in header["sha256"].items():
         path = folder / f"{name}.npy"
@@ -51,10 +55,10 @@ def load(
             state = "differs from its sha256 in header.json" if path.exists() else "is missing"
             raise ValueError(f"{path} {state}: the index is damaged; build it again")
         arrays[name] = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
-    return arrays, header["settings"]
+    return arrays, header
 
 
-def _read_header(path, kind, version):
+def _read_header(path, kind, version, needed):
     try:
         header = json.loads(path.read_text())
         found = (header["format"], header["version"])
@@ -66,8 +70,15 @@ def _read_header(path, kind, version):
         ) from None
     if found != (kind, version):
         raise ValueError(
-            f"{path}: got {found[0]!r} version {found[1]}; expected {kind!r} version {version}"
+            f"{path}: got {found[0]!r} version {found[1]}; expected {kind!r} version {version}: "
+            "build the index again"
         )
+    for part, names in needed.items():
+        if missing := sorted(set(names) - set(header.get(part, ()))):
+            raise ValueError(
+                f"{path}: {part} lacks {', '.join(missing)}; expected those of version {version}: "
+                "build the index again"
+            )
     return header
 
 

@@ -184,7 +184,9 @@ def _expand(constraint, state, prior, logits, width):
 
 def _filled(offers, width):
     """Candidates with slots that hold nothing, where the constraint found less than `width`."""
-    missing = max(0, width - offers.log_probs.shape[1])
+    missing = width - offers.log_probs.shape[1]
+    if missing <= 0:
+        return offers
 
     def fill(leaf, value):
         return jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2),

@@ -166,8 +166,10 @@ class SuffixArray:
 
 def load(folder: str | pathlib.Path) -> SuffixArray:
     """Opens a saved index, arrays memory-mapped; refuses foreign, newer and damaged files."""
-    arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION)
     fields = [field.name for field in dataclasses.fields(Branches)]
+    own = [field.name for field in dataclasses.fields(SuffixArray) if field.name != "branches"]
+    needed = {"sha256": [*own, *(f"branches_{name}" for name in fields)]}
+    arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
     branches = Branches(**{name: arrays.pop(f"branches_{name}") for name in fields})
     return SuffixArray(**arrays, branches=branches)
 

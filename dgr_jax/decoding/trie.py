@@ -14,15 +14,13 @@ See trie_build for the numbering and trie_expand for the step.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgr_jax.decoding import trie_arrays, trie_build
+from dgr_jax.decoding import array_folder, trie_arrays, trie_build
 from dgr_jax.decoding.trie_arrays import Arrays
 from dgr_jax.decoding.trie_build import Columns, Layout
 
@@ -159,29 +157,17 @@ class Trie:
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes header.json and one .npy file an array; the header goes last."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "header.json").unlink(missing_ok=True)
         stored = dict(self.arrays.items()) | {
             name: getattr(self, name)
             for name in ("row_ids", "offsets", "passages", "passage_mask")
             if getattr(self, name) is not None
         }
-        digests = {}
-        for name, array in stored.items():
-            written = folder / f"{name}.tmp.npy"
-            np.save(written, array)
-            digests[name] = _digest(written)
-            written.replace(folder / f"{name}.npy")  # the old file may be mapped by this index
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
+        settings = {
             "layout": dataclasses.asdict(self.layout),
             "vocab_size": self.vocab_size,
             "capacity": self.capacity,
-            "sha256": digests,
         }
-        (folder / "header.json").write_text(json.dumps(header, indent=1))
+        array_folder.save(folder, stored, kind=_FORMAT, version=_VERSION, settings=settings)
 
 
 def build(
@@ -224,15 +210,8 @@ def build(
 
 def load(folder: str | pathlib.Path) -> Trie:
     """Opens a saved index, arrays memory-mapped; refuses foreign, newer and damaged files."""
-    folder = pathlib.Path(folder)
-    header = _read_header(folder / "header.json")
-    stored = {}
-    for name, digest in header["sha256"].items():
-        path = folder / f"{name}.npy"
-        if not path.exists() or _digest(path) != digest:
-            state = "differs from its sha256 in header.json" if path.exists() else "is missing"
-            raise ValueError(f"{path} {state}: the index is damaged; build it again")
-        stored[name] = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+    needed = {"layout": _names(Layout), "capacity": _names(Arrays), "sha256": _names(Arrays)}
+    stored, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
     return Trie(
         Arrays(**{name: stored.pop(name) for name in _names(Arrays)}),
         Layout(**header["layout"] | {"gathers": tuple(header["layout"]["gathers"])}),
@@ -242,36 +221,8 @@ def load(folder: str | pathlib.Path) -> Trie:
     )
 
 
-def _read_header(path: pathlib.Path) -> dict:
-    try:
-        header = json.loads(path.read_text())
-        found = (header["format"], header["version"])
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a folder written by Trie.save") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a trie header; expected JSON with format") from None
-    if found != (_FORMAT, _VERSION):
-        raise ValueError(
-            f"{path}: got {found[0]!r} version {found[1]}; expected {_FORMAT!r} version "
-            f"{_VERSION}: build the index again"
-        )
-    whole = {"layout": _names(Layout), "capacity": _names(Arrays), "sha256": _names(Arrays)}
-    for part, names in whole.items():
-        if missing := sorted(set(names) - set(header.get(part, ()))):
-            raise ValueError(
-                f"{path}: {part} lacks {', '.join(missing)}; expected those of version {_VERSION}: "
-                "build the index again"
-            )
-    return header
-
-
 def _names(of: type) -> list[str]:
     return [field.name for field in dataclasses.fields(of)]
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sorted_unique(columns: Columns):

@@ -11,7 +11,8 @@ import numpy as np
 
 from dgr_jax.data import rank_lists
 from dgr_jax.experiment import Experiment
-from dgr_jax.retrieval.teacher import Coverage, RankLists
+from dgr_jax.retrieval.recipes import RankLists
+from dgr_jax.retrieval.teacher import Coverage
 from dgr_jax.stages.candidates import training_queries
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import arrays

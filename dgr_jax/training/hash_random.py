@@ -1,13 +1,14 @@
-"""Random bits for dropout, by hashing: a few integer operations a number, on any device.
+"""Random bits by hashing, for dropout and first parameters: a few integer operations a number.
 
-JAX's Threefry is made for simulations. A T5 draws a mask in six places a layer, and a third of the
-time to compile a step on CPU, and part of every step, went into these draws. A dropout mask needs
-no more than bits that look independent, depend on the key and the place alone, and are the same on
-every mesh: an integer hash of the place and the key gives them.
+JAX's Threefry is made for simulations. A T5 draws masks in up to six places a layer, and a good
+part of the time to compile a step on CPU went into these draws. A mask needs no more than bits that
+look independent, depend on the key and the place alone, and are the same on every mesh: an integer
+hash of the place and the key gives them.
 
     rng = hash_random.key(jax.random.fold_in(run_key, step))    # a key as jax.random and Flax take
 
-The hash is the two-round 32-bit mixer found by Wellons (2018), "lowbias32".
+The hash is a 32-bit mixer of the two-round form of Wellons (2018, "lowbias32"), with the constants
+of lower bias that were found for it later.
 """
 
 from __future__ import annotations
