@@ -26,10 +26,11 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 def _components() -> tuple[type, ...]:
     from dgr_jax import experiment, partitioning
     from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart
-    from dgr_jax.data import examples, vocabulary
-    from dgr_jax.identifiers import atomic, embeddings, rq, semantic, string, title
+    from dgr_jax.data import examples, views, vocabulary
+    from dgr_jax.decoding import passage_scoring
+    from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import t5
-    from dgr_jax.retrieval import bm25, generative, recipes, teacher
+    from dgr_jax.retrieval import bm25, generative, multiview_search, recipes, teacher
     from dgr_jax.training import objectives, optimizers
 
     return (
@@ -37,10 +38,11 @@ def _components() -> tuple[type, ...]:
         experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection,
-        examples.Sources, vocabulary.SentencePiece, generative.Search, bm25.Bm25,
+        examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
+        multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
-        title.Title, embeddings.TfidfSvd, embeddings.SentenceEncoder, embeddings.FromFile,
-        objectives.Generation, objectives.Distillation,
+        title.Title, multiview.Multiview, embeddings.TfidfSvd, embeddings.SentenceEncoder,
+        embeddings.FromFile, objectives.Generation, objectives.Distillation,
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         teacher.RunTeacher, teacher.Bm25Teacher, teacher.CrossEncoderTeacher,

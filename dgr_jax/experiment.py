@@ -9,14 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
+from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview_search import MultiviewSearch
 
 
 def _without_effect(default: Any) -> Any:
@@ -29,7 +32,8 @@ class Prepare:
     """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
 
     tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
-    identifiers: a scheme of `dgr_jax.identifiers`.
+    identifiers: a scheme of `dgr_jax.identifiers`; with Multiview, a passage has many.
+    mixture: examples of each (text, passage) pair by view, of Multiview.
     train_split, test_splits: names of qrels of the collection.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
@@ -39,6 +43,7 @@ class Prepare:
     identifiers: Any
     vocabulary: SentencePiece = SentencePiece()
     sources: Sources = Sources()
+    mixture: ViewMixture = ViewMixture()
     train_split: str = "train"
     test_splits: tuple[str, ...] = ("test",)
     min_relevance: int = 1
@@ -81,11 +86,13 @@ class Candidates:
       the texts of these sources of the mixture, each with the passage that it was made of as its
       positive. A teacher that needs no labels can order the candidates of any text.
     max_queries: so many queries of each source at most (0: all), drawn by the seed.
+    keys: identifiers kept of each passage, where it has many.
     """
 
-    search: Search
+    search: Search | MultiviewSearch
     sources: tuple[str, ...] = ("labelled",)
     max_queries: int = 0
+    keys: int = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,7 +121,7 @@ class Evaluate:
     max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
     """
 
-    search: Search
+    search: Search | MultiviewSearch
     measures: tuple[str, ...] = (
         "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
         "RR@10", "nDCG@10", "R@100",
@@ -123,6 +130,14 @@ class Evaluate:
     max_queries: int = 0
     bm25: bool = True
     seed: int = 0
+
+
+class Stage(NamedTuple):
+    """settings: those of the experiment that a stage reads itself; upstream: the stages whose
+    output it reads."""
+
+    settings: tuple[str, ...]
+    upstream: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,16 @@ class Experiment:
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
+        many = isinstance(self.prepare.identifiers, Multiview)
+        expected = MultiviewSearch if many else Search
+        for name in ("candidates", "evaluate"):
+            search = getattr(self, name).search
+            if not isinstance(search, expected):
+                raise ValueError(
+                    f"{type(getattr(self, name)).__name__}.search: got {type(search).__name__}, "
+                    f"expected @{expected.__name__}() with identifiers of "
+                    f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
+                )
         rates = self.prepare.sources.rates()
         for source in self.candidates.sources:
             if source != "labelled" and source not in rates:
@@ -153,6 +178,15 @@ class Experiment:
                     f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """All stages, in the order that they run in."""
+        left_out = () if self.control else ("control",)
+        return {
+            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
+            for name, settings in SETTINGS.items()
+        }
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.
@@ -226,7 +260,7 @@ def paths(value: Any) -> dict[str, str]:
 
 def upstream(experiment: Experiment, stage: str) -> tuple[str, ...]:
     """The stages of this experiment whose output a stage reads."""
-    return tuple(up for up in UPSTREAM[stage] if up != "control" or experiment.control)
+    return experiment.stages[stage].upstream
 
 
 def stage_settings(
@@ -236,7 +270,7 @@ def stage_settings(
 
     files: stage -> what tells whether the files that it reads have changed.
     """
-    own = {name: describe(getattr(experiment, name)) for name in SETTINGS[stage]}
+    own = {name: describe(getattr(experiment, name)) for name in experiment.stages[stage].settings}
     if stage == "control":  # the steps of distillation, not its objective
         own["distill"] = {k: v for k, v in own["distill"].items() if k not in _RANK_LISTS}
     if files and files.get(stage):

@@ -40,6 +40,11 @@ def passages(tmp_path_factory):
     return store.write(PASSAGES, tmp_path_factory.mktemp("passages"))
 
 
+def docid_examples(source, settings, *, store, table, **judged):
+    pairs = examples.pairs(source, settings, store=store, **judged)
+    return examples.of_docids(pairs, store, table)
+
+
 def test_vocabulary_layout(vocabulary):
     assert vocabulary.first_code_id % 128 == 0 and vocabulary.first_code_id >= vocabulary.text_size
     assert vocabulary.size == vocabulary.first_code_id + 128
@@ -73,7 +78,7 @@ def test_examples_of_each_source(passages, table):
     settings = examples.Sources(chunk_words=6)
     qrels = [Qrel("q0", "p0", 2), Qrel("q0", "p1", 1), Qrel("q1", "p1", 2)]
     labelled = list(
-        examples.examples(
+        docid_examples(
             "labelled", settings, store=passages, table=table, query_texts=TEXTS,
             qrels=qrels, min_relevance=2,
         )
@@ -85,14 +90,13 @@ def test_examples_of_each_source(passages, table):
     first = table.tokens.min()
     assert (labelled[1]["targets"] - first).tolist() == [1, 4, 8]
     chunks = [
-        e["inputs"] for e in examples.examples("passages", settings, store=passages, table=table)
+        e["inputs"] for e in docid_examples("passages", settings, store=passages, table=table)
     ]
     assert chunks[0] == "Bees Bees make honey in the hive."
     assert chunks[1] == "Bees in the hive. They dance to"
     assert all(len(chunk.split()) <= 7 for chunk in chunks)
     sentences = [
-        e["inputs"]
-        for e in examples.examples("pseudo_queries", settings, store=passages, table=table)
+        e["inputs"] for e in docid_examples("pseudo_queries", settings, store=passages, table=table)
     ]
     assert sentences[:2] == [
         "Bees make honey in the hive.",
@@ -104,17 +108,17 @@ def test_pseudo_queries_of_a_file(tmp_path, passages, table):
     path = tmp_path / "pseudo.tsv"
     path.write_text("p2\twhich bird hunts at night\np0\twho makes honey\n", encoding="utf-8")
     settings = examples.Sources(pseudo_query_path=str(path))
-    made = list(examples.examples("pseudo_queries", settings, store=passages, table=table))
+    made = list(docid_examples("pseudo_queries", settings, store=passages, table=table))
     assert [(e["pid"], e["inputs"]) for e in made] == [
         ("p2", "which bird hunts at night"),
         ("p0", "who makes honey"),
     ]
     path.write_text("p2\twhich bird\np9\twhich bee\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pseudo.tsv:2: got the pid 'p9', expected that of a"):
-        list(examples.examples("pseudo_queries", settings, store=passages, table=table))
+        list(docid_examples("pseudo_queries", settings, store=passages, table=table))
     path.write_text("p2 which bird\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pseudo.tsv:1: got 'p2 which bird', expected two tab"):
-        list(examples.examples("pseudo_queries", settings, store=passages, table=table))
+        list(docid_examples("pseudo_queries", settings, store=passages, table=table))
 
 
 def test_sources_without_a_rate_are_refused():
@@ -133,7 +137,7 @@ def registered(tmp_path_factory, vocabulary, table, passages):
     qrels = [Qrel(f"q{i}", f"p{i}", 1) for i in range(3)]
     settings = examples.Sources(chunk_words=6, pseudo_queries=0)
     streams = {
-        name: examples.examples(
+        name: docid_examples(
             name, settings, store=passages, table=table, query_texts=TEXTS, qrels=qrels
         )
         for name in settings.rates()

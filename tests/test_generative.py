@@ -417,7 +417,7 @@ class Stopwatch:
         table = IdentifierTable.from_rows(np.array([[3, 4], [5, 6]]), view="test")
         self.decoder = SimpleNamespace(
             search=Search(batch_size=batch_size, num_beams=2), config=config, mesh=mesh,
-            table=table, params={"a": np.zeros((3, 4))},
+            num_identifiers=len(table), identifier_length=2, params={"a": np.zeros((3, 4))},
         )  # fmt: skip
 
     def run(self, queries):

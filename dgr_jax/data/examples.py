@@ -95,38 +95,19 @@ def pseudo_queries(path: str, store: PassageStore) -> Iterator[tuple[int, str]]:
         yield store.index_of(pid), text.strip()
 
 
-def examples(
+def pairs(
     source: str,
     settings: Sources,
     *,
-    store,
-    table,
+    store: PassageStore,
     query_texts: dict[str, str] | None = None,
     qrels: Iterable[Qrel] = (),
     min_relevance: int = 1,
-) -> Iterator[dict[str, Any]]:
-    """Examples of one source, in corpus order (labelled: in the order of the qrels).
+) -> Iterator[tuple[str, int, str]]:
+    """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
 
-    store: PassageStore; table: IdentifierTable. Yields {inputs: str, targets: int32 [T'], qid: str,
-    pid: str}: one example a (text, identifier of the passage). Passages without an identifier, and
-    judgements below `min_relevance`, give none.
+    qid is blank but for labelled queries. Judgements below `min_relevance` give none.
     """
-    rows = table.rows_of_passages()
-
-    def example(text: str, index: int, qid: str = "") -> dict[str, Any] | None:
-        row = rows[index]
-        if row < 0:
-            return None
-        identifier = table.tokens[row, : table.lengths[row]]
-        return {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
-
-    for text, index, qid in _pairs(source, settings, store, query_texts, qrels, min_relevance):
-        if made := example(text, index, qid):
-            yield made
-
-
-def _pairs(source, settings, store, query_texts, qrels, min_relevance):
-    """(text, passage index, qid) of a source."""
     if source == "labelled":
         for qrel in qrels:
             if qrel.relevance >= min_relevance:
@@ -144,3 +125,18 @@ def _pairs(source, settings, store, query_texts, qrels, min_relevance):
                 yield text, index, ""
     else:
         raise ValueError(f"unknown source {source!r}, expected one of {SOURCES}")
+
+
+def of_docids(
+    pairs: Iterable[tuple[str, int, str]], store: PassageStore, table
+) -> Iterator[dict[str, Any]]:
+    """One example a (text, passage index, qid) pair: {inputs: str, targets: int32 [T'], qid: str,
+    pid: str}. Passages without an identifier give none.
+
+    table: IdentifierTable.
+    """
+    rows = table.rows_of_passages()
+    for text, index, qid in pairs:
+        if (row := rows[index]) >= 0:
+            identifier = table.tokens[row, : table.lengths[row]]
+            yield {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
+from dgr_jax.data.rank_lists import VIEW_FEATURES
+
 _Spec = seqio.FeatureConverter.FeatureSpec
 
 
@@ -106,6 +108,7 @@ class RankListConverter(seqio.FeatureConverter):
         return ds.map(self._convert, tf.data.experimental.AUTOTUNE)
 
     def _convert(self, e):
+        """One example, padded."""
         identifiers = e["identifiers"]
         return _generation_features(e["inputs"], e["targets"]) | {
             "identifier_tokens": identifiers,
@@ -132,3 +135,33 @@ class RankListConverter(seqio.FeatureConverter):
             "teacher_scores": scores,
             "passage_mask": scores,
         }
+
+
+class ViewListConverter(RankListConverter):
+    """query and a teacher's rank list of identifiers of several views -> a distillation example.
+
+    As RankListConverter, with lengths "inputs": (3, Q), "identifier_views" and
+    "identifier_counts": (L, K), "spans" and "span_starts": (L, E), "corpus_tokens": (1,), which
+    pass through: see `rank_lists.view_features`.
+    encoder_input_tokens is int32 [3, Q], the query with the marker of each view.
+    """
+
+    TASK_FEATURES = RankListConverter.TASK_FEATURES | {
+        "inputs": _ranked(tf.int32, 2),
+        **{name: _ranked(tf.int32, 2) for name in VIEW_FEATURES},
+        "corpus_tokens": _Spec(tf.float32),
+    }
+    MODEL_FEATURES = RankListConverter.MODEL_FEATURES | {
+        "encoder_input_tokens": _ranked(tf.int32, 2),
+        **{name: _ranked(tf.int32, 2) for name in VIEW_FEATURES},
+        "corpus_tokens": _Spec(tf.float32),
+    }
+
+    def _convert(self, e):
+        passed = (*VIEW_FEATURES, "corpus_tokens")
+        return super()._convert(e) | {name: e[name] for name in passed}
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        lengths = super().get_model_feature_lengths(task_feature_lengths)
+        passed = (*VIEW_FEATURES, "corpus_tokens")
+        return lengths | {name: task_feature_lengths[name] for name in passed}

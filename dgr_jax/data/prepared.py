@@ -15,24 +15,28 @@ _SHARD = 500_000
 _BLOCK = 1_000
 
 
-def features() -> tfds.features.FeaturesDict:
-    """Features of a generation example: see `dgr_jax.data.examples`."""
-    return tfds.features.FeaturesDict(
-        {
-            "inputs": tfds.features.Text(),
-            "targets": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "qid": tfds.features.Text(),
-            "pid": tfds.features.Text(),
-        }
-    )
+def features(*, views: bool = False) -> tfds.features.FeaturesDict:
+    """Features of a generation example: see `dgr_jax.data.examples`, and `dgr_jax.data.views` for
+    examples of several views."""
+    plain = {
+        "inputs": tfds.features.Text(),
+        "targets": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "qid": tfds.features.Text(),
+        "pid": tfds.features.Text(),
+    }
+    return tfds.features.FeaturesDict(plain | {"view": tfds.features.Text()} if views else plain)
 
 
 def write(
-    data_dir: Path, name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]]
+    data_dir: Path,
+    name: str,
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    *,
+    views: bool = False,
 ) -> dict[str, int]:
     """Write `name`:1.0.0 into `data_dir`, one TFDS split a source of examples; -> examples a split.
 
-    Examples are streamed; a shard holds at most 500,000.
+    Examples are streamed; a shard holds at most 500,000. views: they have a view each.
     """
     folder = data_dir / name / VERSION
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def write(
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
-        features=features(),
+        features=features(views=views),
         description="Generation examples: a text, and the identifier of the passage it is about.",
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, Vocabulary
+
+# What lists of identifiers of several views have beside tokens and weights.
+VIEW_FEATURES = ("identifier_views", "identifier_counts", "spans", "span_starts")
 
 
 class Table(Protocol):
@@ -73,4 +76,85 @@ def features(
         "identifier_weights": used.astype(np.float32),
         "teacher_scores": np.where(passages >= 0, teacher_scores, 0.0).astype(np.float32),
         "passage_mask": used.any(axis=-1),
+    }
+
+
+class ViewIdentifiers(NamedTuple):
+    """Identifiers of the passages of n rank lists, as decoding.passage_scoring counts them.
+
+    tokens int32 [n, L, K, T], 0 where there is none; views int32 [n, L, K], places in VIEWS; counts
+    int32 [n, L, K], occurrences in the corpus. Occurrences of body spans: spans int32 [n, L, E], 1
+    + the k of each, 0 for none; starts int32 [n, L, E], where in the passage it begins.
+    """
+
+    tokens: np.ndarray
+    views: np.ndarray
+    counts: np.ndarray
+    spans: np.ndarray
+    starts: np.ndarray
+
+
+def view_examples(
+    texts: Sequence[str],
+    named: ViewIdentifiers,
+    teacher_scores: np.ndarray,
+    positives: np.ndarray,
+    corpus_tokens: int,
+) -> Iterator[dict[str, Any]]:
+    """Task features of each rank list.
+
+    positives int32 [n]: the column of the positive; its first identifier is the generation target.
+    teacher_scores f32 [n, L]; corpus_tokens: tokens of the corpus.
+    """
+    for i, text in enumerate(texts):
+        tokens, views, counts, spans, starts = (leaf[i] for leaf in named)
+        yield {
+            "inputs": text,
+            "targets": tokens[positives[i], 0],
+            "identifiers": tokens,
+            "identifier_weights": tokens.any(axis=-1).astype(np.float32),
+            "teacher_scores": teacher_scores[i],
+            "identifier_views": views,
+            "identifier_counts": counts,
+            "spans": spans,
+            "span_starts": starts,
+            "corpus_tokens": np.array([corpus_tokens], np.float32),
+        }
+
+
+def view_features(
+    texts: Sequence[str],
+    named: ViewIdentifiers,
+    teacher_scores: np.ndarray,
+    positives: np.ndarray,
+    corpus_tokens: int,
+    *,
+    vocabulary: Vocabulary,
+    query_length: int,
+) -> dict[str, np.ndarray]:
+    """Model features [n, ...] of the same rank lists: as ViewListConverter makes of
+    `view_examples`.
+
+    encoder_input_tokens int32 [n, 3, Q]: the query with the marker of each of VIEWS, 0 for those
+    that the vocabulary lacks.
+    """
+    plain = vocabulary.encode_inputs(texts, query_length - 1)
+    marked = np.repeat(np.pad(plain, ((0, 0), (1, 0)))[:, None], len(VIEWS), axis=1)
+    marked[:, :, 0] = [vocabulary.marker(v) if v in vocabulary.views else 0 for v in VIEWS]
+    targets = named.tokens[np.arange(len(texts)), positives, 0]
+    used = named.tokens.any(axis=-1)
+    return {
+        "encoder_input_tokens": marked,
+        "decoder_input_tokens": np.pad(targets[:, :-1], [(0, 0), (1, 0)]),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.float32),
+        "identifier_tokens": named.tokens,
+        "identifier_weights": used.astype(np.float32),
+        "teacher_scores": np.asarray(teacher_scores, np.float32),
+        "passage_mask": used.any(axis=-1),
+        "identifier_views": named.views,
+        "identifier_counts": named.counts,
+        "spans": named.spans,
+        "span_starts": named.starts,
+        "corpus_tokens": np.full((len(texts), 1), corpus_tokens, np.float32),
     }

@@ -3,6 +3,9 @@
 For a collection `squad`: squad_labelled, squad_passages and squad_pseudo_queries (query or text ->
 identifier), the mixture `squad_generation` of those in use, and `squad_rank_lists` (query ->
 teacher's rank list), which reads what the teach stage wrote.
+
+Where the vocabulary has view markers, examples have a view: its marker stands before the query,
+and rank lists hold the query once with the marker of each view.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import seqio
 import tensorflow as tf
 
 from dgr_jax.data import prepared
-from dgr_jax.data.vocabulary import EOS_ID, Vocabulary
+from dgr_jax.data.rank_lists import VIEW_FEATURES
+from dgr_jax.data.vocabulary import EOS_ID, VIEWS, Vocabulary
 
 RankListSource = Callable[[], "Iterator[Mapping[str, object]]"]  # noqa: F821
 
@@ -26,7 +30,8 @@ class Prepared:
 
     tfds_dir: holds the TFDS dataset `examples`; rates: source -> rate, each a TFDS split;
     rank_lists: called, yields {inputs: str, targets, identifiers [L, K, T], identifier_weights
-    [L, K], teacher_scores [L]}; None before the teach stage.
+    [L, K], teacher_scores [L]}, and with views what rank_lists.view_examples adds; None before
+    the teach stage.
     """
 
     tfds_dir: Path
@@ -38,6 +43,7 @@ class Prepared:
 def register(name: str, made: Prepared) -> None:
     """Add (or replace) the tasks and the mixture of collection `name`."""
     text, identifier = _features(made.vocabulary)
+    marked = [_mark_view(made.vocabulary)] if made.vocabulary.views else []
     for source in made.rates:
         _replace(seqio.TaskRegistry, f"{name}_{source}")
         seqio.TaskRegistry.add(
@@ -49,6 +55,7 @@ def register(name: str, made: Prepared) -> None:
             ),
             preprocessors=[
                 seqio.preprocessors.tokenize,
+                *marked,
                 seqio.preprocessors.append_eos_after_trim,
             ],
             output_features={"inputs": text, "targets": identifier},
@@ -62,24 +69,31 @@ def register(name: str, made: Prepared) -> None:
 
 
 def _register_rank_lists(name, made, text, identifier) -> None:
-    scores = seqio.Feature(
-        seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32, required=True
+    views = made.vocabulary.views
+    numbers, scores = (
+        seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=dtype)
+        for dtype in (tf.int32, tf.float32)
     )
+    features = {
+        "inputs": _ranked(text, 2) if views else text,
+        "targets": identifier,
+        "identifiers": _ranked(identifier, 3),
+        "identifier_weights": _ranked(scores, 2),
+        "teacher_scores": scores,
+    }
+    if views:
+        features |= {key: _ranked(numbers, 2) for key in VIEW_FEATURES} | {"corpus_tokens": scores}
+        preprocessors = [_tokenize_inputs(text), _each_view(made.vocabulary)]
+    else:
+        preprocessors = [_tokenize_inputs(text), seqio.preprocessors.append_eos_after_trim]
     _replace(seqio.TaskRegistry, f"{name}_rank_lists")
     seqio.TaskRegistry.add(
         f"{name}_rank_lists",
-        source=seqio.FunctionDataSource(_from_generator(made.rank_lists), splits=["train"]),
-        preprocessors=[
-            _tokenize_inputs(text),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features={
-            "inputs": text,
-            "targets": identifier,
-            "identifiers": _ranked(identifier, 3),
-            "identifier_weights": _ranked(scores, 2),
-            "teacher_scores": scores,
-        },
+        source=seqio.FunctionDataSource(
+            _from_generator(made.rank_lists, bool(views)), splits=["train"]
+        ),
+        preprocessors=preprocessors,
+        output_features=features,
     )
 
 
@@ -93,6 +107,38 @@ def _ranked(feature: seqio.Feature, rank: int) -> seqio.Feature:
     return seqio.Feature(feature.vocabulary, add_eos=False, dtype=feature.dtype, rank=rank)
 
 
+def _markers(vocabulary: Vocabulary) -> list[int]:
+    """Marker of each of VIEWS, 0 of those without one."""
+    return [vocabulary.marker(v) if v in vocabulary.views else 0 for v in VIEWS]
+
+
+def _mark_view(vocabulary: Vocabulary):
+    """The marker of an example's view before its query."""
+    known, marker = tf.constant(VIEWS), tf.constant(_markers(vocabulary))
+
+    def mark(e):
+        first = tf.boolean_mask(marker, known == e["view"])
+        return e | {"inputs": tf.concat([first, e["inputs"]], 0)}
+
+    return lambda ds: ds.map(mark)
+
+
+def _each_view(vocabulary: Vocabulary):
+    """The query once with the marker of each of VIEWS: [3, n], cut and ended by EOS."""
+    marker = tf.constant(_markers(vocabulary))[:, None]
+
+    def each(ds: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
+        length = sequence_length["inputs"][1]
+
+        def inputs(e):
+            text = tf.tile(e["inputs"][None, : length - 2], [len(VIEWS), 1])
+            return tf.concat([marker, text, tf.fill([len(VIEWS), 1], EOS_ID)], 1)
+
+        return ds.map(lambda e: e | {"inputs": inputs(e)})
+
+    return each
+
+
 def _tokenize_inputs(text: seqio.Feature):
     """Only `inputs` is text here; the other features are tokens and scores already."""
 
@@ -102,7 +148,7 @@ def _tokenize_inputs(text: seqio.Feature):
     return tokenize
 
 
-def _from_generator(rank_lists: RankListSource):
+def _from_generator(rank_lists: RankListSource, views: bool):
     signature = {
         "inputs": tf.TensorSpec((), tf.string),
         "targets": tf.TensorSpec((None,), tf.int32),
@@ -110,6 +156,10 @@ def _from_generator(rank_lists: RankListSource):
         "identifier_weights": tf.TensorSpec((None, None), tf.float32),
         "teacher_scores": tf.TensorSpec((None,), tf.float32),
     }
+    if views:
+        pairs = tf.TensorSpec((None, None), tf.int32)
+        signature |= dict.fromkeys(VIEW_FEATURES, pairs)
+        signature["corpus_tokens"] = tf.TensorSpec((1,), tf.float32)
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed

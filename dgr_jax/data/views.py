@@ -259,11 +259,14 @@ class Views:
 
     def sampler(self, mixture: ViewMixture) -> SpanSampler:
         """The sampler of body spans of a mixture."""
-        rarity = self.body.rarity(self.vocabulary.text_size)
         return SpanSampler(
             self.body, self.vocabulary.encode, self.span_tokens, mixture.spans,
-            mixture.preference, rarity, self.opening,
+            mixture.preference, self._rarity, self.opening,
         )  # fmt: skip
+
+    @cached_property
+    def _rarity(self) -> np.ndarray:
+        return self.body.rarity(self.vocabulary.text_size)
 
 
 def blocks(

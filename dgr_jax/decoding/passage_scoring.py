@@ -121,7 +121,7 @@ def passage_scores(
       f32 [...], 0 for a passage without identifiers. Finite, as is its gradient in log_probs, for
       all log-probabilities up to 0, -inf included; those of masked identifiers get exactly 0.
 
-    Time a passage: a sort of K * T and K steps over E occurrences; memory O(K * T + E).
+    Time a passage: a sort of K * T and E steps over E occurrences; memory O(K * T + E).
     Raises ValueError for arrays whose shapes do not belong together.
     """
     scoring = Scoring() if scoring is None else scoring
@@ -215,21 +215,28 @@ def _shares(weights, log_probs, tokens, body, mask, spans, starts, *, repetition
 
 
 def _without_overlaps(order, lengths, body, mask, spans, starts) -> jax.Array:
-    """bool [K]: identifiers that count. Best first, each looks for an occurrence still free."""
-    real = spans >= 0
-    starts, spans = lax.sort((jnp.where(real, starts, _NEVER), spans), num_keys=1)
-    ends = jnp.where(spans >= 0, starts + lengths[jnp.maximum(spans, 0)], _NEVER)
+    """bool [K]: identifiers that count. Their occurrences are gone through, best first: one that
+    overlaps none of a better identifier that counts makes its own count."""
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
+    owner = jnp.maximum(spans, 0)
+    real = (spans >= 0) & (body & mask)[owner]
+    ranks, starts, spans = lax.sort(
+        (jnp.where(real, rank[owner], _NEVER), starts, jnp.where(real, owner, 0)), num_keys=1
+    )
+    ends = starts + lengths[spans]
 
-    def count(blocked, k):
-        own = (spans == k) & body[k]
-        counts = mask[k] & ((own & ~blocked).any() | ~own.any())
-        before = lax.cummax(jnp.where(own, ends, -1))  # ends of the last one that begins earlier
-        after = lax.cummin(jnp.where(own, starts, _NEVER), reverse=True)
-        overlaps = (before > starts) | (after < ends)
-        return blocked | (counts & overlaps), counts
+    def count(counted, occurrence):
+        rank, start, end = occurrence
+        overlaps = (starts < end) & (start < ends) & (ranks < rank)
+        free = ~(overlaps & counted).any()
+        return counted | (free & (ranks == rank)), None
 
-    _, counted = lax.scan(count, jnp.zeros(spans.shape, bool), order)
-    return jnp.zeros(order.shape, bool).at[order].set(counted)
+    counted = jnp.zeros(spans.shape, bool)
+    counted, _ = lax.scan(count, counted, (ranks, starts, ends))
+    real = ranks < _NEVER
+    counts = jnp.zeros(body.shape, bool).at[spans].max(counted & real)
+    occurs = jnp.zeros(body.shape, bool).at[spans].max(real)
+    return mask & (counts | ~occurs)
 
 
 def _fresh_tokens(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

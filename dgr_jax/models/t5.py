@@ -212,8 +212,9 @@ class Decoder(nn.Module):
 
 
 def _cross_bias(valid: jax.Array) -> jax.Array:
-    """bool [B, Q] -> additive bias [B, 1, 1, 1, Q]"""
-    return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, None, None, :]
+    """bool [B, Q] or [B, R, Q] -> additive bias [B, 1, 1 or R, 1, Q]"""
+    valid = valid[:, None] if valid.ndim == 2 else valid
+    return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, :, None, :]
 
 
 class Transformer(nn.Module):
@@ -256,7 +257,10 @@ class Transformer(nn.Module):
         decoder_input_tokens: jax.Array,
         deterministic: bool = True,
     ) -> jax.Array:
-        """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> float32 logits [B, R, T, V]."""
+        """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> float32 logits [B, R, T, V].
+
+        encoder_input_tokens may be int32 [B, R, Q], 0 where a target must not look.
+        """
         x = self._embed(decoder_input_tokens)
         x = self.decoder(x, encoded, encoder_input_tokens > 0, deterministic)
         return self.logits(x)

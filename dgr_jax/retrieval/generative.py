@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,9 @@ from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
+
+if TYPE_CHECKING:
+    from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 
 SYSTEMS = ("distill", "control", "generate")
 BLOCK = 4096  # queries tokenised, and sorted by length, together
@@ -76,12 +79,19 @@ class Search:
 
 
 @functools.lru_cache(maxsize=8)
-def decode_fn(config: T5Config, num_beams: int, length: int, mesh: jax.sharding.Mesh | None = None):
+def decode_fn(
+    config: T5Config,
+    num_beams: int,
+    length: int,
+    mesh: jax.sharding.Mesh | None = None,
+    record: bool = False,
+):
     """The compiled search: (params, constraint, int32 [B, Q]) -> BeamResult with M = num_beams.
 
     A query is encoded once; its cross-attention keys and values are shared by all beams.
     mesh: each data shard searches for its own rows, without waiting for others; the devices that
       share its parameters work together. Every device gets the whole result. None: no mesh.
+    record: with all prefixes that were searched.
     """
     model = Transformer(config)
 
@@ -101,6 +111,7 @@ def decode_fn(config: T5Config, num_beams: int, length: int, mesh: jax.sharding.
             batch_size=tokens.shape[0],
             num_beams=num_beams,
             max_length=length,
+            record=record,
         )
 
     if mesh is None:
@@ -215,6 +226,26 @@ class Decoder:
             self.config, self.search.num_beams, self.index.layout.max_length, self.mesh
         )
 
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query, EOS counted."""
+        return self.search.query_length
+
+    @property
+    def num_identifiers(self) -> int:
+        """Identifiers that can be written."""
+        return len(self.table)
+
+    @property
+    def identifier_length(self) -> int:
+        """Tokens of the longest identifier."""
+        return self.table.tokens.shape[1]
+
+    @property
+    def most_passages(self) -> int:
+        """Passages that a query can find at most."""
+        return min(self.search.num_beams, self.search.depth)
+
     def restrict(self, passage_mask: np.ndarray) -> Decoder:
         """A decoder that finds only some passages, bool [P]; nothing is compiled again.
 
@@ -235,6 +266,16 @@ class Decoder:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
         (found,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
         return found
+
+    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
+        """(passage index, score, tokens of its identifier) of each query int32 [n, Q]."""
+        rows = self._rows
+        for passages, scores in zip(*self.passages(tokens), strict=True):
+            yield [(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray:
+        return self.table.rows_of_passages()
 
     def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
         """`passages` of each block of queries, which a generator may tokenise.
@@ -294,7 +335,8 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Hit:
-    """One found passage: score is the log-probability of its identifier."""
+    """One found passage: score is the log-probability of its identifier; where it has many, their
+    passage score, and `identifier` is the one of most weight."""
 
     rank: int
     pid: str
@@ -307,11 +349,12 @@ class Hit:
 class Retriever:
     """A finished experiment that answers questions."""
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, store: PassageStore) -> None:
+    def __init__(
+        self, decoder: Decoder | MultiviewDecoder, vocabulary: Vocabulary, store: PassageStore
+    ) -> None:
         self.decoder = decoder
         self.vocabulary = vocabulary
         self.store = store
-        self._rows = decoder.table.rows_of_passages()
 
     @classmethod
     def load(
@@ -326,14 +369,14 @@ class Retriever:
 
         system: 'distill', 'control' or 'generate'; None: the first of these that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
-        settings: fields of `Search` that replace those of the experiment, such as num_beams.
+        settings: fields of its `Search` (or `MultiviewSearch`) that replace those of the
+          experiment, such as num_beams.
         Raises FileNotFoundError when no trained student is there.
         """
         model_dir = Path(model_dir)
         folder = _finished(model_dir, system)
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
         config = T5Config(**described["model"])
-        search = Search(**described["search"] | settings)
         if mesh is None:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
@@ -342,31 +385,34 @@ class Retriever:
             folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
         )
         prepared = model_dir / "prepare"
-        decoder = Decoder(
-            config,
-            params,
-            trie.load(prepared / "trie"),
-            IdentifierTable.load(prepared / "identifiers"),
-            search,
-            devices,
-        )
-        return cls(decoder, Vocabulary.load(prepared), PassageStore(prepared / "passages"))
+        vocabulary = Vocabulary.load(prepared)
+        if vocabulary.views:
+            from dgr_jax.retrieval import multiview_search as multiview
+
+            search = multiview.MultiviewSearch.of(described["search"] | settings)
+            indexes = multiview.ViewIndexes.load(prepared, vocabulary)
+            decoder = multiview.MultiviewDecoder.of(config, params, indexes, search, devices)
+        else:
+            search = Search(**described["search"] | settings)
+            index = trie.load(prepared / "trie")
+            table = IdentifierTable.load(prepared / "identifiers")
+            decoder = Decoder(config, params, index, table, search, devices)
+        return cls(decoder, vocabulary, PassageStore(prepared / "passages"))
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer."""
         if isinstance(queries, str):
             raise ValueError(f"queries: got one string {queries!r}, expected a list of strings")
-        beams = self.decoder.search.num_beams
-        depth = self.decoder.search.depth
-        if k > min(beams, depth):
+        search, most = self.decoder.search, self.decoder.most_passages
+        if k > most:
             raise ValueError(
-                f"k: got {k}, expected at most {min(beams, depth)}: set num_beams ({beams}) and "
-                f"depth ({depth}) in Retriever.load"
+                f"k: got {k}, expected at most {most}: set num_beams ({search.num_beams}) and "
+                f"depth ({search.depth}) in Retriever.load"
             )
-        found = self._found(queries)
+        tokens = self.vocabulary.encode_inputs(queries, self.decoder.query_length)
         return [
-            [self._hit(rank, i, s) for rank, (i, s) in enumerate(_pairs(p, v, k), start=1)]
-            for p, v in zip(*found, strict=True)
+            [self._hit(rank, *hit) for rank, hit in enumerate(hits[:k], start=1)]
+            for hits in self.decoder.hits(tokens)
         ]
 
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
@@ -375,7 +421,7 @@ class Retriever:
         return scored_passages(list(queries), *found, self.store.pids)
 
     def _found(self, texts: Sequence[str]) -> Found:
-        length = self.decoder.search.query_length
+        length = self.decoder.query_length
         blocks = (
             self.vocabulary.encode_inputs(texts[start : start + BLOCK], length)
             for start in range(0, max(1, len(texts)), BLOCK)
@@ -385,16 +431,14 @@ class Retriever:
         parts = zip(*self.decoder.passages_of_blocks(blocks), strict=True)
         return tuple(np.concatenate(part) for part in parts)
 
-    def _hit(self, rank: int, index: int, score: float) -> Hit:
+    def _hit(self, rank: int, index: int, score: float, tokens: np.ndarray) -> Hit:
         passage = self.store[index]
-        table = self.decoder.table
-        row = self._rows[index]
-        identifier = self.vocabulary.decode(table.tokens[row, : table.lengths[row]].tolist())
+        identifier = self.vocabulary.decode(tokens[tokens > 0].tolist())
         return Hit(rank, passage.pid, score, passage.title, passage.text, identifier)
 
 
-def _pairs(passages: np.ndarray, scores: np.ndarray, k: int) -> list[tuple[int, float]]:
-    return [(int(i), float(s)) for i, s in zip(passages[:k], scores[:k], strict=True) if i >= 0]
+def _pairs(passages: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
+    return [(int(i), float(s)) for i, s in zip(passages, scores, strict=True) if i >= 0]
 
 
 def scored_passages(
@@ -402,12 +446,12 @@ def scored_passages(
 ) -> dict[str, list[ScoredPassage]]:
     """Arrays [n, depth] of `Decoder.passages` as a run in memory."""
     return {
-        qid: [ScoredPassage(pids[i], s) for i, s in _pairs(found, values, len(found))]
+        qid: [ScoredPassage(pids[i], s) for i, s in _pairs(found, values)]
         for qid, found, values in zip(qids, passages, scores, strict=True)
     }
 
 
-def write_student(folder: Path, config: T5Config, search: Search) -> None:
+def write_student(folder: Path, config: T5Config, search: Search | MultiviewSearch) -> None:
     """Leave beside a student's checkpoints what `Retriever.load` needs to know."""
     described = {"model": asdict(config), "search": asdict(search)}
     (folder / "student.json").write_text(json.dumps(described, indent=1), encoding="utf-8")

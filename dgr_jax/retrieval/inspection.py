@@ -308,8 +308,7 @@ class Inspection:
 
 def answers(retriever: Retriever, question: str, k: int = 10) -> Table:
     """The best passages for a question: k, or as many as the retriever's beams hold."""
-    search = retriever.decoder.search
-    (found,) = retriever.search([question], min(k, search.num_beams, search.depth))
+    (found,) = retriever.search([question], min(k, retriever.decoder.most_passages))
     rows = [
         (hit.rank, hit.title or hit.pid, hit.score, hit.identifier, _short(hit.text, 160))
         for hit in found

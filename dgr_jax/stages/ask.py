@@ -37,9 +37,9 @@ def answer(args: argparse.Namespace) -> None:
         settings["num_beams"] = args.num_beams
     mesh = _mesh(args.mesh) if args.mesh else None
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
-    beams = retriever.decoder.search.num_beams
-    if args.k > beams:
-        raise ValueError(f"--k: got {args.k}, expected at most {beams}, the beams (--num_beams)")
+    most = retriever.decoder.most_passages
+    if args.k > most:
+        raise ValueError(f"--k: got {args.k}, expected at most {most}, the beams (--num_beams)")
     if args.query:
         _print(retriever, args.query, args.k)
     if args.report_speed:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,47 +13,84 @@ from pathlib import Path
 import numpy as np
 
 from dgr_jax.experiment import Candidates, Experiment
-from dgr_jax.retrieval.generative import BLOCK
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.retrieval.generative import BLOCK, Decoder
+from dgr_jax.retrieval.multiview import best
+from dgr_jax.retrieval.multiview_keys import keys
+from dgr_jax.retrieval.multiview_search import MultiviewDecoder
+from dgr_jax.stages.prepare import Prepared, source_pairs
 from dgr_jax.stages.students import decoder
-from dgr_jax.training.arrays import read_arrays
+from dgr_jax.training.arrays import write_arrays
 
 logger = logging.getLogger(__name__)
+
+_KEYED = 32  # queries whose findings are held, before their keys are cut
 
 _TextsAndQrels = tuple[dict[str, str], dict[str, dict[str, int]]]
 
 
 def candidates(experiment: Experiment, folder: Path) -> None:
-    """Writes candidates.npz (passages int32, scores f32 [n, depth]) and qids.json, in order.
+    """Writes candidates.npz (passages int32, scores f32 [n, depth]) and qids.json, in order; of
+    identifiers of several views also keys/, see retrieval.multiview_keys.
 
     Queries are retrieved in blocks that are kept, so that a cut-off stage goes on. While the device
     finishes a block, the next is tokenised.
     """
-    settings = experiment.candidates
     made = Prepared.load(experiment.model_dir)
     asked = training_queries(experiment, made)
     qids, texts = list(asked.texts), list(asked.texts.values())
-    student = decoder(experiment, "generate", settings.search, made)
+    student = decoder(experiment, "generate", experiment.candidates.search, made)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not part.is_file()]
     blocks = (
-        made.vocabulary.encode_inputs(texts[n : n + BLOCK], settings.search.query_length)
-        for n in missing
+        made.vocabulary.encode_inputs(texts[n : n + BLOCK], student.query_length) for n in missing
     )
-    for start, found in zip(missing, student.passages_of_blocks(blocks), strict=True):
+    for start, found in zip(missing, _found(experiment, made, student, blocks), strict=True):
         temporary = folder / "part.partial.npz"
-        np.savez(temporary, passages=found[0], scores=found[1])
+        np.savez(temporary, **found)
         temporary.replace(parts[start])
         logger.info("candidates: %d/%d queries", min(start + BLOCK, len(qids)), len(qids))
-    loaded = [np.load(part) for part in parts.values()]
-    np.savez(
-        folder / "candidates.npz",
-        passages=np.concatenate([part["passages"] for part in loaded]),
-        scores=np.concatenate([part["scores"] for part in loaded]),
-    )
+    _join(folder, list(parts.values()))
     (folder / "qids.json").write_text(json.dumps(qids), encoding="utf-8")
     for part in parts.values():
         part.unlink()
+
+
+def _found(
+    experiment: Experiment,
+    made: Prepared,
+    student: Decoder | MultiviewDecoder,
+    blocks: Iterable[np.ndarray],
+) -> Iterator[dict[str, np.ndarray]]:
+    """passages and scores [n, depth] of each block of queries; and their keys."""
+    if isinstance(student, Decoder):
+        for passages, scores in student.passages_of_blocks(blocks):
+            yield {"passages": passages, "scores": scores}
+        return
+    settings = experiment.candidates
+    depth = settings.search.depth
+    sizes = {"depth": depth, "limit": settings.keys, "identifiers": student.most_identifiers}
+    counted, blocks = itertools.tee(blocks)
+    scored = student.scored(blocks)
+    for block in counted:
+        done = []
+        for _ in range(0, len(block), _KEYED):
+            few = list(itertools.islice(scored, min(_KEYED, len(block) - len(done) * _KEYED)))
+            passages, scores = best(few, depth)
+            held = keys(few, length=made.indexes.length, **sizes)
+            done.append({"passages": passages, "scores": scores} | held)
+        yield {name: np.concatenate([part[name] for part in done]) for name in done[0]}
+
+
+def _join(folder: Path, parts: Sequence[Path]) -> None:
+    """One candidates.npz, and keys/, of all parts."""
+    loaded = [np.load(part) for part in parts]
+    found = ("passages", "scores")
+    np.savez(
+        folder / "candidates.npz",
+        **{name: np.concatenate([part[name] for part in loaded]) for name in found},
+    )
+    if named := [name for name in loaded[0].files if name not in found]:
+        write_arrays(folder / "keys", ({name: part[name] for name in named} for part in loaded))
 
 
 @dataclass(frozen=True)
@@ -87,19 +126,17 @@ def _labelled(experiment: Experiment, made: Prepared) -> _TextsAndQrels:
 
 
 def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQrels:
-    """Texts that the student has learned to map to an identifier; its passages are the positives.
-
-    They are read from the token arrays of the source, as the student reads them.
-    """
-    features = read_arrays(made.folder / "arrays" / source)
-    inputs, targets = features["encoder_input_tokens"], features["decoder_target_tokens"]
-    least, pids = experiment.prepare.min_relevance, made.store.pids
+    """Texts that the student has learned from; the passages that they are made of are positives."""
+    settings = experiment.prepare
+    read = partial(source_pairs, settings, source, made.store, {}, ())
+    least, pids = settings.min_relevance, made.store.pids
+    count = sum(1 for _ in read())
+    chosen = set(_drawn(count, experiment.candidates).tolist())
     texts, qrels = {}, {}
-    for i in _drawn(len(inputs), experiment.candidates):
-        qid = f"{source}:{i}"
-        texts[qid] = made.vocabulary.decode(inputs[i].tolist())
-        row = int(made.table.lookup(targets[i]))
-        qrels[qid] = {pids[index]: least for index in made.table.passages_of(row)}
+    for i, (text, index, _) in enumerate(read()):
+        if i in chosen:
+            texts[f"{source}:{i}"] = text
+            qrels[f"{source}:{i}"] = {pids[index]: least}
     return texts, qrels
 
 

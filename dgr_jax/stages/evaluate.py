@@ -98,7 +98,7 @@ def _blocks(queries: dict[str, str]) -> Iterator[dict[str, str]]:
 
 
 def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
-    length = student.search.query_length
+    length = student.query_length
     tokens = (made.vocabulary.encode_inputs(list(b.values()), length) for b in _blocks(queries))
     found = student.passages_of_blocks(tokens)
     for block, passages in zip(_blocks(queries), found, strict=True):

@@ -7,13 +7,11 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from dgr_jax import cli
 from dgr_jax.corpora import beir, checks, store, trec
@@ -21,10 +19,13 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import examples, loading
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.decoding import trie
-from dgr_jax.experiment import Experiment
+from dgr_jax.experiment import Experiment, Prepare
+from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.pipeline import RECORD, read_record, write_record
+from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.stages import identifiers
+from dgr_jax.stages.identifiers import Identified
 from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,17 @@ def prepare(experiment: Experiment, folder: Path) -> None:
         )
     every_query = {q.qid: q for split in splits for q in queries[split].values()}
     beir.write_beir(folder / "collection", (), every_query.values(), qrels)
-    vocabulary, table = _identifiers(experiment, folder, passages, queries[train])
-    counts = _datasets(
-        experiment, folder, passages, table, vocabulary, queries[train], qrels[train]
+    texts = itertools.chain(
+        (p.contents for p in passages), (q.text for q in queries[train].values())
     )
+    settings.vocabulary.write(folder, texts)
+    if isinstance(settings.identifiers, Multiview):
+        tested = (query for split in settings.test_splits for query in queries[split].values())
+        made = identifiers.views(settings, folder, passages, tested)
+    else:
+        made = identifiers.docids(settings, folder, passages)
+    counts = _datasets(experiment, folder, passages, made, queries[train], qrels[train])
+    vocabulary = made.vocabulary
     report = {
         "passages": len(passages),
         "queries": {split: len(queries[split]) for split in splits},
@@ -60,7 +68,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
         "qrels": {split: len(qrels[split]) for split in splits},
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
-        "identifiers": table.report(),
+        "identifiers": made.report,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     for line in _readable(report, settings.query_length):
@@ -76,64 +84,55 @@ def _read_judged(
     return queries, {split: list(collection.qrels(split)) for split in splits}
 
 
-def _identifiers(
-    experiment: Experiment, folder: Path, passages: PassageStore, queries: dict[str, Query]
-) -> tuple[Vocabulary, IdentifierTable]:
-    """Vocabulary, identifier table and trie, written to the folder."""
-    settings = experiment.prepare
-    texts = itertools.chain((p.contents for p in passages), (q.text for q in queries.values()))
-    settings.vocabulary.write(folder, texts)
-    vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
-    table = settings.identifiers.build(
-        passages,
-        encode=vocabulary.encode,
-        first_code_id=vocabulary.first_code_id,
-        seed=settings.seed,
-    )
-    vocabulary = replace(vocabulary, num_code_tokens=table.num_code_tokens)
-    vocabulary.save()
-    table.save(folder / "identifiers")
-    index = trie.build(
-        np.asarray(table.tokens), np.asarray(table.lengths), vocab_size=vocabulary.size
-    )
-    index.save(folder / "trie")
-    return vocabulary, table
-
-
-def _datasets(experiment, folder, passages, table, vocabulary, queries, qrels) -> dict[str, int]:
+def _datasets(
+    experiment: Experiment,
+    folder: Path,
+    passages: PassageStore,
+    made: Identified,
+    queries: dict[str, Query],
+    qrels: list[Qrel],
+) -> dict[str, int]:
     """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
     with loading.quietly():
         from dgr_jax.data import datasets, prepared, tasks
         from dgr_jax.data.feature_converters import GenerationConverter
 
     settings = experiment.prepare
-    texts = {query.qid: query.text for query in queries.values()}
+    rates, views = settings.sources.rates(), bool(made.vocabulary.views)
     streams = {
-        name: examples.examples(
-            name,
-            settings.sources,
-            store=passages,
-            table=table,
-            query_texts=texts,
-            qrels=qrels,
-            min_relevance=settings.min_relevance,
-        )
-        for name in settings.sources.rates()
+        name: made.examples(source_pairs(settings, name, passages, queries, qrels))
+        for name in rates
     }
-    counts = prepared.write(folder / "tfds", "examples", streams)
+    counts = prepared.write(folder / "tfds", "examples", streams, views=views)
     empty = [name for name, count in counts.items() if not count]
     if empty:
         raise ValueError(
             f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
         )
-    task_file(settings.tasks).register(
-        tasks.Prepared(folder / "tfds", vocabulary, settings.sources.rates())
-    )
-    lengths = {"inputs": settings.query_length, "targets": table.tokens.shape[1]}
+    task_file(settings.tasks).register(tasks.Prepared(folder / "tfds", made.vocabulary, rates))
+    lengths = {"inputs": settings.query_length, "targets": made.length}
     for name in streams:
         blocks = datasets.arrays(f"{settings.tasks}_{name}", lengths, GenerationConverter())
         arrays.write_arrays(folder / "arrays" / name, blocks)
     return counts
+
+
+def source_pairs(
+    settings: Prepare,
+    source: str,
+    passages: PassageStore,
+    queries: Mapping[str, Query],
+    qrels: Iterable[Qrel],
+) -> Iterator[tuple[str, int, str]]:
+    """(text, passage index, qid) of a source of the mixture: what examples are made of."""
+    return examples.pairs(
+        source,
+        settings.sources,
+        store=passages,
+        query_texts={query.qid: query.text for query in queries.values()},
+        qrels=qrels,
+        min_relevance=settings.min_relevance,
+    )
 
 
 def task_file(name: str) -> ModuleType:
@@ -150,21 +149,25 @@ def task_file(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the prepare stage left, opened."""
+    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views."""
 
     folder: Path
     store: PassageStore
-    table: IdentifierTable
     vocabulary: Vocabulary
+    table: IdentifierTable | None
+    indexes: ViewIndexes | None
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Prepared:
         folder = Path(model_dir) / "prepare"
+        vocabulary = Vocabulary.load(folder)
+        views = bool(vocabulary.views)
         return cls(
             folder,
             PassageStore(folder / "passages"),
-            IdentifierTable.load(folder / "identifiers"),
-            Vocabulary.load(folder),
+            vocabulary,
+            table=None if views else IdentifierTable.load(folder / "identifiers"),
+            indexes=ViewIndexes.load(folder, vocabulary) if views else None,
         )
 
     def queries(self, split: str) -> dict[str, Query]:
@@ -218,11 +221,19 @@ def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
                 f"{cut:,} of {report['queries'][split]:,} {split} queries are longer than "
                 f"{query_length} tokens and are cut (Prepare.query_length)"
             )
-    plain = {key: value for key, value in found.items() if not isinstance(value, (list, dict))}
-    yield ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in plain.items())
+    if line := _line(found):
+        yield line
+    for view in ("title", "body", "query", "named_passages", "drawn"):
+        if view in found:
+            yield f"{view.replace('_', ' ')}: {_line(found[view])}"
     for number, level in enumerate(found.get("levels", []), start=1):
         usage = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in level.items())
         yield f"code {number}: {', '.join(usage)}"
+
+
+def _line(report: Mapping[str, Any]) -> str:
+    plain = {key: value for key, value in report.items() if not isinstance(value, (list, dict))}
+    return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in plain.items())
 
 
 def _short(value: Any) -> str:

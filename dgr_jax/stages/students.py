@@ -12,6 +12,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.experiment import Experiment, Training
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
+from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import loop
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
@@ -123,13 +124,12 @@ def _trained(experiment: Experiment, system: str) -> Any:
     return checkpoints.restore_params(folder, partitioning.abstract_params(model, mesh))
 
 
-def decoder(experiment: Experiment, system: str, search: Search, made: Prepared) -> Decoder:
+def decoder(
+    experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
+) -> Decoder | MultiviewDecoder:
     """A finished student, ready to retrieve."""
-    return Decoder(
-        model_config(experiment, made.vocabulary.size),
-        _trained(experiment, system),
-        trie.load(made.folder / "trie"),
-        made.table,
-        search,
-        partitioning.make_mesh(experiment.mesh),
-    )
+    config = model_config(experiment, made.vocabulary.size)
+    params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
+    if made.indexes is not None:
+        return MultiviewDecoder.of(config, params, made.indexes, search, mesh)
+    return Decoder(config, params, trie.load(made.folder / "trie"), made.table, search, mesh)

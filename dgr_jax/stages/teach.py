@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dgr_jax.data import rank_lists
 from dgr_jax.experiment import Experiment
+from dgr_jax.retrieval.multiview_keys import Keyed
 from dgr_jax.retrieval.recipes import RankLists
 from dgr_jax.retrieval.teacher import Coverage
 from dgr_jax.stages.candidates import training_queries
@@ -20,6 +23,7 @@ from dgr_jax.training import arrays
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2048
+_KEYED = 256  # lists of several identifiers a passage are larger
 
 
 def teach(experiment: Experiment, folder: Path) -> None:
@@ -68,13 +72,31 @@ def teach(experiment: Experiment, folder: Path) -> None:
         teacher_scores=lists.teacher_scores,
         positives=lists.positive_passages,
     )
-    features = _features(lists, list(texts.values()), made, experiment.prepare.query_length)
-    arrays.write_arrays(folder / "rank_lists", features)
+    counts: Counter = Counter()
+    features = _features if made.indexes is None else partial(_view_features, counts)
+    arrays.write_arrays(
+        folder / "rank_lists", features(experiment, lists, list(texts.values()), made)
+    )
     teacher = {source: found.report() for source, found in coverage.items()}
     report = {"teacher": teacher, "lists": lists.report}
+    if counts:
+        report["keys"] = counts
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     for line in _readable(teacher, lists.report):
         logger.info("teach: %s", line)
+    if counts:
+        logger.info(
+            "teach: keys of the student for %s of %s passages in lists; drawn for the others, none "
+            "for %s",
+            *(
+                f"{number:,}"
+                for number in (
+                    counts["passages"] - counts["passages_without_keys"],
+                    counts["passages"],
+                    counts["passages_without_identifier"],
+                )
+            ),
+        )
 
 
 class _Candidates(Mapping[str, list[str]]):
@@ -102,7 +124,7 @@ class _Candidates(Mapping[str, list[str]]):
 
 
 def _features(
-    lists: RankLists, texts: Sequence[str], made: Prepared, query_length: int
+    experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of all rank lists in blocks."""
     for start in range(0, len(lists.passages), _BLOCK):
@@ -114,7 +136,33 @@ def _features(
             lists.positive_passages[block],
             table=made.table,
             vocabulary=made.vocabulary,
-            query_length=query_length,
+            query_length=experiment.prepare.query_length,
+        )
+
+
+def _view_features(
+    counts: Counter, experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same of identifiers of several views, with the keys of the candidates."""
+    indexes, candidates = made.indexes, Path(experiment.model_dir) / "candidates"
+    with np.load(candidates / "candidates.npz") as found:
+        passages = found["passages"]
+    keyed = Keyed(
+        arrays.read_arrays(candidates / "keys"), passages, indexes.text, indexes.tables,
+        indexes.views, experiment.teach.seed,
+    )  # fmt: skip
+    for start in range(0, len(lists.passages), _KEYED):
+        block = slice(start, start + _KEYED)
+        rows = lists.query_rows[block]
+        asked = [texts[row] for row in rows]
+        yield rank_lists.view_features(
+            asked,
+            keyed.of(rows, asked, lists.passages[block], counts),
+            lists.teacher_scores[block],
+            lists.positives[block],
+            len(indexes.text),
+            vocabulary=made.vocabulary,
+            query_length=experiment.prepare.query_length,
         )
 
 

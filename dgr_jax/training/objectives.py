@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dgr_jax.decoding import passage_scoring
+from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 
-PAD_ID = 0
+PAD_ID, EOS_ID = 0, 1
 
 
 def _sum(values: jax.Array) -> jax.Array:
@@ -88,6 +90,29 @@ def passage_scores(log_probs: jax.Array, tokens: jax.Array, weights: jax.Array) 
     """
     kept = jnp.where(tokens != PAD_ID, log_probs, 0.0)
     return jnp.einsum("blkt,blk->bl", kept, weights)
+
+
+def multiview_scores(log_probs: jax.Array, lists: Batch, scoring: Scoring) -> jax.Array:
+    """Score of a passage from its identifiers of several views, float32 [B, L]: that of search.
+
+    log_probs: float32 [B, L, K, T], log-softmax at each identifier token. lists: see
+    `data.rank_lists.view_features`. Only log_probs carry a gradient.
+    """
+    tokens, views = lists["identifier_tokens"], lists["identifier_views"]
+    kept = jnp.where(tokens != PAD_ID, log_probs, 0.0)
+    # Titles and pseudo-queries begin with their marker and close with EOS: neither is text.
+    marker = (views != BODY)[..., None] & (jnp.arange(tokens.shape[-1]) == 0)
+    found = Identifiers(
+        log_probs=jnp.sum(kept, -1),
+        counts=lists["identifier_counts"],
+        tokens=jnp.where(marker | (tokens == EOS_ID), PAD_ID, tokens),
+        views=views,
+        mask=lists["identifier_weights"] > 0,
+        spans=lists["spans"] - 1,
+        starts=lists["span_starts"],
+    )
+    number = lists["corpus_tokens"][:, :, None]
+    return passage_scoring.passage_scores(found, number, scoring, special_ids=())
 
 
 def _rankable(lists: Batch) -> jax.Array:
@@ -167,6 +192,8 @@ class Distillation:
       prefix_lengths: also apply `loss` to the score of the first t tokens, for each t here (see
         `losses.ranking.prefix_loss`); rising, below the identifier length.
       prefix_weights: weight of each; the whole identifier has weight 1.
+      scoring: how search scores passages of identifiers of several views; such lists also have
+        the features of `data.rank_lists.view_features`, and the query once a view.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -174,6 +201,7 @@ class Distillation:
     label_smoothing: float = 0.0
     prefix_lengths: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
+    scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
         if len(self.prefix_lengths) != len(self.prefix_weights):
@@ -211,7 +239,10 @@ class Distillation:
         tokens, weights = lists["identifier_tokens"], lists["identifier_weights"]
         teacher = lists["teacher_scores"]
         log_probs = generation.token_log_probs(logits.reshape(*tokens.shape, -1), tokens)
-        student = passage_scores(log_probs, tokens, weights)
+        if "identifier_views" in lists:
+            student = multiview_scores(log_probs, lists, self.scoring)
+        else:
+            student = passage_scores(log_probs, tokens, weights)
         mask = _rankable(lists)
         valid = jnp.sum(mask, axis=-1) >= 2
         loss = self.loss(student, teacher, mask)
@@ -270,7 +301,8 @@ def _logits_of_lists(
     encode_rng: jax.Array,
     decode_rng: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Encodes each query once and decodes its L*K identifiers, and its target if asked.
+    """Encodes each query once, or once a view, and decodes its L*K identifiers, and its target if
+    asked.
 
     Returns logits [B, L*K, T, V] and, of the target, [B, T', V] or None.
     """
@@ -278,6 +310,11 @@ def _logits_of_lists(
     batch, length = tokens.shape[0], tokens.shape[-1]
     inputs = shift_right(tokens).reshape(batch, -1, length)
     target_length = 0
+    if queries.ndim == 3 and with_target:
+        raise ValueError(
+            "Distillation: got rank lists of several views without generation examples; expected "
+            'batches {"rank_list": ..., "generation": ...}'
+        )
     if with_target:
         target = lists["decoder_input_tokens"]
         target_length = target.shape[-1]
@@ -287,15 +324,19 @@ def _logits_of_lists(
         )
     encoded = model.apply(
         {"params": params},
-        queries,
+        queries.reshape(-1, queries.shape[-1]),
         deterministic=False,
         method="encode",
         rngs={"dropout": encode_rng},
     )
+    seen = queries
+    if queries.ndim == 3:
+        seen = _of_view(queries, lists["identifier_views"].reshape(batch, -1))
+        encoded = encoded.reshape(batch, -1, encoded.shape[-1])
     logits = model.apply(
         {"params": params},
         encoded,
-        queries,
+        seen,
         inputs,
         deterministic=False,
         method="decode",
@@ -304,3 +345,13 @@ def _logits_of_lists(
     if not with_target:
         return logits, None
     return logits[:, :-1, :length], logits[:, -1, :target_length]
+
+
+def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:
+    """What each target may look at, of a query's inputs [B, 3, Q] side by side: int32 [B, R, 3*Q].
+
+    views: int32 [B, R], places of the inputs.
+    """
+    own = views[..., None] == jnp.arange(queries.shape[1])
+    shown = jnp.where(own[..., None], queries[:, None], PAD_ID)
+    return shown.reshape(*views.shape, -1)

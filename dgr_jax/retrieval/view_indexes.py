@@ -1,0 +1,83 @@
+"""The indexes of identifiers of several views, as the prepare stage leaves them in a folder:
+
+identifiers/title  identifiers/query   tables
+trie/title         trie/query          their tries
+text                                   the suffix array of all passages
+views.json                             how spans are cut
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dgr_jax.data.views import Body, Views
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.decoding import suffix_array, trie
+from dgr_jax.decoding.suffix_array import SuffixArray
+from dgr_jax.identifiers.table import IdentifierTable
+
+_FILE = "views.json"
+
+
+@dataclass(frozen=True, eq=False)
+class ViewIndexes:
+    """Identifiers of several views.
+
+    tables and tries by view, 'title' and 'query'; text: of all passages, titles left out.
+    span_tokens and opening: of body spans, see SuffixArray.constraint.
+    """
+
+    tables: dict[str, IdentifierTable]
+    tries: dict[str, trie.Trie]
+    text: SuffixArray
+    vocabulary: Vocabulary
+    span_tokens: int
+    opening: np.ndarray | None
+
+    @staticmethod
+    def describe(folder: Path, *, span_tokens: int, spans_begin_anywhere: bool) -> None:
+        """Writes views.json."""
+        described = {"span_tokens": span_tokens, "spans_begin_anywhere": spans_begin_anywhere}
+        (folder / _FILE).write_text(json.dumps(described), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, vocabulary: Vocabulary) -> ViewIndexes:
+        """Opens a folder; arrays are memory-mapped."""
+        described = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        tabled = [view for view in vocabulary.views if view != "body"]
+        anywhere = described["spans_begin_anywhere"]
+        return cls(
+            tables={view: IdentifierTable.load(folder / "identifiers" / view) for view in tabled},
+            tries={view: trie.load(folder / "trie" / view) for view in tabled},
+            text=suffix_array.load(folder / "text"),
+            vocabulary=vocabulary,
+            span_tokens=described["span_tokens"],
+            opening=None if anywhere else vocabulary.word_starts(),
+        )
+
+    @property
+    def markers(self) -> dict[str, int]:
+        """The token of every view in use."""
+        return {view: self.vocabulary.marker(view) for view in self.vocabulary.views}
+
+    @property
+    def views(self) -> Views:
+        """What generation examples are drawn from."""
+        body = Body(self.text.tokens, self.text.starts)
+        return Views(
+            self.vocabulary,
+            title=self.tables.get("title"),
+            query=self.tables.get("query"),
+            body=body if "body" in self.vocabulary.views else None,
+            span_tokens=self.span_tokens,
+            opening=self.opening,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest identifier."""
+        return max([self.span_tokens, *(table.tokens.shape[1] for table in self.tables.values())])
