@@ -1,13 +1,17 @@
 """Vocabulary, examples, SeqIO tasks and feature converters."""
 
+from collections import Counter
+from functools import partial
+
 import numpy as np
 import pytest
 
 from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Passage, Qrel
 from dgr_jax.data import examples, rank_lists
-from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
+from tests import view_collections
 
 PASSAGES = [
     Passage("p0", "Bees make honey in the hive. They dance to show the way to flowers.", "Bees"),
@@ -232,3 +236,46 @@ def test_converters_refuse_wrong_lengths(registered):
         GenerationConverter().get_model_feature_lengths({"inputs": 0, "targets": 3})
     with pytest.raises(ValueError, match="task_feature_lengths"):
         arrays("tiny_labelled", {"inputs": 12}, GenerationConverter())
+
+
+def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
+    from dgr_jax.data import tasks
+    from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter
+    from dgr_jax.data.prepared import write
+
+    vocabulary, indexes, _, prepared = view_collections.prepare(tmp_path)
+    texts = view_collections.TEXTS
+    lists = view_collections.keyed(view_collections.found_by(vocabulary, indexes), indexes)
+    named = lists.of(np.arange(3), texts, lists.passages, Counter())
+    scores = np.tile(np.arange(4, 0, -1, dtype=np.float32), (3, 1))
+    positives = np.zeros(3, np.int32)
+    pairs = [(texts[i], i, f"q{i}") for i in range(3)]
+    write(tmp_path / "tfds", "examples", {"labelled": prepared.examples(pairs)}, views=True)
+    many = partial(rank_lists.view_examples, texts, named, scores, positives, len(indexes.text))
+    tasks.register("views", tasks.Prepared(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many))
+    passages_, limit, length = named.tokens.shape[1:]
+    pair, event = (passages_, limit), (passages_, named.spans.shape[2])
+    lengths = {
+        "inputs": (3, 16), "targets": length, "identifiers": (*pair, length),
+        "identifier_weights": pair, "teacher_scores": passages_, "identifier_views": pair,
+        "identifier_counts": pair, "spans": event, "span_starts": event, "corpus_tokens": 1,
+    }  # fmt: skip
+    through_seqio = arrays("views_rank_lists", lengths, ViewListConverter())
+    direct = view_collections.lists_of(vocabulary, indexes, named)
+    assert through_seqio.keys() == direct.keys()
+    for name in direct:
+        np.testing.assert_array_equal(through_seqio[name], direct[name], err_msg=name)
+        assert through_seqio[name].dtype == direct[name].dtype, name
+    assert direct["encoder_input_tokens"].shape == (3, 3, 16)
+
+    lengths = {"inputs": 16, "targets": indexes.length}
+    generation = arrays("views_labelled", lengths, GenerationConverter())
+    inputs, targets = generation["encoder_input_tokens"], generation["decoder_target_tokens"]
+    asked = [VIEWS[vocabulary.views.index(v)] for v in vocabulary.views]
+    for row, target in zip(inputs, targets, strict=True):
+        view = asked[row[0] - vocabulary.first_view_id]
+        (text,) = {t for t in texts if vocabulary.encode(t) == row[1:][row[1:] > 1].tolist()}
+        expected = vocabulary.encode_inputs([text], 16, view=view)[0]
+        np.testing.assert_array_equal(row, expected)
+        assert (target[0] == vocabulary.marker(view)) == (view != "body")
+    assert {row[0] - vocabulary.first_view_id for row in inputs} == {0, 1, 2}

@@ -97,8 +97,9 @@ class SuffixArray:
             if depth == 0:
                 below, above = self.first[token], self.first[token + 1]
             else:
-                below = self._search(lo, hi, depth, token)
-                above = self._search(below, hi, depth, token + 1)
+                end = np.where(more, hi, lo)  # nothing lies beyond the end of a complete span
+                below = self._search(lo, end, depth, token)
+                above = self._search(below, end, depth, token + 1)
             lo, hi = np.where(more & (lo < hi), (below, above), (lo, hi)).astype(np.int64)
         return lo, hi
 
