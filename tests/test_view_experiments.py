@@ -14,12 +14,14 @@ import pytest
 
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import VIEWS
 from dgr_jax.decoding.passage_scoring import BODY
 from dgr_jax.losses import ranking
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.retrieval.multiview import MultiviewIndex, Written
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.training.objectives import Distillation, multiview_scores
 from tests import students
@@ -252,3 +254,24 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     done = command("dgr_jax.retrieve", f"--model_dir={folder}", "--query", "salt", "--k=2")
     assert "salt" in done.stdout
+
+
+def test_titles_and_pseudo_queries_without_the_text(tmp_path):
+    """No suffix array is made, and what spans would need is not asked for."""
+    vocabulary, indexes, _, found = prepare(tmp_path, views=("title", "query"))
+    assert indexes.text is None and not (tmp_path / "text").exists()
+    assert vocabulary.views == ("title", "query") and set(indexes.views._makers(ViewMixture())) == {
+        "title", "query",
+    }  # fmt: skip
+    assert indexes.num_tokens == found.report["body"]["tokens"] > 50
+    ranked = found_by(vocabulary, indexes)
+    assert all(len(one.passages) for one in ranked)
+    lists, counts = keyed(ranked, indexes), Counter()
+    named = lists.of(np.arange(3), TEXTS, lists.passages, counts)
+    assert named.tokens.any() and not named.spans.any()
+    with pytest.raises(ValueError, match="got view 'body', expected title, query"):
+        MultiviewIndex(None, indexes.tables, num_tokens=9).rank(
+            [Written("body", *(np.zeros((1, 1, 1)),) * 4)]
+        )
+    with pytest.raises(ValueError, match="text: got None; expected num_tokens"):
+        MultiviewIndex(None, indexes.tables)

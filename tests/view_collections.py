@@ -9,7 +9,7 @@ import numpy as np
 from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Passage
 from dgr_jax.data import rank_lists
-from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.experiment import Prepare
 from dgr_jax.identifiers.multiview import Multiview
@@ -30,21 +30,22 @@ SCORING = Scoring(smoothing=1e-3, common=50, max_passages=8)
 SPAN = 4
 
 
-def prepare(folder: Path):
+def prepare(folder: Path, views: tuple[str, ...] = VIEWS):
     """(vocabulary, indexes, store) of a prepared collection of several views."""
     passages = store.write(PASSAGES, folder / "passages")
     SentencePiece(size=90).write(folder, [p.contents for p in PASSAGES] + TEXTS)
-    settings = Prepare(tasks="beir", identifiers=Multiview(span_tokens=SPAN, query_tokens=12))
+    settings = Prepare(
+        tasks="beir", identifiers=Multiview(views, span_tokens=SPAN, query_tokens=12)
+    )
     found = identifiers.views(settings, folder, passages, ())
     vocabulary = Vocabulary.load(folder)
     assert found.vocabulary == vocabulary
     return vocabulary, ViewIndexes.load(folder, vocabulary), passages, found
 
 
-def found_by(vocabulary, indexes, scoring=SCORING):
-    """Scored passages of TEXTS, written with made-up log-probabilities."""
-    random = np.random.default_rng(0)
-    starts, tokens = indexes.text.starts, indexes.text.tokens
+def spans_of(text, random):
+    """Spans of the text, none twice for a query."""
+    starts, tokens = text.starts, text.tokens
     spans = np.zeros((len(TEXTS), 6, SPAN), np.int32)
     for query, span in np.ndindex(len(TEXTS), 6):
         at, length = starts[query] + random.integers(8), random.integers(1, SPAN + 1)
@@ -53,17 +54,25 @@ def found_by(vocabulary, indexes, scoring=SCORING):
         _, first = np.unique(spans[query], axis=0, return_index=True)
         spans[query, np.setdiff1d(np.arange(6), first)] = 0
     lengths = (spans > 0).sum(-1)
-    lo, hi = indexes.text.find(spans, lengths)
+    lo, hi = text.find(spans, lengths)
     hi = np.where(lengths > 0, hi, lo)
     log_probs = np.where(lengths > 0, -random.uniform(0.5, 9, lengths.shape), -np.inf)
-    parts = [Written("body", spans, log_probs.astype(np.float32), lo, hi)]
+    return Written("body", spans, log_probs.astype(np.float32), lo, hi)
+
+
+def found_by(vocabulary, indexes, scoring=SCORING):
+    """Scored passages of TEXTS, written with made-up log-probabilities."""
+    random = np.random.default_rng(0)
+    parts = [] if indexes.text is None else [spans_of(indexes.text, random)]
     for view, table in indexes.tables.items():
         rows = np.stack([random.permutation(len(table))[:2] for _ in TEXTS])
         known = -random.uniform(0.5, 9, rows.shape).astype(np.float32)
         bounds = table.offsets[rows], table.offsets[rows + 1]
         parts.append(Written(view, np.asarray(table.tokens)[rows], known, *bounds))
     special = (1, *indexes.markers.values())
-    index = MultiviewIndex(indexes.text, indexes.tables, scoring, special_ids=special)
+    index = MultiviewIndex(
+        indexes.text, indexes.tables, scoring, special, num_tokens=indexes.num_tokens
+    )
     return index.rank(parts)
 
 
@@ -98,7 +107,7 @@ def lists_of(vocabulary, indexes, named, **more):
         named,
         np.tile(scores, (len(TEXTS), 1)),
         np.zeros(len(TEXTS), np.int32),
-        len(indexes.text),
+        indexes.num_tokens,
         vocabulary=vocabulary,
         query_length=16,
         **more,

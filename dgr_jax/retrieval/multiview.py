@@ -157,21 +157,30 @@ def best(found: Sequence[Scored], depth: int) -> tuple[np.ndarray, np.ndarray]:
 class MultiviewIndex:
     """Where identifiers occur, and what they are worth.
 
-    text: index of the passages; tables: titles and pseudo-queries by view, over the same passages.
+    text: index of the passages, None where no body spans are searched; tables: titles and
+    pseudo-queries by view, over the same passages. num_tokens: of the corpus; None: of the text.
     special_ids: token ids that belong to no text, see passage_scores.
     allowed: bool [P], passages that may be returned; None: all. Counts are of all passages.
 
     Raises ValueError for an unknown view and for tables or masks of another number of passages.
     """
 
-    text: SuffixArray
+    text: SuffixArray | None
     tables: Mapping[str, IdentifierTable]
     scoring: Scoring = Scoring()
     special_ids: tuple[int, ...] = (1,)
     allowed: np.ndarray | None = None
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        expected = self.text.num_passages
+        if self.text is None and (self.num_tokens is None or not self.tables):
+            raise ValueError(
+                "MultiviewIndex.text: got None; expected num_tokens and a table instead of it"
+            )
+        if self.num_tokens is None:
+            object.__setattr__(self, "num_tokens", len(self.text))
+        indexes = self.tables.values() if self.text is None else (self.text,)
+        expected = next(iter(indexes)).num_passages
         for view, table in self.tables.items():
             if view not in VIEWS or view == "body":
                 raise ValueError(f"MultiviewIndex.tables: got view {view!r}, expected title, query")
@@ -207,7 +216,7 @@ class MultiviewIndex:
     def _queries(self, written: Sequence[Written]) -> list[_Query]:
         if not written:
             raise ValueError("MultiviewIndex.rank: got no view, expected one or more")
-        known = ("body", *self.tables)
+        known = (*["body"] * (self.text is not None), *self.tables)
         if unknown := [part.view for part in written if part.view not in known]:
             raise ValueError(
                 f"MultiviewIndex.rank: got view {unknown[0]!r}, expected {', '.join(known)}: set "
@@ -224,7 +233,7 @@ class MultiviewIndex:
         views = [np.full(part.lo.shape, VIEWS.index(part.view), np.int32) for part in written]
         views, counts = np.concatenate(views, 1), (hi - lo).astype(np.int32)
         weights = np.asarray(
-            _weigh(log_probs, counts, views, float(len(self.text)), scoring=self.scoring)
+            _weigh(log_probs, counts, views, float(self.num_tokens), scoring=self.scoring)
         )
         weights = np.where(counts > 0, weights, 0.0)
         order = np.lexsort((-log_probs, -weights))  # the order of passage_scores
@@ -247,9 +256,11 @@ class MultiviewIndex:
         owner = np.repeat(rare, [len(entries) for entries in found])
         entry = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int32)
         body = query.views[owner] == BODY
-        starts = self.text.starts
-        passage = np.where(body, np.searchsorted(starts, entry, side="right") - 1, entry)
-        start = np.where(body, entry - starts[passage], 0)
+        passage, start = entry.copy(), np.zeros_like(entry)
+        if body.any():
+            starts = self.text.starts
+            passage[body] = np.searchsorted(starts, entry[body], side="right") - 1
+            start[body] = entry[body] - starts[passage[body]]
         keep = slice(None) if self.allowed is None else self.allowed[passage]
         return _Places(owner[keep], passage[keep], start[keep])
 
@@ -299,7 +310,7 @@ class MultiviewIndex:
         return _score(
             tuple(map(grow, query[:4])),
             packed,
-            float(len(self.text)),
+            float(self.num_tokens),
             scoring=self.scoring,
             special_ids=self.special_ids,
         )

@@ -64,7 +64,7 @@ class Keyed:
 
     found: Keys
     passages: np.ndarray
-    text: SuffixArray
+    text: SuffixArray | None
     tables: Mapping[str, IdentifierTable]
     views: Views
     seed: int = 0

@@ -101,8 +101,9 @@ class MultiviewDecoder:
         """A decoder over the indexes of a prepared collection."""
         markers = indexes.markers
         index = MultiviewIndex(
-            indexes.text, indexes.tables, search.scoring, special_ids=(EOS_ID, *markers.values())
-        )
+            indexes.text, indexes.tables, search.scoring,
+            special_ids=(EOS_ID, *markers.values()), num_tokens=indexes.num_tokens,
+        )  # fmt: skip
         return cls(
             config, params, index, indexes.tries, markers, search, mesh,
             span_tokens=indexes.span_tokens, opening=indexes.opening,
@@ -135,14 +136,14 @@ class MultiviewDecoder:
     @property
     def num_identifiers(self) -> int:
         """Titles, pseudo-queries, and body spans, one a token of the text."""
-        body = len(self.index.text) if "body" in self.markers else 0
+        body = 0 if self.index.text is None else len(self.index.text)
         return body + sum(len(self.index.tables[view]) for view in self.tries)
 
     @property
     def identifier_length(self) -> int:
         """Tokens of the longest identifier."""
-        tables = (table.tokens.shape[1] for table in self.index.tables.values())
-        return max(self.span_tokens, *tables, 0)
+        spans = [self.span_tokens] * (self.index.text is not None)
+        return max([*spans, *(table.tokens.shape[1] for table in self.index.tables.values())])
 
     @property
     def most_identifiers(self) -> int:

@@ -27,21 +27,22 @@ _FILE = "views.json"
 class ViewIndexes:
     """Identifiers of several views.
 
-    tables and tries by view, 'title' and 'query'; text: of all passages, titles left out.
+    tables and tries by view, 'title' and 'query'; text: of all passages, titles left out, None
+    without the body view. num_tokens: of the corpus, titles left out.
     span_tokens and opening: of body spans, see SuffixArray.constraint.
     """
 
     tables: dict[str, IdentifierTable]
     tries: dict[str, trie.Trie]
-    text: SuffixArray
+    text: SuffixArray | None
+    num_tokens: int
     vocabulary: Vocabulary
     span_tokens: int
     opening: np.ndarray | None
 
     @staticmethod
-    def describe(folder: Path, *, span_tokens: int, spans_begin_anywhere: bool) -> None:
-        """Writes views.json."""
-        described = {"span_tokens": span_tokens, "spans_begin_anywhere": spans_begin_anywhere}
+    def describe(folder: Path, **described: int) -> None:
+        """Writes views.json: span_tokens, spans_begin_anywhere and num_tokens."""
         (folder / _FILE).write_text(json.dumps(described), encoding="utf-8")
 
     @classmethod
@@ -53,7 +54,8 @@ class ViewIndexes:
         return cls(
             tables={view: IdentifierTable.load(folder / "identifiers" / view) for view in tabled},
             tries={view: trie.load(folder / "trie" / view) for view in tabled},
-            text=suffix_array.load(folder / "text"),
+            text=suffix_array.load(folder / "text") if "body" in vocabulary.views else None,
+            num_tokens=described["num_tokens"],
             vocabulary=vocabulary,
             span_tokens=described["span_tokens"],
             opening=None if anywhere else vocabulary.word_starts(),
@@ -67,12 +69,12 @@ class ViewIndexes:
     @property
     def views(self) -> Views:
         """What generation examples are drawn from."""
-        body = Body(self.text.tokens, self.text.starts)
+        body = None if self.text is None else Body(self.text.tokens, self.text.starts)
         return Views(
             self.vocabulary,
             title=self.tables.get("title"),
             query=self.tables.get("query"),
-            body=body if "body" in self.vocabulary.views else None,
+            body=body,
             span_tokens=self.span_tokens,
             opening=self.opening,
         )
@@ -80,4 +82,5 @@ class ViewIndexes:
     @property
     def length(self) -> int:
         """Tokens of the longest identifier."""
-        return max([self.span_tokens, *(table.tokens.shape[1] for table in self.tables.values())])
+        spans = [self.span_tokens] * (self.text is not None)
+        return max([*spans, *(table.tokens.shape[1] for table in self.tables.values())])

@@ -6,7 +6,7 @@ a table and a trie of titles and of pseudo-queries, and a suffix array of the te
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,17 +88,26 @@ def views(
         _save(table, folder, table.view, vocabulary)
     counts = Counter()
     stream = scheme.body_tokens(passages, encode=encode, counts=counts)
-    text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=scheme.span_tokens)
-    text.save(folder / "text")
-    words = vocabulary.word_starts()
-    share = float(words[text.tokens].sum() / max(1, len(text)))
-    anywhere = share < _ENOUGH_WORDS
-    report["body"] = counts | {
-        "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
-    }  # fmt: skip
-    body = Body(text.tokens, text.starts).lengths if "body" in scheme.views else None
+    body, anywhere = None, False
+    if "body" in scheme.views:
+        text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=scheme.span_tokens)
+        text.save(folder / "text")
+        share = float(vocabulary.word_starts()[text.tokens].sum() / max(1, len(text)))
+        anywhere = share < _ENOUGH_WORDS
+        counts |= {
+            "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
+        }  # fmt: skip
+        body = Body(text.tokens, text.starts).lengths
+    else:
+        deque(stream, maxlen=0)  # its tokens are counted
+    report["body"] = counts
     report["named_passages"] = multiview.coverage(tables, body)
-    ViewIndexes.describe(folder, span_tokens=scheme.span_tokens, spans_begin_anywhere=anywhere)
+    ViewIndexes.describe(
+        folder,
+        span_tokens=scheme.span_tokens,
+        spans_begin_anywhere=anywhere,
+        num_tokens=counts["tokens"],
+    )
     made = ViewIndexes.load(folder, vocabulary)
     drawn: Counter = Counter()
 

@@ -160,7 +160,7 @@ def _view_features(
             keyed.of(rows, asked, lists.passages[block], counts),
             lists.teacher_scores[block],
             lists.positives[block],
-            len(indexes.text),
+            indexes.num_tokens,
             vocabulary=made.vocabulary,
             query_length=experiment.prepare.query_length,
         )
