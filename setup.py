@@ -18,13 +18,14 @@ setup(
     python_requires=">=3.11",
     # gin files and tasks live at the top of the repository and inside the package when installed.
     packages=find_packages(include=["dgr_jax", "dgr_jax.*"])
-    + ["dgr_jax.gin_configs", "dgr_jax.gin_configs.models", "dgr_jax.gin_configs.runs"]
+    + [f"dgr_jax.gin_configs{part}" for part in ("", ".models", ".runs", ".studies")]
     + ["dgr_jax.tasks"],
     package_dir={"dgr_jax.gin_configs": "gin_configs", "dgr_jax.tasks": "tasks"},
     package_data={
         "dgr_jax.gin_configs": ["*.gin"],
         "dgr_jax.gin_configs.models": ["*.gin"],
         "dgr_jax.gin_configs.runs": ["*.gin"],
+        "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[

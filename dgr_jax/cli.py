@@ -20,10 +20,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dgr_jax.experiment import Experiment
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +154,18 @@ def _complain(message: str) -> int:
     return 2
 
 
-def load_experiment(args: argparse.Namespace, bindings: Sequence[str]) -> Experiment:
+def load_experiment(
+    args: argparse.Namespace,
+    bindings: Sequence[str],
+    kind: str = "Experiment",
+    *,
+    keep: bool = True,
+) -> Any:
     """The experiment that gin files and bindings describe; MODEL_DIR/config.gin keeps it.
 
     Without --gin_file the experiment of --model_dir goes on: its config.gin is read.
+    kind: the component that it is.
+    keep: False writes nothing, and takes folders and files that are not given for given.
     Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
@@ -178,11 +183,24 @@ def load_experiment(args: argparse.Namespace, bindings: Sequence[str]) -> Experi
         with _explained(file):
             gin.parse_config_file(file)
     _bind(files, bindings)
-    experiment = _call_experiment(files)
+    if not keep:
+        _fill()
+    _check_kind(files, kind)
+    experiment = _call_experiment(files, kind)
     _check_effects(bindings)
-    _check_tasks(experiment.prepare.tasks)
-    _keep(experiment)
+    if kind == "Experiment":
+        _check_tasks(experiment.prepare.tasks)
+    if keep:
+        _keep(experiment)
     return experiment
+
+
+def _fill() -> None:
+    """Sets all that is still required to a word; settings that are no strings refuse it."""
+    import gin
+
+    for name in re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE):
+        gin.parse_config(f"{name} = 'NOT_GIVEN'")
 
 
 def _gin_files(args: argparse.Namespace) -> list[str]:
@@ -281,13 +299,23 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; there are: {', '.join(known[:40])}" if known else ""
 
 
-def _call_experiment(files: Sequence[str]) -> Experiment:
+def _check_kind(files: Sequence[str], kind: str) -> None:
+    """Raises Mistake where the files describe an experiment of another command."""
+    import gin
+
+    commands = {"Experiment": "train", "PseudoQueries": "pseudo_queries"}
+    set_up = {name for _, name, key in _settings(gin.config_str()) if key == "model_dir"}
+    if kind not in set_up and (others := [other for other in commands if other in set_up]):
+        raise Mistake(f"{', '.join(files)} is for python -m dgr_jax.{commands[others[0]]}")
+
+
+def _call_experiment(files: Sequence[str], kind: str) -> Any:
     """Makes the experiment. Raises Mistake naming all that must still be given, or what a component
     says of its settings."""
     import gin
 
     try:
-        return gin.get_configurable("Experiment")()
+        return gin.get_configurable(kind)()
     except _known().Missing as error:
         missing = re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE)
         asked = (f"{FLAGS.get(name, f'--gin.{name}')}=..." for name in missing)
@@ -334,7 +362,7 @@ def _check_tasks(name: str) -> None:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
 
 
-def _keep(experiment: Experiment) -> None:
+def _keep(experiment: Any) -> None:
     """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made.
 
     So the file alone says what is done, and bindings are as general as they were: any of them can

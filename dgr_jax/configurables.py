@@ -24,13 +24,13 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 
 @functools.cache
 def _components() -> tuple[type, ...]:
-    from dgr_jax import experiment, partitioning
+    from dgr_jax import experiment, partitioning, query_generator, studies
     from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import t5
-    from dgr_jax.retrieval import bm25, generative, multiview_search, recipes, teacher
+    from dgr_jax.retrieval import bm25, generative, multiview_search, recipes, sampling, teacher
     from dgr_jax.training import objectives, optimizers
 
     return (
@@ -47,6 +47,7 @@ def _components() -> tuple[type, ...]:
         optimizers.Linear, optimizers.Cosine,
         teacher.RunTeacher, teacher.Bm25Teacher, teacher.CrossEncoderTeacher,
         teacher.BiEncoderTeacher, teacher.VectorTeacher, recipes.TopM, recipes.TwoLists,
+        query_generator.PseudoQueries, query_generator.Pairs, sampling.Sampling, studies.Study,
     )  # fmt: skip
 
 

@@ -9,6 +9,9 @@ break in opposite ways.
 `min_relevance` is the lowest grade that counts as relevant in the binary measures (Success@k,
 RR@k, R@k ...). Graded ones (nDCG@k) always use the grades. It does not show in the names of the
 measures: write it down beside them.
+
+AnswerHits@k asks for no judgements: it looks for the answers of the queries in the texts of the
+passages, and is averaged over the queries that have answers.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ MEASURES = (
     "nDCG@10",
     "R@100",
 )
+ANSWER_MEASURES = ("AnswerHits@1", "AnswerHits@5", "AnswerHits@20", "AnswerHits@100")
 
 
 def evaluate(
@@ -192,30 +196,34 @@ def answer_hits(
     run: Run,
     queries: Iterable[Query],
     passage_text: Callable[[str], str],
-    ks: Sequence[int] = (1, 5, 20, 100),
-) -> dict[str, float]:
-    """Share of the queries with a passage that holds an answer among the first k (DPR's protocol).
+    measures: Sequence[str] = ANSWER_MEASURES,
+) -> dict[str, dict[str, float]]:
+    """{measure: {qid: 1 or 0}}: whether one of the first k passages holds an answer (DPR's
+    protocol, Karpukhin et al. 2020), for every query with answers, in their order.
 
     Args:
       run: passages of each query; a query that the run lacks has no hit.
       queries: those without answers are left out.
       passage_text: text of a pid. DPR looks into the text alone, without the title.
-      ks: cutoffs.
+      measures: 'AnswerHits@5' ...
 
-    Returns:
-      {'hits@1': share, ...}
+    Raises ValueError for a measure that is none of these.
     """
-    ranks = answer_ranks(run, queries, passage_text, depth=max(ks))
-    return {f"hits@{k}": _mean(bool(r) and r <= k for r in ranks.values()) for k in ks}
+    cutoffs = {name: answer_cutoff(name) for name in measures}
+    if None in cutoffs.values():
+        name = next(name for name, k in cutoffs.items() if k is None)
+        raise ValueError(f"unknown measure {name!r} of answers: expected 'AnswerHits@5' or alike")
+    ranks = answer_ranks(run, queries, passage_text, depth=max(cutoffs.values(), default=1))
+    return {
+        name: {qid: float(rank is not None and rank <= k) for qid, rank in ranks.items()}
+        for name, k in cutoffs.items()
+    }
 
 
 def answer_ranks(
     run: Run, queries: Iterable[Query], passage_text: Callable[[str], str], *, depth: int = 100
 ) -> dict[str, int | None]:
-    """{qid: rank from 1 of the first passage that holds an answer, None if not in `depth`}.
-
-    Raises ValueError if no query has answers.
-    """
+    """{qid: rank from 1 of the first passage that holds an answer, None if not in `depth`}."""
     ranks = {}
     for query in queries:
         if not query.answers:
@@ -227,9 +235,41 @@ def answer_ranks(
             if has_answer(passage_text(passage.pid), query.answers)
         )
         ranks[query.qid] = next(hits, None)
-    if not ranks:
-        raise ValueError("no query has answers: hits@k needs Query.answers")
     return ranks
+
+
+def answer_cutoff(measure: str) -> int | None:
+    """k of 'AnswerHits@k'; None for a measure of judgements.
+
+    Raises ValueError where k is no number above 0.
+    """
+    name, _, k = measure.partition("@")
+    if name != "AnswerHits":
+        return None
+    if not (k.isascii() and k.isdigit() and int(k) > 0):
+        raise ValueError(
+            f"unknown measure {measure!r}: expected a cutoff of 1 or more, such as "
+            "'AnswerHits@5'; set `measures`"
+        )
+    return int(k)
+
+
+def require_answers(measures: Sequence[str], queries: Iterable[Query], split: str) -> None:
+    """Raises ValueError where a measure looks for answers and no query of the split has any; the
+    queries are read up to the first with answers, and not at all without such a measure."""
+    asked = [name for name in measures if answer_cutoff(name) is not None]
+    if asked and not any(query.answers for query in queries):
+        raise ValueError(
+            f"Evaluate.measures: got {asked[0]!r}, expected queries with answers, which no query "
+            f"of split {split!r} has; leave the measure out"
+        )
+
+
+def check(measures: Sequence[str], *, min_relevance: int = 1) -> None:
+    """Raises ValueError for a measure that is unknown, of judgements or of answers."""
+    for name in measures:
+        if answer_cutoff(name) is None:
+            _measure(name, min_relevance)
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:
@@ -351,6 +391,6 @@ def _measure(name: str, min_relevance: int):
     except (NameError, ValueError, AssertionError) as error:
         raise ValueError(
             f"unknown measure {name!r} ({error}): expected a name of ir_measures such as "
-            "'Success@5', 'RR@10', 'nDCG@10', 'R@100'; set `measures`"
+            "'Success@5', 'RR@10', 'nDCG@10', 'R@100', or 'AnswerHits@5'; set `measures`"
         ) from error
     return measure

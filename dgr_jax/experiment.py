@@ -117,7 +117,8 @@ class Teach:
 class Evaluate:
     """Runs and measures of every system on the test splits.
 
-    measures: names of ir_measures; min_relevance: grade from which Success, RR and R count.
+    measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
+    grade from which Success, RR and R count.
     max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
     """
 

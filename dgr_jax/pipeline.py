@@ -73,15 +73,28 @@ def run(
     Raises FileNotFoundError or ValueError, before any stage starts, where one of them could only
     fail: it would lack a file, or not know a measure.
     """
-    wanted = _with_upstream(experiment, stages)
-    files = {stage: _signatures(experiment, stage) for stage in READING if stage in wanted}
-    settings = {stage: stage_settings(experiment, stage, files) for stage in wanted}
+    settings = settings_of(experiment, stages)
+    wanted = list(settings)
     for stage in wanted:
         if not _is_made(experiment, stage, settings[stage]):
             _check(experiment, stage)
-    for stage in experiments.STAGES:
+    for stage in experiment.stages:
         if stage in wanted:
             _run_stage(experiment, stage, settings[stage], makers[stage])
+
+
+def settings_of(
+    experiment: Experiment, stages: Iterable[str] = ("evaluate",)
+) -> dict[str, dict[str, Any]]:
+    """What `stages`, and every stage that they read, are asked to do, in their order; with what
+    tells whether the files that they read have changed."""
+    wanted = _with_upstream(experiment, stages)
+    files = {stage: _signatures(experiment, stage) for stage in READING if stage in wanted}
+    return {
+        stage: stage_settings(experiment, stage, files)
+        for stage in experiment.stages
+        if stage in wanted
+    }
 
 
 def _with_upstream(experiment: Experiment, stages: Iterable[str]) -> set[str]:
@@ -89,8 +102,9 @@ def _with_upstream(experiment: Experiment, stages: Iterable[str]) -> set[str]:
     pending = list(stages)
     while pending:
         stage = pending.pop()
-        if stage not in experiments.STAGES:
-            raise ValueError(f"unknown stage {stage!r}, expected one of {experiments.STAGES}")
+        if stage not in experiment.stages:
+            known = tuple(experiment.stages)
+            raise ValueError(f"unknown stage {stage!r}, expected one of {known}")
         if stage not in wanted:
             wanted.add(stage)
             pending += experiments.upstream(experiment, stage)
@@ -111,7 +125,7 @@ def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
         whole = all(found.values())
         now = {name: _signature(path) for name, path in found.items() if whole and path}
         signed["collection"] = now if whole else read.get("collection")
-    for owner in experiments.SETTINGS[stage]:
+    for owner in experiment.stages[stage].settings:
         for name, path in experiments.paths(getattr(experiment, owner)).items():
             there = Path(path).is_file()
             signed[name] = _signature(Path(path)) if there else read.get(name)
@@ -135,10 +149,10 @@ def _is_made(experiment: Experiment, stage: str, settings: Any) -> bool:
 
 def _check(experiment: Experiment, stage: str) -> None:
     """Raises FileNotFoundError naming the files that a stage would lack, ValueError for measures
-    that evaluation does not know."""
+    that evaluation does not know, or cannot take of these queries."""
     if stage == "prepare":
         experiment.collection.check(_splits(experiment))
-    for owner in experiments.SETTINGS[stage] if stage in READING else ():
+    for owner in experiment.stages[stage].settings if stage in READING else ():
         for name, path in experiments.paths(getattr(experiment, owner)).items():
             if not Path(path).is_file():
                 raise FileNotFoundError(
@@ -146,8 +160,19 @@ def _check(experiment: Experiment, stage: str) -> None:
                 )
     if stage == "evaluate":
         settings = experiment.evaluate
-        nothing = {"": {"": 1}}
-        evaluation.evaluate({}, nothing, settings.measures, min_relevance=settings.min_relevance)
+        evaluation.check(settings.measures, min_relevance=settings.min_relevance)
+        _check_answers(experiment)
+
+
+def _check_answers(experiment: Experiment) -> None:
+    """Raises ValueError for a measure of answers that the collection's queries lack, where the
+    collection is at hand; what was prepared of it is checked when it is measured."""
+    collection, splits = experiment.collection, experiment.prepare.test_splits
+    if all(collection.inputs(splits).values()):
+        for split in splits:
+            evaluation.require_answers(
+                experiment.evaluate.measures, collection.queries(split), split
+            )
 
 
 def _run_stage(

@@ -1,4 +1,4 @@
-"""Two PNGs of an experiment: how training went, and what its systems find.
+"""PNGs of an experiment, how training went and what its systems find; and of a study.
 
 matplotlib is imported when a plot is drawn, and used without pyplot: no window, no global state.
 """
@@ -112,6 +112,41 @@ def success_at_k(
     _success_axes(axes, sorted({k for values in systems.values() for k in values}))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     _name_the_lines(axes)
+    return _save(figure, path)
+
+
+Interval = tuple[float, float, float]
+
+
+def measures_over(
+    series: Mapping[str, Sequence[tuple[float, Mapping[str, Interval]]]],
+    axis: str,
+    measures: Sequence[str],
+    path: str | Path,
+) -> Path:
+    """Draws measures over a setting, a panel each: a line a system, its interval in a lighter band.
+
+    series: {name: [(value of the setting, {measure: (mean, low, high)}), ...]}; a name may be blank
+      where there is but one. axis: what to write below.
+
+    Returns the path. Raises ValueError without any point.
+    """
+    if not any(series.values()):
+        raise ValueError("expected {name: [(value, {measure: (mean, low, high)})]}; got no point")
+    figure = _figure(width=3.6 * len(measures), height=3.4)
+    for panel, measure in enumerate(measures, start=1):
+        axes = figure.add_subplot(1, len(measures), panel)
+        looks = zip(_cycle(COLOURS, len(series)), _cycle(MARKERS, len(series)), strict=True)
+        for (name, points), (colour, marker) in zip(series.items(), looks, strict=True):
+            points = sorted(points, key=lambda point: point[0])
+            at = [value for value, _ in points]
+            means, lows, highs = zip(*(found[measure] for _, found in points), strict=True)
+            axes.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=name)
+        axes.set_title(measure, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(axis)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
 

@@ -506,6 +506,7 @@ def write_msmarco(folder: Path) -> None:
 def write_nq(folder: Path) -> None:
     passages, queries, qrels = small_collection()
     number = {passage.pid: n for n, passage in enumerate(passages, 1)}
+    texts = {passage.pid: passage.text for passage in passages}
     quoted = (
         f'{number[p.pid]}\t"{p.text.replace(chr(34), chr(34) * 2)}"\t{p.title}' for p in passages
     )
@@ -515,7 +516,7 @@ def write_nq(folder: Path) -> None:
         records = [
             {
                 "question": query.text,
-                "answers": [],
+                "answers": [" ".join(texts[qrel.pid].split()[:3])],
                 "positive_ctxs": [{"passage_id": number[qrel.pid]}],
             }
             for query, qrel in zip(queries[split], qrels[split], strict=True)
@@ -544,6 +545,7 @@ def test_own_data_through_every_stage(experiment, write, command, tiny_model_dir
     assert list(found) == ["bm25", "generate", "distill"]
     ((split, measured),) = found["bm25"].items()
     assert measured["Success@10"] > 0.5
+    assert (measured.get("AnswerHits@100", 0) > 0.5) == (experiment == "nq.gin")
     prepared = BeirCollection(str(model / "prepare/collection"))
     assert {q.text for q in prepared.queries(split)} == {
         q.text for q in small_collection()[1]["test"]

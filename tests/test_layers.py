@@ -25,6 +25,7 @@ ALLOWED = {
 TOP = {
     "configurables",
     "experiment",
+    "query_generator",
     "pipeline",
     "stages",
     "cli",
@@ -33,6 +34,9 @@ TOP = {
     "retrieve",
     "teach",
     "evaluate",
+    "pseudo_queries",
+    "studies",
+    "study",
 }
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dgr_jax import evaluation, plots
 from dgr_jax.corpora import trec
-from dgr_jax.corpora.types import RankList, ScoredPassage
+from dgr_jax.corpora.types import Query, RankList, ScoredPassage
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
@@ -36,18 +36,23 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     made = Prepared.load(experiment.model_dir)
     splits = experiment.prepare.test_splits
     queries = {split: _test_queries(experiment, made, split) for split in splits}
+    for split, asked in queries.items():
+        evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
+    measure = {split: _measurer(experiment, made, queries[split], split) for split in splits}
     values: dict[str, dict[str, Values]] = {}
     for system in _systems(experiment):
         search = _search(experiment, made, system)
         values[system] = {
-            split: _run(experiment, search, queries[split], made.qrels(split),
+            split: _run(search, queries[split], measure[split],
                         folder / f"{system}.{split}.trec", f"dgr_jax-{system}")
             for split in splits
         }  # fmt: skip
         del search
     measured = {
         system: {
-            split: evaluation.means({name: found[name] for name in experiment.evaluate.measures})
+            split: evaluation.means(
+                {name: found[name] for name in experiment.evaluate.measures if name in found}
+            )
             for split, found in by_split.items()
         }
         for system, by_split in values.items()
@@ -63,9 +68,9 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     _show(measured, compared)
 
 
-def _test_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, str]:
-    """qid -> text, at most Evaluate.max_queries of them."""
-    queries = {qid: query.text for qid, query in made.queries(split).items()}
+def _test_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, Query]:
+    """qid -> query, at most Evaluate.max_queries of them."""
+    queries = made.queries(split)
     settings = experiment.evaluate
     if not settings.max_queries or settings.max_queries >= len(queries):
         return queries
@@ -105,25 +110,48 @@ def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator
         yield scored_passages(list(block), *passages, made.store.pids)
 
 
+def _measurer(
+    experiment: Experiment, made: Prepared, queries: dict[str, Query], split: str
+) -> Callable[[Run], Values]:
+    """What a run of some of the queries is worth: run -> every measure that is asked for, compared
+    or plotted; of a split without judgements, those of answers."""
+    settings, judged = experiment.evaluate, made.qrels(split)
+    names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search)))
+    of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
+    of_judgements = [name for name in names if name not in of_answers] if judged else []
+
+    def text(pid: str) -> str:
+        return made.store[made.store.index_of(pid)].text
+
+    def measure(run: Run) -> Values:
+        found: Values = {}
+        if of_answers:
+            asked = [queries[qid] for qid in run]
+            found |= evaluation.answer_hits(run, asked, text, of_answers)
+        if of_judgements:
+            grades = {qid: judged[qid] for qid in run}
+            found |= evaluation.per_query(
+                run, grades, of_judgements, min_relevance=settings.min_relevance
+            )
+        return found
+
+    return measure
+
+
 def _run(
-    experiment: Experiment,
     search: Callable[[dict[str, str]], Iterator[Run]],
-    queries: dict[str, str],
-    judged: evaluation.Qrels,
+    queries: dict[str, Query],
+    measure: Callable[[Run], Values],
     path: Path,
     tag: str,
 ) -> Values:
-    """Writes a system's run; -> every measure that is asked for, compared or plotted."""
-    settings = experiment.evaluate
-    names = tuple(dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search))))
-    values: Values = {name: {} for name in names}
+    """Writes a system's run; -> its measures."""
+    values: Values = {}
 
     def lists() -> Iterator[RankList]:
-        for run in search(queries):
-            grades = {qid: judged[qid] for qid in run}
-            found = evaluation.per_query(run, grades, names, min_relevance=settings.min_relevance)
-            for name in names:
-                values[name] |= found[name]
+        for run in search({qid: query.text for qid, query in queries.items()}):
+            for name, found in measure(run).items():
+                values.setdefault(name, {}).update(found)
             yield from trec.rank_lists(run)
 
     trec.write_run(path, lists(), tag=tag)
@@ -137,7 +165,8 @@ def _write_json(path: Path, value: Any) -> None:
 def _compare(
     values: dict[str, dict[str, Values]], split: str
 ) -> list[tuple[str, evaluation.Comparison]]:
-    """(systems, comparison) with a paired test over the queries, for every pair of interest."""
+    """(systems, comparison) with a paired test over the queries, for every pair of interest, by
+    COMPARED and every measure of answers."""
     pairs = [("distill", "generate"), ("distill", "control"), ("distill", "bm25")]
     return [
         (
@@ -148,7 +177,8 @@ def _compare(
         )
         for a, b in pairs
         if a in values and b in values
-        for name in COMPARED
+        for name in values[a][split]
+        if name in COMPARED or evaluation.answer_cutoff(name) is not None
     ]
 
 
@@ -162,10 +192,11 @@ def _plot(experiment: Experiment, folder: Path, values: dict[str, Values]) -> No
     points = _plotted(experiment.evaluate.search)
     curves = {}
     for system, found in values.items():
-        means = evaluation.means({name: found[name] for name in points})
-        curves[system] = {k: means[name] for name, k in points.items()}
-    title = f"Success@k, {experiment.prepare.test_splits[0]}"
-    plots.success_at_k(curves, folder / "success_at_k.png", title=title)
+        means = evaluation.means({name: found[name] for name in points if name in found})
+        curves[system] = {points[name]: mean for name, mean in means.items()}
+    if any(curves.values()):  # the split has judgements
+        title = f"Success@k, {experiment.prepare.test_splits[0]}"
+        plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
     # BM25 has no curve, but a colour: the others have theirs in both plots.
     rows = {
@@ -180,8 +211,9 @@ def _show(measured: Any, compared: Any) -> None:
     for split, found in compared.items():
         by_system = {system: by_split[split] for system, by_split in measured.items()}
         console.print(evaluation.measures_table(by_system, title=split))
+        shown = {"RR@10", *[c.measure for _, c in found if c.measure not in COMPARED][:1]}
         for pair, comparison in found:
-            if comparison.measure == "RR@10":
+            if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
                 console.print(line, highlight=False, soft_wrap=True)
 

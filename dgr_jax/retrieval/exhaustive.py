@@ -1,0 +1,210 @@
+"""Every identifier of a small corpus scored for every query: what beam search approximates.
+
+Axis letters: B queries, Q query length, R identifiers of a block, U identifiers, T identifier
+length, V vocabulary, P passages.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dgr_jax import partitioning
+from dgr_jax.losses import generation
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.generative import Decoder, Found, rank_passages
+
+_LOGITS = 1 << 26  # of a block: 256 MB
+
+
+@functools.lru_cache(maxsize=8)
+def score_fn(
+    config: T5Config, mesh: jax.sharding.Mesh
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The compiled scores: (params, identifiers int32 [N, R, T], int32 [B, Q]) -> f32 [B, N*R, T],
+    log p(token | those before it, query), 0 at padding.
+
+    A query is encoded once. The N blocks follow one another, so that the logits of one are in
+    memory, [B, R, T, V].
+    """
+    model = Transformer(config)
+
+    def score(params: Any, identifiers: jax.Array, tokens: jax.Array) -> jax.Array:
+        apply = functools.partial(model.apply, {"params": params})
+        encoded = apply(tokens, method="encode")
+
+        def of_block(rows: jax.Array) -> jax.Array:
+            targets = jnp.broadcast_to(rows, (tokens.shape[0], *rows.shape))
+            inputs = jnp.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0)))
+            logits = apply(encoded, tokens, inputs, method="decode")
+            return jnp.where(targets > 0, generation.token_log_probs(logits, targets), 0.0)
+
+        found = lax.map(of_block, identifiers)
+        return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1, identifiers.shape[-1])
+
+    on_shards = partitioning.on_batch_shards(score, mesh, whole=2)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+def identifier_log_probs(
+    decoder: Decoder, tokens: np.ndarray, *, block: int | None = None
+) -> Iterator[np.ndarray]:
+    """log p(identifier | query) of every row of the table, f32 [n <= Search.batch_size, U] of each
+    batch of queries; -inf for rows without a passage that the decoder may return.
+
+    As in beam search, over the whole vocabulary or, with Search.renormalise, over the legal tokens.
+
+    tokens: queries int32 [., Q]. block: identifiers scored together, R; None: as many as have 64M
+    logits.
+    """
+    legal = _legal_rows(decoder)
+    rows = np.asarray(decoder.table.tokens[legal], np.int32)
+    shards = partitioning.batch_shards(decoder.mesh)
+    size = -(-decoder.search.batch_size // shards) * shards
+    identifiers = _blocks(rows, block or _block_size(decoder.config, rows.shape[1], size // shards))
+    score = score_fn(decoder.config, decoder.mesh)
+    for start in range(0, len(tokens), size):
+        batch = tokens[start : start + size]
+        padded = np.zeros((size, tokens.shape[1]), np.int32)
+        padded[: len(batch)] = batch
+        placed = jax.device_put(padded, partitioning.batch_sharding(decoder.mesh))
+        found = np.asarray(score(decoder.params, identifiers, placed))[: len(batch), : len(rows)]
+        if decoder.search.renormalise:
+            found = renormalised(found, rows)
+        log_probs = np.full((len(batch), len(decoder.table)), -np.inf, np.float32)
+        log_probs[:, legal] = found.sum(-1)
+        yield log_probs
+
+
+def _legal_rows(decoder: Decoder) -> np.ndarray:
+    """Rows of the table with a passage that may be returned, ascending."""
+    table = decoder.table
+    if decoder.allowed is None:
+        return np.arange(len(table))
+    allowed = decoder.allowed[table.passages]
+    return np.flatnonzero(np.logical_or.reduceat(allowed, table.offsets[:-1]))
+
+
+def _block_size(config: T5Config, length: int, queries: int) -> int:
+    return max(1, _LOGITS // (queries * length * config.vocab_size))
+
+
+def _blocks(rows: np.ndarray, size: int) -> np.ndarray:
+    """int32 [U, T] -> [N, R, T] with R at most `size`, filled up with padding."""
+    number = -(-len(rows) // size)
+    size = -(-len(rows) // number)
+    filled = np.pad(rows, ((0, number * size - len(rows)), (0, 0)))
+    return filled.reshape(number, size, -1)
+
+
+def renormalised(log_probs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Token log-probabilities over those tokens that continue a prefix of some row.
+
+    log_probs: f32 [B, U, T], 0 at padding; rows: int [U, T], sorted, no one a prefix of another.
+    """
+    found = log_probs.copy()
+    changed = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)  # the prefix of t + 1 tokens
+    starts = np.concatenate([np.ones((1, rows.shape[1]), bool), changed])
+    node = np.zeros(len(rows), bool)
+    node[0] = True
+    for t in range(rows.shape[1]):
+        child = np.flatnonzero(starts[:, t])
+        first = np.searchsorted(child, np.flatnonzero(node))
+        total = np.logaddexp.reduceat(log_probs[:, child, t], first, axis=1)
+        found[..., t] -= total[:, np.cumsum(node) - 1]
+        node = starts[:, t]
+    return found
+
+
+def passages(decoder: Decoder, tokens: np.ndarray, *, block: int | None = None) -> Found:
+    """`Decoder.passages`, with every identifier of the table in place of those of a beam: passage
+    index int32 and score f32 [n, depth]."""
+    parts = []
+    for log_probs in identifier_log_probs(decoder, tokens, block=block):
+        rows = np.argsort(-log_probs, axis=1, kind="stable")
+        scores = np.take_along_axis(log_probs, rows, 1)
+        rows = np.where(scores > -np.inf, rows, -1)
+        parts.append(
+            rank_passages(rows, scores, decoder.table, decoder.search.depth, decoder.allowed)
+        )
+    indices, scores = zip(*parts, strict=True)
+    return np.concatenate(indices), np.concatenate(scores)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a beam search loses against exhaustive scoring, means over the queries.
+
+    passages: share of the best k passages that it does not find among its own best k; first: share
+    of the queries whose best passage it does not find. recall, exhaustive_recall: share of the
+    positives among the best k of either; NaN where none were given.
+    """
+
+    num_beams: int
+    passages: float
+    first: float
+    recall: float = math.nan
+    exhaustive_recall: float = math.nan
+
+
+def recall_lost(
+    decoder: Decoder,
+    tokens: np.ndarray,
+    widths: Sequence[int],
+    *,
+    k: int = 10,
+    positives: Sequence[Sequence[int]] | None = None,
+) -> list[Lost]:
+    """What beam search of each width loses, against the same student without a search.
+
+    tokens: queries int32 [n, Q]; positives: passage indices of each query, one or more.
+
+    Raises ValueError for no queries, a k above Search.depth, a query without positives, and
+    positives of another number of queries.
+    """
+    _check(decoder, tokens, k, positives)
+    exact = passages(decoder, tokens)[0][:, :k]
+    losses = []
+    for width in widths:
+        narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
+        losses.append(lost(width, exact, narrow.passages(tokens)[0][:, :k], positives))
+    return losses
+
+
+def lost(
+    num_beams: int,
+    exact: np.ndarray,
+    found: np.ndarray,
+    positives: Sequence[Sequence[int]] | None = None,
+) -> Lost:
+    """What the passages `found` lack of the `exact` ones, int [n, k] each, -1 in free places."""
+    there = exact >= 0
+    missed = there & ~(exact[:, :, None] == found[:, None, :]).any(-1)
+    recalls = (_recall(x, positives) for x in (found, exact)) if positives is not None else ()
+    shares = missed.sum(1) / np.maximum(there.sum(1), 1)
+    return Lost(num_beams, float(shares.mean()), float(missed[:, 0].mean()), *recalls)
+
+
+def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None:
+    if not len(tokens):
+        raise ValueError("recall_lost: got no queries, expected one or more")
+    if not 1 <= k <= decoder.search.depth:
+        raise ValueError(f"recall_lost: got k={k}, expected 1 to {decoder.search.depth}, the depth")
+    if positives is not None and [len(tokens), True] != [len(positives), all(map(len, positives))]:
+        raise ValueError(
+            f"recall_lost: got positives of {sum(map(bool, map(len, positives)))} queries, "
+            f"expected one or more of each of the {len(tokens)}"
+        )
+
+
+def _recall(found: np.ndarray, positives: Sequence[Sequence[int]]) -> float:
+    shares = [np.isin(right, row).mean() for right, row in zip(positives, found, strict=True)]
+    return float(np.mean(shares))

@@ -1,0 +1,141 @@
+"""Passages -> queries, by top-k sampling from a T5 that writes without a constraint.
+
+Axis letters: B passages, Q passage length, S samples of a passage, T query length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.data.vocabulary import EOS_ID, UNK_ID
+from dgr_jax.decoding.beam_search import BeamResult, sample
+from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.models.t5 import T5Config, Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of sampling.
+
+    number: samples of a passage. top_k: every token is drawn from so many of the most likely ones
+    (Fan et al. 2018). temperature: divides the log-probabilities before drawing.
+    batch_size: passages sampled together, rounded up to the data shards of the mesh.
+    """
+
+    number: int = 10
+    top_k: int = 10
+    temperature: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("number", "top_k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Sampling.{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"Sampling.temperature: got {self.temperature}, expected above 0")
+
+
+@functools.lru_cache(maxsize=8)
+def sample_fn(
+    config: T5Config,
+    settings: Sampling,
+    length: int,
+    text_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[Any, jax.Array, jax.Array], BeamResult]:
+    """The compiled sampler: (params, key, int32 [B, Q]) -> BeamResult with M = S, T = length.
+
+    A passage is encoded once; its cross-attention keys and values are shared by all samples. Only
+    text pieces, ids above UNK and below `text_size`, and EOS are written.
+    mesh: each data shard draws for its own rows, with random numbers of its own. Every device gets
+    the whole result.
+    """
+    model = Transformer(config)
+    ids = np.arange(config.vocab_size)
+    written = (ids == EOS_ID) | ((ids > UNK_ID) & (ids < text_size))
+
+    def draw(params: Any, key: jax.Array, tokens: jax.Array) -> BeamResult:
+        apply = functools.partial(model.apply, {"params": params})
+        encoded = apply(tokens, method="encode")
+        cross = apply(encoded, method="cross")
+
+        def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+            logits, cache = apply(last, cache, position, cross, tokens, method="step")
+            return jnp.where(written, logits, -jnp.inf), cache
+
+        return sample(
+            step,
+            Unconstrained(length, EOS_ID),
+            apply(encoded, settings.number, length, method="init_cache"),
+            key=jax.random.fold_in(key, jax.lax.axis_index(partitioning.BATCH_AXES)),
+            batch_size=tokens.shape[0],
+            num_samples=settings.number,
+            temperature=settings.temperature,
+            best_tokens=settings.top_k,
+        )
+
+    on_shards = partitioning.on_batch_shards(draw, mesh, whole=2)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Parameters and settings ready to sample queries of token batches.
+
+    params: placed on the mesh as `partitioning.abstract_params` says.
+    length: tokens of a query, EOS counted. text_size: of the vocabulary.
+    """
+
+    config: T5Config
+    params: Any
+    settings: Sampling
+    length: int
+    text_size: int
+    mesh: jax.sharding.Mesh
+
+    def sequences(self, blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+        """The samples of each block of passages, int32 [n, S, T], padded with 0 after EOS; all 0
+        where one has not ended after T tokens.
+
+        blocks: (number of the first passage, tokens int32 [n, Q]), all of the same Q. What is drawn
+        depends on that number, the settings and the mesh, and not on the blocks before. The next
+        batch, of the next block too, is on the device while the reader uses the one before.
+        """
+        held: list[np.ndarray] = []
+        before = None
+        for batch in itertools.chain(self._started(blocks), [None]):
+            if before is not None:
+                tokens, count, last = before
+                held.append(np.asarray(tokens)[:count])
+                if last:
+                    yield np.concatenate(held)
+                    held = []
+            before = batch
+
+    def _started(
+        self, blocks: Iterable[tuple[int, np.ndarray]]
+    ) -> Iterator[tuple[jax.Array, int, bool]]:
+        """(samples on their way, number of passages, whether the block ends) of every batch."""
+        shards = partitioning.batch_shards(self.mesh)
+        size = -(-self.settings.batch_size // shards) * shards
+        compiled = replace(self.settings, seed=0)  # the seed comes with the key
+        draw = sample_fn(self.config, compiled, self.length, self.text_size, self.mesh)
+        key = jax.random.key(self.settings.seed)
+        for first, tokens in blocks:
+            for start in range(0, len(tokens), size):
+                part = tokens[start : start + size]
+                padded = np.zeros((size, tokens.shape[1]), np.int32)
+                padded[: len(part)] = part
+                placed = jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+                drawn = draw(self.params, jax.random.fold_in(key, first + start), placed)
+                yield drawn.tokens, len(part), start + size >= len(tokens)

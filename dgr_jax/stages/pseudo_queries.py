@@ -1,0 +1,278 @@
+"""The stages of the experiment that writes pseudo-queries: prepare, generate, sample."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgr_jax import checkpoints, partitioning
+from dgr_jax.corpora import checks, lines, store
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.corpora.types import Qrel
+from dgr_jax.data.views import normalised
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.models.t5 import Transformer
+from dgr_jax.query_generator import PseudoQueries
+from dgr_jax.retrieval.sampling import Sampler
+from dgr_jax.stages.students import model_config
+from dgr_jax.training import arrays, loop
+from dgr_jax.training.source import ArraySource
+
+logger = logging.getLogger(__name__)
+
+FILE = "pseudo_queries.tsv"
+_BLOCK = 2048  # passages sampled, filtered and kept together
+_PAIRS = 1024  # pairs tokenised together
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the prepare stage left, opened."""
+
+    folder: Path
+
+    @cached_property
+    def store(self) -> PassageStore:
+        return PassageStore(self.folder / "passages")
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.folder)
+
+    @cached_property
+    def test_queries(self) -> frozenset[str]:
+        """The queries of the test splits, `normalised`."""
+        return frozenset(json.loads((self.folder / "test_queries.json").read_text("utf-8")))
+
+    @classmethod
+    def of(cls, experiment: PseudoQueries) -> Prepared:
+        return cls(Path(experiment.model_dir) / "prepare")
+
+
+def prepare(experiment: PseudoQueries, folder: Path) -> None:
+    """Writes passages/, the vocabulary, test_queries.json, pairs/ (token arrays) and report.json.
+
+    A pair whose query is a copy of a test query is left out, and counted.
+    """
+    settings, collection = experiment.prepare, experiment.collection
+    collection.check((settings.train_split, *settings.test_splits))
+    passages = store.write(collection.passages(), folder / "passages")
+    texts = {query.qid: query.text for query in collection.queries(settings.train_split)}
+    qrels = list(collection.qrels(settings.train_split))
+    checks.check_qrels(qrels, texts, passages, where=f"qrels of split {settings.train_split!r}")
+    tests = {
+        normalised(query.text)
+        for split in settings.test_splits
+        for query in collection.queries(split)
+    }
+    (folder / "test_queries.json").write_text(json.dumps(sorted(tests)), encoding="utf-8")
+    corpus = itertools.chain((p.contents for p in passages), texts.values())
+    settings.vocabulary.write(folder, corpus)
+    vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
+    vocabulary.save()
+    counts: Counter = Counter()
+    pairs = _pairs(experiment, passages, texts, qrels, tests, counts)
+    arrays.write_arrays(folder / "pairs", _features(experiment, vocabulary, pairs, counts))
+    _report(folder, {"passages": len(passages), "test_queries": len(tests), **counts})
+
+
+def _pairs(
+    experiment: PseudoQueries,
+    passages: PassageStore,
+    texts: dict[str, str],
+    qrels: list[Qrel],
+    tests: set[str],
+    counts: Counter,
+) -> Iterator[tuple[str, str]]:
+    """(passage, query) of every positive, without copies of test queries. Raises ValueError when
+    there is none."""
+    settings = experiment.prepare
+    for qrel in qrels:
+        if qrel.relevance < settings.min_relevance or not texts[qrel.qid].strip():
+            continue
+        if normalised(texts[qrel.qid]) in tests:
+            counts["pairs_with_copies_of_test_queries"] += 1
+            continue
+        counts["pairs"] += 1
+        yield passages[passages.index_of(qrel.pid)].contents, texts[qrel.qid]
+    if not counts["pairs"]:
+        raise ValueError(
+            f"split {settings.train_split!r} has no pair to learn from: no relevance of "
+            f"{settings.min_relevance} or more (Pairs.min_relevance) of a query that is in no test "
+            f"split; {counts['pairs_with_copies_of_test_queries']} are copies of test queries"
+        )
+
+
+def _features(
+    experiment: PseudoQueries,
+    vocabulary: Vocabulary,
+    pairs: Iterator[tuple[str, str]],
+    counts: Counter,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Model features of the pairs in blocks, as GenerationConverter makes them."""
+    settings = experiment.prepare
+    while block := list(itertools.islice(pairs, _PAIRS)):
+        passages, queries = zip(*block, strict=True)
+        inputs = vocabulary.encode_inputs(passages, settings.passage_length)
+        targets = vocabulary.encode_inputs(queries, settings.query_length)
+        counts["passages_that_fill_the_input"] += int((inputs[:, -1] > 0).sum())
+        counts["queries_that_fill_the_target"] += int((targets[:, -1] > 0).sum())
+        yield {
+            "encoder_input_tokens": inputs,
+            "decoder_input_tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets > 0).astype(np.float32),
+        }
+
+
+def generate(experiment: PseudoQueries, folder: Path) -> None:
+    """Learn to write the query of a passage."""
+    settings, made = experiment.generate, Prepared.of(experiment)
+    loop.train(
+        name="generate",
+        folder=folder,
+        model=Transformer(model_config(experiment, made.vocabulary.size)),
+        objective=settings.objective,
+        optimizer=settings.optimizer.transformation(settings.steps),
+        source=ArraySource(made.folder / "pairs", settings.batch_size, settings.seed),
+        mesh=partitioning.make_mesh(experiment.mesh),
+        total_steps=settings.steps,
+        seed=settings.seed,
+        microbatches=settings.microbatches,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        keep_checkpoints=settings.keep_checkpoints,
+    )
+
+
+def sample(experiment: PseudoQueries, folder: Path) -> None:
+    """Writes pseudo_queries.tsv (pid, text) and report.json.
+
+    Passages are sampled in blocks that are kept, so that a cut-off stage goes on. While the device
+    samples, the block before is filtered and written.
+    """
+    made = Prepared.of(experiment)
+    starts = range(0, len(made.store), _BLOCK)
+    missing = [start for start in starts if not _counted(folder, start).is_file()]
+    length = experiment.prepare.passage_length
+    blocks = ((start, _inputs(made, start, length)) for start in missing)
+    speeds = []
+    begin = time.perf_counter()
+    for start, sequences in zip(missing, _sampler(experiment, made).sequences(blocks), strict=True):
+        _write_block(folder, made, start, sequences)
+        now = time.perf_counter()
+        speeds.append(sequences.shape[0] * sequences.shape[1] / (now - begin))
+        begin = now
+        done = f"{min(start + _BLOCK, len(made.store)):,}/{len(made.store):,} passages"
+        remark = ", compilation included" if start == missing[0] else ""
+        logger.info("sample: %s, %.0f queries a second%s", done, speeds[-1], remark)
+    _join(folder, made, starts, speeds)
+
+
+def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
+    config = model_config(experiment, made.vocabulary.size)
+    mesh = partitioning.make_mesh(experiment.mesh)
+    abstract = partitioning.abstract_params(Transformer(config), mesh)
+    params = checkpoints.restore_params(made.folder.parent / "generate" / "checkpoints", abstract)
+    length, text_size = experiment.prepare.query_length, made.vocabulary.text_size
+    return Sampler(config, params, experiment.sample, length, text_size, mesh)
+
+
+def _inputs(made: Prepared, start: int, length: int) -> np.ndarray:
+    """Encoder inputs int32 [n, Q] of a block of passages."""
+    stop = min(start + _BLOCK, len(made.store))
+    texts = [made.store[i].contents for i in range(start, stop)]
+    return made.vocabulary.encode_inputs(texts, length)
+
+
+def _counted(folder: Path, start: int) -> Path:
+    """What counts a block; it is there when the block is whole."""
+    return folder / f"part-{start:09d}.json"
+
+
+def _write_block(folder: Path, made: Prepared, start: int, sequences: np.ndarray) -> None:
+    """Writes the pseudo-queries of a block, int32 [n, S, T], then its counts."""
+    counts: Counter = Counter()
+    copied: set[str] = set()
+    with lines.writing(_counted(folder, start).with_suffix(".tsv")) as handle:
+        for pid, rows in zip(made.store.pids[start : start + _BLOCK], sequences, strict=True):
+            texts = (made.vocabulary.decode(row.tolist()) for row in rows)
+            for text in kept(texts, made.test_queries, counts, copied):
+                handle.write(f"{pid}\t{text}\n".encode())
+    written = json.dumps({"counts": counts, "copied": sorted(copied)})
+    with lines.writing(_counted(folder, start)) as handle:
+        handle.write(written.encode())
+
+
+def kept(
+    texts: Iterable[str], test_queries: frozenset[str], counts: Counter, copied: set[str]
+) -> list[str]:
+    """The samples of one passage that are different queries, and none of the test queries.
+
+    Two texts are the same when they are so `normalised`; test_queries are normalised already.
+    counts: samples, without_end_or_text, repeated, copies_of_test_queries and pseudo_queries (kept)
+    are added to; copied: the test queries that were met are added.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        text = " ".join(text.split())
+        same = normalised(text)
+        counts["samples"] += 1
+        if not text:
+            counts["without_end_or_text"] += 1
+        elif same in test_queries:
+            counts["copies_of_test_queries"] += 1
+            copied.add(same)
+        elif same in found:
+            counts["repeated"] += 1
+        else:
+            found[same] = text
+    counts["pseudo_queries"] += len(found)
+    counts["passages_without_any"] += not found
+    return list(found.values())
+
+
+def _join(folder: Path, made: Prepared, starts: Iterable[int], speeds: list[float]) -> None:
+    """Writes all blocks as one file, and their report; then the blocks go."""
+    counts: Counter = Counter()
+    copied: set[str] = set()
+    with lines.writing(folder / FILE) as handle:
+        for start in starts:
+            block = json.loads(_counted(folder, start).read_text(encoding="utf-8"))
+            counts.update(block["counts"])
+            copied.update(block["copied"])
+            with _counted(folder, start).with_suffix(".tsv").open("rb") as part:
+                shutil.copyfileobj(part, handle)
+    report = {"passages": len(made.store), **counts}
+    report |= {"test_queries": len(made.test_queries), "test_queries_copied": len(copied)}
+    if speeds:  # the first block also compiles
+        report["queries_per_second"] = round(float(np.median(speeds[1:] or speeds)), 1)
+    _report(folder, report)
+    for start in starts:
+        _counted(folder, start).unlink()
+        _counted(folder, start).with_suffix(".tsv").unlink()
+    logger.info("sample: %s holds them, for Sources.pseudo_query_path", folder / FILE)
+
+
+def _report(folder: Path, report: dict[str, Any]) -> None:
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    shown = (f"{value:,} {name.replace('_', ' ')}" for name, value in report.items())
+    logger.info("%s: %s", folder.name, ", ".join(shown))
+
+
+MAKERS: dict[str, Callable[[PseudoQueries, Path], None]] = {
+    "prepare": prepare,
+    "generate": generate,
+    "sample": sample,
+}

@@ -1,0 +1,379 @@
+"""A study: a grid of experiments, and one table of what came out.
+
+    MODEL_DIR/stages/<stage>-<fingerprint>   every stage that any experiment needs, made once
+    MODEL_DIR/runs/<experiment>/<stage>      links to its stages, so that it is a MODEL_DIR itself
+    MODEL_DIR/table.csv table.md *.png       what came out
+
+Experiments run one after another, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgr_jax import cli, evaluation, pipeline, plots
+from dgr_jax.corpora import beir, trec
+from dgr_jax.experiment import Experiment, describe, fingerprint
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, np.ndarray]  # measure -> value of each query
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of experiments.
+
+    gin_files: of every experiment, as given to `python -m dgr_jax.train`.
+    bindings: NAME -> value, over these files, for all of them.
+    axes: what varies. NAME -> values of this binding, or any name -> {label: {NAME: value, ...}}.
+    seeds: values of SEED; rows are means over them.
+    systems: the rows of each experiment: 'bm25', 'generate', 'control', 'distill'.
+    measures: columns, of Evaluate.measures. split: '' is the first test split.
+    baseline: labels of the row that the others are tested against, such as {'system': 'control'};
+      what it leaves out is that of the row itself.
+    may_differ: of 'examples', 'model', 'vocabulary' and 'split', what rows may differ in; a study
+      whose rows differ in anything else fails.
+    """
+
+    gin_files: tuple[str, ...]
+    axes: dict[str, Any] = field(default_factory=dict)
+    bindings: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    systems: tuple[str, ...] = ("distill",)
+    measures: tuple[str, ...] = ("Success@1", "Success@5", "Success@10", "RR@10")
+    split: str = ""
+    baseline: dict[str, str] = field(default_factory=dict)
+    may_differ: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis, values in self.axes.items():
+            if not isinstance(values, (tuple, list, dict)) or not values:
+                raise ValueError(
+                    f"Study.axes: got {values!r} for {axis!r}, expected values (..., ...) or "
+                    "{label: {NAME: value}}"
+                )
+        for name in ("gin_files", "seeds", "systems", "measures"):
+            if not getattr(self, name):
+                raise ValueError(f"Study.{name}: got (), expected one or more")
+        unknown = set(self.may_differ) - set(_FAIR)
+        if unknown:
+            raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {_FAIR}")
+        labels = set(self.axes) | {"system"}
+        if strange := set(self.baseline) - labels:
+            raise ValueError(
+                f"Study.baseline: got {sorted(strange)}, expected some of {sorted(labels)}"
+            )
+
+    def points(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+        """(axis -> label, NAME -> value) of every point of the grid."""
+        sides = [_choices(axis, values) for axis, values in self.axes.items()]
+        for chosen in itertools.product(*sides):
+            labels = {axis: label for axis, (label, _) in zip(self.axes, chosen, strict=True)}
+            bound = dict(self.bindings)
+            for _, bindings in chosen:
+                bound |= bindings
+            yield labels, bound
+
+
+_FAIR = ("examples", "model", "vocabulary", "split")
+
+
+def _choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(values, Mapping):
+        return [(label, dict(bindings)) for label, bindings in values.items()]
+    return [(str(value), {axis: value}) for value in values]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment of a study."""
+
+    labels: dict[str, str]
+    seed: int
+    flags: tuple[str, ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One system of one point of the grid, over all seeds."""
+
+    labels: dict[str, str]
+    values: list[Values]
+    fair: dict[str, Any]
+
+    def of(self, measure: str) -> np.ndarray:
+        """f64 [seeds]: the mean over the queries."""
+        return np.array([values[measure].mean() for values in self.values])
+
+
+class Runner:
+    """A study and where it is written; `bindings` are over those of the study."""
+
+    def __init__(
+        self, study: Study, model_dir: str, bindings: Sequence[str] = (), search_paths: str = ""
+    ) -> None:
+        self.study, self.folder = study, Path(model_dir)
+        given = tuple(f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings)
+        self._flags = (
+            *(f"--gin_file={file}" for file in study.gin_files),
+            *([f"--gin_search_paths={search_paths}"] if search_paths else []),
+        )
+        self._given = given
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every experiment, point by point."""
+        made = []
+        for labels, bindings in self.study.points():
+            for seed in self.study.seeds:
+                bound = {**bindings, "SEED": seed}
+                flags = (*(f"--gin.{k}={_written(v)}" for k, v in bound.items()), *self._given)
+                name = "-".join([*(_slug(f"{k}={v}") for k, v in labels.items()), f"seed={seed}"])
+                folder = self.folder / "runs" / name
+                made.append(Run(labels, seed, (*self._flags, *flags), folder))
+        if len({run.folder for run in made}) < len(made):
+            raise ValueError("Study.axes: got labels that make the same name, expected others")
+        return made
+
+    def experiment(self, run: Run) -> Experiment:
+        """What the gin files and bindings of a run describe."""
+        flags = [*run.flags, f"--model_dir={run.folder}"]
+        args, bindings = cli.parse(cli.parser("train", ""), flags)
+        return cli.load_experiment(args, bindings)
+
+    def run(self) -> None:
+        """Runs what has not been run.
+
+        Raises ChildProcessError naming the logs of experiments that failed, once all have run.
+        """
+        failed = []
+        for number, run in enumerate(self.runs, start=1):
+            state = self._link(run)
+            if all(done for done, _ in state.values()):
+                continue
+            logger.info("study: %d/%d %s", number, len(self.runs), run.folder.name)
+            log = run.folder / "log.txt"
+            command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
+            with log.open("a", encoding="utf-8") as output:
+                done = subprocess.run(
+                    [*command, f"--model_dir={run.folder}"], stdout=output, stderr=output
+                )
+            if done.returncode:
+                last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+                logger.error("study: %s failed: %s", run.folder.name, *last)
+                failed.append(log)
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} experiments failed; see {', '.join(map(str, failed))}"
+            )
+
+    def _link(self, run: Run) -> dict[str, tuple[bool, Path]]:
+        """Links the stages of a run to where they are kept; -> stage -> (done, folder)."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        experiment, state = self.experiment(run), {}
+        for stage, settings in pipeline.settings_of(experiment).items():
+            mark = fingerprint(settings)
+            kept, link = self.folder / "stages" / f"{stage}-{mark}", run.folder / stage
+            if not kept.exists():
+                kept.mkdir(parents=True)
+                pipeline.write_record(kept, status="running", fingerprint=mark, settings=settings)
+            if link.is_symlink():
+                link.unlink()
+            link.symlink_to(os.path.relpath(kept, run.folder), target_is_directory=True)
+            state[stage] = pipeline.is_done(kept, settings), kept
+        return state
+
+    def show_plan(self) -> None:
+        """Prints the experiments, what of them is still to be made, and for how long.
+
+        Times are those of finished stages of the same kind in this study; '?' where there is none.
+        """
+        seconds: dict[str, list[float]] = {}
+        for folder in sorted((self.folder / "stages").glob("*")):
+            record = pipeline.read_record(folder)
+            if record.get("status") == "done":
+                seconds.setdefault(folder.name.rpartition("-")[0], []).append(record["seconds"])
+        planned, total, unknown = set(), 0.0, 0
+        for run in self.runs:
+            missing = []
+            for stage, settings in pipeline.settings_of(self.experiment(run)).items():
+                kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
+                if kept in planned or pipeline.is_done(kept, settings):
+                    continue
+                planned.add(kept)
+                took = seconds.get(stage)
+                missing.append(f"{stage} {np.mean(took):.0f} s" if took else f"{stage} ?")
+                total += np.mean(took) if took else 0.0
+                unknown += not took
+            sys.stdout.write(f"{run.folder.name}: {', '.join(missing) or 'done'}\n")
+        more = f" and {unknown} stages of unknown time" if unknown else ""
+        sys.stdout.write(f"{len(self.runs)} experiments; {total / 60:.0f} minutes{more} to go\n")
+
+    def rows(self) -> list[Row]:
+        """The rows that are finished under every seed, each stage of a system once."""
+        rows, seen = [], set()
+        points = itertools.groupby(self.runs, key=lambda run: run.labels)
+        for labels, group in points:
+            group = list(group)
+            states = [self._link(run) for run in group]
+            if not all(state["evaluate"][0] for state in states):
+                continue
+            for system in self.study.systems:
+                made_of = tuple(state.get(system, state["prepare"])[1] for state in states)
+                if made_of in seen:
+                    continue
+                seen.add(made_of)
+                rows.append(self._row({**labels, "system": system}, group))
+        return rows
+
+    def _row(self, labels: dict[str, str], runs: Sequence[Run]) -> Row:
+        values, fair = [], {}
+        for run in runs:
+            experiment = self.experiment(run)
+            split = self.study.split or experiment.prepare.test_splits[0]
+            values.append(_values(experiment, run.folder, labels["system"], split, self.study))
+            fair = _fairness(experiment, run.folder, labels["system"], split)
+        return Row(labels, values, fair)
+
+    def report(self) -> None:
+        """Writes table.csv, table.md and plots, and prints the table.
+
+        Raises ValueError where no experiment is finished, or rows are not comparable.
+        """
+        rows = self.rows()
+        if not rows:
+            raise ValueError(f"{self.folder}: no experiment of the study is finished")
+        check_fair(rows, self.study.may_differ)
+        table = [self._cells(row, self._baseline(row, rows)) for row in rows]
+        with (self.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, table[0].keys())
+            writer.writeheader()
+            writer.writerows(table)
+        text = markdown(table)
+        (self.folder / "table.md").write_text(text, encoding="utf-8")
+        sys.stdout.write(text)
+        for axis, values in self.study.axes.items():
+            if not isinstance(values, Mapping) and all(isinstance(v, (int, float)) for v in values):
+                self._plot(axis, rows)
+
+    def _baseline(self, row: Row, rows: Sequence[Row]) -> Row | None:
+        wanted = row.labels | self.study.baseline
+        if not self.study.baseline or wanted == row.labels:
+            return None
+        return next((other for other in rows if other.labels == wanted), None)
+
+    def _cells(self, row: Row, baseline: Row | None) -> dict[str, Any]:
+        cells: dict[str, Any] = {**row.labels, "seeds": len(row.values)}
+        for measure in self.study.measures:
+            found = row.of(measure)
+            cells[measure] = round(float(found.mean()), 4)
+            if len(found) > 1:
+                cells[f"{measure} sd"] = round(float(found.std(ddof=1)), 4)
+            if self.study.baseline:
+                a, b = (np.mean([v[measure] for v in r.values], 0) for r in (row, baseline or row))
+                compared = evaluation.compare(measure, a, b)
+                cells[f"{measure} p"] = "" if baseline is None else round(compared.p_value, 4)
+        return cells
+
+    def _plot(self, axis: str, rows: Sequence[Row]) -> None:
+        """One panel a measure: its mean over an axis of numbers, a line for each of the others."""
+        lines: dict[str, list[Row]] = {}
+        for row in rows:
+            rest = ", ".join(v for k, v in row.labels.items() if k != axis)
+            lines.setdefault(rest, []).append(row)
+        series = {
+            name: [
+                (float(row.labels[axis]), {m: _interval(row, m) for m in self.study.measures})
+                for row in of_line
+            ]
+            for name, of_line in lines.items()
+        }
+        plots.measures_over(series, axis, self.study.measures, self.folder / f"{_slug(axis)}.png")
+
+
+def _interval(row: Row, measure: str) -> tuple[float, float, float]:
+    """(mean, low, high): 95% of the bootstrap over queries, each with its mean over the seeds."""
+    values = np.mean([v[measure] for v in row.values], axis=0)
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(values), size=(1000, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def _values(
+    experiment: Experiment, folder: Path, system: str, split: str, study: Study
+) -> dict[str, np.ndarray]:
+    """Every measure of each query, in the order of the qids."""
+    path = folder / "evaluate" / f"{system}.{split}.trec"
+    run = trec.run_in_memory(trec.runs(path))
+    judged = beir.BeirCollection(str(folder / "prepare" / "collection"))
+    grades = trec.qrels_in_memory(judged.qrels(split))
+    least, asked = experiment.evaluate.min_relevance, experiment.evaluate.max_queries
+    if asked:
+        grades = {qid: found for qid, found in grades.items() if qid in run}
+    found = evaluation.per_query(run, grades, study.measures, min_relevance=least)
+    return {name: np.array([found[name][qid] for qid in sorted(grades)]) for name in study.measures}
+
+
+def _fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
+    """What rows of a table must have in common, see Study.may_differ."""
+    fair = {"split": (split, experiment.evaluate.max_queries)}
+    if system == "bm25":
+        return fair
+    later = experiment.distill if system != "generate" else None
+    seen = experiment.generate.steps * experiment.generate.batch_size
+    described = json.loads((folder / system / "student.json").read_text(encoding="utf-8"))
+    vocabulary = json.loads((folder / "prepare" / "vocabulary.json").read_text(encoding="utf-8"))
+    sizes = {k: v for k, v in describe(experiment.model).items() if k != "vocab_size"}
+    return fair | {
+        "examples": seen + (later.steps * later.batch_size if later else 0),
+        "model": json.dumps(sizes, sort_keys=True),
+        "vocabulary": (vocabulary["text_size"], described["model"]["vocab_size"]),
+    }
+
+
+def check_fair(rows: Sequence[Row], may_differ: Sequence[str] = ()) -> None:
+    """Raises ValueError where rows to be compared differ in what nobody asked to vary."""
+    for name in _FAIR:
+        found = {}
+        for row in rows:
+            if name in row.fair:
+                found.setdefault(row.fair[name], row.labels)
+        if len(found) > 1 and name not in may_differ:
+            (a, first), (b, second) = list(found.items())[:2]
+            raise ValueError(
+                f"Study.may_differ: the {name} of {first} is {a}, that of {second} is {b}; "
+                f"expected the same in all rows, or {name!r} among what may differ"
+            )
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    names = list(table[0])
+    lines = [names, ["---"] * len(names), *([str(row[n]) for n in names] for row in table)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _written(value: Any) -> str:
+    """A value as --gin.NAME=VALUE takes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", text).strip("_")

@@ -1,0 +1,42 @@
+"""`python -m dgr_jax.study --gin_file=studies/margins.gin`: a grid of experiments and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dgr_jax import cli
+
+DESCRIPTION = (
+    "Run every experiment of a grid that has not been run, sharing stages that are the same, and "
+    "write one table (CSV and Markdown) and plots. Killed, it goes on where it was."
+)
+
+
+def command(argv: Sequence[str] | None) -> None:
+    parser = cli.parser("study", DESCRIPTION)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="list the experiments and what they cost; run none"
+    )
+    parser.add_argument(
+        "--table_only", action="store_true", help="write the table of what is there; run none"
+    )
+    args, bindings = cli.parse(parser, argv)
+    if not args.model_dir:
+        parser.error("--model_dir is required: where experiments, table and plots are written")
+    own = [binding for binding in bindings if binding.startswith("Study.")]
+    study = cli.load_experiment(args, own, "Study", keep=False)
+
+    from dgr_jax import studies
+
+    others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
+    runner = studies.Runner(study, args.model_dir, others, args.gin_search_paths)
+    if args.dry_run:
+        runner.show_plan()
+        return
+    if not args.table_only:
+        runner.run()
+    runner.report()
+
+
+if __name__ == "__main__":
+    cli.main(command)

@@ -1,0 +1,169 @@
+"""Grids of experiments: what is run, shared and compared."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from dgr_jax import pipeline, plots, studies
+from dgr_jax.studies import Row, Runner, Study, check_fair, markdown
+from tests.conftest import TINY
+
+SETTINGS = tuple(
+    flag.removeprefix("--gin.").replace("=", " = ", 1)
+    for flag in TINY[1:]
+    if flag.startswith("--gin.")
+)
+
+
+def study(**fields):
+    return Study(**{"gin_files": ("quickstart.gin",), "systems": ("distill", "bm25")} | fields)
+
+
+def test_points_of_a_grid():
+    grid = study(
+        axes={"SEED_OF_X": (1, 2), "loss": {"a": {"LOSS": "@listnet()"}, "b": {"LOSS": "@x()"}}},
+        bindings={"DEPTH": 8},
+    )
+    points = list(grid.points())
+    assert [labels for labels, _ in points] == [
+        {"SEED_OF_X": "1", "loss": "a"}, {"SEED_OF_X": "1", "loss": "b"},
+        {"SEED_OF_X": "2", "loss": "a"}, {"SEED_OF_X": "2", "loss": "b"},
+    ]  # fmt: skip
+    assert points[2][1] == {"DEPTH": 8, "SEED_OF_X": 2, "LOSS": "@listnet()"}
+    assert list(study().points()) == [({}, {})]
+
+
+def test_runs_have_a_folder_and_flags_each(tmp_path):
+    grid = study(axes={"TopM.size": (4, 8)}, seeds=(0, 1), bindings={"DEPTH": 8})
+    runs = Runner(grid, str(tmp_path), ["Bm25.k1 = 0.9"]).runs
+    assert [run.folder.name for run in runs] == [
+        "TopM.size=4-seed=0", "TopM.size=4-seed=1", "TopM.size=8-seed=0", "TopM.size=8-seed=1",
+    ]  # fmt: skip
+    assert runs[3].flags == (
+        "--gin_file=quickstart.gin", "--gin.DEPTH=8", "--gin.TopM.size=8", "--gin.SEED=1",
+        "--gin.Bm25.k1=0.9",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="labels that make the same name"):
+        Runner(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
+
+
+def test_wrong_grids_are_refused():
+    with pytest.raises(ValueError, match="Study.axes: got 3 for 'x', expected values"):
+        study(axes={"x": 3})
+    with pytest.raises(ValueError, match=r"Study.seeds: got \(\), expected one or more"):
+        study(seeds=())
+    with pytest.raises(ValueError, match=r"Study.may_differ: got \['data'\], expected some of"):
+        study(may_differ=("data",))
+    with pytest.raises(ValueError, match=r"Study.baseline: got \['loss'\], expected some of"):
+        study(baseline={"loss": "a"})
+
+
+def row(value, **fair):
+    return Row({"x": str(value)}, [{"RR@10": np.array([value, 1.0])}], fair)
+
+
+def test_rows_that_are_not_comparable_are_refused():
+    rows = [row(1, examples=10, model="a"), row(2, examples=10, model="a"), row(3)]
+    check_fair(rows)
+    rows.append(row(4, examples=20, model="a"))
+    with pytest.raises(ValueError, match="the examples of {'x': '1'} is 10, that of {'x': '4'} is"):
+        check_fair(rows)
+    check_fair(rows, ("examples",))
+    rows.append(row(5, examples=10, model="b"))
+    with pytest.raises(ValueError, match="Study.may_differ: the model of"):
+        check_fair(rows, ("examples",))
+
+
+def test_intervals_hold_their_mean():
+    values = np.random.default_rng(0).uniform(size=400)
+    mean, low, high = studies._interval(Row({}, [{"RR@10": values}], {}), "RR@10")
+    assert low < mean == values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+
+
+def test_markdown():
+    assert markdown([{"a": 1, "b": 0.5}, {"a": 2, "b": ""}]) == (
+        "| a | b |\n| --- | --- |\n| 1 | 0.5 |\n| 2 |  |\n"
+    )
+
+
+def test_a_plot_of_measures(tmp_path):
+    points = [(x, {"RR@10": (x / 9, x / 9 - 0.1, x / 9 + 0.1)}) for x in (4, 2, 8)]
+    path = plots.measures_over({"a": points, "b": points}, "margin", ("RR@10",), tmp_path / "x.png")
+    assert image.imread(path).std() > 0.05
+    with pytest.raises(ValueError, match="got no point"):
+        plots.measures_over({}, "margin", ("RR@10",), tmp_path / "x.png")
+
+
+@pytest.fixture
+def finished(tiny_model_dir, tmp_path):
+    """A study of one experiment that is done, and of one that is not."""
+    grid = study(
+        axes={"TopM.size": (16, 3)},
+        systems=("control", "distill", "bm25"),
+        measures=("Success@1", "RR@10"),
+        baseline={"system": "control"},
+    )
+    runner = Runner(grid, str(tmp_path / "study"), SETTINGS)
+    for stage, settings in pipeline.settings_of(runner.experiment(runner.runs[0])).items():
+        mark = pipeline.read_record(tiny_model_dir / stage)["fingerprint"]
+        assert mark == pipeline.fingerprint(settings)
+        kept = tmp_path / "study" / "stages" / f"{stage}-{mark}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.symlink_to(tiny_model_dir / stage)
+    return runner
+
+
+def test_what_is_left_to_do(finished, capsys):
+    finished.show_plan()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "TopM.size=16-seed=0: done"
+    assert said[1].startswith("TopM.size=3-seed=0: teach ") and "distill" in said[1]
+    assert "prepare" not in said[1] and "control" not in said[1]
+    assert said[2].startswith("2 experiments; ")
+
+
+def test_the_table_of_what_is_finished(finished):
+    finished.report()
+    with (finished.folder / "table.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [line["system"] for line in table] == ["control", "distill", "bm25"]
+    assert list(table[0]) == [
+        "TopM.size", "system", "seeds", "Success@1", "Success@1 p", "RR@10", "RR@10 p",
+    ]  # fmt: skip
+    assert table[0]["RR@10 p"] == "" and 0 < float(table[2]["RR@10 p"]) <= 1
+    assert (finished.folder / "table.md").read_text().count("\n") == 5
+    assert image.imread(finished.folder / "TopM.size.png").std() > 0.01
+    other = dataclasses.replace(finished.study, systems=("generate", "distill"))
+    with pytest.raises(ValueError, match="Study.may_differ: the examples of"):
+        Runner(other, str(finished.folder), SETTINGS).report()
+
+
+def test_a_study_of_nothing_has_no_table(tmp_path):
+    with pytest.raises(ValueError, match="no experiment of the study is finished"):
+        Runner(study(), str(tmp_path), SETTINGS).report()
+
+
+@pytest.mark.slow
+def test_a_study_runs_what_is_missing(finished, command):
+    folder, flags = finished.folder, [flag for flag in TINY if flag.startswith("--gin.")]
+    gin = folder.parent / "grid.gin"
+    gin.write_text(
+        "Study.gin_files = ('quickstart.gin',)\nStudy.axes = {'TopM.size': (16, 1, 3)}\n"
+        "Study.systems = ('control', 'distill')\n",
+        encoding="utf-8",
+    )
+    asked = ["dgr_jax.study", f"--gin_file={gin}", f"--model_dir={folder}", *flags]
+    done = command(*asked, check=False)
+    assert done.returncode == 2 and "TopM.size = 1, expected 2 or more" in done.stderr
+    gin.write_text(gin.read_text().replace("16, 1, 3", "16, 3"), encoding="utf-8")
+    done = command(*asked)
+    assert done.stdout.count("\n") == 2 + 3, done.stdout  # one control, two distilled
+    assert "2/2 TopM.size=3-seed=0" in done.stderr and "1/2" not in done.stderr
+    log = (folder / "runs" / "TopM.size=3-seed=0" / "log.txt").read_text()
+    assert "generate: done already" in log and "distill: done in" in log
