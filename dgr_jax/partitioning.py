@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,21 +20,35 @@ AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 _LEAST_CUT = 256  # rows; shorter arrays of an index stay whole
 
-# Logical axis (t5x's names) -> mesh axes. On a mesh whose axis has size 1 a rule changes nothing,
-# so one table serves data, model and fully sharded data parallelism.
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+# Logical axis (t5x's names) -> mesh axes; of several rules the first counts whose mesh axes the
+# array does not use yet. On a mesh whose axis has size 1 a rule changes nothing, so one table
+# serves data, model and fully sharded data parallelism.
+_COMMON: Rules = (
     ("batch", BATCH_AXES),
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
     ("joined_kv", "model"),
-    ("embed", "fsdp"),
+)
+_WHOLE: Rules = (
     ("kv", None),
     ("relpos_buckets", None),
     ("layers", None),
     ("length", None),
     ("targets", None),
 )
+
+# t5x's four choices, by the dimensions in which (parameters, activations) are cut: what is done
+# with the width 'embed', which both have. Activations have the batch as their first dimension.
+LAYOUTS: dict[tuple[int, int], Rules] = {
+    (1, 1): (*_COMMON, ("embed", "fsdp"), *_WHOLE),
+    (1, 2): (*_COMMON, ("embed", "model"), ("embed", "fsdp"), *_WHOLE),
+    (2, 1): (*_COMMON, ("embed", BATCH_AXES), *_WHOLE),
+    (2, 2): (*_COMMON, ("embed", "model"), ("embed", BATCH_AXES), *_WHOLE),
+}
+RULES = LAYOUTS[1, 1]
 
 
 @dataclass(frozen=True)
@@ -43,11 +58,50 @@ class Mesh:
     data: copies of the model, each with its share of the batch.
     model: devices that share each matrix product (vocabulary, heads and MLP are cut).
     fsdp: devices that share the parameters' width and, like `data`, the batch.
+    parameter_dims: 1, or 2: parameters are cut over `data` as well, in their other dimension, and
+      gathered layer by layer (ZeRO-3).
+    activation_dims: 1, or 2: the width of what goes from layer to layer is cut over `model`.
     """
 
     data: int = -1
     model: int = 1
     fsdp: int = 1
+    parameter_dims: int = 1
+    activation_dims: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("parameter_dims", "activation_dims"):
+            if getattr(self, name) not in (1, 2):
+                raise ValueError(f"Mesh.{name}: got {getattr(self, name)}, expected 1 or 2")
+
+    @property
+    def rules(self) -> Rules:
+        """The table of logical axes."""
+        return LAYOUTS[self.parameter_dims, self.activation_dims]
+
+
+def mesh_sizes(settings: Mesh, number: int) -> dict[str, int]:
+    """Sizes of the axes `data`, `fsdp`, `model` on so many devices.
+
+    Raises ValueError when the axes' product is not the number of devices.
+    """
+    sizes = {axis: getattr(settings, axis) for axis in AXES}
+    for axis, size in sizes.items():
+        if size != -1 and size < 1:
+            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number or -1")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(1, number // taken)
+    if math.prod(sizes.values()) != number:
+        given = ", ".join(f"Mesh.{axis}={getattr(settings, axis)}" for axis in AXES)
+        raise ValueError(
+            f"mesh: got {given}, expected a product of {number}, the number of devices; "
+            f"set Mesh.data, Mesh.model or Mesh.fsdp"
+        )
+    return sizes
 
 
 def make_mesh(
@@ -58,22 +112,7 @@ def make_mesh(
     Raises ValueError when the axes' product is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {axis: getattr(settings, axis) for axis in AXES}
-    for axis, size in sizes.items():
-        if size != -1 and size < 1:
-            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number or -1")
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
-    taken = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        sizes[free[0]] = max(1, len(devices) // taken)
-    if math.prod(sizes.values()) != len(devices):
-        given = ", ".join(f"Mesh.{axis}={getattr(settings, axis)}" for axis in AXES)
-        raise ValueError(
-            f"mesh: got {given}, expected a product of {len(devices)}, the number of devices; "
-            f"set Mesh.data, Mesh.model or Mesh.fsdp"
-        )
+    sizes = mesh_sizes(settings, len(devices))
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
 
@@ -192,9 +231,14 @@ def boxed_params(model: Any, key: jax.Array) -> Any:
     return model.init(key, tokens, tokens)["params"]
 
 
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(model: Any) -> Any:
+    return jax.eval_shape(lambda: boxed_params(model, jax.random.PRNGKey(0)))
+
+
 def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> Any:
     """Shape, dtype and sharding of every parameter: what a checkpoint is restored onto."""
-    boxed = jax.eval_shape(lambda: boxed_params(model, jax.random.PRNGKey(0)))
+    boxed = _boxed_shapes(model)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),

@@ -35,6 +35,10 @@ TOP = {
     "teach",
     "evaluate",
     "pseudo_queries",
+    "hlo",
+    "plan",
+    "plan_tables",
+    "planning",
     "studies",
     "study",
 }

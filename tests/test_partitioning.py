@@ -1,16 +1,23 @@
 """Meshes, logical axes and the sharding of batches."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from dgr_jax import partitioning
-from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax import hlo, partitioning
+from dgr_jax.losses import ranking
+from dgr_jax.models.t5 import T5Config, Transformer, stack_layers
 from dgr_jax.partitioning import Mesh, make_mesh
-from tests import toy
+from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.step import abstract_state, init_state, make_train_step
+from tests import students, toy
 
 
 def _box(shape, *names):
@@ -125,3 +132,156 @@ def test_shard_batch_error():
         "batch['tokens']: got 6 rows, expected a multiple of 4, the data shards of the mesh; "
         "set batch_size or Mesh.data"
     )
+
+
+def _spec(names, mesh, rules):
+    shape = (64,) * len(names)
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+    return tuple(partitioning.tree_shardings(box, mesh, rules).spec)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "activations", "kernel", "back", "scale", "between"),
+    [
+        (1, 1, ("fsdp", "model"), ("model", "fsdp"), ("fsdp",), (("data", "fsdp"), None, None)),
+        (1, 2, ("fsdp", "model"), ("model", "fsdp"), ("model",), (("data", "fsdp"), None, "model")),
+        (
+            2, 1, (("data", "fsdp"), "model"), ("model", ("data", "fsdp")), (("data", "fsdp"),),
+            (("data", "fsdp"), None, None),
+        ),
+        (
+            2, 2, (("data", "fsdp"), "model"), ("model", ("data", "fsdp")), ("model",),
+            (("data", "fsdp"), None, "model"),
+        ),
+    ],
+)  # fmt: skip
+def test_the_four_choices_of_t5x(parameters, activations, kernel, back, scale, between):
+    rules = Mesh(parameter_dims=parameters, activation_dims=activations).rules
+    mesh = make_mesh(Mesh(data=2, fsdp=2, model=2), toy.devices(8))
+    assert _spec(("embed", "mlp"), mesh, rules) == kernel
+    assert _spec(("joined_kv", "embed"), mesh, rules) == back
+    assert _spec(("embed",), mesh, rules) == scale
+    assert _spec(("batch", "length", "embed"), mesh, rules) == between
+    assert _spec(("embed", "layers", "mlp"), mesh, rules) == (kernel[0], None, kernel[1])
+
+
+def test_choices_are_1_or_2():
+    with pytest.raises(ValueError) as error:
+        Mesh(activation_dims=3)
+    assert str(error.value) == "Mesh.activation_dims: got 3, expected 1 or 2"
+
+
+# the student's steps on meshes
+
+slow = pytest.mark.slow
+STUDENT = T5Config(
+    vocab_size=32, emb_dim=16, num_heads=8, head_dim=4, mlp_dim=24, num_encoder_layers=1,
+    num_decoder_layers=1, dropout_rate=0.0, relpos_buckets=4,
+)  # fmt: skip
+SCANNED = T5Config(
+    vocab_size=32, emb_dim=16, num_heads=8, head_dim=4, mlp_dim=24, num_encoder_layers=1,
+    num_decoder_layers=1, dropout_rate=0.0, relpos_buckets=4, scan_layers=True,
+)  # fmt: skip
+OBJECTIVES = {
+    "generation": (Generation(), toy.generation_examples(8)),
+    "distillation": (
+        Distillation(functools.partial(ranking.distilled_ranknet, margin=2.0), 0.5),
+        {"rank_list": toy.rank_lists(8), "generation": toy.generation_examples(8)},
+    ),
+}
+
+
+@functools.cache
+def _program(kind, settings, config=STUDENT):
+    """The compiled step on 8 devices, or on 1, and where its state and batch lie."""
+    number = math.prod((settings.data, settings.model, settings.fsdp))
+    mesh = make_mesh(settings, toy.devices(number))
+    objective, batch = OBJECTIVES[kind]
+    model, optimizer = Transformer(config), optax.sgd(0.1)
+    state = abstract_state(model, optimizer, mesh, settings.rules)
+    step = make_train_step(objective, model, optimizer, mesh, state, rules=settings.rules)
+    where = partitioning.batch_sharding(mesh)
+    shapes = jax.tree.map(
+        lambda rows: jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=where), batch
+    )
+    return mesh, state, step.lower(state, shapes).compile()
+
+
+def _one_step(kind, settings, config=STUDENT):
+    mesh, _, step = _program(kind, settings, config)
+    params = students.parameters(STUDENT)
+    state = init_state(
+        Transformer(config),
+        optax.sgd(0.1),
+        mesh,
+        seed=0,
+        params=stack_layers(params) if config.scan_layers else params,
+        rules=settings.rules,
+    )
+    state, metrics = step(state, partitioning.shard_batch(OBJECTIVES[kind][1], mesh))
+    return jax.device_get((state.params, metrics))
+
+
+CASES = [
+    *(("generation", Mesh(*sizes)) for sizes in [(8, 1), (4, 2), (2, 4), (1, 8)]),
+    *(("distillation", Mesh(*sizes)) for sizes in [(8, 1), (4, 2), (2, 4), (1, 8)]),
+    ("distillation", Mesh(2, 4, parameter_dims=2, activation_dims=2)),
+    ("generation", Mesh(2, 2, 2)),
+    ("generation", Mesh(2, 4, parameter_dims=2)),
+]
+
+
+@slow
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_a_step_of_the_student_is_the_same_on_every_mesh(kind, settings):
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(same, _one_step(kind, settings), _one_step(kind, Mesh(1, 1)))
+
+
+@slow
+def test_a_step_of_the_scanned_student_is_the_same_on_a_mesh():
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    got, metrics = _one_step("generation", Mesh(2, 4), SCANNED)
+    expected, expected_metrics = _one_step("generation", Mesh(1, 1))
+    jax.tree.map(same, (got, metrics), (stack_layers(expected), expected_metrics))
+
+
+def _gathered(kind, settings, config=STUDENT):
+    """All-gathered arrays of at least as many numbers as the smallest parameter that is cut."""
+    _, state, step = _program(kind, settings, config)
+    cut = [p.size for p in jax.tree.leaves(state.params) if not p.sharding.is_fully_replicated]
+    assert len(cut) > 10
+    found = hlo.cost(step.as_text()).collectives
+    assert any(one.kind == "all-reduce" for one in found)
+    gathered = [shape for one in found if one.kind == "all-gather" for shape in one.shapes]
+    matrix = min(size for size in cut if size >= STUDENT.emb_dim * STUDENT.mlp_dim)
+    return [shape for shape in gathered if math.prod(shape) >= matrix]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "config"),
+    [
+        ("generation", Mesh(2, 4), SCANNED),
+        pytest.param("distillation", Mesh(2, 4), STUDENT, marks=slow),
+        pytest.param("generation", Mesh(1, 8), STUDENT, marks=slow),
+        pytest.param("distillation", Mesh(4, 2), STUDENT, marks=slow),
+    ],
+)
+def test_neither_parameters_nor_logits_are_gathered(kind, settings, config):
+    assert _gathered(kind, settings, config) == []
+    logits = 8 // settings.data * 3, STUDENT.vocab_size // settings.model
+    shapes = {
+        (math.prod(array.shape[:-1]), array.shape[-1])
+        for computation in hlo.computations(_program(kind, settings, config)[2].as_text())[
+            0
+        ].values()
+        for instruction in computation.instructions.values()
+        for array in instruction.arrays
+        if array.shape
+    }
+    assert logits in shapes
+
+
+@slow
+def test_gathered_parameters_would_be_found():
+    assert _gathered("generation", Mesh(2, 1, 4))

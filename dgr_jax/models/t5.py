@@ -8,15 +8,29 @@ cross-attention keys and values, in training (R = L * K identifiers) and in deco
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from dgr_jax.models import layers
+
+LAYERS = "layers"  # name of a scanned stack, and logical axis of the layers in its parameters
+LAYERS_AXIS = 1  # where that axis stands in every parameter of the stack, as in t5x
+
+# What a layer keeps of its forward pass, by T5Config.remat (t5x's names): everything; the products
+# of activations and kernels, but not those of attention; only its input.
+REMAT = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,9 @@ class T5Config:
     """Sizes and switches of a T5. Parameters are float32; `dtype` is that of the activations.
 
     vocab_size 0 means: as large as the experiment's vocabulary (text pieces and docid codes).
+    remat: what a layer computes again in the backward pass: 'none', 'minimal', 'full', see REMAT.
+    scan_layers: one layer is compiled and run for all; the parameters of a stack lie in arrays
+      with an axis of layers, as t5x's scanned checkpoints. See `stack_layers`.
     """
 
     vocab_size: int = 0
@@ -39,9 +56,12 @@ class T5Config:
     relpos_buckets: int = 32
     relpos_max_distance: int = 128
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = dataclasses.field(default="none", metadata={"fingerprint": False})
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise ValueError(f"T5Config.remat: got {self.remat!r}, expected one of {list(REMAT)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"T5Config.dtype: got {self.dtype!r}, expected 'float32' or 'bfloat16'"
@@ -102,6 +122,10 @@ class EncoderLayer(nn.Module):
         x = x + self.dropout(y, deterministic)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
+    def scan(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+        """`__call__` as a step of a scan over layers."""
+        return self(x, bias, deterministic), None
+
 
 class DecoderLayer(nn.Module):
     config: T5Config
@@ -147,14 +171,71 @@ class DecoderLayer(nn.Module):
         x = self._rest(x + y, cross, cross_bias, True)
         return x, {"key": k, "value": v}
 
+    def scan(self, x, bias, encoded, cross_bias, deterministic: bool):
+        """`__call__` as a step of a scan over layers."""
+        return self(x, bias, encoded, cross_bias, deterministic), None
+
+    def scan_cross(self, nothing: None, encoded: jax.Array):
+        """`cross` as a step of a scan over layers."""
+        return nothing, self.cross(encoded)
+
+    def scan_step(self, carry, index_and_cross, position, bias, cross_bias):
+        """`step` as a step of a scan over layers: carry (x, cache), cache [B, R, layers, S, H, K].
+
+        The cache stays in place: a layer reads its part and writes one position.
+        """
+        (x, cache), (index, cross) = carry, index_and_cross
+        y = self.pre_self_attention_layer_norm(x)
+        k, v = self.self_attention.keys_values(y)
+        zero = jnp.zeros_like(index)
+        start = (zero, zero, index, position.astype(index.dtype), zero, zero)
+        cache = {
+            name: jax.lax.dynamic_update_slice(cache[name], new[:, :, None], start)
+            for name, new in (("key", k), ("value", v))
+        }
+        own = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=2, keepdims=False)
+        k, v = own(cache["key"]), own(cache["value"])
+        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        return (self._rest(x + y, cross, cross_bias, True), cache), None
+
+
+def _rematerialised(config: T5Config, layer: type[nn.Module], deterministic: int) -> Any:
+    """The class of a layer under T5Config.remat; deterministic: the place of that argument."""
+    if config.remat == "none":
+        return layer
+    return nn.remat(
+        layer,
+        policy=REMAT[config.remat],
+        static_argnums=(deterministic,),
+        prevent_cse=not config.scan_layers,
+    )
+
+
+def _scanned(
+    layer: Any, config: T5Config, length: int, methods: dict[str, tuple[Any, ...]]
+) -> nn.Module:
+    """A stack of `length` layers as one module; methods: name -> axes of what follows the carry."""
+    scan = functools.partial(
+        dict,
+        variable_axes={"params": LAYERS_AXIS},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+        metadata_params={nn.PARTITION_NAME: LAYERS},
+    )
+    return nn.scan(layer, methods={k: scan(in_axes=axes) for k, axes in methods.items()})(config)
+
 
 class Encoder(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
-        layer = nn.remat(EncoderLayer, static_argnums=(3,)) if self.config.remat else EncoderLayer
-        self.relpos_bias = _relpos(self.config)
-        self.layers = [layer(self.config) for _ in range(self.config.num_encoder_layers)]
+        config, length = self.config, self.config.num_encoder_layers
+        layer = _rematerialised(config, EncoderLayer, 3)
+        self.relpos_bias = _relpos(config)
+        if config.scan_layers:
+            self.layers = _scanned(layer, config, length, {"scan": (nn.broadcast,) * 2})
+        else:
+            self.layers = [layer(config) for _ in range(length)]
         self.encoder_norm = _norm(self.config)
         self.dropout = _dropout(self.config)
 
@@ -164,8 +245,11 @@ class Encoder(nn.Module):
         bias = self.relpos_bias(length, length, True)[None]
         bias = bias + jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, None, :]
         x = self.dropout(x, deterministic)
-        for layer in self.layers:
-            x = layer(x, bias, deterministic)
+        if self.config.scan_layers:
+            x, _ = self.layers.scan(x, bias, deterministic)
+        else:
+            for layer in self.layers:
+                x = layer(x, bias, deterministic)
         return self.dropout(self.encoder_norm(x), deterministic)
 
 
@@ -173,35 +257,52 @@ class Decoder(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
-        config = self.config
-        layer = nn.remat(DecoderLayer, static_argnums=(5,)) if config.remat else DecoderLayer
+        config, length = self.config, self.config.num_decoder_layers
+        layer = _rematerialised(config, DecoderLayer, 5)
         self.relpos_bias = _relpos(config)
-        self.layers = [layer(config) for _ in range(config.num_decoder_layers)]
+        if config.scan_layers:
+            whole = nn.broadcast
+            methods = {"scan": (whole,) * 4, "scan_cross": (whole,)}
+            methods["scan_step"] = (0, whole, whole, whole)
+            self.layers = _scanned(layer, config, length, methods)
+        else:
+            self.layers = [layer(config) for _ in range(length)]
         self.decoder_norm = _norm(config)
         self.dropout = _dropout(config)
         if not config.logits_via_embedding:
             self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"))
 
     def __call__(self, x, encoded, valid, deterministic: bool) -> jax.Array:
-        """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] -> [B, R, T, D]"""
+        """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] or [B, R, Q] -> [B, R, T, D]"""
         length = x.shape[2]
         causal = jnp.tril(jnp.ones((length, length), bool))
         bias = self.relpos_bias(length, length, False) + jnp.where(causal, 0.0, layers.NEGATIVE)
         x = self.dropout(x, deterministic)
-        for layer in self.layers:
-            x = layer(x, bias, encoded, _cross_bias(valid), deterministic)
+        if self.config.scan_layers:
+            x, _ = self.layers.scan(x, bias, encoded, _cross_bias(valid), deterministic)
+        else:
+            for layer in self.layers:
+                x = layer(x, bias, encoded, _cross_bias(valid), deterministic)
         return self.dropout(self.decoder_norm(x), deterministic)
 
-    def cross(self, encoded: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    def cross(self, encoded: jax.Array) -> Any:
+        if self.config.scan_layers:
+            return self.layers.scan_cross(None, encoded)[1]
         return [layer.cross(encoded) for layer in self.layers]
 
     def step(self, x, cache, position, cross, valid):
         """x [B, R, 1, D] -> ([B, R, 1, D], cache)"""
-        length = cache[0]["key"].shape[2]
+        length = jax.tree.leaves(cache)[0].shape[-3]
         bias = jax.lax.dynamic_slice_in_dim(
             self.relpos_bias(length, length, False), position, 1, axis=1
         )
         bias = bias + jnp.where(jnp.arange(length) <= position, 0.0, layers.NEGATIVE)
+        if self.config.scan_layers:
+            numbers = jnp.arange(self.config.num_decoder_layers, dtype=jnp.int32)
+            (x, cache), _ = self.layers.scan_step(
+                (x, cache), (numbers, cross), jnp.asarray(position), bias, _cross_bias(valid)
+            )
+            return self.decoder_norm(x), cache
         new_cache = []
         for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
             x, layer_cache = layer.step(
@@ -265,25 +366,30 @@ class Transformer(nn.Module):
         x = self.decoder(x, encoded, encoder_input_tokens > 0, deterministic)
         return self.logits(x)
 
-    def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> list[dict[str, Any]]:
-        """Empty self-attention cache: a layer's key and value, [B, R, length, H, K] each."""
+    def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> Any:
+        """Empty self-attention cache: a layer's key and value, [B, R, length, H, K] each; of
+        scanned layers one key and value, [B, R, layers, length, H, K] each."""
         config = self.config
-        shape = (encoded.shape[0], num_beams, length, config.num_heads, config.head_dim)
-        empty = jnp.zeros(shape, config.dtype)
+        rows, width = (encoded.shape[0], num_beams), (length, config.num_heads, config.head_dim)
+        if config.scan_layers:
+            empty = jnp.zeros((*rows, config.num_decoder_layers, *width), config.dtype)
+            return {"key": empty, "value": empty}
+        empty = jnp.zeros((*rows, *width), config.dtype)
         return [{"key": empty, "value": empty} for _ in range(config.num_decoder_layers)]
 
-    def cross(self, encoded: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-        """Every layer's cross-attention keys and values of the queries, [B, Q, H, K] each."""
+    def cross(self, encoded: jax.Array) -> Any:
+        """Every layer's cross-attention keys and values of the queries, [B, Q, H, K] each; of
+        scanned layers [layers, B, Q, H, K] each."""
         return self.decoder.cross(encoded)
 
     def step(
         self,
         tokens: jax.Array,
-        cache: list[dict[str, Any]],
+        cache: Any,
         position: jax.Array,
-        cross: list[tuple[jax.Array, jax.Array]],
+        cross: Any,
         encoder_input_tokens: jax.Array,
-    ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    ) -> tuple[jax.Array, Any]:
         """One decoding step: tokens int32 [B, R] at `position` -> f32 logits [B, R, V], cache."""
         x = self._embed(tokens[:, :, None])
         x, cache = self.decoder.step(x, cache, position, cross, encoder_input_tokens > 0)
@@ -316,3 +422,46 @@ class _Embedder(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         return jnp.dot(x, self.embedding.T)
+
+
+def stack_layers(params: Any) -> Any:
+    """Parameters of a Transformer -> those of the same one with scan_layers.
+
+    encoder/layers_0/mlp/wo/kernel [F, D], encoder/layers_1/... -> encoder/layers/mlp/wo/kernel
+    [F, layers, D]; norm scales [D] -> [D, layers]. Works on NumPy and JAX arrays, without boxes.
+
+    Raises ValueError where the layers of a stack are not numbered from 0.
+    """
+    return {name: _stacked(name, part) for name, part in params.items()}
+
+
+def _stacked(stack: str, part: Any) -> Any:
+    numbered = {name: part[name] for name in part if name.startswith(f"{LAYERS}_")}
+    if not numbered:
+        return part
+    expected = [f"{LAYERS}_{i}" for i in range(len(numbered))]
+    if set(numbered) != set(expected):
+        raise ValueError(f"params[{stack!r}]: got {sorted(numbered)}, expected {expected}")
+    in_order = (numbered[name] for name in expected)
+    join = lambda *leaves: _array_module(leaves[0]).stack(leaves, axis=LAYERS_AXIS)
+    rest = {name: leaf for name, leaf in part.items() if name not in numbered}
+    return rest | {LAYERS: jax.tree.map(join, *in_order)}
+
+
+def unstack_layers(params: Any) -> Any:
+    """Parameters of a Transformer with scan_layers -> those of the same one without; the way back
+    of `stack_layers`."""
+    return {name: _unstacked(part) for name, part in params.items()}
+
+
+def _unstacked(part: Any) -> Any:
+    if LAYERS not in part:
+        return part
+    number = jax.tree.leaves(part[LAYERS])[0].shape[LAYERS_AXIS]
+    take = lambda i: jax.tree.map(lambda leaf: leaf.take(i, axis=LAYERS_AXIS), part[LAYERS])
+    rest = {name: leaf for name, leaf in part.items() if name != LAYERS}
+    return rest | {f"{LAYERS}_{i}": take(i) for i in range(number)}
+
+
+def _array_module(leaf: Any) -> Any:
+    return np if isinstance(leaf, np.ndarray) else jnp

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgr_jax.models.t5 import LAYERS, LAYERS_AXIS
+
 NOT_DECAYED = ("scale", "bias", "rel_embedding")
 
 
@@ -132,10 +134,64 @@ def _clipped(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
+def _each_layer_apart(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, for which every layer in a stacked parameter is a parameter of its own.
+
+    Norms and means over a parameter, and the choice of its factored dimensions, then do not depend
+    on whether layers are scanned (t5x's Adafactor does so for the logical axis 'layers'). The state
+    of stacked parameters has the axis of layers where the parameters have it.
+    """
+
+    def axes(params: Any) -> Any:
+        """Of each leaf the axis of layers, or -1: not stacked."""
+        is_stacked = lambda path: any(getattr(key, "key", None) == LAYERS for key in path)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: LAYERS_AXIS if is_stacked(path) else -1, params
+        )
+
+    def over(axes: Any) -> Any:
+        return jax.tree.map(lambda axis: None if axis < 0 else axis, axes)
+
+    def state_axes(params: Any, axes: Any) -> Any:
+        one = jax.tree.map(
+            lambda p, axis: (
+                p if axis < 0 else jax.ShapeDtypeStruct(_without(p.shape, axis), p.dtype)
+            ),
+            params,
+            axes,
+        )
+        state = jax.eval_shape(optimizer.init, one)
+        return optax.tree_utils.tree_map_params(
+            optimizer, lambda _, axis: axis, state, axes, transform_non_params=lambda _: -1
+        )
+
+    def init(params: Any) -> Any:
+        found = axes(params)
+        if max(jax.tree.leaves(found), default=-1) < 0:
+            return optimizer.init(params)
+        out = over(state_axes(params, found))
+        return jax.vmap(optimizer.init, in_axes=(over(found),), out_axes=out)(params)
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        found = axes(params)
+        if max(jax.tree.leaves(found), default=-1) < 0:
+            return optimizer.update(updates, state, params)
+        own, of_state = over(found), over(state_axes(params, found))
+        apart = jax.vmap(optimizer.update, in_axes=(own, of_state, own), out_axes=(own, of_state))
+        return apart(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
 @dataclass(frozen=True)
 class Adafactor:
     """Adafactor with T5's settings (Shazeer & Stern 2018): no momentum, steps relative to the
     parameter's own size, second moments factored where both dimensions reach `factor_from`.
+    Layers that are scanned are updated each by itself.
     """
 
     learning_rate: Schedule = Constant()
@@ -154,7 +210,7 @@ class Adafactor:
             clipping_threshold=self.clipping_threshold,
             momentum=None,
         )
-        return _clipped(adafactor, "Adafactor", self.max_grad_norm)
+        return _clipped(_each_layer_apart(adafactor), "Adafactor", self.max_grad_norm)
 
 
 def decayed(params: Any) -> Any:

@@ -1,0 +1,212 @@
+"""Queries -> passages, by vectors of a dual encoder and exact search.
+
+Axis letters: n texts, Q their length, d vector width, P passages.
+
+    encoder = Encoder(config, params, mesh)
+    embed(encoder, store, vocabulary.encode_inputs, path, search)
+    index = Index(exact_search.open_vectors(path), search.index, mesh)
+    passages, scores = Searcher(encoder, index, search).passages(tokens)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
+from dgr_jax.retrieval import generative
+from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
+
+logger = logging.getLogger(__name__)
+
+EncodeInputs = Callable[[Sequence[str], int], np.ndarray]  # texts, length -> int32 [n, length]
+
+
+def _without_effect(default: int) -> Any:
+    """A setting that changes speed, but not results."""
+    return field(default=default, metadata={"fingerprint": False})
+
+
+@dataclass(frozen=True)
+class DenseSearch:
+    """Settings of dense retrieval.
+
+    depth: passages a query in a run.
+    query_length, passage_length: tokens of a text, EOS counted; longer ones are cut.
+    index: how vectors are kept and searched.
+    batch_size: texts encoded together, rounded up to the data shards of the mesh.
+    min_length, texts_per_shape: texts are padded to their full length or, where enough of those
+      encoded together fit, to its half, quarter ..., as `generative.Search` does with queries.
+    """
+
+    depth: int = 100
+    query_length: int = 32
+    passage_length: int = 128
+    index: ExactSearch = ExactSearch()
+    batch_size: int = _without_effect(128)
+    min_length: int = _without_effect(8)
+    texts_per_shape: int = _without_effect(1024)
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "query_length", "passage_length", "batch_size", "min_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"DenseSearch.{name}: got {getattr(self, name)}, expected at least 1"
+                )
+
+
+@functools.lru_cache(maxsize=8)
+def encode_fn(config: DualEncoderConfig, method: str, mesh: jax.sharding.Mesh) -> Any:
+    """The compiled encoder: (params, int32 [B, Q]) -> f32 [B, d], whole on every device.
+
+    method: 'encode_queries' or 'encode_passages'. Each data shard encodes its own rows.
+    """
+    model = DualEncoder(config)
+
+    def encode(params: Any, tokens: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, tokens, method=method)
+
+    on_shards = partitioning.on_batch_shards(encode, mesh, whole=1)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A trained dual encoder; params lie on the mesh as `partitioning.abstract_params` says."""
+
+    config: DualEncoderConfig
+    params: Any
+    mesh: jax.sharding.Mesh
+
+    def queries(self, tokens: np.ndarray, search: DenseSearch) -> np.ndarray:
+        """int32 [n, Q] -> f32 [n, d]; ValueError for more tokens than query_length."""
+        return self._encode(tokens, "query", search)
+
+    def passages(self, tokens: np.ndarray, search: DenseSearch) -> np.ndarray:
+        """int32 [n, Q] -> f32 [n, d]; ValueError for more tokens than passage_length."""
+        return self._encode(tokens, "passage", search)
+
+    def _encode(self, tokens: np.ndarray, kind: str, search: DenseSearch) -> np.ndarray:
+        """In batches of a few padded shapes; the next is on the device while one is fetched."""
+        longest = getattr(search, f"{kind}_length")
+        lengths = (tokens > 0).sum(1)
+        if lengths.max(initial=0) > longest:
+            raise ValueError(
+                f"tokens: got a {kind} of {lengths.max()}, expected at most {longest}, "
+                f"DenseSearch.{kind}_length"
+            )
+        method = "encode_queries" if kind == "query" else "encode_passages"
+        encode = encode_fn(self.config, method, self.mesh)
+        vectors = np.zeros((len(tokens), self.config.dim), np.float32)
+        before = None
+        planned = self._batches(lengths, longest, search)
+        for length, places in itertools.chain(planned, [(0, None)]):
+            after = None
+            if places is not None:
+                after = places, encode(self.params, self._placed(tokens[places], length, search))
+            if before is not None:
+                vectors[before[0]] = np.asarray(before[1])[: len(before[0])]
+            before = after
+        return vectors
+
+    def _batches(
+        self, lengths: np.ndarray, longest: int, search: DenseSearch
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        shapes = generative.Search(
+            query_length=longest,
+            min_query_length=search.min_length,
+            queries_per_shape=search.texts_per_shape,
+        )
+        return generative.batches(lengths, shapes, self._size(search))
+
+    def _size(self, search: DenseSearch) -> int:
+        shards = partitioning.batch_shards(self.mesh)
+        return -(-search.batch_size // shards) * shards
+
+    def _placed(self, tokens: np.ndarray, length: int, search: DenseSearch) -> jax.Array:
+        padded = np.zeros((self._size(search), length), np.int32)
+        tokens = tokens[:, :length]
+        padded[: len(tokens), : tokens.shape[1]] = tokens
+        return jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+
+
+def embed(
+    encoder: Encoder,
+    store: PassageStore,
+    encode_inputs: EncodeInputs,
+    path: Path,
+    search: DenseSearch,
+) -> None:
+    """Writes the vectors of all passages, title and text, to a .npy file f32 [P, d] in their order.
+
+    It is written through a memory map, a block of passages at a time, and stands at `path` when it
+    is whole.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    shape = (len(store), encoder.config.dim)
+    vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+    start = 0
+    for passages in _blocks(store, generative.BLOCK):
+        tokens = encode_inputs([passage.contents for passage in passages], search.passage_length)
+        vectors[start : start + len(passages)] = encoder.passages(tokens, search)
+        start += len(passages)
+        logger.info("embed: %d/%d passages", start, len(store))
+    vectors.flush()
+    del vectors
+    os.replace(partial, path)
+
+
+def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+@dataclass(frozen=True)
+class Searcher:
+    """A dual encoder and an index of its passages, ready to answer token batches.
+
+    Its results are those of `generative.Decoder`, so what retrieves with one can with the other.
+    """
+
+    encoder: Encoder
+    index: Index
+    search: DenseSearch
+
+    def __post_init__(self) -> None:
+        if self.index.dim != self.encoder.config.dim:
+            raise ValueError(
+                f"Searcher: got an index of width {self.index.dim}, expected "
+                f"{self.encoder.config.dim}, that of the encoder; embed the passages again"
+            )
+
+    def passages(self, tokens: np.ndarray) -> Found:
+        """int32 [n, Q] -> passage index int32 and score f32 [n, depth], best first.
+
+        Free places hold -1 and -inf.
+        """
+        return self.index.search(self.encoder.queries(tokens, self.search), self.search.depth)
+
+    def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
+        """`passages` of each block of queries. Vectors that are streamed pass once for all blocks,
+        as they take longest: nothing is found before the last block is encoded."""
+        if self.index.plan.blocks == 1:
+            yield from map(self.passages, blocks)
+            return
+        vectors = [self.encoder.queries(tokens, self.search) for tokens in blocks]
+        if not vectors:
+            return
+        found = self.index.search(np.concatenate(vectors), self.search.depth)
+        ends = np.cumsum([len(block) for block in vectors])[:-1]
+        yield from zip(*(np.split(part, ends) for part in found), strict=True)

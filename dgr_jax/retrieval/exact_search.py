@@ -1,0 +1,350 @@
+"""The best passages by inner product, exactly: every query against every vector, on the device.
+
+Axis letters: B queries, d width, P passages, k passages wanted, R rows of a block, n devices.
+
+A block of vectors is cut over all devices of the mesh. Each device multiplies its rows with the
+queries, a chunk at a time, and keeps a running top k; the devices' lists are merged at the end, all
+in one compiled step. Vectors that fit stay on the devices. Others, such as a memory-mapped file of
+any size, pass through in blocks: while one is searched, the next is read and sent.
+
+Equal scores go to the lower passage index, at every step: what is compared lies in the order of the
+passages, or is a sorted list of earlier passages before one of later ones.
+
+What is multiplied:
+
+    float32   queries and vectors as they are, in full float32 on every device
+    bfloat16  both rounded to bfloat16; sums in float32
+    int8      a vector v as round(127 * v / m) * (m / 127), m = max |v|; queries as for bfloat16
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dgr_jax import partitioning
+
+logger = logging.getLogger(__name__)
+
+Found = tuple[np.ndarray, np.ndarray]
+
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+_FEW = 2048  # scores; so many are sorted as they are
+_GROUP = 64  # the longest group; chunks are multiples of it
+_ROWS = PartitionSpec(partitioning.AXES)  # cut over all devices, whatever axes they form
+_WHOLE = PartitionSpec()
+
+
+def _without_effect(default: int) -> Any:
+    """A setting that changes speed, but not results."""
+    return field(default=default, metadata={"fingerprint": False})
+
+
+@dataclass(frozen=True)
+class ExactSearch:
+    """Settings of exact search.
+
+    storage: 'float32', 'bfloat16' or 'int8'; see the module.
+    batch_size: queries searched together; fewer are padded to a power of two.
+    chunk, max_scores: vectors, and scores of vectors and queries, that a device computes at once.
+    max_device_bytes: vectors that take more of a device are streamed, in blocks of half of it.
+    """
+
+    storage: str = "float32"
+    batch_size: int = _without_effect(256)
+    chunk: int = _without_effect(1 << 20)
+    max_scores: int = _without_effect(1 << 24)
+    max_device_bytes: int = _without_effect(8 << 30)
+
+    def __post_init__(self) -> None:
+        if self.storage not in BYTES:
+            raise ValueError(
+                f"ExactSearch.storage: got {self.storage!r}, expected one of "
+                f"{', '.join(map(repr, BYTES))}"
+            )
+        for name in ("batch_size", "chunk", "max_scores", "max_device_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"ExactSearch.{name}: got {getattr(self, name)}, expected at least 1"
+                )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How vectors lie on the devices.
+
+    blocks: parts of the corpus, each with `rows` on each device, in equal `chunks` (a power of two)
+      for a whole batch of queries.
+    device_bytes: of a device; of two blocks where they are streamed.
+    """
+
+    blocks: int
+    rows: int
+    chunks: int
+    device_bytes: int
+
+    @classmethod
+    def of(cls, passages: int, dim: int, settings: ExactSearch, devices: int) -> Plan:
+        row_bytes = dim * BYTES[settings.storage] + 4 * (settings.storage == "int8")
+        blocks, rows = 1, -(-passages // devices)
+        if rows * row_bytes > settings.max_device_bytes:
+            most = max(1, settings.max_device_bytes // 2 // row_bytes)
+            blocks = -(-rows // most)
+            rows = -(-rows // blocks)
+        chunks = _chunks(rows, settings, settings.batch_size)
+        rows = chunks * _GROUP * -(-rows // (chunks * _GROUP))
+        return cls(blocks, rows, chunks, min(blocks, 2) * rows * row_bytes)
+
+
+def _chunks(rows: int, settings: ExactSearch, batch_size: int) -> int:
+    """Into how many parts `rows` are cut for so many queries, a power of two."""
+    most = min(settings.chunk, max(_GROUP, settings.max_scores // batch_size))
+    return _power_of_two(-(-rows // most))
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+class Block(NamedTuple):
+    """Rows of the corpus on the devices, the last padded.
+
+    vectors [R, d] as they are stored; scales f32 [R] of int8, else None; first int32 []: passage
+    index of row 0; count int32 []: real rows.
+    """
+
+    vectors: jax.Array
+    scales: jax.Array | None
+    first: jax.Array
+    count: jax.Array
+
+
+def open_vectors(path: str | Path) -> np.ndarray:
+    """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
+    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    _check_vectors(vectors, str(path))
+    return vectors
+
+
+class Index:
+    """Passage vectors, ready to be searched.
+
+    Args:
+      vectors: f32 or f16 [P, d], in memory or memory-mapped, finite; read once, or where they are
+        streamed once a search. Of several processes, each reads what its devices hold.
+      mesh: vectors are cut over all its devices; None: one device.
+
+    Raises ValueError for vectors of another kind, or more than int32 counts.
+    """
+
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        settings: ExactSearch = ExactSearch(),
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
+        _check_vectors(vectors, "vectors")
+        self.settings = settings
+        self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+        self.num_passages, self.dim = vectors.shape
+        self.plan = Plan.of(*vectors.shape, settings, self.mesh.size)
+        self._vectors, self._resident = vectors, None
+        if self.plan.blocks == 1:
+            self._resident, self._vectors = self._block(0), None
+        else:
+            logger.info(
+                "%d vectors of %d are streamed in %d blocks; ExactSearch.max_device_bytes=%d",
+                *(self.num_passages, self.dim, self.plan.blocks, settings.max_device_bytes),
+            )
+
+    def search(self, queries: np.ndarray, k: int) -> Found:
+        """f32 [n, d] -> passage index int32 and score f32 [n, k], best first, ties by index.
+
+        Where there are fewer passages than k, free places hold -1 and -inf.
+        Raises ValueError for queries of another width, or k below 1.
+        """
+        queries = np.asarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(
+                f"queries: got shape {list(queries.shape)}, expected [n, {self.dim}], the width "
+                "of the passage vectors"
+            )
+        if k < 1:
+            raise ValueError(f"k: got {k}, expected at least 1")
+        passages = np.full((len(queries), k), -1, np.int32)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        found = min(k, self.num_passages)
+        size = min(self.settings.batch_size, _power_of_two(len(queries)))
+        starts = range(0, len(queries), size)
+        for start, best in zip(starts, self._best(queries, starts, size, found), strict=True):
+            rows = slice(start, min(start + size, len(queries)))
+            for whole, part in zip((scores, passages), best, strict=True):
+                whole[rows, :found] = np.asarray(part)[: rows.stop - start]
+        return passages, scores
+
+    def _best(self, queries: np.ndarray, starts: range, size: int, k: int) -> list[Any]:
+        """Scores and passage indices [size, k] of each batch of queries, on the devices."""
+        chunks = min(self.plan.chunks, _chunks(self.plan.rows, self.settings, size))
+        step = _step(self.mesh, self.settings.storage, chunks, k)
+        nothing = np.full((size, k), -np.inf, np.float32), np.full((size, k), -1, np.int32)
+        best = [jax.device_put(nothing, partitioning.replicated(self.mesh)) for _ in starts]
+        for block in self._blocks():
+            jax.block_until_ready(best)  # of the block before: only two are on the devices
+            for batch, start in enumerate(starts):
+                rows = queries[start : start + size]
+                padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
+                best[batch] = step(block, padded, *best[batch])
+        return best
+
+    def _blocks(self) -> Iterator[Block]:
+        if self._resident is not None:
+            yield self._resident
+        else:
+            yield from map(self._block, range(self.plan.blocks))
+
+    def _block(self, number: int) -> Block:
+        """Reads rows and sends them to the devices that hold them."""
+        size = self.plan.rows * self.mesh.size
+        first = min(number * size, self.num_passages)
+        count = min(size, self.num_passages - first)
+        sharding = NamedSharding(self.mesh, _ROWS)
+        places = sharding.addressable_devices_indices_map((size, self.dim))
+        parts = []
+        for device, (rows, _) in places.items():
+            start, stop, _ = rows.indices(size)
+            held = self._vectors[first + start : first + min(stop, count)]
+            stored, scales = _stored(np.asarray(held, np.float32), self.settings.storage)
+            padding = [(0, stop - start - len(held))]
+            both = np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)
+            parts.append([jax.device_put(part, device) for part in both])
+        make = jax.make_array_from_single_device_arrays
+        vectors = make((size, self.dim), sharding, [part for part, _ in parts])
+        scales = None
+        if self.settings.storage == "int8":
+            scales = make((size,), sharding, [part for _, part in parts])
+        return Block(vectors, scales, np.int32(first), np.int32(count))
+
+
+def _check_vectors(vectors: np.ndarray, where: str) -> None:
+    if vectors.ndim != 2 or vectors.dtype not in (np.float32, np.float16) or not vectors.size:
+        raise ValueError(
+            f"{where}: got {vectors.dtype} {list(vectors.shape)}, expected float32 or float16 "
+            "[P, d], P and d above 0"
+        )
+    if len(vectors) >= 2**31:
+        raise ValueError(f"{where}: got {len(vectors):,} rows, expected less than 2^31")
+
+
+def _stored(vectors: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
+    """f32 [R, d] -> as they are stored, and their scales f32 [R]."""
+    ones = np.ones(len(vectors), np.float32)
+    if storage == "float32":
+        return vectors, ones
+    if storage == "bfloat16":
+        return vectors.astype(ml_dtypes.bfloat16), ones
+    highest = np.abs(vectors).max(axis=1, initial=0.0)
+    highest = np.where(highest > 0, highest, 1.0).astype(np.float32)
+    stored = np.rint(vectors * (127.0 / highest)[:, None]).astype(np.int8)
+    return stored, (highest / 127.0).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=32)
+def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
+    """(block, queries f32 [B, d], scores f32 [B, k], passages int32 [B, k]) -> the last two, with
+    the passages of the block among them."""
+    # The products of bfloat16 are exact in float32, which CPUs multiply faster.
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = jnp.float32 if cpu or storage == "float32" else jnp.bfloat16
+
+    def on_device(block: Block, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = block.vectors.shape[0] // chunks
+        start = jax.lax.axis_index(partitioning.AXES) * rows * chunks
+
+        def add(best: Any, chunk: Any) -> tuple[Any, None]:
+            number, vectors, scales = chunk
+            scores = _products(queries, vectors, scales, dtype)
+            place = start + number * rows
+            scores, places = _top(scores, min(k, rows), block.count - place)
+            return _merge(best, (scores, block.first + place + places)), None
+
+        cut = lambda x: x.reshape(chunks, rows, *x.shape[1:])
+        parts = (jnp.arange(chunks), *jax.tree.map(cut, (block.vectors, block.scales)))
+        size = queries.shape[0]
+        none = jnp.full((size, k), -jnp.inf), jnp.full((size, k), -1, jnp.int32)
+        best, _ = jax.lax.scan(add, none, parts)
+        return jax.tree.map(lambda x: x[:, None], best)
+
+    # Lists of the devices side by side, [B, n, k].
+    searched = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(Block(_ROWS, _ROWS, _WHOLE, _WHOLE), _WHOLE),
+        out_specs=PartitionSpec(None, partitioning.AXES),
+        check_vma=False,
+    )
+
+    def step(block: Block, queries: jax.Array, *best: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if storage != "float32":
+            queries = queries.astype(jnp.bfloat16)
+        found = searched(block, queries.astype(dtype))
+        found = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), found)
+        scores, passages = _merge(best, found)
+        return scores, jnp.where(scores > -jnp.inf, passages, -1)
+
+    return jax.jit(step, out_shardings=partitioning.replicated(mesh))
+
+
+def _products(queries: jax.Array, vectors: jax.Array, scales: Any, dtype: Any) -> jax.Array:
+    """[B, d] and [c, d] -> f32 [B, c]"""
+    scores = jnp.einsum(
+        "bd,cd->bc",
+        queries,
+        vectors.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return scores if scales is None else scores * scales
+
+
+def _merge(best: Any, more: Any) -> tuple[jax.Array, jax.Array]:
+    """The top k of two sorted lists of (scores, passages), [B, k] and [B, m]; of equal scores, the
+    first list's come first."""
+    scores, passages = (jnp.concatenate(pair, 1) for pair in zip(best, more, strict=True))
+    scores, places = jax.lax.top_k(scores, best[0].shape[1])
+    return scores, jnp.take_along_axis(passages, places, 1)
+
+
+def _top(scores: jax.Array, k: int, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The k best among the first `count` of each row, and their places; the rest counts as -inf.
+
+    As lax.top_k: of equal ones, the lower place. The k best lie in those k groups of neighbours
+    whose best is highest: a maximum over each group, which costs little, leaves few to be sorted.
+    A group that ties with the last of these is behind k scores that are as good and stand before
+    it. The scores as they are stay in the reach of one reduction and one gather: what is real is
+    asked in each, as an array of masked scores would cost as much as half of the products.
+    """
+    size = scores.shape[1]
+    real = jnp.where(jnp.arange(size) < count, scores, -jnp.inf)
+    group = math.gcd(size, min(_GROUP, 1 << int(math.log2(max(1.0, math.sqrt(size / k))))))
+    if size <= _FEW or group == 1:
+        return jax.lax.top_k(real, k)
+    best = jnp.max(real.reshape(scores.shape[0], -1, group), -1)
+    _, chosen = _top(best, k, best.shape[1])
+    chosen = jnp.sort(chosen, axis=-1)  # what follows is in the order of places again
+    near = jnp.take_along_axis(scores.reshape(*best.shape, group), chosen[..., None], 1)
+    places = chosen[..., None] * group + jnp.arange(group)
+    near = jnp.where(places < count, near, -jnp.inf).reshape(scores.shape[0], -1)
+    best, place = _top(near, k, near.shape[1])
+    return best, jnp.take_along_axis(places.reshape(near.shape), place, 1)
