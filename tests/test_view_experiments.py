@@ -22,6 +22,7 @@ from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.retrieval.generative import Retriever
 from dgr_jax.retrieval.multiview import MultiviewIndex, Written
+from dgr_jax.retrieval.multiview_keys import keys
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.training.objectives import Distillation, multiview_scores
 from tests import students
@@ -49,6 +50,20 @@ def test_rank_lists_have_the_scores_of_search(made):
         number = min(4, len(one.scores))
         np.testing.assert_allclose(scores[query, :number], one.scores[:number], rtol=1e-5)
         assert not np.any(scores[query, number:])
+
+
+def test_keys_leave_the_padding_of_the_search_out(made):
+    vocabulary, indexes, _, _ = made
+    found = found_by(vocabulary, indexes)
+    sizes = {"depth": 4, "limit": 24, "identifiers": 12, "length": indexes.length}
+    wide = [
+        dataclasses.replace(
+            one, query=one.query._replace(tokens=np.pad(one.query.tokens, ((0, 0), (0, 5))))
+        )
+        for one in found
+    ]
+    for name, expected in keys(found, **sizes).items():
+        np.testing.assert_array_equal(keys(wide, **sizes)[name], expected, err_msg=name)
 
 
 def test_passages_that_were_not_found_get_keys_of_their_own(made):

@@ -47,7 +47,8 @@ def keys(found: Sequence[Scored], *, depth: int, limit: int, identifiers: int, l
         members = one.packed.members[: min(depth, len(one.passages)), :limit]
         made["members"][i, : len(members), : members.shape[1]] = members
         number = len(one.query.counts)
-        made["tokens"][i, :number, : one.query.tokens.shape[1]] = one.query.tokens
+        tokens = one.query.tokens[:, :length]  # what follows is padding of the search
+        made["tokens"][i, :number, : tokens.shape[1]] = tokens
         made["views"][i, :number] = one.query.views
         made["counts"][i, :number] = one.query.counts
     return made
