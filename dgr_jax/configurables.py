@@ -29,13 +29,13 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
-    from dgr_jax.models import t5
+    from dgr_jax.models import start, t5
     from dgr_jax.retrieval import bm25, generative, multiview_search, recipes, sampling, teacher
     from dgr_jax.training import objectives, optimizers
 
     return (
         experiment.Experiment, experiment.Prepare, experiment.Training, experiment.Candidates,
-        experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config,
+        experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config, start.Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,

@@ -147,6 +147,7 @@ class Experiment:
 
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
+    initial: where the student starts, such as Pretrained; None: at random.
     """
 
     model_dir: str
@@ -160,6 +161,7 @@ class Experiment:
     evaluate: Evaluate
     control: bool = True
     mesh: Mesh = Mesh()
+    initial: Any = None
 
     def __post_init__(self) -> None:
         many = isinstance(self.prepare.identifiers, Multiview)
@@ -193,7 +195,7 @@ class Experiment:
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.
 SETTINGS = {
     "prepare": ("collection", "prepare"),
-    "generate": ("model", "generate"),
+    "generate": ("model", "generate", "initial"),
     "candidates": ("candidates",),
     "teach": ("teach",),
     "distill": ("distill",),

@@ -153,6 +153,7 @@ def generate(experiment: PseudoQueries, folder: Path) -> None:
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
+        rules=experiment.mesh.rules,
     )
 
 

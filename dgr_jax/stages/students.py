@@ -21,7 +21,11 @@ from dgr_jax.training.source import ArraySource, MixtureSource, Source
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     batches = _mixture(experiment, experiment.generate)
-    _train(experiment, folder, "generate", experiment.generate, batches)
+    start = None
+    if experiment.initial is not None:
+        vocabulary = Prepared.load(experiment.model_dir).vocabulary
+        start = experiment.initial.params(model_config(experiment, vocabulary.size))
+    _train(experiment, folder, "generate", experiment.generate, batches, start=start)
 
 
 def control(experiment: Experiment, folder: Path) -> None:
@@ -111,6 +115,7 @@ def _train(
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
+        rules=experiment.mesh.rules,
     )
     write_student(folder, config, experiment.evaluate.search)
 
