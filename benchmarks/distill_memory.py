@@ -3,9 +3,9 @@
     python -m benchmarks.distill_memory --size=base --queries=8 --passages=6 \
       --identifiers=40 --tokens=10
 
-Compiles the real step (loss, gradients, Adafactor) for this machine's device without running it, and
-prints what the compiler lays out: parameters and optimizer, batch, temporaries. Nothing is allocated.
-On another device temporaries differ in what is fused; parameters and logits do not.
+Compiles the real step (loss, gradients, Adafactor) for this machine's device without running it,
+and prints what the compiler lays out: parameters and optimizer, batch, temporaries. Nothing is
+allocated. On another device temporaries differ in what is fused; parameters and logits do not.
 """
 
 from __future__ import annotations

@@ -1,14 +1,21 @@
 """Checkpoints of a training run: state and data position, through orbax.
 
 A folder holds one sub-folder a step with three items: `params` (what search needs), `training` (the
-rest of the state) and `position` (JSON: where the data stands). A step's folder gets its name
-when it is whole, so a killed process leaves none half written.
+rest of the state) and `position` (JSON: where the data stands); a fourth, `metrics`, where the best
+are kept. A step's folder gets its name when it is whole, so a killed process leaves none half
+written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import logging
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +58,40 @@ def check_shapes(got: Any, expected: Any, where: str) -> None:
 class Checkpoints:
     """The checkpoints of one folder. Use as a context manager: leaving waits for the last save."""
 
-    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | Path, *, keep: int = 2, keep_best: int = 0, best_is: str = "lowest"
+    ) -> None:
         """Args:
         folder: made if absent.
         keep: how many of the newest stay; 2 or more survive a damaged newest.
+        keep_best: how many stay beside them, those of the best metric.
+        best_is: 'lowest' or 'highest'.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints: got {keep}, expected 1 or more")
+        if keep_best < 0:
+            raise ValueError(f"keep_best: got {keep_best}, expected 0 or more")
+        if best_is not in ("lowest", "highest"):
+            raise ValueError(f"best_is: got {best_is!r}, expected 'lowest' or 'highest'")
         self.folder = Path(folder).absolute()
-        self._keep = keep
+        self._keep, self._keep_best, self._best_is = keep, keep_best, best_is
+        self._writes: int | None = None  # the step whose save was begun last
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        policies = ocp.checkpoint_managers
+        newest = policies.LatestN(self._keep)
+        best = policies.BestN(
+            get_metric_fn=_metric,
+            reverse=self._best_is == "lowest",
+            n=self._keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(self._keep),
+                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+                best_fn=_metric if self._keep_best else None,  # else none are written
                 cleanup_tmp_directories=True,
             ),
             item_handlers=_handlers(),
@@ -79,23 +104,70 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits for a running save, then frees the threads."""
-        self._manager.close()
+        """Waits for a running save, then frees the threads. Raises OSError as `save` does."""
+        with self._writing():
+            self._manager.close()
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is on disk. Raises OSError as `save` does."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what failed, and what is left: a write's error may come with the next save."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # ValueError: from tensorstore
+            raise OSError(
+                f"checkpoint {self.folder / str(self._writes)} could not be written "
+                f"({_first_line(error)}): is the disk full, or not writable? {self._left()}"
+            ) from error
+
+    def _check_room(self, state: Any) -> None:
+        """Raises OSError where a write would fail: orbax's threads outlive one by minutes, and the
+        process with them."""
+        with tempfile.TemporaryFile(dir=self.folder):
+            pass
+        free = shutil.disk_usage(self.folder).free
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if free < needed:
+            said = os.strerror(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, f"{said}: {free} bytes are free, {needed} needed")
+
+    def _left(self) -> str:
+        try:
+            os.listdir(self.folder)
+        except OSError:
+            return "What is in the folder cannot be read either"
+        steps = ocp.utils.checkpoint_steps(self.folder)
+        if not steps:
+            return "There is none before it; run the same command once that is mended"
+        return (
+            f"The last whole one is of step {max(steps)}; once that is mended, the same command "
+            "goes on from there"
+        )
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+    def best(self) -> int | None:
+        """The step of the best metric of those that are kept; None where none has one."""
+        return best_step(self.folder, best_is=self._best_is)
+
+    def save(
+        self, step: int, state: Any, position: Mapping[str, Any], *, metric: float | None = None
+    ) -> None:
         """Copies the state to the host, then writes it while the caller goes on.
 
         Args:
           state: a dataclass with a field `params`.
           position: JSON: where the data stands at this step.
+          metric: what `keep_best` compares; without, the checkpoint is none of the best.
+
+        Raises OSError when this or the save before it cannot be written (a full disk, a lost
+        permission); the checkpoints before it stay as they are.
         """
         if step in self._manager.all_steps():
             return
@@ -104,7 +176,12 @@ class Checkpoints:
             training=ocp.args.StandardSave(state.replace(params=None)),
             position=ocp.args.JsonSave(dict(position)),
         )
-        self._manager.save(step, args=items)
+        metrics = None if metric is None or not self._keep_best else {"best": float(metric)}
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._writes = step
+            self._check_room(state)
+            self._manager.save(step, args=items, metrics=metrics)
 
     def restore_latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state and its data position; None when the folder has none.
@@ -172,6 +249,24 @@ class Checkpoints:
 
 # What reading a truncated or missing file raises. Not MemoryError, not the device's own errors.
 _DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError)
+
+
+def _metric(metrics: Mapping[str, float]) -> float:
+    return metrics["best"]
+
+
+def best_step(folder: str | Path, *, best_is: str = "lowest") -> int | None:
+    """The step of the best metric among the checkpoints of a folder; None where none has one."""
+    folder = Path(folder).absolute()
+    metrics = {}
+    for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
+        file = folder / str(step) / "metrics" / "metrics"
+        if file.is_file():
+            metrics[step] = _metric(json.loads(file.read_text(encoding="utf-8")))
+    if not metrics:
+        return None
+    sign = -1 if best_is == "lowest" else 1
+    return max(metrics, key=lambda step: (sign * metrics[step], step))
 
 
 def _handlers() -> dict[str, Any]:

@@ -21,8 +21,23 @@ def command(argv: Sequence[str] | None) -> None:
         help="stages to run, with those they need: prepare, generate, candidates, teach, distill, "
         "control, evaluate (default: evaluate, which needs all)",
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
+    )
+    parser.add_argument(
+        "--corpus",
+        default="8.8e6,55,5e5,20",
+        metavar="PASSAGES,WORDS,QUERIES,PSEUDO",
+        help="for --plan: passages, words of each, training queries, pseudo-queries a passage "
+        "(default: those of MS MARCO)",
+    )
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings)
+    experiment = cli.load_experiment(args, bindings, keep=not args.plan)
+    if args.plan:
+        from dgr_jax import outlook
+
+        outlook.show(experiment, outlook.corpus(args.corpus))
+        return
 
     from dgr_jax import pipeline, stages
 

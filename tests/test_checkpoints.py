@@ -1,5 +1,8 @@
 """Saving and restoring: whole, onto another mesh, and past damage."""
 
+import contextlib
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +76,33 @@ def test_round_trip_onto_another_mesh(tmp_path, states):
     assert {shard.data.shape for shard in state.params["kernel"].addressable_shards} == {(16, 8)}
 
 
+@pytest.mark.parametrize(("best_is", "best"), [("lowest", 1), ("highest", 2)])
+def test_the_best_stay_beside_the_newest(tmp_path, states, best_is, best):
+    metrics = [None, 0.1, 0.9, 0.5, None]
+    with Checkpoints(tmp_path, keep=1, keep_best=1, best_is=best_is) as saved:
+        for step, metric in enumerate(metrics):
+            position = {"step": step, "seed": 7}
+            saved.save(step, _on_device(states[step]), position, metric=metric)
+        saved.wait()
+        assert saved.best() == best
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "4"]
+    with Checkpoints(tmp_path, keep=1, keep_best=1, best_is=best_is) as saved:  # after a restart
+        abstract = abstract_state(MODEL, OPTIMIZER, _mesh())
+        assert saved.restore_latest(abstract)[1]["step"] == 4
+        saved.save(5, _on_device(states[3]), {}, metric=0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "5"]
+    assert checkpoints.best_step(tmp_path, best_is=best_is) == best
+    abstract = partitioning.abstract_params(MODEL, _mesh())
+    found = checkpoints.restore_params(tmp_path, abstract, step=best)
+    _assert_equal(found, states[best].params)
+
+
+def test_no_best_without_metrics(tmp_path, states):
+    assert checkpoints.best_step(tmp_path / "none") is None
+    _save(tmp_path, states, [1])
+    assert checkpoints.best_step(tmp_path) is None
+
+
 def test_an_empty_folder_has_nothing(tmp_path):
     with Checkpoints(tmp_path / "new") as saved:
         assert saved.latest() is None
@@ -81,6 +111,7 @@ def test_an_empty_folder_has_nothing(tmp_path):
 
 def test_params_alone(tmp_path, states, caplog):
     _save(tmp_path, states, [2, 3])
+    caplog.clear()  # of the saves, which may be slow
     abstract = partitioning.abstract_params(MODEL, _mesh(4, 2))
     _assert_equal(checkpoints.restore_params(tmp_path, abstract), states[3].params)
     _assert_equal(checkpoints.restore_params(tmp_path, abstract, step=2), states[2].params)
@@ -183,7 +214,95 @@ def test_names_that_differ():
     assert str(error.value) == f"here: d is not part of the configured model; {ADVICE}"
 
 
-def test_keep_error(tmp_path):
+@contextlib.contextmanager
+def _full_disk():
+    usage = checkpoints.shutil.disk_usage
+    checkpoints.shutil.disk_usage = lambda folder: usage(folder)._replace(free=10)
+    try:
+        yield
+    finally:
+        checkpoints.shutil.disk_usage = usage
+
+
+@contextlib.contextmanager
+def _lost_permission(folder):
+    """The folder cannot be written; root, who can write all, is another user meanwhile."""
+    root = os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("kind", ["full disk", "lost permission"])
+def test_a_save_that_fails_names_the_last_good_one(tmp_path, states, kind):
+    folder = tmp_path / "checkpoints"
+    _save(folder, states, [1])
+    broken = _full_disk() if kind == "full disk" else _lost_permission(folder)
+    with Checkpoints(folder) as saved, pytest.raises(OSError) as error, broken:
+        saved.save(2, _on_device(states[2]), {"step": 2, "seed": 7})
+        saved.wait()
+    message = str(error.value)
+    assert message.startswith(f"checkpoint {folder / '2'} could not be written (")
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(states[2]))
+    full = f"No space left on device: 10 bytes are free, {needed} needed)"
+    assert (full if kind == "full disk" else "Permission denied") in message
+    other_user = kind == "lost permission" and os.geteuid() == 0  # sees nothing of pytest's folders
+    left = "What is in the folder cannot be read either"
+    if not other_user:
+        left = "The last whole one is of step 1; once that is mended, the same command goes on from"
+        left += " there"
+    assert message.endswith(f"): is the disk full, or not writable? {left}")
+    with Checkpoints(folder) as saved:
+        state, position = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
+        _assert_equal(state, states[1])
+        assert position["step"] == 1
+        saved.save(2, _on_device(states[2]), {"step": 2, "seed": 7})
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]  # nothing half written
+
+
+def test_the_first_save_that_fails(tmp_path, states):
+    with Checkpoints(tmp_path) as saved, pytest.raises(OSError) as error, _full_disk():
+        saved.save(1, _on_device(states[1]), {})
+    assert str(error.value).startswith(f"checkpoint {tmp_path / '1'} could not be written (")
+    end = "There is none before it; run the same command once that is mended"
+    assert str(error.value).endswith(end)
+
+
+def test_an_error_of_a_running_save_comes_with_the_next(tmp_path, states, monkeypatch):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, _on_device(states[1]), {})
+        saved.wait()
+        saved.save(2, _on_device(states[2]), {})
+        saved.wait()
+
+        def fails():
+            raise ValueError("OUT_OF_RANGE: Error writing local file\nmore")
+
+        monkeypatch.setattr(saved._manager, "wait_until_finished", fails)
+        with pytest.raises(OSError) as error:
+            saved.save(3, _on_device(states[3]), {})
+        monkeypatch.undo()
+    assert str(error.value).startswith(
+        f"checkpoint {tmp_path / '2'} could not be written (ValueError: OUT_OF_RANGE: Error "
+        "writing local file): is the disk full"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0}, "keep_checkpoints: got 0, expected 1 or more"),
+        ({"keep_best": -1}, "keep_best: got -1, expected 0 or more"),
+        ({"best_is": "most"}, "best_is: got 'most', expected 'lowest' or 'highest'"),
+    ],
+)
+def test_setting_errors(tmp_path, settings, message):
     with pytest.raises(ValueError) as error:
-        Checkpoints(tmp_path, keep=0)
-    assert str(error.value) == "keep_checkpoints: got 0, expected 1 or more"
+        Checkpoints(tmp_path, **settings)
+    assert str(error.value) == message

@@ -36,6 +36,7 @@ TOP = {
     "evaluate",
     "pseudo_queries",
     "hlo",
+    "outlook",
     "plan",
     "plan_tables",
     "planning",

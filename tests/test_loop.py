@@ -1,9 +1,12 @@
 """The loop: what it writes, and that stopping it anywhere changes nothing."""
 
+import contextlib
+import functools
 import io
 import json
 import logging
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,7 +20,7 @@ import optax
 import pytest
 
 from dgr_jax import checkpoints
-from dgr_jax.partitioning import Mesh, make_mesh
+from dgr_jax.partitioning import LAYOUTS, Mesh, make_mesh
 from dgr_jax.training import loop, metrics
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.source import ArraySource
@@ -52,6 +55,20 @@ def wait_at(folder, step, now, state):
         (Path(folder) / "here").touch()
         time.sleep(600)
     return {}
+
+
+def test_parameters_lie_as_the_layout_says(tmp_path):
+    """Cut over `data` too with two parameter dimensions; and trained alike."""
+    mesh = {"mesh": make_mesh(Mesh(data=2), toy.devices(2)), "model": toy.Toy(), "total_steps": 2}
+    plain = run(tmp_path / "plain", **mesh)
+    cut = run(tmp_path / "cut", rules=LAYOUTS[2, 1], **mesh)
+    assert plain.params["kernel"].sharding.is_fully_replicated
+    assert not cut.params["kernel"].sharding.is_fully_replicated
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.device_get(cut.params),
+        jax.device_get(plain.params),
+    )
 
 
 class Counting:
@@ -134,6 +151,85 @@ def test_killed_and_started_again(tmp_path, whole):
     assert losses == sorted(set(losses)) and losses[-1][0] == STEPS
 
 
+KILLS = 20
+
+
+def mortal(folder, seed):
+    """Trains until it has been killed KILLS times at random moments, then to the end.
+
+    Every life is a fork of this process, which has imported all and started no device, so that it
+    costs a fraction of a second. Writes what it saw to folder/lives.json.
+    """
+    folder, delays = Path(folder), random.Random(seed)
+    begun, seen = folder / "begun", {"killed": 0, "saving": 0, "steps": []}
+    settings = {"total_steps": LONG, "checkpoint_every": 1, "hook_every": 1}
+    while seen["killed"] < KILLS:
+        begun.unlink(missing_ok=True)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)  # no life outlasts a test that was stopped
+            with contextlib.suppress(BaseException):
+                run(folder, hooks=[functools.partial(mark, begun)], **settings)
+            os._exit(0)
+        deadline = time.monotonic() + 60
+        steps = delays.randint(2, 4)  # each waits for the save of the step before it
+        while not begun.exists() or begun.stat().st_size < steps:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(delays.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "it ended by itself"
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        seen["killed"] += 1
+        seen["saving"] += any("tmp" in name for name in names)
+        seen["steps"].append(max((int(name) for name in names if name.isdecimal()), default=0))
+    state = run(folder, total_steps=LONG, checkpoint_every=LONG)
+    np.savez(folder / "end.npz", *jax.tree.leaves(jax.device_get(state)))
+    (folder / "lives.json").write_text(json.dumps(seen))
+
+
+LONG = 200  # steps, more than all lives together reach
+
+
+def mark(path, now, state):
+    with path.open("a") as file:
+        file.write(".")
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_killed_twenty_times_at_random(tmp_path):
+    """Among them during saves, which follow each other without a pause."""
+    code = f"from tests import test_loop; test_loop.mortal({str(tmp_path)!r}, seed=4)"
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "lives.json").read_text())
+    assert seen["killed"] == KILLS and seen["saving"] >= 1
+    assert 0 < seen["steps"][-1] < LONG and seen["steps"] == sorted(seen["steps"])
+    expected = jax.device_get(run(tmp_path / "whole", total_steps=LONG, checkpoint_every=LONG))
+    with np.load(tmp_path / "end.npz") as end:
+        got = list(end.values())
+    for one, other in zip(got, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert max(map(int, names)) == LONG  # all of them whole: no damage, nothing left behind
+
+
 def test_sigterm_saves_and_leaves(tmp_path, whole):
     def preempt(now, state):
         if now == 5:
@@ -176,6 +272,28 @@ def test_hooks_and_the_learning_rate(tmp_path):
         (5, 0.5),
     ]
     assert [r["learning_rate"] for r in rows if "learning_rate" in r] == [2.0]
+
+
+def test_the_best_by_a_hook_stays(tmp_path):
+    settings = {
+        "model": toy.Toy(),
+        "keep_checkpoints": 1,
+        "keep_best": 1,
+        "best_metric": "success@1",
+        "best_is": "highest",
+        "hooks": [lambda now, state: {"success@1": {3: 0.9, 6: 0.5}.get(now, 0.1)}],
+    }
+    with pytest.raises(ValueError) as error:  # the hook runs at the end alone
+        run(tmp_path / "a", **settings)
+    assert str(error.value) == (
+        "best_metric: got 'success@1', expected one of those at step 3, ['examples_per_second', "
+        "'grad_norm', 'identifier_accuracy', 'loss', 'token_accuracy']; a hook's are there when "
+        "hook_every divides checkpoint_every"
+    )
+    run(tmp_path / "b", hook_every=1, **settings)
+    folder = tmp_path / "b" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "3"]
+    assert checkpoints.best_step(folder, best_is="highest") == 3
 
 
 class Poisoned:

@@ -1,5 +1,6 @@
 """Optimizers against their papers, schedules against their formulas."""
 
+import functools
 import math
 
 import jax
@@ -51,6 +52,83 @@ def test_adafactor_follows_the_paper():
     for name, start in params.items():
         expected = reference.adafactor(start, grads[name], rate)
         np.testing.assert_allclose(got[name], expected, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+VECTOR = ([1.0, -2.0, 3.0], [[1.0, -0.5, 2.0], [-3.0, 0.25, 8.0], [0.0, 1.0, -1.0]])
+MATRIX = (
+    [[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]],
+    [
+        [[1.0, 2.0, -1.0], [0.5, -4.0, 3.0]],
+        [[10.0, -1.0, 0.0], [2.0, 0.5, -6.0]],
+        [[-1.0, 1.0, 1.0], [0.0, 0.0, 2.0]],
+    ],
+)
+
+
+def _turned(case):
+    return tuple(np.swapaxes(np.array(part), -1, -2) for part in case)
+
+
+# (parameter, gradients), settings, the parameter that t5x's Adafactor made of it in three steps.
+WORKED = {
+    "vector": (VECTOR, {}, [1.00768352, -2.17410016, 2.5967555]),
+    "clipped": (VECTOR, {"clipping_threshold": 0.5}, [1.00946903, -2.128407, 2.79832149]),
+    "decay": (VECTOR, {"decay_rate": 0.5}, [1.00272071, -2.16596627, 2.60621119]),
+    "never clipped": (VECTOR, {"clipping_threshold": 1e9}, [1.03281319, -2.18687963, 2.5711453]),
+    "factored": (
+        MATRIX,
+        {"factor_from": 2},
+        [[0.50610244, -2.16018772, 0.55005091], [-0.13441834, 3.09449005, -0.9651441]],
+    ),
+    "factored, tall": (
+        _turned(MATRIX),
+        {"factor_from": 2},
+        [[0.50610244, -0.13441834], [-2.16018772, 3.09449005], [0.55005091, -0.96514416]],
+    ),
+    "too small to factor": (
+        MATRIX,
+        {"factor_from": 3},
+        [[0.64603782, -2.17031479, 0.46003368], [-0.37755773, 3.12736416, -1.03574944]],
+    ),
+    "square": (
+        tuple(np.array(part)[..., :2] for part in MATRIX),
+        {"factor_from": 2},
+        [[0.47181255, -2.16087055], [-0.21764204, 3.07515979]],
+    ),
+    # Two steps; smaller than the least scale of a parameter.
+    "tiny": (([1e-4, -2e-4], [[1.0, 2.0], [3.0, -1.0]]), {}, [-1.25342456e-4, -2.34507461e-4]),
+}
+
+
+def test_adafactor_on_worked_cases():
+    made = {
+        name: Adafactor(Constant(0.1), **settings).transformation(STEPS)
+        for name, (_, settings, _) in WORKED.items()
+    }
+
+    @jax.jit  # once for all cases; parameters do not see each other
+    def step(params, states, grads):
+        out = {name: made[name].update(grads[name], states[name], params[name]) for name in made}
+        params = {name: optax.apply_updates(params[name], out[name][0]) for name in made}
+        return params, {name: out[name][1] for name in made}
+
+    cases = {
+        name: [np.array(part, np.float32) for part in case[0]] for name, case in WORKED.items()
+    }
+    params = {name: case[0] for name, case in cases.items()}
+    states = {name: made[name].init(params[name]) for name in made}
+    got = []
+    for i in range(3):
+        grads = {name: case[1][min(i, len(case[1]) - 1)] for name, case in cases.items()}
+        params, states = step(params, states, grads)
+        got.append(params)
+    for name, (_, settings, expected) in WORKED.items():
+        param, grads = cases[name]
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=name)
+        close(got[len(grads) - 1][name], expected)
+        names = {"clipping_threshold": "clip", "decay_rate": "decay"}
+        twin = {names.get(key, key): value for key, value in settings.items()}
+        close(reference.adafactor(param, grads, lambda step: 0.1, **twin), expected)
 
 
 def test_adafactor_keeps_little():

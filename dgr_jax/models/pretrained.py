@@ -1,8 +1,9 @@
-"""Weights of others: T5, T5 1.1 and FLAN-T5 in and out of Hugging Face folders.
+"""Weights of others: T5, T5 1.1 and FLAN-T5 in and out of Hugging Face folders and t5x checkpoints.
 
-    config, params = pretrained.read_hf("google/flan-t5-base")       # a folder or a hub id
+    config, params = pretrained.read("google/flan-t5-base")   # a folder, a hub id or a bucket
     config, params = pretrained.extend_vocabulary(config, params, 32128 + 2048, key)
     pretrained.write_hf("my_student", config, params)
+    pretrained.write_t5x("my_student_t5x", config, params)
 
 Every format becomes a flat dict of our names ("encoder/layers_0/attention/query/kernel", those of
 t5x); `_tree` then holds it against the names and shapes of the model, so that nothing is missing,
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import ml_dtypes
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax.models import tensor_files
+from dgr_jax.models import t5x_checkpoints, tensor_files
 from dgr_jax.models.t5 import T5Config, Transformer
 
 # feed_forward_proj of config.json -> activations of the projections. Its gelu is the tanh form.
@@ -72,8 +74,30 @@ _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _HEAD = "lm_head.weight"
 _EMBEDDING = "shared.weight"
 _COPIES = (_EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 # In the first published checkpoints, read by no implementation.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def read(source: str | Path) -> tuple[T5Config, dict[str, Any]]:
+    """(config, params) in whatever format `source` has: see `read_hf` and `read_t5x`.
+
+    source: a folder of Hugging Face or t5x, a bucket with a t5x checkpoint, or the id of a model on
+      the hub.
+
+    Raises ValueError for a folder of neither, and what the two raise.
+    """
+    path = Path(source)
+    if path.is_dir() and ((path / "config.json").is_file() or list(path.glob("*.safetensors"))):
+        return read_hf(path)
+    if "://" in str(source) or (path.exists() and t5x_checkpoints.is_checkpoint(path)):
+        return read_t5x(source)
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: got {sorted(p.name for p in path.iterdir())[:10]}, expected config.json and "
+            "model.safetensors (Hugging Face) or checkpoint_<step> (t5x, orbax)"
+        )
+    return read_hf(source)
 
 
 def read_hf(source: str | Path, *, revision: str | None = None) -> tuple[T5Config, dict[str, Any]]:
@@ -261,20 +285,30 @@ def write_hf(
     Raises ValueError for activations that no T5 of theirs has, for another dtype, and for params
     that do not fit the config.
     """
-    dtypes = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    if dtype not in dtypes:
-        raise ValueError(f"write_hf.dtype: got {dtype!r}, expected one of {sorted(dtypes)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"write_hf.dtype: got {dtype!r}, expected one of {sorted(_DTYPES)}")
     described = _described(config) | {"dtype": dtype, "torch_dtype": dtype}
-    flat = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
-    tree = _tree({name: np.asarray(leaf) for name, leaf in flat.items()}, config, "params")
-    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    config, flat = _layer_by_layer(config, params)
     arrays = {
-        theirs: np.ascontiguousarray(_turned(ours, flat[ours]).astype(dtypes[dtype]))
+        theirs: np.ascontiguousarray(_turned(ours, flat[ours]).astype(_DTYPES[dtype]))
         for ours, theirs in _names(config)
     }
     tensor_files.write_folder(folder, arrays, max_shard_bytes=max_shard_bytes)
     text = json.dumps(described, indent=1)
     (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+
+
+def _layer_by_layer(config: T5Config, params: Any) -> tuple[T5Config, dict[str, np.ndarray]]:
+    """The config without scan and the parameters by name, on the host; see `_tree` for errors."""
+    flat = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
+    flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
+    if config.scan_layers:
+        flat, config = t5x_checkpoints.unscanned(flat), _without_scan(config)
+    return config, flax.traverse_util.flatten_dict(_tree(flat, config, "params"), sep="/")
+
+
+def _without_scan(config: T5Config) -> T5Config:
+    return dataclasses.replace(config, scan_layers=False)
 
 
 def _described(config: T5Config) -> dict[str, Any]:
@@ -297,6 +331,97 @@ def _described(config: T5Config) -> dict[str, Any]:
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
     }
+
+
+def read_t5x(
+    source: str | Path, *, step: int | None = None, activations: tuple[str, ...] | None = None
+) -> tuple[T5Config, dict[str, Any]]:
+    """(config, params) of a t5x checkpoint, in its own layout or orbax's, scanned or not.
+
+    source: the folder of a run (its newest step, or `step`), or of a step; a bucket (gs://) too.
+    activations: of the projections. The checkpoint holds no setting that is not a shape; by default
+      two projections are T5 1.1's ("gelu", "linear"), and one is T5's ("relu",).
+    params: as of `read_hf`: layers one by one; `t5.stack_layers` stacks them for scan_layers.
+
+    Raises FileNotFoundError where there is no checkpoint, ValueError for one that cannot be read
+    and with all names that are missing, left over or of another shape.
+    """
+    where = str(t5x_checkpoints.find(source, step))
+    flat = t5x_checkpoints.unscanned(t5x_checkpoints.read(source, step=step))
+    config = _config_of_shapes(flat, activations, where)
+    return config, _tree(flat, config, where)
+
+
+def _config_of_shapes(
+    flat: Mapping[str, np.ndarray], activations: tuple[str, ...] | None, where: str
+) -> T5Config:
+    gated = "encoder/layers_0/mlp/wi_0/kernel" in flat
+    telling = {
+        "embedding": "token_embedder/embedding",
+        "bias": "encoder/relpos_bias/rel_embedding",
+        "query": "encoder/layers_0/attention/query/kernel",
+        "mlp": f"encoder/layers_0/mlp/{'wi_0' if gated else 'wi'}/kernel",
+    }
+    absent = [name for name in telling.values() if name not in flat or flat[name].ndim != 2]
+    if absent:
+        raise ValueError(
+            f"{where}: expected the parameters of a T5, with matrices {absent}; got "
+            f"{len(flat)} arrays: {sorted(flat)[:5]} ..."
+        )
+    shapes = {key: flat[name].shape for key, name in telling.items()}
+    heads, buckets = shapes["bias"]
+    numbers = {"encoder": [0], "decoder": [0]}
+    for name in flat:
+        if match := re.match(r"(encoder|decoder)/layers_(\d+)/", name):
+            numbers[match[1]].append(int(match[2]) + 1)
+    return T5Config(
+        vocab_size=shapes["embedding"][0],
+        emb_dim=shapes["embedding"][1],
+        num_heads=heads,
+        head_dim=shapes["query"][1] // heads,
+        mlp_dim=shapes["mlp"][1],
+        num_encoder_layers=max(numbers["encoder"]),
+        num_decoder_layers=max(numbers["decoder"]),
+        mlp_activations=activations or (("gelu", "linear") if gated else ("relu",)),
+        logits_via_embedding="decoder/logits_dense/kernel" not in flat,
+        relpos_buckets=buckets,
+    )
+
+
+def write_t5x(
+    folder: str | Path,
+    config: T5Config,
+    params: Any,
+    *,
+    step: int = 0,
+    layout: str = "t5x",
+    scanned: bool = False,
+    dtype: str = "float32",
+    opt_state: Any = None,
+) -> None:
+    """Writes folder/checkpoint_<step>, that t5x restores whole into its Adafactor.
+
+    params: of Transformer(config), boxed or not, on host or device.
+    layout: 't5x' or 'orbax'. scanned: with the names and axes of t5x's scanned model.
+    dtype: 'float32' (read back bit for bit) or 'bfloat16', of the parameters.
+    opt_state: of optimizers.Adafactor on a model without scan_layers, whose moments are written
+      (not for scanned); by default they begin anew.
+
+    Raises ValueError for params that do not fit the config and for settings of another kind,
+    FileExistsError where the step is there.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"write_t5x.dtype: got {dtype!r}, expected one of {sorted(_DTYPES)}")
+    if opt_state is not None and (scanned or config.scan_layers):
+        raise ValueError("write_t5x.opt_state: got one for scanned layers, expected None")
+    config, flat = _layer_by_layer(config, params)
+    flat = t5x_checkpoints.scanned(flat) if scanned else flat
+    fresh = opt_state is None
+    moments = (
+        t5x_checkpoints.fresh_moments(flat) if fresh else t5x_checkpoints.moments_of(opt_state)
+    )
+    target = {name: np.asarray(array, _DTYPES[dtype]) for name, array in flat.items()}
+    t5x_checkpoints.write(folder, step, target, moments, layout=layout)
 
 
 def extend_vocabulary(

@@ -50,9 +50,13 @@ def train(
     log_every: int = 50,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
+    keep_best: int = 0,
+    best_metric: str = "loss",
+    best_is: str = "lowest",
     hooks: Sequence[Hook] = (),
     hook_every: int = 0,
     learning_rate: Callable[[int], Any] | None = None,
+    rules: Any = partitioning.RULES,
     tensorboard: bool = True,
 ) -> TrainState:
     """Trains until `total_steps`, going on from the newest checkpoint in `folder`.
@@ -63,25 +67,35 @@ def train(
       name: of the stage, for the progress line and errors.
       objective: see `objectives`; optimizer: see `optimizers`, `.transformation(total_steps)`.
       source: gives the batch of any step.
+      keep_checkpoints: how many of the newest stay; keep_best: how many of the best beside them, by
+        `best_metric`, one of the metrics or of the hooks', of which the best `best_is` 'lowest' or
+        'highest'. Found again by `checkpoints.best_step`.
       initial_params: where step 0 starts; random by default. Not read when a checkpoint is there.
       hooks: called as hook(step, state) every `hook_every` steps and at the end (0: at the end
         only); what they return joins the metrics. The state dies in the next step: keep no
         reference to it.
       learning_rate: schedule to log beside the metrics.
+      rules: how parameters and activations are cut over the mesh, see `partitioning.LAYOUTS`.
 
     Returns the last state. Raises ValueError on settings that cannot work, FloatingPointError when
-    the loss is not a finite number, SystemExit(75) after SIGTERM, once the state is saved.
+    the loss is not a finite number, OSError when a checkpoint cannot be written, SystemExit(75)
+    after SIGTERM, once the state is saved.
     """
     _check(total_steps=total_steps, log_every=log_every, checkpoint_every=checkpoint_every)
     folder = Path(folder)
-    with Checkpoints(folder / "checkpoints", keep=keep_checkpoints) as saved, _Sigterm() as stop:
-        abstract = abstract_state(model, optimizer, mesh)
+    saved = Checkpoints(
+        folder / "checkpoints", keep=keep_checkpoints, keep_best=keep_best, best_is=best_is
+    )
+    with saved, _Sigterm() as stop:
+        abstract = abstract_state(model, optimizer, mesh, rules)
         begin, state = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
         if state is None:
-            state = init_state(model, optimizer, mesh, seed=seed, params=initial_params)
+            state = init_state(
+                model, optimizer, mesh, seed=seed, params=initial_params, rules=rules
+            )
         del initial_params
         step = make_train_step(
-            objective, model, optimizer, mesh, abstract, microbatches=microbatches
+            objective, model, optimizer, mesh, abstract, microbatches=microbatches, rules=rules
         )
         make = functools.partial(_make_batch, source, mesh)
         with (
@@ -94,13 +108,19 @@ def train(
                 last = now == total_steps
                 stopped = not last and stop.requested(now)
                 saves = last or stopped or now % checkpoint_every == 0
+                found: dict[str, float] = {}
                 if saves or now % log_every == 0:
-                    report.log(now)  # raises on a loss that is not finite, so none is saved
+                    found |= report.log(now)  # raises on a loss that is not finite: none is saved
                 if last or (hook_every and now % hook_every == 0):
                     for hook in hooks:
-                        report.write(now, hook(now, state))
+                        values = hook(now, state)
+                        report.write(now, values)
+                        found |= values
                 if saves:
-                    saved.save(now, state, {"step": now, "seed": seed})
+                    if keep_best and not stopped:
+                        _check_metric(best_metric, found, now)
+                    position = {"step": now, "seed": seed}
+                    saved.save(now, state, position, metric=found.get(best_metric))
                 if stopped:
                     saved.wait()
                     logger.warning("%s: SIGTERM: saved step %d, stopping", name, now)
@@ -141,6 +161,14 @@ def _check(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected 1 or more")
+
+
+def _check_metric(name: str, found: Mapping[str, float], step: int) -> None:
+    if name not in found:
+        raise ValueError(
+            f"best_metric: got {name!r}, expected one of those at step {step}, {sorted(found)}; a "
+            "hook's are there when hook_every divides checkpoint_every"
+        )
 
 
 class _Sigterm:
@@ -220,10 +248,11 @@ class _Report:
         elif len(self._window) > IN_FLIGHT:
             jax.block_until_ready(self._window[-1 - IN_FLIGHT][1])
 
-    def log(self, step: int) -> None:
-        """Writes the means of the steps since the last call; raises on a loss not finite."""
+    def log(self, step: int) -> dict[str, float]:
+        """Writes and returns the means of the steps since the last call; raises on a loss not
+        finite."""
         if not self._window:
-            return
+            return {}
         window = jax.device_get(self._window)
         self._window = []
         for at, metrics in window:
@@ -240,6 +269,7 @@ class _Report:
             self._progress.show(
                 progress_line(self._name, step, self._total, values["loss"], rate, left)
             )
+        return values
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row of metrics; none if there are no values."""
