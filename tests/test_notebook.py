@@ -19,7 +19,7 @@ from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval import inspection
-from dgr_jax.retrieval.generative import Hit, Search
+from dgr_jax.retrieval.generative import Hit
 from dgr_jax.retrieval.inspection import Inspection, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,7 +298,7 @@ def test_an_unfinished_experiment_is_told_apart_from_none(tmp_path):
 class Parrot:
     """A retriever with two beams that finds one passage again and again."""
 
-    decoder = SimpleNamespace(search=Search(num_beams=2, depth=50))
+    decoder = SimpleNamespace(most_passages=2)
 
     def search(self, queries, k):
         hit = Hit(1, "p", -0.0001, "Bees <i>", "Text & more " * 40, "<7> <1>")
