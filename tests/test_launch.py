@@ -137,6 +137,7 @@ def test_a_slice_is_made_and_training_followed(fake):
     assert done.out == "step of 0\n"
 
 
+@pytest.mark.slow
 def test_preempted_and_gone_on(fake):
     """The slice is lost, then training is asked to stop, then it ends."""
     plan = ["lost", str(EXIT_PREEMPTED), "0"]
@@ -159,6 +160,7 @@ def test_a_failure_is_not_tried_again(fake):
     assert len(trained(done.calls)) == 1 and "delete" not in verbs(done.calls)
 
 
+@pytest.mark.slow
 def test_too_many_preemptions(fake):
     done = fake(TPU, *SLICE, "--max_restarts=1", *TRAIN, plan=["75", "75", "0"])
     assert done.returncode == 75
@@ -183,6 +185,7 @@ def test_the_same_command_attaches_to_a_run(fake):
     assert verbs(second.calls).count("create") == 1
 
 
+@pytest.mark.slow
 def test_states_of_a_slice(fake):
     (fake.folder / "vm").mkdir()
     (fake.folder / "state").write_text("STOPPED\n")

@@ -261,7 +261,7 @@ def _gathered(kind, settings, config=STUDENT):
 @pytest.mark.parametrize(
     ("kind", "settings", "config"),
     [
-        ("generation", Mesh(2, 4), SCANNED),
+        pytest.param("generation", Mesh(2, 4), SCANNED, marks=slow),
         pytest.param("distillation", Mesh(2, 4), STUDENT, marks=slow),
         pytest.param("generation", Mesh(1, 8), STUDENT, marks=slow),
         pytest.param("distillation", Mesh(4, 2), STUDENT, marks=slow),

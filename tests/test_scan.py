@@ -141,6 +141,7 @@ def test_policies_by_name():
     )
 
 
+@pytest.mark.slow
 def test_adafactor_updates_stacked_layers_each_by_itself():
     random = np.random.default_rng(0)
     shapes = {"wide": (9, 8), "narrow": (9, 7), "scale": (8,)}

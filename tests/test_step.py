@@ -73,6 +73,7 @@ def test_distillation_agrees_on_a_mesh_in_microbatches():
     _assert_same(_run(objective, batches, _mesh(2, 2, 2), microbatches=2), expected, 2e-5)
 
 
+@pytest.mark.slow
 def test_the_student_agrees_on_every_mesh():
     model = Transformer(
         T5Config(

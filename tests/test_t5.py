@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from dgr_jax.models.t5 import T5Config, Transformer, stack_layers
+from tests import students
 
 SMALL = T5Config(
     vocab_size=50, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
@@ -17,14 +17,13 @@ SMALL = T5Config(
 )  # fmt: skip
 
 
-def make(config=SMALL, seed=0):
-    rng = np.random.default_rng(seed)
+def make(config=SMALL):
+    rng = np.random.default_rng(0)
     queries = rng.integers(1, 50, (3, 7)).astype(np.int32)
     queries[0, 4:] = 0
     targets = rng.integers(1, 50, (3, 4, 5)).astype(np.int32)
     model = Transformer(config)
-    params = nn.unbox(model.init(jax.random.key(seed), queries, targets)["params"])
-    return model, params, queries, targets
+    return model, students.parameters(config), queries, targets
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ def lists(made):
     return lists_of(vocabulary, indexes, named)
 
 
+@pytest.mark.slow
 def test_a_target_sees_the_input_of_its_view_alone(made, lists):
     """Distillation gives an identifier the log-probability that search does: of its own marker."""
     # in so large a corpus what a random student writes is no chance
