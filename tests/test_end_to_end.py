@@ -606,8 +606,10 @@ def test_the_installed_wheel_finds_its_files(wheel, tmp_path):
     assert Path(python("-c", "import dgr_jax; print(dgr_jax.__file__)").strip()).is_relative_to(
         site
     )
-    assert "msmarco.gin, nq.gin, quickstart.gin" in " ".join(
-        python("-m", "dgr_jax.train", "--help").split()
+    shipped = sorted(path.name for path in (ROOT / "gin_configs").glob("*.gin"))
+    assert ", ".join(shipped) in " ".join(python("-m", "dgr_jax.train", "--help").split())
+    assert "studies/margins.gin" in python(
+        "-c", "from dgr_jax import cli; print(*cli.resources('gin_configs').rglob('*.gin'))"
     )
     code = (
         "from dgr_jax import cli, pipeline, stages\n"
