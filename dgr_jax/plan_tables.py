@@ -139,23 +139,22 @@ def _sweep(
     compiled: int,
 ) -> None:
     ranked = planning.sweep(name, experiment, sizes, topology)
-    table = Table(title=f"{name}: meshes by formula", title_justify="left", box=None)
-    for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
-        table.add_column(column, justify="right")
-    for mesh, found in ranked:
-        table.add_row(_written(mesh), *_row(found))
-    console.print(table)
+    console.print(_of_meshes(f"{name}: meshes by formula", ranked))
     if not compiled or not topology.is_tpu:
         return
     best = [mesh for mesh, _ in ranked[:compiled]]
     plans = [(m, planning.plan(name, experiment, sizes, topology, m)) for m in best]
     plans.sort(key=lambda pair: (not pair[1].fits, -pair[1].queries_per_second))
-    table = Table(title=f"{name}: the best of them compiled", title_justify="left", box=None)
+    console.print(_of_meshes(f"{name}: the best of them compiled", plans))
+
+
+def _of_meshes(title: str, plans: Sequence[tuple[Mesh, Plan]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
     for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
         table.add_column(column, justify="right")
     for mesh, found in plans:
         table.add_row(_written(mesh), *_row(found))
-    console.print(table)
+    return table
 
 
 def _written(mesh: Mesh) -> str:

@@ -126,8 +126,10 @@ def _labelled(experiment: Experiment, made: Prepared) -> _TextsAndQrels:
 
 
 def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQrels:
-    """Texts that the student has learned from; the passages that they are made of are positives."""
-    settings = experiment.prepare
+    """Texts that the student has learned from, cut as it reads them; the passages that they are
+    made of are the positives."""
+    settings, vocabulary = experiment.prepare, made.vocabulary
+    longest = settings.query_length - 1 - bool(vocabulary.views)  # EOS and the marker of a view
     read = partial(source_pairs, settings, source, made.store, {}, ())
     least, pids = settings.min_relevance, made.store.pids
     count = sum(1 for _ in read())
@@ -135,7 +137,7 @@ def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQr
     texts, qrels = {}, {}
     for i, (text, index, _) in enumerate(read()):
         if i in chosen:
-            texts[f"{source}:{i}"] = text
+            texts[f"{source}:{i}"] = vocabulary.decode(vocabulary.encode(text)[:longest])
             qrels[f"{source}:{i}"] = {pids[index]: least}
     return texts, qrels
 
