@@ -522,6 +522,10 @@ def write_nq(folder: Path) -> None:
             for query, qrel in zip(queries[split], qrels[split], strict=True)
         ]
         (folder / f"biencoder-nq-{name}.json").write_text(json.dumps(records))
+    answered = (f"{r['question']}\t{json.dumps(r['answers'])}" for r in records[:20])
+    (folder / "nq-test.qa.csv").write_text(
+        "".join(line.replace('"', "'") + "\n" for line in answered)
+    )
 
 
 @pytest.mark.slow
@@ -539,11 +543,17 @@ def test_own_data_through_every_stage(experiment, write, command, tiny_model_dir
         f"--model_dir={model}", *sizes, f"--gin.SentencePiece.path={pieces}",
         "--gin.ResidualQuantization.num_codes=2", "--gin.T5Config.dtype=float32",
         "--gin.Experiment.control=False", "--gin.Generation.label_smoothing=0.1",
+        *(["--gin.Prepare.test_splits=('dev', 'test')"] if experiment == "nq.gin" else []),
     )  # fmt: skip
     assert "evaluate: done in" in done.stderr
     found = metrics(model)
     assert list(found) == ["bm25", "generate", "distill"]
-    ((split, measured),) = found["bm25"].items()
+    (split, measured), *unjudged = found["bm25"].items()
+    if experiment == "nq.gin":  # questions with answers and no judgements
+        ((_, of_answers),) = unjudged
+        assert {name.partition("@")[0] for name in of_answers} == {"AnswerHits"}
+        assert of_answers["AnswerHits@100"] > 0.5
+        assert "'test' has no judgements, only answers" in done.stderr
     assert measured["Success@10"] > 0.5
     assert (measured.get("AnswerHits@100", 0) > 0.5) == (experiment == "nq.gin")
     prepared = BeirCollection(str(model / "prepare/collection"))

@@ -30,6 +30,8 @@ from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)
 
+UNJUDGED = "unjudged"  # folder of the queries of splits without judgements, in BEIR layout
+
 
 def prepare(experiment: Experiment, folder: Path) -> None:
     """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does."""
@@ -38,9 +40,9 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     experiment.collection.check(splits)
     passages = store.write(experiment.collection.passages(), folder / "passages")
     queries, qrels = _read_judged(experiment, splits)
-    for split in splits:
+    for split, found in qrels.items():
         where = f"qrels of split {split!r}"
-        if not checks.check_qrels(qrels[split], queries[split], passages, where=where):
+        if not checks.check_qrels(found, queries[split], passages, where=where):
             raise ValueError(f"{where}: found none; expected a judged query or more")
     train = settings.train_split
     if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[train]):
@@ -48,8 +50,10 @@ def prepare(experiment: Experiment, folder: Path) -> None:
             f"split {train!r} has no positive: no relevance of {settings.min_relevance} or more "
             "(Prepare.min_relevance)"
         )
-    every_query = {q.qid: q for split in splits for q in queries[split].values()}
-    beir.write_beir(folder / "collection", (), every_query.values(), qrels)
+    judged = {q.qid: q for split in qrels for q in queries[split].values()}
+    beir.write_beir(folder / "collection", (), judged.values(), qrels)
+    for split in queries.keys() - qrels.keys():
+        beir.write_beir(folder / UNJUDGED / split, (), queries[split].values(), {})
     texts = itertools.chain(
         (p.contents for p in passages), (q.text for q in queries[train].values())
     )
@@ -65,7 +69,7 @@ def prepare(experiment: Experiment, folder: Path) -> None:
         "passages": len(passages),
         "queries": {split: len(queries[split]) for split in splits},
         "queries_cut": {s: _cut(vocabulary, queries[s], settings.query_length) for s in splits},
-        "qrels": {split: len(qrels[split]) for split in splits},
+        "qrels": {split: len(found) for split, found in qrels.items()},
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
         "identifiers": made.report,
@@ -78,10 +82,21 @@ def prepare(experiment: Experiment, folder: Path) -> None:
 def _read_judged(
     experiment: Experiment, splits: tuple[str, ...]
 ) -> tuple[dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
-    """Queries by qid, and judgements, of each split."""
-    collection = experiment.collection
+    """Queries by qid of each split, and judgements of those that have some.
+
+    A test split may have answers instead, see `evaluation.answer_hits`.
+    """
+    collection, train = experiment.collection, experiment.prepare.train_split
     queries = {split: {q.qid: q for q in collection.queries(split)} for split in splits}
-    return queries, {split: list(collection.qrels(split)) for split in splits}
+    qrels = {}
+    for split in splits:
+        try:
+            qrels[split] = list(collection.qrels(split))
+        except FileNotFoundError:
+            if split == train or not any(q.answers for q in queries[split].values()):
+                raise
+            logger.info("prepare: split %r has no judgements, only answers", split)
+    return queries, qrels
 
 
 def _datasets(
@@ -172,11 +187,17 @@ class Prepared:
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""
-        return {query.qid: query for query in self._judged.queries(split)}
+        alone = self._unjudged(split)
+        found = alone.all_queries() if alone else self._judged.queries(split)
+        return {query.qid: query for query in found}
 
     def qrels(self, split: str) -> dict[str, dict[str, int]]:
-        """qid -> pid -> relevance of a split."""
-        return trec.qrels_in_memory(self._judged.qrels(split))
+        """qid -> pid -> relevance of a split; {} of one that has answers instead."""
+        return {} if self._unjudged(split) else trec.qrels_in_memory(self._judged.qrels(split))
+
+    def _unjudged(self, split: str) -> beir.BeirCollection | None:
+        folder = self.folder / UNJUDGED / split
+        return beir.BeirCollection(str(folder)) if folder.is_dir() else None
 
     @property
     def _judged(self) -> beir.BeirCollection:
