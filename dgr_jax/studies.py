@@ -3,6 +3,7 @@
     MODEL_DIR/stages/<stage>-<fingerprint>   every stage that any experiment needs, made once
     MODEL_DIR/runs/<experiment>/<stage>      links to its stages, so that it is a MODEL_DIR itself
     MODEL_DIR/table.csv table.md *.png       what came out
+    MODEL_DIR/beams.csv beams.md beams.png   with Study.beams, what beam search loses
 
 Experiments run one after another, each in a process of its own.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import cli, evaluation, pipeline, plots
+from dgr_jax import cli, evaluation, limits, pipeline, plots
 from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe, fingerprint
 
@@ -48,6 +49,7 @@ class Study:
       what it leaves out is that of the row itself.
     may_differ: of 'examples', 'model', 'vocabulary' and 'split', what rows may differ in; a study
       whose rows differ in anything else fails.
+    beams: widths of beam search to compare with scoring every identifier, for every row of docids.
     """
 
     gin_files: tuple[str, ...]
@@ -59,6 +61,7 @@ class Study:
     split: str = ""
     baseline: dict[str, str] = field(default_factory=dict)
     may_differ: tuple[str, ...] = ()
+    beams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for axis, values in self.axes.items():
@@ -261,16 +264,44 @@ class Runner:
             raise ValueError(f"{self.folder}: no experiment of the study is finished")
         check_fair(rows, self.study.may_differ)
         table = [self._cells(row, self._baseline(row, rows)) for row in rows]
-        with (self.folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        self._write_table("table", table)
+        for axis, values in self.study.axes.items():
+            if not isinstance(values, Mapping) and all(isinstance(v, (int, float)) for v in values):
+                self._plot(axis, rows)
+        if self.study.beams:
+            self._report_limits()
+
+    def _report_limits(self) -> None:
+        """Writes beams.csv, beams.md and beams.png, and prints the table: what beam search of each
+        width loses, and what it could find at best."""
+        table, series = [], {}
+        for labels, group in itertools.groupby(self.runs, key=lambda run: run.labels):
+            runs = [run for run in group if self._link(run)["evaluate"][0]]
+            for system in (s for s in self.study.systems if s != "bm25" and runs):
+                row = {**labels, "system": system}
+                found = [
+                    limits.measure(self.experiment(run), system, self.study.beams, self.study.split)
+                    for run in runs
+                ]
+                for losses in zip(*found, strict=True):
+                    values = [loss.values() for loss in losses]
+                    means = {name: _interval(Row(row, values, {}), name) for name in values[0]}
+                    cells = {name: round(mean, 4) for name, (mean, _, _) in means.items()}
+                    table.append({**row, "beams": losses[0].num_beams, **cells})
+                    line = series.setdefault(", ".join(row.values()), [])
+                    line.append((float(losses[0].num_beams), means))
+        self._write_table("beams", table)
+        names = list(next(iter(series.values()))[0][1])
+        plots.measures_over(series, "beams", names, self.folder / "beams.png")
+
+    def _write_table(self, name: str, table: Sequence[Mapping[str, Any]]) -> None:
+        with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0].keys())
             writer.writeheader()
             writer.writerows(table)
         text = markdown(table)
-        (self.folder / "table.md").write_text(text, encoding="utf-8")
+        (self.folder / f"{name}.md").write_text(text, encoding="utf-8")
         sys.stdout.write(text)
-        for axis, values in self.study.axes.items():
-            if not isinstance(values, Mapping) and all(isinstance(v, (int, float)) for v in values):
-                self._plot(axis, rows)
 
     def _baseline(self, row: Row, rows: Sequence[Row]) -> Row | None:
         wanted = row.labels | self.study.baseline

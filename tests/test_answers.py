@@ -12,7 +12,7 @@ from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.stages.evaluate import _compare, _measurer, _run, _test_queries
+from dgr_jax.stages.evaluate import _compare, _measurer, _run, chosen_queries
 from tests import test_experiment
 
 TEXTS = {"a": "It is Paris.", "b": "It is Rome.", "c": "Bern"}
@@ -186,7 +186,7 @@ def test_answers_are_measured_beside_judgements(data, tmp_path, judged):
     measures = ("AnswerHits@1", "AnswerHits@2", "RR@10")
     experiment = experiment_on(data, tmp_path, splits=("test",), measures=measures)
     made = Made(data, tmp_path / "passages", judged)
-    queries = _test_queries(experiment, made, "test")
+    queries = chosen_queries(experiment, made, "test")
     measure = _measurer(experiment, made, queries, "test")
     values = _run(
         lambda texts: iter([run_of(**dict.fromkeys(texts, "ab"))]),

@@ -14,7 +14,13 @@ import pytest
 from dgr_jax import partitioning
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import exhaustive
-from dgr_jax.retrieval.exhaustive import Lost, identifier_log_probs, lost, passages, recall_lost
+from dgr_jax.retrieval.exhaustive import (
+    identifier_log_probs,
+    lost,
+    passages,
+    prefix_ceiling,
+    recall_lost,
+)
 from dgr_jax.retrieval.generative import Search
 from tests import students
 from tests.reference import exhaustive as reference
@@ -145,9 +151,21 @@ def test_what_is_lost_is_counted(found, recall):
     counted = lost(7, EXACT, np.array(found), [[0, 3], [5]])
     exact = [[3, 1, 2, 0], [5, 6, 4]]
     passages, first = reference.lost(exact, np.array(found).tolist())
-    assert counted == Lost(7, pytest.approx(passages), first, recall, 1.0)
-    alone = lost(7, EXACT, np.array(found))
-    assert np.isnan([alone.recall, alone.exhaustive_recall]).all()
+    means = {name: values.mean() for name, values in counted.values().items()}
+    expected = {"passages": passages, "first": first, "recall": recall, "exhaustive_recall": 1.0}
+    assert means == pytest.approx(expected)
+    assert list(lost(7, EXACT, np.array(found)).values()) == ["passages", "first"]
+
+
+def test_the_ceiling_of_positives_that_share_prefixes():
+    """The first code of three is 1; that of the others is their own: a beam of 2 keeps 1 and 2,
+    and in the end two of them."""
+    codes = np.array([[1, 4], [1, 5], [1, 6], [2, 4], [3, 4]])
+    assert [prefix_ceiling(codes, width) for width in (1, 2, 3, 5)] == [0.2, 0.4, 0.6, 1.0]
+    several = np.array([[1, 4], [1, 4], [2, 5], [3, 6]])  # two passages, one identifier
+    assert prefix_ceiling(several, 1) == 0.5
+    early = np.array([[1, 1, 1], [1, 2, 1], [2, 1, 1], [2, 1, 2], [2, 1, 3]])
+    assert prefix_ceiling(early, 2) == 0.4
 
 
 @pytest.mark.slow
@@ -158,10 +176,13 @@ def test_a_narrow_beam_loses_something_and_a_wide_one_nothing(decoder):
     search = dataclasses.replace(SEARCH, num_beams=3)
     beam = dataclasses.replace(decoder, search=search).passages(QUERIES)[0][:, :5]
     shares = reference.lost(exact.tolist(), beam.tolist())
-    assert (narrow.num_beams, narrow.passages, narrow.first) == (3, *map(pytest.approx, shares))
-    assert narrow.passages > 0
-    assert (wide.num_beams, wide.passages, wide.first) == (40, 0.0, 0.0)
-    assert wide.recall == wide.exhaustive_recall == narrow.exhaustive_recall
+    assert narrow.num_beams == 3
+    assert (narrow.passages.mean(), narrow.first.mean()) == pytest.approx(shares)
+    assert narrow.passages.mean() > 0
+    assert (wide.num_beams, wide.passages.any(), wide.first.any()) == (40, False, False)
+    np.testing.assert_array_equal(wide.recall, wide.exhaustive_recall)
+    np.testing.assert_array_equal(wide.recall, narrow.exhaustive_recall)
+    assert (wide.ceiling == 1.0).all()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ TOP = {
     "evaluate",
     "pseudo_queries",
     "hlo",
+    "limits",
     "outlook",
     "plan",
     "plan_tables",

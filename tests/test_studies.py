@@ -144,6 +144,31 @@ def test_the_table_of_what_is_finished(finished):
         Runner(other, str(finished.folder), SETTINGS).report()
 
 
+@pytest.mark.slow
+def test_what_beam_search_loses(finished, command, tmp_path):
+    """The widest beam holds every identifier; a query has one positive, which nothing hides."""
+    file = tmp_path / "beams.gin"
+    file.write_text(
+        "Study.gin_files = ('quickstart.gin',)\n"
+        "Study.axes = {'TopM.size': (16, 3)}\n"
+        "Study.systems = ('distill', 'bm25')\n"
+        "Study.measures = ('RR@10',)\n"
+        "Study.beams = (1, 8, 240)\n"
+    )
+    command("dgr_jax.study", f"--gin_file={file}", f"--model_dir={finished.folder}", *TINY[1:],
+            "--table_only")  # fmt: skip
+    with (finished.folder / "beams.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(line["system"], line["beams"]) for line in table] == [
+        ("distill", "1"), ("distill", "8"), ("distill", "240"),
+    ]  # fmt: skip
+    lost = [float(line["passages"]) for line in table]
+    assert lost[0] >= 0.875 > lost[1] > lost[2] == 0.0
+    assert {line["ceiling"] for line in table} == {"1.0"}
+    assert table[2]["recall"] == table[2]["exhaustive_recall"]
+    assert image.imread(finished.folder / "beams.png").std() > 0.01
+
+
 def test_a_study_of_nothing_has_no_table(tmp_path):
     with pytest.raises(ValueError, match="no experiment of the study is finished"):
         Runner(study(), str(tmp_path), SETTINGS).report()

@@ -7,9 +7,8 @@ length, V vocabulary, P passages.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -141,18 +140,24 @@ def passages(decoder: Decoder, tokens: np.ndarray, *, block: int | None = None) 
 
 @dataclass(frozen=True)
 class Lost:
-    """What a beam search loses against exhaustive scoring, means over the queries.
+    """What a beam search loses against exhaustive scoring, f64 [n] of each query.
 
-    passages: share of the best k passages that it does not find among its own best k; first: share
-    of the queries whose best passage it does not find. recall, exhaustive_recall: share of the
-    positives among the best k of either; NaN where none were given.
+    passages: share of the best k passages that it does not find among its own best k; first: 1
+    where it does not find the best one. With positives: recall, exhaustive_recall: share of them
+    among the best k of either; ceiling: `prefix_ceiling`. Empty without.
     """
 
     num_beams: int
-    passages: float
-    first: float
-    recall: float = math.nan
-    exhaustive_recall: float = math.nan
+    passages: np.ndarray
+    first: np.ndarray
+    recall: np.ndarray
+    exhaustive_recall: np.ndarray
+    ceiling: np.ndarray
+
+    def values(self) -> dict[str, np.ndarray]:
+        """Name -> value of each query, of what there is."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self)[1:])
+        return {name: values for name, values in named if len(values)}
 
 
 def recall_lost(
@@ -161,7 +166,7 @@ def recall_lost(
     widths: Sequence[int],
     *,
     k: int = 10,
-    positives: Sequence[Sequence[int]] | None = None,
+    positives: Sequence[Sequence[int]] = (),
 ) -> list[Lost]:
     """What beam search of each width loses, against the same student without a search.
 
@@ -172,10 +177,13 @@ def recall_lost(
     """
     _check(decoder, tokens, k, positives)
     exact = passages(decoder, tokens)[0][:, :k]
+    identifiers = _identifiers(decoder, positives)
     losses = []
     for width in widths:
         narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
-        losses.append(lost(width, exact, narrow.passages(tokens)[0][:, :k], positives))
+        found = narrow.passages(tokens)[0][:, :k]
+        ceiling = np.array([prefix_ceiling(rows, width) for rows in identifiers])
+        losses.append(lost(width, exact, found, positives, ceiling))
     return losses
 
 
@@ -183,14 +191,44 @@ def lost(
     num_beams: int,
     exact: np.ndarray,
     found: np.ndarray,
-    positives: Sequence[Sequence[int]] | None = None,
+    positives: Sequence[Sequence[int]] = (),
+    ceiling: np.ndarray | None = None,
 ) -> Lost:
     """What the passages `found` lack of the `exact` ones, int [n, k] each, -1 in free places."""
     there = exact >= 0
     missed = there & ~(exact[:, :, None] == found[:, None, :]).any(-1)
-    recalls = (_recall(x, positives) for x in (found, exact)) if positives is not None else ()
-    shares = missed.sum(1) / np.maximum(there.sum(1), 1)
-    return Lost(num_beams, float(shares.mean()), float(missed[:, 0].mean()), *recalls)
+    return Lost(
+        num_beams,
+        missed.sum(1) / np.maximum(there.sum(1), 1),
+        missed[:, 0].astype(float),
+        _recall(found, positives),
+        _recall(exact, positives),
+        np.zeros(0) if ceiling is None else ceiling,
+    )
+
+
+def prefix_ceiling(identifiers: np.ndarray, width: int) -> float:
+    """The share of a query's positives that a beam of `width` keeps if the student is perfect.
+
+    A perfect student gives every positive the same probability, so a prefix has that of the
+    positives below it, and a step keeps the `width` prefixes that most positives share: those with
+    a prefix of their own are lost where many others share theirs, whatever the student learns.
+    Of equally good prefixes the smaller one is kept.
+
+    identifiers: int [n, T], one of each positive, right-padded with 0. Returns 0 .. 1.
+    """
+    left = np.asarray(identifiers)
+    for t in range(1, left.shape[1] + 1):
+        _, prefix, sharing = np.unique(left[:, :t], axis=0, return_inverse=True, return_counts=True)
+        kept = np.argsort(-sharing, kind="stable")[:width]
+        left = left[np.isin(prefix.ravel(), kept)]
+    return len(left) / len(identifiers)
+
+
+def _identifiers(decoder: Decoder, positives: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """An identifier of each of a query's positives, int [n, T]."""
+    rows = decoder.table.rows_of_passages() if len(positives) else None
+    return [decoder.table.tokens[rows[list(right)]] for right in positives]
 
 
 def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None:
@@ -198,13 +236,14 @@ def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None
         raise ValueError("recall_lost: got no queries, expected one or more")
     if not 1 <= k <= decoder.search.depth:
         raise ValueError(f"recall_lost: got k={k}, expected 1 to {decoder.search.depth}, the depth")
-    if positives is not None and [len(tokens), True] != [len(positives), all(map(len, positives))]:
+    if len(positives) and [len(tokens), True] != [len(positives), all(map(len, positives))]:
         raise ValueError(
             f"recall_lost: got positives of {sum(map(bool, map(len, positives)))} queries, "
             f"expected one or more of each of the {len(tokens)}"
         )
 
 
-def _recall(found: np.ndarray, positives: Sequence[Sequence[int]]) -> float:
-    shares = [np.isin(right, row).mean() for right, row in zip(positives, found, strict=True)]
-    return float(np.mean(shares))
+def _recall(found: np.ndarray, positives: Sequence[Sequence[int]]) -> np.ndarray:
+    """f64 [n], or [0] without positives."""
+    asked = zip(positives, found, strict=True) if len(positives) else ()
+    return np.array([np.isin(right, row).mean() for right, row in asked])

@@ -35,7 +35,7 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     """
     made = Prepared.load(experiment.model_dir)
     splits = experiment.prepare.test_splits
-    queries = {split: _test_queries(experiment, made, split) for split in splits}
+    queries = {split: chosen_queries(experiment, made, split) for split in splits}
     for split, asked in queries.items():
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     measure = {split: _measurer(experiment, made, queries[split], split) for split in splits}
@@ -68,7 +68,7 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     _show(measured, compared)
 
 
-def _test_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, Query]:
+def chosen_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, Query]:
     """qid -> query, at most Evaluate.max_queries of them."""
     queries = made.queries(split)
     settings = experiment.evaluate

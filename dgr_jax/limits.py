@@ -1,0 +1,49 @@
+"""What constrained beam search loses on a finished experiment, and what it could find at best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dgr_jax.experiment import Experiment
+from dgr_jax.retrieval import exhaustive
+from dgr_jax.retrieval.exhaustive import Lost
+from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages.students import decoder
+
+TOP = 10  # passages that are compared
+
+
+def measure(
+    experiment: Experiment, system: str, beams: Sequence[int], split: str = ""
+) -> list[Lost]:
+    """Each width of beam search against all identifiers scored, on the judged queries of a split.
+
+    split: '' is the first test split. Queries are those of the evaluate stage.
+
+    Raises ValueError for an experiment with several identifiers a passage.
+    """
+    made, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
+    if made.table is None:
+        raise ValueError(
+            "Study.beams: got an experiment of several views, whose spans cannot all be scored; "
+            "expected one identifier a passage (Prepare.identifiers)"
+        )
+    split = split or experiment.prepare.test_splits[0]
+    judged, least = made.qrels(split), experiment.evaluate.min_relevance
+    positives = {
+        qid: [made.store.index_of(pid) for pid, grade in judged[qid].items() if grade >= least]
+        for qid in chosen_queries(experiment, made, split)
+    }
+    positives = {qid: found for qid, found in positives.items() if found}
+    texts = made.queries(split)
+    tokens = made.vocabulary.encode_inputs(
+        [texts[qid].text for qid in positives], experiment.prepare.query_length
+    )
+    student = decoder(experiment, system, search, made)
+    k = min(TOP, search.depth)
+    return exhaustive.recall_lost(
+        student, np.asarray(tokens), beams, k=k, positives=list(positives.values())
+    )
