@@ -270,6 +270,10 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
 
     lengths = {"inputs": 16, "targets": indexes.length}
     generation = arrays("views_labelled", lengths, GenerationConverter())
+    direct = examples.features(made, vocabulary, 16, indexes.length)
+    assert generation.keys() == direct.keys()
+    for name in direct:
+        np.testing.assert_array_equal(generation[name], direct[name], err_msg=name)
     inputs, targets = generation["encoder_input_tokens"], generation["decoder_target_tokens"]
     asked = [VIEWS[vocabulary.views.index(v)] for v in vocabulary.views]
     for row, target in zip(inputs, targets, strict=True):

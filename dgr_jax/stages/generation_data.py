@@ -6,11 +6,11 @@ file of records: one after the other, or by as many workers as there are, to the
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 4096
 NAME = "examples"
+_held = threading.local()
 
 
 class Opened(NamedTuple):
@@ -142,6 +143,7 @@ def write(
     read = work.stream
     if everywhere is not None:
         (work.folder / "parts").mkdir(exist_ok=True)
+        vars(_held).clear()  # of another time, where workers are threads of this process
         everywhere(work, [part for source in sources for part in work.parts(source, opened)])
         read = work.gather
     found: dict[str, list] = {}
@@ -158,9 +160,14 @@ def write(
     return {source: sum(shard.examples for shard in of) for source, of in found.items()}
 
 
-@functools.lru_cache(maxsize=1)
 def reopened(work: Work) -> Opened:
-    """What a worker of another process opens, once for all its parts."""
+    """What a worker opens, once for all its parts; each thread for itself."""
+    if getattr(_held, "work", None) != work:
+        _held.opened, _held.work = _open(work), work
+    return _held.opened
+
+
+def _open(work: Work) -> Opened:
     settings, folder = work.settings, work.folder
     passages = PassageStore(folder / "passages")
     judged = beir.BeirCollection(str(folder / "collection"))
