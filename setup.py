@@ -69,6 +69,8 @@ setup(
         "multiview": ["pydivsufsort>=0.0.14"],
         "interop": ["torch>=2.2", "transformers>=4.44"],
         "stemmer": ["PyStemmer>=2.2"],
+        # Beam holds protobuf below 7, which sentencepiece from 0.2.3 on was made with.
+        "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3"],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
     },

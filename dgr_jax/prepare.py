@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from dgr_jax import cli
 
@@ -17,12 +18,26 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="the new MODEL_DIR, to be taken to another machine"
     )
+    parser.add_argument(
+        "--beam_options",
+        metavar="FLAGS",
+        help="make the examples by Apache Beam (extra `beam`); FLAGS are those of its runner, such "
+        "as '--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing'. "
+        "Workers must see MODEL_DIR and the pseudo-queries under the same paths",
+    )
     args, bindings = cli.parse(parser, argv)
     experiment = cli.load_experiment(args, bindings)
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.MAKERS, ["prepare"])
+    makers = stages.MAKERS
+    if args.beam_options is not None:
+        from dgr_jax.stages import beam
+
+        beam.check()
+        everywhere = partial(beam.write_parts, options=args.beam_options)
+        makers = makers | {"prepare": partial(makers["prepare"], everywhere=everywhere)}
+    pipeline.run(experiment, makers, ["prepare"])
     if args.export:
         from dgr_jax.stages.prepare import export
 

@@ -135,7 +135,7 @@ def test_sources_without_a_rate_are_refused():
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory, vocabulary, table, passages):
     """The tasks of a small collection, with three rank lists, one of them short."""
-    from dgr_jax.data import prepared, tasks
+    from dgr_jax.data import tasks
 
     folder = tmp_path_factory.mktemp("tfds")
     qrels = [Qrel(f"q{i}", f"p{i}", 1) for i in range(3)]
@@ -146,7 +146,7 @@ def registered(tmp_path_factory, vocabulary, table, passages):
         )
         for name in settings.rates()
     }
-    counts = prepared.write(folder, "examples", streams)
+    counts = view_collections.write_dataset(folder, streams)
     lists = {
         "texts": list(TEXTS.values()),
         "passages": np.array([[0, 2], [1, 0], [2, -1]], np.int32),
@@ -241,7 +241,6 @@ def test_converters_refuse_wrong_lengths(registered):
 def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     from dgr_jax.data import tasks
     from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter
-    from dgr_jax.data.prepared import write
 
     vocabulary, indexes, _, prepared = view_collections.prepare(tmp_path)
     texts = view_collections.TEXTS
@@ -250,7 +249,8 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     scores = np.tile(np.arange(4, 0, -1, dtype=np.float32), (3, 1))
     positives = np.zeros(3, np.int32)
     pairs = [(texts[i], i, f"q{i}") for i in range(3)]
-    write(tmp_path / "tfds", "examples", {"labelled": prepared.examples(pairs)}, views=True)
+    made = list(prepared.examples(pairs))
+    view_collections.write_dataset(tmp_path / "tfds", {"labelled": made}, views=True)
     many = partial(rank_lists.view_examples, texts, named, scores, positives, len(indexes.text))
     tasks.register("views", tasks.Prepared(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many))
     passages_, limit, length = named.tokens.shape[1:]
@@ -270,6 +270,10 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
 
     lengths = {"inputs": 16, "targets": indexes.length}
     generation = arrays("views_labelled", lengths, GenerationConverter())
+    direct = examples.features(made, vocabulary, 16, indexes.length)
+    assert generation.keys() == direct.keys()
+    for name in direct:
+        np.testing.assert_array_equal(generation[name], direct[name], err_msg=name)
     inputs, targets = generation["encoder_input_tokens"], generation["decoder_target_tokens"]
     asked = [VIEWS[vocabulary.views.index(v)] for v in vocabulary.views]
     for row, target in zip(inputs, targets, strict=True):

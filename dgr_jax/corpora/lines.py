@@ -30,16 +30,21 @@ def error(path: str | os.PathLike, line: int, found: str, expected: str) -> Valu
     return ValueError(f"{os.fspath(path)}, line {line}: found {found}; expected {expected}")
 
 
-def read(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its line end) of a UTF-8 file, plain or gzip.
+
+    after, offset: begin after so many lines, at this byte of the text, of a file that is not
+    packed: see `places`.
 
     Lines end at "\\n" or "\\r\\n" only: other separators of Unicode stay in the text.
     Raises ValueError with line and byte offset at invalid UTF-8 and at damaged gzip data.
     """
-    line = offset = 0
+    line = after
     with _open(path) as handle:
+        if offset:
+            handle.seek(offset)
         try:
-            for line, raw in enumerate(handle, start=1):
+            for line, raw in enumerate(handle, start=after + 1):
                 start = len(codecs.BOM_UTF8) if line == 1 and _has_bom(path, raw) else 0
                 try:
                     text = raw[start:].decode("utf-8")
@@ -50,6 +55,23 @@ def read(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
                 yield line, text.removesuffix("\n").removesuffix("\r")
         except (EOFError, gzip.BadGzipFile, zlib.error) as err:
             raise _damaged_gzip(path, line, err) from None
+
+
+def places(path: str | os.PathLike, every: int) -> list[tuple[int, int, int]]:
+    """Cuts a file into runs of `every` lines: (lines before, byte where it begins, its lines).
+
+    A packed file is one run: it can only be read from its beginning.
+    """
+    found, start, offset, number = [], 0, 0, 0
+    with _open(path) as handle:
+        packed = isinstance(handle.raw, gzip.GzipFile)
+        for number, raw in enumerate(handle, start=1):
+            offset += len(raw)
+            if number % every == 0 and not packed:
+                found.append((number - every, start, every))
+                start = offset
+    before = len(found) * every
+    return found + [(before, start, number - before)] * (number > before)
 
 
 def json_objects(path: str | os.PathLike, columns: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,23 +1,30 @@
 """Generation examples: what a student reads, and the identifier that it learns to write.
 
 Three sources, as in DSI and MINDER: labelled queries, the text of passages, and pseudo-queries
-(given in a file, or the sentences of the passage).
+(given in a file, or the sentences of the passage). A source is cut into parts, of which each can
+be read, and its examples be made, without those before it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage, Qrel
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
+    from dgr_jax.data.vocabulary import Vocabulary
 
 SOURCES = ("labelled", "passages", "pseudo_queries")
+PASSAGES_A_PART = 50_000
+LINES_A_PART = 500_000
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -76,12 +83,51 @@ class Sources:
                 yield " ".join(words[: self.max_sentence_words])
 
 
-def pseudo_queries(path: str, store: PassageStore) -> Iterator[tuple[int, str]]:
-    """(passage index, text) of a pseudo-query file.
+@dataclass(frozen=True)
+class Part:
+    """Things [start, stop) of a source: passages, lines of a file (from byte `offset`) or qrels.
+
+    number: of the part in its source.
+    """
+
+    source: str
+    number: int
+    start: int
+    stop: int
+    offset: int = 0
+
+
+def parts(source: str, settings: Sources, *, num_passages: int, num_qrels: int = 0) -> list[Part]:
+    """The parts of a source in its order: 50,000 passages each, or 500,000 lines or qrels.
+
+    A packed file of pseudo-queries is one part.
+    """
+    if source == "pseudo_queries" and settings.pseudo_query_path:
+        runs = lines.places(settings.pseudo_query_path, LINES_A_PART)
+        return [
+            Part(source, number, start, start + count, offset)
+            for number, (start, offset, count) in enumerate(runs)
+        ]
+    labelled = source == "labelled"
+    total, step = (num_qrels, LINES_A_PART) if labelled else (num_passages, PASSAGES_A_PART)
+    return [
+        Part(source, number, start, min(start + step, total))
+        for number, start in enumerate(range(0, total, step))
+    ]
+
+
+def pseudo_queries(
+    path: str, store: PassageStore, part: Part | None = None
+) -> Iterator[tuple[int, str]]:
+    """(passage index, text) of a pseudo-query file, or of a part of it.
 
     Raises ValueError naming file and line of a line that is no pair, or a pid not in the store.
     """
-    for number, line in lines.read(path):
+    found = lines.read(path)
+    if part is not None:
+        found = lines.read(path, after=part.start, offset=part.offset)
+        found = islice(found, part.stop - part.start)
+    for number, line in found:
         pid, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise ValueError(
@@ -101,30 +147,40 @@ def pairs(
     *,
     store: PassageStore,
     query_texts: dict[str, str] | None = None,
-    qrels: Iterable[Qrel] = (),
+    qrels: Sequence[Qrel] = (),
     min_relevance: int = 1,
+    part: Part | None = None,
 ) -> Iterator[tuple[str, int, str]]:
     """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
 
-    qid is blank but for labelled queries. Judgements below `min_relevance` give none.
+    part: only of this part. qid is blank but for labelled queries. Judgements below `min_relevance`
+    give none.
     """
     if source == "labelled":
-        for qrel in qrels:
+        for qrel in qrels[part.start : part.stop] if part else qrels:
             if qrel.relevance >= min_relevance:
                 yield query_texts[qrel.qid], store.index_of(qrel.pid), qrel.qid
     elif source == "passages":
-        for index, passage in enumerate(store):
+        for index, passage in _passages(store, part):
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        for index, text in pseudo_queries(settings.pseudo_query_path, store):
+        for index, text in pseudo_queries(settings.pseudo_query_path, store, part):
             yield text, index, ""
     elif source == "pseudo_queries":
-        for index, passage in enumerate(store):
+        for index, passage in _passages(store, part):
             for text in settings.sentences(passage):
                 yield text, index, ""
     else:
         raise ValueError(f"unknown source {source!r}, expected one of {SOURCES}")
+
+
+def _passages(store: PassageStore, part: Part | None) -> Iterator[tuple[int, Passage]]:
+    if part is None:
+        yield from enumerate(store)
+    else:
+        for index in range(part.start, part.stop):
+            yield index, store[index]
 
 
 def of_docids(
@@ -140,3 +196,29 @@ def of_docids(
         if (row := rows[index]) >= 0:
             identifier = table.tokens[row, : table.lengths[row]]
             yield {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
+
+
+def features(
+    examples: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, query_length: int, length: int
+) -> dict[str, np.ndarray]:
+    """Model features of E examples: as the SeqIO tasks and GenerationConverter make them.
+
+    encoder_input_tokens int32 [E, query_length], EOS and the marker of a view counted;
+    decoder_input_tokens and decoder_target_tokens int32 [E, length]; decoder_loss_weights f32
+    [E, length].
+    """
+    texts = [example["inputs"] for example in examples]
+    if vocabulary.views:
+        first = np.array([[vocabulary.marker(e["view"])] for e in examples], np.int32)
+        inputs = np.hstack([first, vocabulary.encode_inputs(texts, query_length - 1)])
+    else:
+        inputs = vocabulary.encode_inputs(texts, query_length)
+    targets = np.zeros((len(examples), length), np.int32)
+    for row, example in zip(targets, examples, strict=True):
+        row[: len(example["targets"])] = example["targets"]
+    return {
+        "encoder_input_tokens": inputs,
+        "decoder_input_tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": (targets > 0).astype(np.float32),
+    }

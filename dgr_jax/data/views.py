@@ -274,7 +274,7 @@ def blocks(
     mixture: ViewMixture,
     views: Views,
     *,
-    seed: int,
+    seed: int | Sequence[int],
     counts: Counter,
 ) -> Iterator[Block]:
     """The examples of each pair, 256 pairs a block; the same for the same pairs and seed.

@@ -40,7 +40,9 @@ class SentencePiece:
     size: pieces of a trained model; fewer where the corpus has fewer.
     lowercase: fold case in a trained model, which small collections need.
     extra_ids: unused ids after the pieces; 100 for the published T5 model.
-    max_sentences: texts that a trained model sees, evenly spread.
+    max_sentences, max_characters: texts that a trained model sees, and their characters, at most;
+    where there are more, every second, fourth, eighth ... text. Training takes about 25 bytes of
+    memory a character.
     """
 
     path: str = ""
@@ -48,6 +50,7 @@ class SentencePiece:
     lowercase: bool = True
     extra_ids: int = 0
     max_sentences: int = 1_000_000
+    max_characters: int = 60_000_000
 
     def write(self, folder: Path, texts: Iterable[str]) -> Path:
         """Copy or train the model into `folder`/spiece.model.
@@ -82,7 +85,9 @@ class SentencePiece:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(texts),
+                sentence_iterator=iter(
+                    evenly(_lines(texts), self.max_sentences, self.max_characters)
+                ),
                 model_writer=model,
                 vocab_size=self.size,
                 hard_vocab_limit=False,
@@ -91,8 +96,6 @@ class SentencePiece:
                 unk_id=UNK_ID,
                 bos_id=-1,
                 normalization_rule_name="nmt_nfkc_cf" if self.lowercase else "nmt_nfkc",
-                input_sentence_size=self.max_sentences,
-                shuffle_input_sentence=False,
                 max_sentence_length=65536,
                 num_threads=1,
                 minloglevel=2,
@@ -102,6 +105,21 @@ class SentencePiece:
                 f"SentencePiece could not be trained on this corpus with size={self.size}: {error}"
             ) from error
         return model.getvalue()
+
+
+def evenly(texts: Iterable[str], max_texts: int, max_characters: int) -> list[str]:
+    """All texts, or every second, fourth ... from the first on, so that they fit; read once."""
+    kept: list[str] = []
+    characters, stride = 0, 1
+    for number, text in enumerate(texts):
+        if number % stride:
+            continue
+        kept.append(text)
+        characters += len(text)
+        while len(kept) > max(1, max_texts) or (len(kept) > 1 and characters > max_characters):
+            kept, stride = kept[::2], 2 * stride
+            characters = sum(map(len, kept))
+    return kept
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
 
 _log = logging.getLogger(__name__)
+
+_IN_MEMORY = 1 << 30  # bytes of vectors from which they are kept in a file
 
 
 class Embeddings(Protocol):
@@ -32,7 +35,7 @@ class TfidfSvd:
     dim: D. max_features: the vocabulary keeps the most frequent words. min_count: a word must be in
     so many passages (in 1 for corpora of fewer than 1,000). stop_words: "english" or "" for none.
     fit_passages: vocabulary and decomposition are fitted on a sample of this size; all passages
-    are then projected in pieces, so memory grows with P only by the f32 [P, D] result.
+    are then projected in pieces, and vectors of more than 1 GiB are kept in a temporary file.
     iterations: power iterations of the randomised decomposition (Halko et al. 2011).
     """
 
@@ -52,7 +55,7 @@ class TfidfSvd:
         if self.dim < 1:
             raise ValueError(f"TfidfSvd.dim = {self.dim}, expected 1 or more")
         num_passages = _counted(store)
-        vectors = np.zeros((num_passages, self.dim), np.float32)
+        vectors = _zeros(num_passages, self.dim)
         fit_rows = kmeans.sample(num_passages, self.fit_passages, seed)
         vectorizer = self._vectorizer(num_passages)
         try:
@@ -176,6 +179,14 @@ def load_sentence_transformer(model: str, name: str) -> Any:
             f"{name} = {model!r} cannot be loaded: give a local folder of a sentence-transformers "
             f"model, or a hub id where the network can be reached ({error})"
         ) from error
+
+
+def _zeros(rows: int, width: int) -> np.ndarray:
+    """f32 [rows, width] in memory, or mapped into it from a file that is gone when it is let go."""
+    if rows * width * 4 <= _IN_MEMORY:
+        return np.zeros((rows, width), np.float32)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.float32, "w+", shape=(rows, width))
 
 
 def _counted(store: PassageStore) -> int:

@@ -17,7 +17,8 @@ from dgr_jax.retrieval.generative import BLOCK, Decoder
 from dgr_jax.retrieval.multiview import best
 from dgr_jax.retrieval.multiview_keys import keys
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder
-from dgr_jax.stages.prepare import Prepared, source_pairs
+from dgr_jax.stages.generation_data import source_pairs
+from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training.arrays import write_arrays
 

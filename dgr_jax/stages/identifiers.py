@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,24 @@ Pairs = Iterable[tuple[str, int, str]]
 class Identified:
     """Identifiers as generation examples need them.
 
-    length: tokens of the longest; examples: (text, passage index, qid) pairs -> examples;
-    report: for report.json.
+    length: tokens of the longest; examples: (text, passage index, qid) pairs of a part of a
+    source, and its number -> examples; report: for report.json; drawn: counts of what is drawn,
+    filled while examples are read.
     """
 
     vocabulary: Vocabulary
     length: int
-    examples: Callable[[Pairs], Iterator[dict[str, Any]]]
+    examples: Callable[..., Iterator[dict[str, Any]]]
     report: dict[str, Any]
+    drawn: Counter = field(default_factory=Counter)
+
+
+def reopened(settings: Prepare, folder: Path, passages: PassageStore) -> Identified:
+    """The same from what `docids` or `views` wrote, without its report."""
+    vocabulary = Vocabulary.load(folder)
+    if vocabulary.views:
+        return _of_views(settings, folder, passages, vocabulary, {})
+    return _of_docids(passages, vocabulary, IdentifierTable.load(folder / "identifiers"), {})
 
 
 def docids(settings: Prepare, folder: Path, passages: PassageStore) -> Identified:
@@ -58,8 +68,14 @@ def docids(settings: Prepare, folder: Path, passages: PassageStore) -> Identifie
     vocabulary = replace(vocabulary, num_code_tokens=table.num_code_tokens)
     vocabulary.save()
     _save(table, folder, "", vocabulary)
-    make = lambda pairs: examples.of_docids(pairs, passages, table)
-    return Identified(vocabulary, table.tokens.shape[1], make, table.report())
+    return _of_docids(passages, vocabulary, table, table.report())
+
+
+def _of_docids(
+    passages: PassageStore, vocabulary: Vocabulary, table: IdentifierTable, report: dict[str, Any]
+) -> Identified:
+    make = lambda pairs, part=0: examples.of_docids(pairs, passages, table)
+    return Identified(vocabulary, table.tokens.shape[1], make, report)
 
 
 def views(
@@ -108,17 +124,27 @@ def views(
         spans_begin_anywhere=anywhere,
         num_tokens=counts["tokens"],
     )
-    made = ViewIndexes.load(folder, vocabulary)
-    drawn: Counter = Counter()
+    made = _of_views(settings, folder, passages, vocabulary, report)
+    report["drawn"] = made.drawn
+    return made
 
-    def make(pairs: Pairs) -> Iterator[dict[str, Any]]:
-        blocks = view_examples.blocks(
-            pairs, settings.mixture, made.views, seed=settings.seed, counts=drawn
-        )
+
+def _of_views(
+    settings: Prepare,
+    folder: Path,
+    passages: PassageStore,
+    vocabulary: Vocabulary,
+    report: dict[str, Any],
+) -> Identified:
+    indexes, drawn = ViewIndexes.load(folder, vocabulary), Counter()
+    drawing = indexes.views
+
+    def make(pairs: Pairs, part: int = 0) -> Iterator[dict[str, Any]]:
+        seed = [settings.seed, part] if part else settings.seed
+        blocks = view_examples.blocks(pairs, settings.mixture, drawing, seed=seed, counts=drawn)
         return view_examples.examples(blocks, passages.pids)
 
-    report["drawn"] = drawn  # filled while examples are written
-    return Identified(vocabulary, made.length, make, report)
+    return Identified(vocabulary, indexes.length, make, report, drawn)
 
 
 def _pseudo_queries(

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from dgr_jax import cli
 from dgr_jax.corpora import beir, checks, store, trec
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
-from dgr_jax.data import examples, loading
+from dgr_jax.data import loading
+from dgr_jax.data.examples import Part
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiment import Experiment, Prepare
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.pipeline import RECORD, read_record, write_record
 from dgr_jax.retrieval.view_indexes import ViewIndexes
-from dgr_jax.stages import identifiers
+from dgr_jax.stages import generation_data, identifiers
+from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
 from dgr_jax.training import arrays
 
@@ -33,13 +39,21 @@ logger = logging.getLogger(__name__)
 UNJUDGED = "unjudged"  # folder of the queries of splits without judgements, in BEIR layout
 
 
-def prepare(experiment: Experiment, folder: Path) -> None:
-    """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does."""
+def prepare(
+    experiment: Experiment,
+    folder: Path,
+    everywhere: Callable[[Work, Iterable[Part]], None] | None = None,
+) -> None:
+    """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does.
+
+    everywhere: makes the generation examples on workers, see `generation_data.write`.
+    """
     settings = experiment.prepare
     splits = (settings.train_split, *settings.test_splits)
     experiment.collection.check(splits)
-    passages = store.write(experiment.collection.passages(), folder / "passages")
-    queries, qrels = _read_judged(experiment, splits)
+    with _part("passages"):
+        passages = store.write(experiment.collection.passages(), folder / "passages")
+        queries, qrels = _read_judged(experiment, splits)
     for split, found in qrels.items():
         where = f"qrels of split {split!r}"
         if not checks.check_qrels(found, queries[split], passages, where=where):
@@ -57,14 +71,19 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     texts = itertools.chain(
         (p.contents for p in passages), (q.text for q in queries[train].values())
     )
-    settings.vocabulary.write(folder, texts)
-    if isinstance(settings.identifiers, Multiview):
-        tested = (query for split in settings.test_splits for query in queries[split].values())
-        made = identifiers.views(settings, folder, passages, tested)
-    else:
-        made = identifiers.docids(settings, folder, passages)
-    counts = _datasets(experiment, folder, passages, made, queries[train], qrels[train])
+    with _part("vocabulary"):
+        settings.vocabulary.write(folder, texts)
+    with _part("identifiers"):
+        if isinstance(settings.identifiers, Multiview):
+            tested = (query for split in settings.test_splits for query in queries[split].values())
+            made = identifiers.views(settings, folder, passages, tested)
+        else:
+            made = identifiers.docids(settings, folder, passages)
+    opened = Opened(passages, made, queries[train], qrels[train])
+    with _part("examples"):
+        counts = generation_data.write(Work(settings, folder), opened, everywhere)
     vocabulary = made.vocabulary
+    _follow_tasks(settings, folder, made)
     report = {
         "passages": len(passages),
         "queries": {split: len(queries[split]) for split in splits},
@@ -77,6 +96,14 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     for line in _readable(report, settings.query_length):
         logger.info("prepare: %s", line)
+
+
+@contextlib.contextmanager
+def _part(name: str) -> Iterator[None]:
+    """Logs how long a part of the stage took."""
+    start = time.perf_counter()
+    yield
+    logger.info("prepare: %s in %.1f s", name, time.perf_counter() - start)
 
 
 def _read_judged(
@@ -99,55 +126,29 @@ def _read_judged(
     return queries, qrels
 
 
-def _datasets(
-    experiment: Experiment,
-    folder: Path,
-    passages: PassageStore,
-    made: Identified,
-    queries: dict[str, Query],
-    qrels: list[Qrel],
-) -> dict[str, int]:
-    """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
+def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
+    """Registers the SeqIO tasks of the dataset, by the file of the collection in tasks/: they say
+    what an example is. Where one makes other features than those written, it writes them.
+
+    Compared are the first 4,096 examples; of several files, which TFDS reads by turns, 16.
+    """
     with loading.quietly():
-        from dgr_jax.data import datasets, prepared, tasks
+        from dgr_jax.data import datasets, tasks
         from dgr_jax.data.feature_converters import GenerationConverter
 
-    settings = experiment.prepare
-    rates, views = settings.sources.rates(), bool(made.vocabulary.views)
-    streams = {
-        name: made.examples(source_pairs(settings, name, passages, queries, qrels))
-        for name in rates
-    }
-    counts = prepared.write(folder / "tfds", "examples", streams, views=views)
-    empty = [name for name, count in counts.items() if not count]
-    if empty:
-        raise ValueError(
-            f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
-        )
+    rates = settings.sources.rates()
     task_file(settings.tasks).register(tasks.Prepared(folder / "tfds", made.vocabulary, rates))
     lengths = {"inputs": settings.query_length, "targets": made.length}
-    for name in streams:
-        blocks = datasets.arrays(f"{settings.tasks}_{name}", lengths, GenerationConverter())
-        arrays.write_arrays(folder / "arrays" / name, blocks)
-    return counts
-
-
-def source_pairs(
-    settings: Prepare,
-    source: str,
-    passages: PassageStore,
-    queries: Mapping[str, Query],
-    qrels: Iterable[Qrel],
-) -> Iterator[tuple[str, int, str]]:
-    """(text, passage index, qid) of a source of the mixture: what examples are made of."""
-    return examples.pairs(
-        source,
-        settings.sources,
-        store=passages,
-        query_texts={query.qid: query.text for query in queries.values()},
-        qrels=qrels,
-        min_relevance=settings.min_relevance,
-    )
+    for source in rates:
+        task, written = f"{settings.tasks}_{source}", folder / "arrays" / source
+        blocks = datasets.arrays(task, lengths, GenerationConverter())
+        first, there = next(blocks), arrays.read_arrays(written)
+        files = len(list((folder / "tfds").rglob(f"*-{source}.tfrecord*")))
+        seen = len(first["encoder_input_tokens"]) if files == 1 else 16
+        if not all(np.array_equal(rows[:seen], there[name][:seen]) for name, rows in first.items()):
+            logger.info("prepare: %s makes features of its own", task)
+            shutil.rmtree(written)
+            arrays.write_arrays(written, itertools.chain([first], blocks))
 
 
 def task_file(name: str) -> ModuleType:

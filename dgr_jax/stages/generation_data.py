@@ -1,0 +1,200 @@
+"""Generation examples on disk: TFDS records, and the token arrays that training reads.
+
+Each source of the mixture is made part by part (`dgr_jax.data.examples.parts`), and each part is a
+file of records: one after the other, or by as many workers as there are, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dgr_jax.corpora import beir
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.corpora.types import Qrel, Query
+from dgr_jax.data import examples, loading
+from dgr_jax.data.examples import Part
+from dgr_jax.experiment import Prepare
+from dgr_jax.stages import identifiers
+from dgr_jax.stages.identifiers import Identified
+from dgr_jax.training import arrays
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 4096
+NAME = "examples"
+_held = threading.local()
+
+
+class Opened(NamedTuple):
+    """What examples are made of."""
+
+    passages: PassageStore
+    made: Identified
+    queries: Mapping[str, Query]
+    qrels: Sequence[Qrel]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The examples of the prepare stage in `folder`, and how they are made."""
+
+    settings: Prepare
+    folder: Path
+
+    def parts(self, source: str, opened: Opened) -> list[Part]:
+        return examples.parts(
+            source,
+            self.settings.sources,
+            num_passages=len(opened.passages),
+            num_qrels=len(opened.qrels),
+        )
+
+    def blocks(self, part: Part, opened: Opened, writer: Any) -> Iterator[arrays.Features]:
+        """Token arrays of a part, [n <= 4096, ...] a block; its records go to `writer`."""
+        settings, made = self.settings, opened.made
+        pairs = source_pairs(
+            settings, part.source, opened.passages, opened.queries, opened.qrels, part
+        )
+        stream = made.examples(pairs, part.number)
+        while held := list(itertools.islice(stream, _BLOCK)):
+            writer.add(held)
+            yield examples.features(held, made.vocabulary, settings.query_length, made.length)
+
+    def write_part(self, part: Part) -> None:
+        """Writes records and arrays of a part apart from all others, its record of work last.
+
+        Opens what earlier parts of the stage wrote: where this runs, `folder` must be seen.
+        """
+        with loading.quietly():
+            from dgr_jax.data import prepared
+        opened = reopened(self)
+        place = self._place(part)
+        writer = prepared.ShardWriter(place.with_suffix(".tfrecord"))
+        opened.made.drawn.clear()
+        blocks = self.blocks(part, opened, writer)
+        if (first := next(blocks, None)) is not None:
+            arrays.write_arrays(place, itertools.chain([first], blocks))
+        writer.close()
+        done = {"shard": writer.shard, "drawn": opened.made.drawn}
+        place.with_suffix(".json").write_text(json.dumps(done), encoding="utf-8")
+
+    def _place(self, part: Part) -> Path:
+        return self.folder / "parts" / f"{part.source}-{part.number:05d}"
+
+    def _shard(self, source: str, index: int) -> Path:
+        from dgr_jax.data import prepared
+
+        return prepared.shard_path(self.folder / "tfds", NAME, source, index)
+
+    def stream(self, source: str, opened: Opened, shards: list) -> Iterator[arrays.Features]:
+        """Token arrays of a source; its records are written on the way, and `shards` filled."""
+        from dgr_jax.data import prepared
+
+        for part in self.parts(source, opened):
+            path = self._shard(source, len(shards))
+            writer = prepared.ShardWriter(path)
+            yield from self.blocks(part, opened, writer)
+            writer.close()
+            if writer.shard.examples:
+                shards.append(writer.shard)
+            else:
+                path.unlink()
+
+    def gather(self, source: str, opened: Opened, shards: list) -> Iterator[arrays.Features]:
+        """The same from what `write_part` wrote of each part."""
+        from dgr_jax.data import prepared
+
+        for part in self.parts(source, opened):
+            place = self._place(part)
+            done = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+            opened.made.drawn.update(done["drawn"])
+            shard = prepared.Shard(*done["shard"])
+            if not shard.examples:
+                continue
+            path = self._shard(source, len(shards))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            place.with_suffix(".tfrecord").replace(path)
+            shards.append(shard)
+            columns = arrays.read_arrays(place)
+            for start in range(0, shard.examples, _BLOCK):
+                yield {name: rows[start : start + _BLOCK] for name, rows in columns.items()}
+            shutil.rmtree(place)
+
+
+def write(
+    work: Work, opened: Opened, everywhere: Callable[[Work, Iterable[Part]], None] | None = None
+) -> dict[str, int]:
+    """The TFDS dataset and token arrays of every source in use; -> examples of each.
+
+    everywhere: calls Work.write_part on every part, on this machine or others.
+    """
+    with loading.quietly():
+        from dgr_jax.data import prepared
+
+    sources = list(work.settings.sources.rates())
+    read = work.stream
+    if everywhere is not None:
+        (work.folder / "parts").mkdir(exist_ok=True)
+        vars(_held).clear()  # of another time, where workers are threads of this process
+        everywhere(work, [part for source in sources for part in work.parts(source, opened)])
+        read = work.gather
+    found: dict[str, list] = {}
+    for source in sources:
+        blocks = read(source, opened, found.setdefault(source, []))
+        if (first := next(blocks, None)) is None:
+            raise ValueError(
+                f"source {source!r} gives no example on this collection; set Sources.{source} to 0"
+            )
+        arrays.write_arrays(work.folder / "arrays" / source, itertools.chain([first], blocks))
+    views = bool(opened.made.vocabulary.views)
+    prepared.describe(work.folder / "tfds", NAME, found, views=views)
+    shutil.rmtree(work.folder / "parts", ignore_errors=True)
+    return {source: sum(shard.examples for shard in of) for source, of in found.items()}
+
+
+def reopened(work: Work) -> Opened:
+    """What a worker opens, once for all its parts; each thread for itself."""
+    if getattr(_held, "work", None) != work:
+        _held.opened, _held.work = _open(work), work
+    return _held.opened
+
+
+def _open(work: Work) -> Opened:
+    settings, folder = work.settings, work.folder
+    passages = PassageStore(folder / "passages")
+    judged = beir.BeirCollection(str(folder / "collection"))
+    return Opened(
+        passages,
+        identifiers.reopened(settings, folder, passages),
+        {query.qid: query for query in judged.queries(settings.train_split)},
+        list(judged.qrels(settings.train_split)),
+    )
+
+
+def source_pairs(
+    settings: Prepare,
+    source: str,
+    passages: PassageStore,
+    queries: Mapping[str, Query],
+    qrels: Sequence[Qrel],
+    part: Part | None = None,
+) -> Iterator[tuple[str, int, str]]:
+    """(text, passage index, qid) of a source of the mixture: what examples are made of."""
+    texts = {query.qid: query.text for query in queries.values()} if source == "labelled" else {}
+    return examples.pairs(
+        source,
+        settings.sources,
+        store=passages,
+        query_texts=texts,
+        qrels=qrels,
+        min_relevance=settings.min_relevance,
+        part=part,
+    )
