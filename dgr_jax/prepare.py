@@ -17,6 +17,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--export", metavar="DIR", help="the new MODEL_DIR, to be taken to another machine"
     )
+    cli.several(parser)
     args, bindings = cli.parse(parser, argv)
     experiment = cli.load_experiment(args, bindings)
 
