@@ -80,6 +80,8 @@ def start(given: dict[str, Any]) -> None:
     global _group
     import jax
 
+    # It would take SIGTERM from Python, and never end a process outside of a loop; see `Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
     from jax._src import distributed  # orbax takes the client from here, too
 
@@ -205,7 +207,7 @@ class _Group:
         read, write = os.pipe()
         os.set_blocking(write, False)
         if threading.current_thread() is threading.main_thread():
-            # In place of JAX's own handler; the byte wakes the watch while Python is busy.
+            # A handler, so that a byte is written: it wakes the watch while Python is busy.
             signal.signal(signal.SIGTERM, lambda *_: None)
             signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
