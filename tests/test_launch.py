@@ -145,7 +145,7 @@ def test_preempted_and_gone_on(fake):
     plan = ["lost", str(EXIT_PREEMPTED), str(EXIT_LOST), "0"]
     done = fake(TPU, *SLICE, "--delete", *TRAIN, plan=plan)
     assert done.returncode == 0, done.err
-    assert trained(done.calls) == [RUN] * 3
+    assert trained(done.calls) == [RUN] * 4
     assert [v for v in verbs(done.calls) if v in ("create", "delete")] == [
         *["create", "delete"],  # in place of the one that was lost
         *["create", "delete"],  # at the end
