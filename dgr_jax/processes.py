@@ -142,10 +142,18 @@ def blaming() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = "".join(traceback.format_exception(error)).lower()
-        if _group and any(sign in text for sign in _LOST):
+        if _group and _is_lost(error):
             _group.blame()
         raise
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is one of the connection."""
+    while error is not None:
+        if any(sign in str(error).lower() for sign in _LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Stop:
@@ -275,7 +283,7 @@ class _Group:
             if self._step is not None:
                 self._set(f"step/{self.index}", str(self._step))
                 return
-        self.end(EXIT_STOPPED, f"SIGTERM on {self._names[int(by)]}: stopped")
+        self.end(EXIT_STOPPED, f"SIGTERM on {self._names[int(by)]}: all stop")
 
     # The watch.
 
@@ -300,22 +308,20 @@ class _Group:
             if self._signs.get(i, ("",))[0] != sign or i not in self._signs:
                 self._signs[i] = (sign, self._looked)
             if i != self.index and f"left/{i}" in said:
-                code = int(said[f"left/{i}"])
-                if code == EXIT_LOST:
-                    continue  # it names the dead; so does this one
-                self.end(code, f"{self._names[i]} ended with exit status {code}, see there")
+                code, why = json.loads(said[f"left/{i}"])
+                self.end(code, why or f"{self._names[i]} ended with exit status {code}, see there")
         if "stop" in said and not self._stopping:
             self._stop(said["stop"])
 
     def _gone(self) -> tuple[int, float] | None:
         """The process that seems dead, and for how many seconds it was silent."""
-        if self.index and not self._reachable():
-            return 0, time.monotonic() - self._looked
         silent = {i: self._looked - since for i, (_, since) in self._signs.items()}
         index = max(silent, key=silent.__getitem__, default=self.index)
-        if index == self.index or silent[index] < _SILENT:
-            return None
-        return index, silent[index]
+        seconds = silent.get(index, 0.0)
+        # The first one may have left already because of another's death.
+        if seconds < HEARTBEAT / 2 and self.index and not self._reachable():
+            return 0, time.monotonic() - self._looked
+        return None if index == self.index or seconds < _SILENT else (index, seconds)
 
     def _reachable(self) -> bool:
         host, _, port = self._address.rpartition(":")
@@ -357,7 +363,7 @@ class _Group:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(Exception):
-            self._set(f"left/{self.index}", str(code))
+            self._set(f"left/{self.index}", json.dumps([code, message]))
             deadline = time.monotonic() + _SILENT
             while self.index == 0 and time.monotonic() < deadline:  # the service ends with it
                 left = self._client.key_value_dir_get(f"{_KEYS}left")
