@@ -231,6 +231,8 @@ def load_experiment(
     _check_effects(bindings)
     if kind == "Experiment":
         _check_tasks(experiment.prepare.tasks)
+        _check_folder("DATA_DIR", getattr(experiment.collection, "folder", ""))
+    _check_folder("MODEL_DIR", experiment.model_dir)
     from dgr_jax import processes
 
     if keep and processes.first():
@@ -403,6 +405,14 @@ def _check_tasks(name: str) -> None:
     known = sorted(f.stem for f in resources("tasks").glob("[a-z]*.py"))
     if name not in known:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
+
+
+def _check_folder(name: str, folder: str) -> None:
+    if "://" in folder:
+        raise Mistake(
+            f"{name}: got {folder}, expected a folder: a bucket must be mounted, as by gcsfuse or "
+            "mount-s3"
+        )
 
 
 def _keep(experiment: Any) -> None:
