@@ -114,53 +114,54 @@ def test_placed_rows_are_where_they_were():
     assert placed.sharding == partitioning.batch_sharding(mesh)
 
 
-# Whole runs.
+# Of many steps, by the script that each of several processes runs.
+
+STEPS = """
+import os, sys, time
+from dgr_jax import processes
+
+index, number = int(sys.argv[1]), int(sys.argv[2])
+with processes.leaving():
+    address = f"localhost:{sys.argv[3]}"
+    given = {"coordinator_address": address, "num_processes": number, "process_id": index}
+    processes.start(given)
+    assert processes.agree(index) == 0 and processes.count() == number
+    processes.wait()
+    print("joined", flush=True)
+    if sys.argv[4] == "fails" and index == 1:
+        sys.exit(2)
+    with processes.blaming(), processes.Stop() as stop:
+        for step in range(1, 5000):
+            time.sleep(0.01 + 0.01 * index)  # not in step
+            if sys.argv[4] == "ends" and step == 5:
+                break
+            if stop.requested(step):
+                print("stopped at", step, flush=True)
+                sys.exit(75)
+    processes.wait()
+"""
 
 
-class Run:
-    """`train` as `number` processes, each with an equal part of the devices."""
+class Started:
+    """Processes, and the files that they write to."""
 
-    def __init__(self, shared: Path, folder: Path, number: int, *arguments: str) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        devices = 4 // number if number > 2 else 2 // number
-        settings = {
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(shared / f"compiled-{number}"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
-        if number > 1:
-            settings["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
-            settings["JAX_NUM_PROCESSES"] = str(number)
-        self.folder = folder
-        self.logs = [folder.with_name(f"{folder.name}.{i}.log") for i in range(number)]
-        self.processes = []
-        for i, log in enumerate(self.logs):
-            joined = [f"--process_id={i}"] if number > 1 else []
-            command = [sys.executable, "-m", "dgr_jax.train", *TINY, "--gin.Mesh.data=-1"]
+    def __init__(self, commands, logs: list[Path], **settings) -> None:
+        self.logs, self.processes = logs, []
+        for command, log in zip(commands, logs, strict=True):
             with log.open("w") as out:
                 self.processes.append(
-                    subprocess.Popen(
-                        [*command, *arguments, f"--model_dir={folder}", *joined],
-                        env=os.environ | settings,
-                        cwd=shared,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
+                    subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **settings)
                 )
 
-    def wait_for(self, path: str) -> None:
-        deadline = time.monotonic() + 120
-        while not (self.folder / path).exists():
+    def wait_for(self, there) -> None:
+        deadline = time.monotonic() + 300
+        while not there():
             assert time.monotonic() < deadline and self.processes[0].poll() is None, self.said()
             time.sleep(0.02)
 
     def codes(self) -> list[int]:
         try:
-            return [process.wait(timeout=120) for process in self.processes]
+            return [process.wait(timeout=300) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
@@ -169,41 +170,131 @@ class Run:
         return [log.read_text() for log in self.logs]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count="
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": f"{flags}{devices}"}
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """steps(number, what) -> processes that have joined."""
+
+    def start(number: int, what: str = "") -> Started:
+        port, script = str(free_port()), [sys.executable, "-c", STEPS]
+        commands = [[*script, str(i), str(number), port, what] for i in range(number)]
+        run = Started(commands, [tmp_path / f"{i}" for i in range(number)], env=environment())
+        if not what:
+            run.wait_for(lambda: all("joined" in said for said in run.said()))
+        return run
+
+    return start
+
+
+@pytest.mark.slow
+def test_they_end_together(steps):
+    assert steps(2, "ends").codes() == [0, 0]
+    failed = steps(2, "fails")
+    assert failed.codes() == [2, 2]
+    said = f"error: process 1 ({socket.gethostname()}) ended with exit status 2, see there"
+    assert said in failed.said()[0]
+
+
+@pytest.mark.slow
+def test_four_stop_after_the_same_step(steps):
+    run = steps(4)
+    run.processes[2].terminate()
+    assert run.codes() == [EXIT_STOPPED] * 4, run.said()
+    (last,) = {said.splitlines()[-1] for said in run.said()}
+    assert last.startswith("stopped at ")
+
+
+def assert_named(run: Started, victim: int) -> None:
+    """The others of a process that was killed just now say so, soon."""
+    killed, codes = time.monotonic(), run.codes()
+    assert time.monotonic() - killed < 60
+    for i, (code, said) in enumerate(zip(codes, run.said(), strict=True)):
+        if i == victim:
+            assert code == -signal.SIGKILL
+            continue
+        assert code == EXIT_LOST, said
+        last = said.splitlines()[-1]
+        assert last.startswith(f"error: process {victim} ({socket.gethostname()}) died: no sign of")
+        assert last.endswith("goes on from the newest checkpoint")
+
+
+@pytest.mark.slow
+def test_the_first_dies(steps):
+    run = steps(3)
+    run.processes[0].kill()
+    assert_named(run, 0)
+
+
+# Whole experiments.
+
+SMALL = (
+    *TINY,
+    "--gin.Mesh.data=-1",
+    "--gin.Experiment.control=False",
+    "--gin.Evaluate.bm25=False",
+    "--gin.Candidates.sources=('labelled',)",
+)
+
+
 @pytest.fixture(scope="module")
-def begin(tiny_model_dir, tmp_path_factory):
-    """begin(name, number, ...) -> a Run, whose collection is prepared already."""
+def experiment(tiny_model_dir, tmp_path_factory):
+    """experiment(name, number): `train` as so many processes, of two devices together; its
+    collection is prepared already."""
     shared = tmp_path_factory.mktemp("processes")
 
-    def start(name: str, number: int, *arguments: str) -> Run:
+    def start(name: str, number: int) -> Started:
         folder = shared / name
         if not folder.exists():
             shutil.copytree(tiny_model_dir / "prepare", folder / "prepare")
-        return Run(shared, folder, number, *arguments)
+        command = [sys.executable, "-m", "dgr_jax.train", *SMALL, f"--model_dir={folder}"]
+        settings = environment(2 // number)
+        settings["JAX_COMPILATION_CACHE_DIR"] = str(shared / f"compiled-{number}")
+        settings["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        if number > 1:
+            settings["JAX_COORDINATOR_ADDRESS"] = f"localhost:{free_port()}"
+            settings["JAX_NUM_PROCESSES"] = str(number)
+        commands = [
+            [*command, f"--process_id={i}"] if number > 1 else command for i in range(number)
+        ]
+        logs = [shared / f"{name}.{i}.log" for i in range(number)]
+        run = Started(commands, logs, env=settings, cwd=shared)
+        run.folder = folder
+        return run
 
     return start
 
 
 def losses(folder: Path, system: str) -> list[tuple[int, float]]:
-    rows = (folder / system / "metrics.jsonl").read_text().splitlines()
-    return [(row["step"], row["loss"]) for row in map(json.loads, rows) if "loss" in row]
-
-
-def assert_alike(found: Path, expected: Path, systems: tuple[str, ...]) -> None:
-    for system in systems:
-        mine, theirs = losses(found, system), losses(expected, system)
-        assert [step for step, _ in mine] == [step for step, _ in theirs]
-        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    rows = map(json.loads, (folder / system / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_one(begin):
-    alone = begin("one", 1)
+def test_two_processes_killed_and_gone_on_are_as_one(experiment):
+    """The same losses, the same candidates and, byte by byte, the same runs."""
+    alone = experiment("one", 1)
     assert alone.codes() == [0], alone.said()
-    both = begin("two", 2)
+    killed = experiment("two", 2)
+    killed.wait_for((killed.folder / "generate/checkpoints/3").exists)
+    killed.processes[1].kill()
+    assert_named(killed, 1)
+    both = experiment("two", 2)
     assert both.codes() == [0, 0], both.said()
-    systems = ("generate", "control", "distill")
-    assert_alike(both.folder, alone.folder, systems)
-    for system in ("bm25", *systems):
+    for system in ("generate", "distill"):
+        mine, theirs = (dict(losses(run.folder, system)) for run in (both, alone))
+        for step in mine.keys() & theirs.keys():
+            assert mine[step] == pytest.approx(theirs[step], rel=1e-6)
+        assert mine and max(mine) == max(theirs)
         run = f"evaluate/{system}.test.trec"
         assert (both.folder / run).read_bytes() == (alone.folder / run).read_bytes()
     found, expected = (np.load(r.folder / "candidates/candidates.npz") for r in (both, alone))
@@ -211,39 +302,3 @@ def test_two_processes_are_as_one(begin):
         np.testing.assert_array_equal(found[name], expected[name])
     assert "evaluate: done" in both.said()[0]
     assert "done" not in both.said()[1] and "Success@1" not in both.said()[1]
-
-
-LONG = ("--stages=generate", "--gin.GENERATE_STEPS=30")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_one_dies_and_the_restart_goes_on(begin, victim):
-    run = begin(f"dies{victim}", 2, *LONG)
-    run.wait_for("generate/checkpoints/6")
-    run.processes[victim].kill()
-    killed = time.monotonic()
-    codes = run.codes()
-    assert time.monotonic() - killed < 60
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == EXIT_LOST, run.said()
-    last = run.said()[1 - victim].splitlines()[-1]
-    assert last.startswith(f"error: process {victim} ({socket.gethostname()}) died: no sign of")
-    assert "goes on from the newest checkpoint" in last
-
-
-@pytest.mark.slow
-def test_four_processes_stop_at_one_step_and_go_on(begin):
-    run = begin("four", 4, *LONG)
-    run.wait_for("generate/checkpoints/6")
-    run.processes[2].terminate()
-    assert run.codes() == [EXIT_STOPPED] * 4, run.said()
-    (said,) = [line for line in run.said()[0].splitlines() if "SIGTERM" in line]
-    step = int(said.split("saved step ")[1].split(",")[0])
-    assert (run.folder / f"generate/checkpoints/{step}").is_dir()
-    again = begin("four", 4, *LONG)
-    assert again.codes() == [0] * 4, again.said()
-    assert f"goes on from step {step} of 30" in again.said()[0]
-    whole = begin("dies1", 2, *LONG)  # goes on, too
-    assert whole.codes() == [0, 0], whole.said()
-    assert "goes on from step" in whole.said()[0]
-    assert_alike(again.folder, whole.folder, ("generate",))
