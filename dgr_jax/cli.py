@@ -74,6 +74,35 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return p
 
 
+def several(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that several processes can run together."""
+    group = p.add_argument_group(
+        "several processes", "on one or more hosts, one MODEL_DIR; see docs/launching.md"
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="JAX finds them: TPU slice, SLURM, MPI"
+    )
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num_processes", metavar="N")
+    group.add_argument("--process_id", metavar="I", help="of this one: 0 to N - 1")
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Joins the other processes, where there are any; the first one speaks for all."""
+    from dgr_jax import processes
+
+    try:
+        given = processes.settings({name: getattr(args, name) for name in processes.VARIABLES})
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    if given is None and args.distributed:
+        given = {}
+    if given is not None:
+        processes.start(given)
+    if not processes.first():
+        logging.getLogger("dgr_jax").setLevel(logging.WARNING)
+
+
 def parse(
     p: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -134,8 +163,18 @@ def reuse_memory() -> None:
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
+    from dgr_jax import processes
+
+    with processes.leaving():
+        _run(command)
+
+
+def _run(command: Callable[[Sequence[str] | None], None]) -> None:
+    from dgr_jax import processes
+
     try:
-        command(None)
+        with processes.blaming():
+            command(None)
     except Mistake as mistake:
         sys.exit(_complain(str(mistake)))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -170,6 +209,8 @@ def load_experiment(
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
     files = _gin_files(args)
+    if keep and hasattr(args, "num_processes"):
+        _join(args)
     import gin
 
     register()
@@ -190,7 +231,11 @@ def load_experiment(
     _check_effects(bindings)
     if kind == "Experiment":
         _check_tasks(experiment.prepare.tasks)
-    if keep:
+        _check_folder("DATA_DIR", getattr(experiment.collection, "folder", ""))
+    _check_folder("MODEL_DIR", experiment.model_dir)
+    from dgr_jax import processes
+
+    if keep and processes.first():
         _keep(experiment)
     return experiment
 
@@ -360,6 +405,14 @@ def _check_tasks(name: str) -> None:
     known = sorted(f.stem for f in resources("tasks").glob("[a-z]*.py"))
     if name not in known:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
+
+
+def _check_folder(name: str, folder: str) -> None:
+    if "://" in folder:
+        raise Mistake(
+            f"{name}: got {folder}, expected a folder: a bucket must be mounted, as by gcsfuse or "
+            "mount-s3"
+        )
 
 
 def _keep(experiment: Any) -> None:

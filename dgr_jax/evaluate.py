@@ -18,6 +18,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--run", action="append", default=[], help="a TREC run; may be repeated")
     parser.add_argument("--qrels", help="TREC qrels, or BEIR qrels (.tsv) of the runs")
     parser.add_argument("--min_relevance", type=int, default=1, help="grade of a positive")
+    cli.several(parser)
     args, bindings = cli.parse(parser, argv)
     if args.run or args.qrels:
         _measure(parser, args)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -246,23 +247,65 @@ def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> 
     )
 
 
+def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(i, n): this process's devices hold the i-th of n equal parts of every batch.
+
+    Processes that share a data shard have the same part. (0, 1), all of it, where the devices of a
+    process do not lie together.
+    """
+    shards = batch_shards(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
+    rows = sorted({index[0].indices(shards)[0] for index in held.values()})
+    first, size = rows[0], len(rows)
+    together = rows == list(range(first, first + size))
+    return (first // size, shards // size) if together and not first % size else (0, 1)
+
+
 def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
     """This process's rows of a batch -> global arrays, cut along axis 0.
 
     Args:
-      batch: tree of NumPy arrays [local rows, ...]; all processes hold equally many rows.
+      batch: tree of NumPy arrays [local rows, ...], the part that `batch_share` says.
 
     Raises ValueError when the global batch cannot be cut evenly.
     """
-    sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+    shards, (index, parts) = batch_shards(mesh), batch_share(mesh)
 
     def shard(path: Any, rows: Any) -> jax.Array:
-        size = rows.shape[0] * jax.process_count()
+        size = rows.shape[0] * parts
         if size % shards:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)}: got {size} rows, expected a multiple of "
                 f"{shards}, the data shards of the mesh; set batch_size or Mesh.data"
             )
-        return jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
+        return _place_rows(rows, size, index * rows.shape[0], batch_sharding(mesh))
 
     return jax.tree_util.tree_map_with_path(shard, batch)
+
+
+def _place_rows(rows: np.ndarray, size: int, first: int, sharding: NamedSharding) -> jax.Array:
+    """Rows `first` and on, of `size`, -> the global array."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(size)
+        return rows[start - first : stop - first]
+
+    return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, part)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """What every process holds whole -> global arrays; those that are global are placed anew.
+
+    shardings: one for the whole tree, or a tree of them.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+        foreign = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if foreign or sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation
+from dgr_jax import evaluation, processes
 from dgr_jax import experiment as experiments
 from dgr_jax.experiment import Experiment, fingerprint, stage_settings
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 READING = ("prepare", "teach")  # stages that read files from elsewhere
+ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
 
 
@@ -73,9 +74,9 @@ def run(
     Raises FileNotFoundError or ValueError, before any stage starts, where one of them could only
     fail: it would lack a file, or not know a measure.
     """
-    settings = settings_of(experiment, stages)
+    settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
     wanted = list(settings)
-    for stage in wanted:
+    for stage in wanted if processes.first() else ():
         if not _is_made(experiment, stage, settings[stage]):
             _check(experiment, stage)
     for stage in experiment.stages:
@@ -179,24 +180,36 @@ def _run_stage(
     experiment: Experiment, stage: str, settings: Any, make: Callable[[Experiment, Path], None]
 ) -> None:
     folder = Path(experiment.model_dir) / stage
+    first = processes.first()
+    if not processes.agree(_begin(folder, stage, settings) if first else None):
+        return
+    logger.info("%s: started", stage)
+    start = time.perf_counter()
+    if first or stage not in ALONE:
+        make(experiment, folder)
+    processes.wait()
+    seconds = time.perf_counter() - start
+    if first:
+        mark = fingerprint(settings)
+        write_record(
+            folder, status="done", fingerprint=mark, settings=settings, seconds=round(seconds, 1)
+        )
+    logger.info("%s: done in %.1f s", stage, seconds)
+
+
+def _begin(folder: Path, stage: str, settings: Any) -> bool:
+    """Whether the stage must be made; then its folder is there, and says so."""
     if is_done(folder, settings):
         logger.info("%s: done already, from the same configuration; skipped", stage)
-        return
+        return False
     _make_room(folder, stage, settings)
     if is_done(folder, settings):
         logger.info("%s: taken back from an earlier run of the same configuration", stage)
-        return
+        return False
     folder.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(settings)
     write_record(folder, status="running", fingerprint=mark, settings=settings)
-    logger.info("%s: started", stage)
-    start = time.perf_counter()
-    make(experiment, folder)
-    seconds = time.perf_counter() - start
-    write_record(
-        folder, status="done", fingerprint=mark, settings=settings, seconds=round(seconds, 1)
-    )
-    logger.info("%s: done in %.1f s", stage, seconds)
+    return True
 
 
 def _make_room(folder: Path, stage: str, settings: Any) -> None:

@@ -25,6 +25,7 @@ def command(argv: Sequence[str] | None) -> None:
         "as '--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing'. "
         "Workers must see MODEL_DIR and the pseudo-queries under the same paths",
     )
+    cli.several(parser)
     args, bindings = cli.parse(parser, argv)
     experiment = cli.load_experiment(args, bindings)
 

@@ -33,6 +33,7 @@ def command(argv: Sequence[str] | None) -> None:
         choices=("distill", "control", "generate"),
         help="which student; default: the first of these that is trained",
     )
+    cli.several(parser)
     args, bindings = cli.parse(parser, argv)
     _check(parser, args, bindings)
     if args.query or args.queries:
@@ -58,6 +59,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: 
         if args.queries and not (args.output or args.report_speed):
             parser.error("--queries needs --output")
         flags = tuple(f"{macro} = " for macro, flag in cli.FLAGS.items() if getattr(args, flag[2:]))
+        alone = ("coordinator_address", "num_processes", "process_id", "distributed")
+        if joined := [name for name in alone if getattr(args, name)]:
+            parser.error(f"--{joined[0]} has no effect on --query and --queries")
         given = ["--gin_file"] * bool(args.gin_file) + ["--data_dir"] * bool(args.data_dir)
         given += [f"--gin.{b.partition(' =')[0]}" for b in bindings if not b.startswith(flags)]
         if given:

@@ -13,7 +13,9 @@ DESCRIPTION = (
 
 
 def command(argv: Sequence[str] | None) -> None:
-    args, bindings = cli.parse(cli.parser("teach", DESCRIPTION), argv)
+    parser = cli.parser("teach", DESCRIPTION)
+    cli.several(parser)
+    args, bindings = cli.parse(parser, argv)
     experiment = cli.load_experiment(args, bindings)
 
     from dgr_jax import pipeline, stages

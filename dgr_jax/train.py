@@ -31,6 +31,7 @@ def command(argv: Sequence[str] | None) -> None:
         help="for --plan: passages, words of each, training queries, pseudo-queries a passage "
         "(default: those of MS MARCO)",
     )
+    cli.several(parser)
     args, bindings = cli.parse(parser, argv)
     experiment = cli.load_experiment(args, bindings, keep=not args.plan)
     if args.plan:

@@ -68,9 +68,10 @@ run() {
   fi
 }
 
+# The processes end together by themselves; killed ones would hide the exit status of the others.
 train() {
-  run srun "--nodes=$nodes" "--ntasks-per-node=$gpus_per_node" --kill-on-bad-exit=1 --label \
-    "${python:-.venv/bin/python}" -m dgr_jax.train "$@"
+  run srun "--nodes=$nodes" "--ntasks-per-node=$gpus_per_node" --kill-on-bad-exit=0 --label \
+    "${python:-.venv/bin/python}" -m dgr_jax.train --distributed "$@"
 }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -90,10 +91,10 @@ fi
 trap : TERM # training gets it too, and says how it ended
 code=0
 train "$@" || code=$?
-if ((code == 75)); then
+if ((code == 75 || code == 76)); then # told to stop, or another process died
   restarts=${SLURM_RESTART_COUNT:-0}
   ((restarts < max_restarts)) || fail "preempted more often than --max_restarts=$max_restarts"
-  echo "preempted, saved: the job is queued again ($((restarts + 1)) of $max_restarts)" >&2
+  echo "exit status $code: the job is queued again ($((restarts + 1)) of $max_restarts)" >&2
   run scontrol requeue "$SLURM_JOB_ID" || echo 'submit it again: it goes on where it was' >&2
 fi
 exit "$code"

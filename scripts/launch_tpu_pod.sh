@@ -147,7 +147,7 @@ install() {
 # status to `status` in the end.
 begin() {
   local command
-  command=".venv/bin/python -m dgr_jax.train$(printf ' %q' "$@"); echo \$? > status"
+  command=".venv/bin/python -m dgr_jax.train --distributed$(printf ' %q' "$@"); echo \$? > status"
   # shellcheck disable=SC2016
   on_all 'set -e; cd "$HOME/dgr_jax"; rm -f status
 if grep -qs dgr_jax.train "/proc/$(cat pid 2>/dev/null)/cmdline"; then kill -9 -- -"$(cat pid)"; fi
@@ -186,8 +186,9 @@ for ((restart = 0; restart <= max_restarts; restart++)); do
   fi
   ((code)) || leave 0
   look
-  # 75: preempted, but saved. 255: the connection broke; the run may be under way still.
-  if ((code != 75 && code != 255)) && [[ $now == READY ]]; then
+  # 75: preempted, but saved. 76: another worker died. 255: the connection broke; the run may be
+  # under way still.
+  if ((code != 75 && code != 76 && code != 255)) && [[ $now == READY ]]; then
     echo "slice $name: failed with exit status $code" >&2
     leave "$code"
   fi

@@ -354,6 +354,10 @@ def test_an_experiment_that_is_not_read_leaves_nothing():
         ((QUICKSTART, "--gin.LEARNING_RATE=high"), "Linear.peak: got 'high', expected a number"),
         ((QUICKSTART, "--gin.TASKS=3"), "Prepare.tasks: got 3, expected a string"),
         (
+            (QUICKSTART, "--model_dir=gs://a/b"),
+            "MODEL_DIR: got gs://a/b, expected a folder: a bucket must be mounted",
+        ),
+        (
             (QUICKSTART, "--gin.TASKS=quick"),
             "Prepare.tasks: no tasks/quick.py; did you mean quickstart",
         ),

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dgr_jax.processes import EXIT_LOST
 from dgr_jax.training.loop import EXIT_PREEMPTED
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TPU, SLURM = SCRIPTS / "launch_tpu_pod.sh", SCRIPTS / "launch_slurm.sh"
 SLICE = ("--name=pod", "--zone=us-a", "--type=v5p-16", "--wait=0")
 TRAIN = ("--", "--gin_file=msmarco.gin", "--model_dir=/shared/two words")
+RUN = ["--distributed", *TRAIN[1:]]  # ... of dgr_jax.train
 
 # Every program writes its name and arguments to $FAKE/calls; `next` takes the first line of a file.
 COMMON = """#!/usr/bin/env bash
@@ -133,17 +135,17 @@ def test_a_slice_is_made_and_training_followed(fake):
     assert {"pod", "--zone=us-a", "--accelerator-type=v5p-16", "--spot"} <= set(create)
     assert ["mount", "share", "/shared"] in done.calls
     assert ["python", "-m", "pip", "install", "--quiet", "--upgrade", "-e", ".[tpu]"] in done.calls
-    assert trained(done.calls) == [list(TRAIN[1:])]
+    assert trained(done.calls) == [RUN]
     assert done.out == "step of 0\n"
 
 
 @pytest.mark.slow
 def test_preempted_and_gone_on(fake):
-    """The slice is lost, then training is asked to stop, then it ends."""
-    plan = ["lost", str(EXIT_PREEMPTED), "0"]
+    """The slice is lost, training is asked to stop, a worker dies, then it ends."""
+    plan = ["lost", str(EXIT_PREEMPTED), str(EXIT_LOST), "0"]
     done = fake(TPU, *SLICE, "--delete", *TRAIN, plan=plan)
     assert done.returncode == 0, done.err
-    assert trained(done.calls) == [list(TRAIN[1:])] * 3
+    assert trained(done.calls) == [RUN] * 4
     assert [v for v in verbs(done.calls) if v in ("create", "delete")] == [
         *["create", "delete"],  # in place of the one that was lost
         *["create", "delete"],  # at the end
@@ -261,16 +263,17 @@ def test_a_job_is_submitted_with_itself(fake):
     assert job.returncode == 0, job.err
     assert job.calls[1:] == [
         [
-            *["srun", "--nodes=2", "--ntasks-per-node=4", "--kill-on-bad-exit=1", "--label"],
-            *[f"{SLURM.parent.parent}/.venv/bin/python", "-m", "dgr_jax.train", *TRAIN[1:]],
+            *["srun", "--nodes=2", "--ntasks-per-node=4", "--kill-on-bad-exit=0", "--label"],
+            *[f"{SLURM.parent.parent}/.venv/bin/python", "-m", "dgr_jax.train", *RUN],
         ]
     ]
 
 
-def test_a_preempted_job_is_queued_again(fake):
+@pytest.mark.parametrize("code", [EXIT_PREEMPTED, EXIT_LOST])
+def test_a_preempted_job_is_queued_again(fake, code):
     job = {"SLURM_JOB_ID": "7"}
-    done = fake(SLURM, *TRAIN, plan=[EXIT_PREEMPTED], env=job)
-    assert done.returncode == EXIT_PREEMPTED
+    done = fake(SLURM, *TRAIN, plan=[code], env=job)
+    assert done.returncode == code
     assert done.calls[1:] == [["scontrol", "requeue", "7"]]
     again = fake(SLURM, *TRAIN, plan=["0"], env=job | {"SLURM_RESTART_COUNT": "1"})
     assert again.returncode == 0
@@ -286,7 +289,7 @@ def test_sigterm_reaches_training_and_the_job_waits(fake):
     os.killpg(job.pid, signal.SIGTERM)
     out, err = job.communicate(timeout=30)
     assert (job.returncode, out) == (EXIT_PREEMPTED, "saved\n")
-    assert "preempted, saved: the job is queued again (1 of 100)" in err
+    assert "exit status 75: the job is queued again (1 of 100)" in err
     assert fake.calls()[1:] == [["scontrol", "requeue", "8"]]
 
 
@@ -308,7 +311,7 @@ def test_dry_run_of_a_job(fake):
     assert (done.returncode, done.err, done.calls) == (0, "", [])
     submit, train = (shlex.split(line) for line in done.out.splitlines())
     assert submit[0] == "sbatch" and "--dry_run" not in submit
-    assert train[0] == "srun" and train[-4:] == ["-m", "dgr_jax.train", *TRAIN[1:]]
+    assert train[0] == "srun" and train[-5:] == ["-m", "dgr_jax.train", *RUN]
 
 
 @pytest.mark.parametrize(

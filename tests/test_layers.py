@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dgr_jax"
 
 L0 = {"corpora", "losses"}
-ALONE = {"decoding", "models", "partitioning", "checkpoints"}
+ALONE = {"decoding", "models", "partitioning", "checkpoints", "processes"}
 ALLOWED = {
     **{room: set() for room in L0 | ALONE},
     "identifiers": {"corpora"},

@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dgr_jax.decoding.constraint import Candidates
@@ -72,6 +73,13 @@ def _static():
     return dataclasses.field(metadata={"static": True})
 
 
+def _put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)  # every process has it whole
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrieConstraint:
@@ -104,9 +112,7 @@ class TrieConstraint:
         shardings: Mapping[str, jax.sharding.Sharding] = MappingProxyType({}),
     ) -> TrieConstraint:
         """The (padded) arrays on the default device, or where their shardings say."""
-        device = {
-            name: jax.device_put(array, shardings.get(name)) for name, array in arrays.items()
-        }
+        device = {name: _put(array, shardings.get(name)) for name, array in arrays.items()}
         return cls(**device, layout=layout, vocab_size=vocab_size, renormalise=renormalise)
 
     @property

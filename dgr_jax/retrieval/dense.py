@@ -138,7 +138,7 @@ class Encoder:
         padded = np.zeros((self._size(search), length), np.int32)
         tokens = tokens[:, :length]
         padded[: len(tokens), : tokens.shape[1]] = tokens
-        return jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+        return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
 
 def embed(

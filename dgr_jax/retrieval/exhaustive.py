@@ -74,7 +74,7 @@ def identifier_log_probs(
         batch = tokens[start : start + size]
         padded = np.zeros((size, tokens.shape[1]), np.int32)
         padded[: len(batch)] = batch
-        placed = jax.device_put(padded, partitioning.batch_sharding(decoder.mesh))
+        placed = partitioning.place(padded, partitioning.batch_sharding(decoder.mesh))
         found = np.asarray(score(decoder.params, identifiers, placed))[: len(batch), : len(rows)]
         if decoder.search.renormalise:
             found = renormalised(found, rows)

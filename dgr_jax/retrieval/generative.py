@@ -318,7 +318,7 @@ class Decoder:
     def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
         padded = np.zeros(shape, np.int32)
         padded[: tokens.shape[0], : tokens.shape[1]] = tokens
-        placed = jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:

@@ -118,7 +118,7 @@ class MultiviewDecoder:
             else:
                 made = self.tries[view].constraint()
                 length = self.tries[view].layout.max_length
-            constraints[view] = jax.device_put(made, partitioning.replicated(self.mesh))
+            constraints[view] = partitioning.place(made, partitioning.replicated(self.mesh))
             lengths[view] = length
         self._constraints = constraints
         self._decode = {
@@ -241,7 +241,7 @@ class MultiviewDecoder:
         padded[:, :2] = self.markers[view], EOS_ID  # of the rows that no query fills
         width = min(tokens.shape[1], self.query_length)
         padded[: len(tokens), 1 : width + 1] = tokens[:, :width]
-        placed = jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
         return self._decode[view](self.params, self._constraints[view], placed)
 
     def _written(self, count: int, results: Mapping[str, BeamResult]) -> list[Written]:

@@ -136,6 +136,6 @@ class Sampler:
                 part = tokens[start : start + size]
                 padded = np.zeros((size, tokens.shape[1]), np.int32)
                 padded[: len(part)] = part
-                placed = jax.device_put(padded, partitioning.batch_sharding(self.mesh))
+                placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
                 drawn = draw(self.params, jax.random.fold_in(key, first + start), placed)
                 yield drawn.tokens, len(part), start + size >= len(tokens)

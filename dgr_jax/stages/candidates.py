@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dgr_jax import processes
 from dgr_jax.experiment import Candidates, Experiment
 from dgr_jax.retrieval.generative import BLOCK, Decoder
 from dgr_jax.retrieval.multiview import best
@@ -34,7 +35,7 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     identifiers of several views also keys/, see retrieval.multiview_keys.
 
     Queries are retrieved in blocks that are kept, so that a cut-off stage goes on. While the device
-    finishes a block, the next is tokenised.
+    finishes a block, the next is tokenised. Several processes search together; the first writes.
     """
     made = Prepared.load(experiment.model_dir)
     asked = training_queries(experiment, made)
@@ -42,14 +43,19 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     student = decoder(experiment, "generate", experiment.candidates.search, made)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not part.is_file()]
+    missing = processes.agree(missing)  # what others see may be of a moment ago
     blocks = (
         made.vocabulary.encode_inputs(texts[n : n + BLOCK], student.query_length) for n in missing
     )
     for start, found in zip(missing, _found(experiment, made, student, blocks), strict=True):
+        if not processes.first():
+            continue
         temporary = folder / "part.partial.npz"
         np.savez(temporary, **found)
         temporary.replace(parts[start])
         logger.info("candidates: %d/%d queries", min(start + BLOCK, len(qids)), len(qids))
+    if not processes.first():
+        return
     _join(folder, list(parts.values()))
     (folder / "qids.json").write_text(json.dumps(qids), encoding="utf-8")
     for part in parts.values():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dgr_jax import evaluation, plots
+from dgr_jax import evaluation, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, RankList, ScoredPassage
 from dgr_jax.experiment import Experiment
@@ -31,13 +31,17 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     """Writes <system>.<split>.trec, metrics.json (system -> split -> measure), comparisons.json,
     success_at_k.png and training_curves.png, and prints the table.
 
-    One system is in memory at a time, and of its runs one block of queries.
+    One system is in memory at a time, and of its runs one block of queries. Several processes
+    search together; the first does the rest.
     """
     made = Prepared.load(experiment.model_dir)
     splits = experiment.prepare.test_splits
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
     for split, asked in queries.items():
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
+    if not processes.first():
+        _take_part(experiment, made, queries)
+        return
     measure = {split: _measurer(experiment, made, queries[split], split) for split in splits}
     values: dict[str, dict[str, Values]] = {}
     for system in _systems(experiment):
@@ -68,6 +72,20 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     _show(measured, compared)
 
 
+def _take_part(
+    experiment: Experiment, made: Prepared, queries: dict[str, dict[str, Query]]
+) -> None:
+    """Searches together with the first process, which has the runs."""
+    for system in _systems(experiment):
+        if system == "bm25":
+            continue
+        search = _search(experiment, made, system)
+        for asked in queries.values():
+            for _ in search({qid: query.text for qid, query in asked.items()}):
+                pass
+        del search
+
+
 def chosen_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, Query]:
     """qid -> query, at most Evaluate.max_queries of them."""
     queries = made.queries(split)
@@ -93,6 +111,7 @@ def _search(
     if system == "bm25":
         index = Bm25().fit(made.store)
         return lambda queries: (index.search(b, settings.depth) for b in _blocks(queries))
+    processes.wait()  # the first may have been busy with another system
     student = decoder(experiment, system, settings, made)
     return lambda queries: _retrieve(student, made, queries)
 

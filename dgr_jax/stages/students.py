@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import checkpoints, partitioning, processes
 from dgr_jax.decoding import trie
 from dgr_jax.experiment import Experiment, Training
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -117,7 +117,8 @@ def _train(
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
     )
-    write_student(folder, config, experiment.evaluate.search)
+    if processes.first():
+        write_student(folder, config, experiment.evaluate.search)
 
 
 def _trained(experiment: Experiment, system: str) -> Any:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, processes
 from dgr_jax.checkpoints import Checkpoints
 from dgr_jax.training.metrics import MetricsWriter, Progress, Speed, progress_line
 from dgr_jax.training.source import Prefetch, Source
@@ -28,7 +25,7 @@ from dgr_jax.training.step import TrainState, abstract_state, init_state, make_t
 
 logger = logging.getLogger(__name__)
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same command again
+EXIT_PREEMPTED = processes.EXIT_STOPPED  # saved, run the same command again
 IN_FLIGHT = 2  # steps that the host may be ahead of the device
 
 Hook = Callable[[int, TrainState], Mapping[str, float]]
@@ -86,7 +83,7 @@ def train(
     saved = Checkpoints(
         folder / "checkpoints", keep=keep_checkpoints, keep_best=keep_best, best_is=best_is
     )
-    with saved, _Sigterm() as stop:
+    with saved, processes.Stop() as stop:
         abstract = abstract_state(model, optimizer, mesh, rules)
         begin, state = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
         if state is None:
@@ -153,7 +150,7 @@ def _restore(
 
 def _make_batch(source: Source, mesh: jax.sharding.Mesh, step: int) -> Any:
     """The global batch of a step, on the devices."""
-    local = source.batch(step, jax.process_index(), jax.process_count())
+    local = source.batch(step, *partitioning.batch_share(mesh))
     return partitioning.shard_batch(local, mesh)
 
 
@@ -169,38 +166,6 @@ def _check_metric(name: str, found: Mapping[str, float], step: int) -> None:
             f"best_metric: got {name!r}, expected one of those at step {step}, {sorted(found)}; a "
             "hook's are there when hook_every divides checkpoint_every"
         )
-
-
-class _Sigterm:
-    """Notes SIGTERM while the loop runs; the handler before it is put back afterwards.
-
-    With several processes the runtime's preemption notice is asked instead, so that all of them
-    stop at the same step.
-    """
-
-    def __init__(self) -> None:
-        self._noted = False
-        self._before: Any = None
-        main = threading.current_thread() is threading.main_thread()
-        self._handles = main and jax.process_count() == 1
-
-    def __enter__(self) -> _Sigterm:
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: object) -> None:
-        self._noted = True
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; every process gets the same answer."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._noted
-
-    def __exit__(self, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
 def _examples(batch: Any) -> int:

@@ -103,7 +103,7 @@ def init_state(
 
         return jax.jit(create, out_shardings=shardings)()
     checkpoints.check_shapes(params, abstract.params, "initial parameters")
-    params = jax.device_put(params, shardings.params)
+    params = partitioning.place(params, shardings.params)
     start = jax.jit(lambda p: _new_state(p, optimizer, seed), out_shardings=shardings)
     return start(params)
 
