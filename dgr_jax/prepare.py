@@ -22,7 +22,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.MAKERS, ["prepare"])
+    pipeline.run(experiment, stages.makers(experiment), ["prepare"])
     if args.export:
         from dgr_jax.stages.prepare import export
 

@@ -7,12 +7,14 @@ Three sources, as in DSI and MINDER: labelled queries, the text of passages, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dgr_jax.corpora import lines
-from dgr_jax.corpora.types import Passage, Qrel
+from dgr_jax.corpora.types import Passage, Qrel, Query
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -125,6 +127,38 @@ def pairs(
                 yield text, index, ""
     else:
         raise ValueError(f"unknown source {source!r}, expected one of {SOURCES}")
+
+
+def of_judged(
+    queries: Mapping[str, Query], qrels: Iterable[Qrel], store: PassageStore, min_relevance: int
+) -> Iterator[dict[str, Any]]:
+    """One example a query with a positive, in the order of the qrels, as `of_positives`; the
+    highest grades come first."""
+    judged: dict[str, list[tuple[int, int]]] = {}
+    for qrel in qrels:
+        if qrel.relevance >= min_relevance:
+            judged.setdefault(qrel.qid, []).append((qrel.relevance, store.index_of(qrel.pid)))
+    for qid, found in judged.items():
+        grades, passages = zip(*sorted(found, key=lambda one: -one[0]), strict=True)
+        yield _positives(queries[qid].text, passages, grades, qid)
+
+
+def of_positives(pairs: Iterable[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
+    """One example a (text, passage index, qid) pair: {inputs: str, positives: int32 [R], 1 + the
+    passage indices, grades: int32 [R], qid: str}; R = 1."""
+    for text, index, qid in pairs:
+        yield _positives(text, [index], [1], qid)
+
+
+def _positives(text: str, passages: Sequence[int], grades: Sequence[int], qid: str):
+    """Numbers begin at 1, as SeqIO pads with 0."""
+    numbers = 1 + np.asarray(passages, np.int32)
+    return {
+        "inputs": text,
+        "positives": numbers,
+        "grades": np.asarray(grades, np.int32),
+        "qid": qid,
+    }
 
 
 def of_docids(

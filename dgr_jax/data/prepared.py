@@ -27,16 +27,28 @@ def features(*, views: bool = False) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(plain | {"view": tfds.features.Text()} if views else plain)
 
 
+def positives() -> tfds.features.FeaturesDict:
+    """Features of a query with its positives: see `dgr_jax.data.examples.of_positives`."""
+    numbers = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+    return tfds.features.FeaturesDict(
+        {
+            "inputs": tfds.features.Text(),
+            "positives": numbers,
+            "grades": numbers,
+            "qid": tfds.features.Text(),
+        }
+    )
+
+
 def write(
     data_dir: Path,
     name: str,
     splits: Mapping[str, Iterable[Mapping[str, Any]]],
-    *,
-    views: bool = False,
+    of: tfds.features.FeaturesDict | None = None,
 ) -> dict[str, int]:
     """Write `name`:1.0.0 into `data_dir`, one TFDS split a source of examples; -> examples a split.
 
-    Examples are streamed; a shard holds at most 500,000. views: they have a view each.
+    Examples are streamed; a shard holds at most 500,000. of: their features; None: `features()`.
     """
     folder = data_dir / name / VERSION
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +57,8 @@ def write(
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
-        features=features(views=views),
-        description="Generation examples: a text, and the identifier of the passage it is about.",
+        features=of or features(),
+        description="Training examples: a text, and the passages that it is about.",
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD)
     writer.initialize_splits(list(splits))

@@ -19,6 +19,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import examples, loading
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.dense_experiment import DenseExperiment, DensePrepare
 from dgr_jax.experiment import Experiment, Prepare
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
@@ -33,27 +34,8 @@ logger = logging.getLogger(__name__)
 
 def prepare(experiment: Experiment, folder: Path) -> None:
     """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does."""
-    settings = experiment.prepare
-    splits = (settings.train_split, *settings.test_splits)
-    experiment.collection.check(splits)
-    passages = store.write(experiment.collection.passages(), folder / "passages")
-    queries, qrels = _read_judged(experiment, splits)
-    for split in splits:
-        where = f"qrels of split {split!r}"
-        if not checks.check_qrels(qrels[split], queries[split], passages, where=where):
-            raise ValueError(f"{where}: found none; expected a judged query or more")
-    train = settings.train_split
-    if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[train]):
-        raise ValueError(
-            f"split {train!r} has no positive: no relevance of {settings.min_relevance} or more "
-            "(Prepare.min_relevance)"
-        )
-    every_query = {q.qid: q for split in splits for q in queries[split].values()}
-    beir.write_beir(folder / "collection", (), every_query.values(), qrels)
-    texts = itertools.chain(
-        (p.contents for p in passages), (q.text for q in queries[train].values())
-    )
-    settings.vocabulary.write(folder, texts)
+    settings, train = experiment.prepare, experiment.prepare.train_split
+    passages, queries, qrels = read(experiment, folder, (train,))
     if isinstance(settings.identifiers, Multiview):
         tested = (query for split in settings.test_splits for query in queries[split].values())
         made = identifiers.views(settings, folder, passages, tested)
@@ -63,25 +45,57 @@ def prepare(experiment: Experiment, folder: Path) -> None:
     vocabulary = made.vocabulary
     report = {
         "passages": len(passages),
-        "queries": {split: len(queries[split]) for split in splits},
-        "queries_cut": {s: _cut(vocabulary, queries[s], settings.query_length) for s in splits},
-        "qrels": {split: len(qrels[split]) for split in splits},
+        "queries": {split: len(found) for split, found in queries.items()},
+        "queries_cut": cut(vocabulary, queries, settings.query_length),
+        "qrels": {split: len(found) for split, found in qrels.items()},
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
         "identifiers": made.report,
     }
+    write_report(folder, report, settings)
+
+
+def write_report(folder: Path, report: dict[str, Any], settings: Prepare | DensePrepare) -> None:
+    """Writes report.json and says what is in it."""
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for line in _readable(report, settings.query_length):
+    for line in _readable(report, settings):
         logger.info("prepare: %s", line)
 
 
-def _read_judged(
-    experiment: Experiment, splits: tuple[str, ...]
-) -> tuple[dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
-    """Queries by qid, and judgements, of each split."""
-    collection = experiment.collection
+def read(
+    experiment: Experiment | DenseExperiment, folder: Path, train: tuple[str, ...]
+) -> tuple[PassageStore, dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
+    """Writes passages/, collection/ (queries and judgements) and spiece.model; -> the passages,
+    and split -> queries by qid, and judgements.
+
+    train: splits to learn from; each must have a positive.
+    """
+    settings, collection, splits = (
+        experiment.prepare,
+        experiment.collection,
+        experiment.prepare.splits,
+    )
+    collection.check(splits)
+    passages = store.write(collection.passages(), folder / "passages")
     queries = {split: {q.qid: q for q in collection.queries(split)} for split in splits}
-    return queries, {split: list(collection.qrels(split)) for split in splits}
+    qrels = {split: list(collection.qrels(split)) for split in splits}
+    for split in splits:
+        where = f"qrels of split {split!r}"
+        if not checks.check_qrels(qrels[split], queries[split], passages, where=where):
+            raise ValueError(f"{where}: found none; expected a judged query or more")
+    for split in train:
+        if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[split]):
+            raise ValueError(
+                f"split {split!r} has no positive: no relevance of {settings.min_relevance} or "
+                f"more ({type(settings).__name__}.min_relevance)"
+            )
+    every_query = {q.qid: q for split in splits for q in queries[split].values()}
+    beir.write_beir(folder / "collection", (), every_query.values(), qrels)
+    learned = {q.qid: q.text for split in train for q in queries[split].values()}
+    settings.vocabulary.write(
+        folder, itertools.chain((p.contents for p in passages), learned.values())
+    )
+    return passages, queries, qrels
 
 
 def _datasets(
@@ -103,12 +117,8 @@ def _datasets(
         name: made.examples(source_pairs(settings, name, passages, queries, qrels))
         for name in rates
     }
-    counts = prepared.write(folder / "tfds", "examples", streams, views=views)
-    empty = [name for name, count in counts.items() if not count]
-    if empty:
-        raise ValueError(
-            f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
-        )
+    counts = prepared.write(folder / "tfds", "examples", streams, prepared.features(views=views))
+    require_examples(counts)
     task_file(settings.tasks).register(tasks.Prepared(folder / "tfds", made.vocabulary, rates))
     lengths = {"inputs": settings.query_length, "targets": made.length}
     for name in streams:
@@ -117,8 +127,17 @@ def _datasets(
     return counts
 
 
+def require_examples(counts: Mapping[str, int]) -> None:
+    """Raises ValueError for a source without any example."""
+    empty = [name for name, count in counts.items() if not count]
+    if empty:
+        raise ValueError(
+            f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
+        )
+
+
 def source_pairs(
-    settings: Prepare,
+    settings: Prepare | DensePrepare,
     source: str,
     passages: PassageStore,
     queries: Mapping[str, Query],
@@ -149,7 +168,8 @@ def task_file(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views."""
+    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views; a
+    dense retriever has neither."""
 
     folder: Path
     store: PassageStore
@@ -158,17 +178,15 @@ class Prepared:
     indexes: ViewIndexes | None
 
     @classmethod
-    def load(cls, model_dir: str | Path) -> Prepared:
+    def load(cls, model_dir: str | Path, *, identifiers: bool = True) -> Prepared:
         folder = Path(model_dir) / "prepare"
         vocabulary = Vocabulary.load(folder)
-        views = bool(vocabulary.views)
-        return cls(
-            folder,
-            PassageStore(folder / "passages"),
-            vocabulary,
-            table=None if views else IdentifierTable.load(folder / "identifiers"),
-            indexes=ViewIndexes.load(folder, vocabulary) if views else None,
-        )
+        views, table, indexes = bool(vocabulary.views), None, None
+        if identifiers and views:
+            indexes = ViewIndexes.load(folder, vocabulary)
+        elif identifiers:
+            table = IdentifierTable.load(folder / "identifiers")
+        return cls(folder, PassageStore(folder / "passages"), vocabulary, table, indexes)
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""
@@ -183,7 +201,7 @@ class Prepared:
         return beir.BeirCollection(str(self.folder / "collection"))
 
 
-def export(experiment: Experiment, target: str) -> None:
+def export(experiment: Experiment | DenseExperiment, target: str) -> None:
     """Copy the prepare stage, without its TFDS dataset, to MODEL_DIR `target` on its way elsewhere.
 
     There every later stage runs without TensorFlow and without the collection.
@@ -202,13 +220,18 @@ def export(experiment: Experiment, target: str) -> None:
     )
 
 
-def _cut(vocabulary: Vocabulary, queries: dict[str, Query], length: int) -> int:
-    """How many queries have more tokens than fit, EOS counted."""
-    return sum(len(vocabulary.encode(query.text)) >= length for query in queries.values())
+def cut(
+    vocabulary: Vocabulary, queries: dict[str, dict[str, Query]], length: int
+) -> dict[str, int]:
+    """How many queries of each split have more tokens than fit, EOS counted."""
+    return {
+        split: sum(len(vocabulary.encode(query.text)) >= length for query in found.values())
+        for split, found in queries.items()
+    }
 
 
-def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
-    found = report["identifiers"]
+def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Iterator[str]:
+    found = report.get("identifiers", {})
     yield (
         f"{report['passages']:,} passages, "
         + ", ".join(f"{n:,} {split} queries" for split, n in report["queries"].items())
@@ -219,8 +242,11 @@ def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
         if cut:
             yield (
                 f"{cut:,} of {report['queries'][split]:,} {split} queries are longer than "
-                f"{query_length} tokens and are cut (Prepare.query_length)"
+                f"{settings.query_length} tokens and are cut "
+                f"({type(settings).__name__}.query_length)"
             )
+    if "positives" in report:
+        yield f"positives a query: {_line(report['positives'])}"
     if line := _line(found):
         yield line
     for view in ("title", "body", "query", "named_passages", "drawn"):
