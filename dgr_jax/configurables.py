@@ -26,7 +26,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def _components() -> tuple[type, ...]:
     from dgr_jax import dense_experiment, experiment, partitioning, query_generator, studies
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
@@ -48,7 +48,7 @@ def _components() -> tuple[type, ...]:
         experiment.Experiment, experiment.Prepare, experiment.Training, experiment.Candidates,
         experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config, start.Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
-        msmarco.MsmarcoCollection, quickstart.QuickstartCollection,
+        msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,

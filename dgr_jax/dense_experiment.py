@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import Evaluate, Stage, Training
+from dgr_jax.experiment import Evaluate, Stage, Training, sizes
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.start import Pretrained
 from dgr_jax.partitioning import Mesh
@@ -191,6 +192,17 @@ class DenseExperiment:
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
+
+    def compared(self, system: str) -> dict[str, Any]:
+        """What systems must have in common to be compared: see `experiment.Experiment`. A student
+        that writes identifiers has one encoder, of these sizes."""
+        runs = [self.train] + ([self.refresh] if system == "refresh" else [])
+        splits = self.prepare.train_splits
+        return {
+            "examples": sum(run.steps * run.batch_size for run in runs),
+            "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
+            "data": (splits if len(splits) > 1 else splits[0], self.prepare.min_relevance),
+        }
 
     @property
     def stages(self) -> Mapping[str, Stage]:

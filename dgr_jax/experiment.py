@@ -193,6 +193,16 @@ class Experiment:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
 
+    def compared(self, system: str) -> dict[str, Any]:
+        """What systems must have in common to be compared: examples seen, sizes of the model (but
+        for its vocabulary), and the data to learn from."""
+        later = self.distill.steps * self.distill.batch_size if system != "generate" else 0
+        return {
+            "examples": self.generate.steps * self.generate.batch_size + later,
+            "model": sizes(self.model),
+            "data": (self.prepare.train_split, self.prepare.min_relevance),
+        }
+
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
@@ -255,6 +265,12 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def sizes(config: T5Config) -> str:
+    """The settings of a model, but for its vocabulary, as JSON."""
+    described = {k: v for k, v in describe(config).items() if k != "vocab_size"}
+    return json.dumps(described, sort_keys=True)
 
 
 def paths(value: Any) -> dict[str, str]:

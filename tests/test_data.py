@@ -241,7 +241,7 @@ def test_converters_refuse_wrong_lengths(registered):
 def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     from dgr_jax.data import tasks
     from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter
-    from dgr_jax.data.prepared import write
+    from dgr_jax.data.prepared import features, write
 
     vocabulary, indexes, _, prepared = view_collections.prepare(tmp_path)
     texts = view_collections.TEXTS
@@ -250,7 +250,9 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     scores = np.tile(np.arange(4, 0, -1, dtype=np.float32), (3, 1))
     positives = np.zeros(3, np.int32)
     pairs = [(texts[i], i, f"q{i}") for i in range(3)]
-    write(tmp_path / "tfds", "examples", {"labelled": prepared.examples(pairs)}, views=True)
+    write(
+        tmp_path / "tfds", "examples", {"labelled": prepared.examples(pairs)}, features(views=True)
+    )
     many = partial(rank_lists.view_examples, texts, named, scores, positives, len(indexes.text))
     tasks.register("views", tasks.Prepared(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many))
     passages_, limit, length = named.tokens.shape[1:]
