@@ -9,7 +9,7 @@ from typing import Any
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import Evaluate, Stage, Training, sizes
+from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.start import Pretrained
 from dgr_jax.partitioning import Mesh
@@ -150,6 +150,8 @@ class DenseExperiment:
 
     refresh: train on from the trained encoder, with negatives that it has found itself (`mined`),
       as ANCE does (Xiong et al. 2021); None: do not.
+    teach: a teacher orders the `negatives` and the positives of each labelled query, and the lists
+      cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
     initial: a published T5 whose encoder the towers start from; None: at random.
     """
 
@@ -161,6 +163,7 @@ class DenseExperiment:
     evaluate: Evaluate
     lists: Lists = Lists()
     negatives: Negatives = Negatives()
+    teach: Teach | None = None
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
@@ -187,6 +190,31 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        asked = getattr(self.train.objective, "teacher_loss", None) is not None
+        if asked and self.teach is None:
+            raise ValueError(
+                "DenseExperiment.teach: got None, expected @Teach() with Dense.teacher_loss"
+            )
+        if self.teach is None:
+            return
+        if self.negatives.source == "in_batch":
+            raise ValueError(
+                "Negatives.source: got 'in_batch', expected bm25 or random: passages for the "
+                "teacher to order (DenseExperiment.teach)"
+            )
+        if others := self.prepare.sources.rates().keys() - {"labelled"}:
+            raise ValueError(
+                f"Sources.{min(others)}: got a rate, expected 0: the teacher orders passages "
+                "of labelled queries alone (DenseExperiment.teach)"
+            )
+        if self.refresh is not None and asked and self.refresh.objective == self.train.objective:
+            raise ValueError(
+                "DenseExperiment.refresh: got a teacher loss, expected none: mined negatives have "
+                "no teacher's scores; give refresh/Training.objective one of its own"
+            )
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -211,8 +239,9 @@ class DenseExperiment:
         found = {"prepare": Stage(("collection", "prepare"), ())}
         if has_pool:
             found["negatives"] = Stage(("negatives",), ("prepare",))
-        learned = ("model", "train", "lists", "initial")
-        found["dense"] = Stage(learned, ("negatives",) if has_pool else ("prepare",))
+        if self.teach is not None:
+            found["teach"] = Stage(("teach",), ("negatives",))
+        found["dense"] = Stage(("model", "train", "lists", "initial"), (list(found)[-1],))
         if self.refresh is not None:
             found["mine"] = Stage(("mined",), ("dense",))
             found["refresh"] = Stage(("refresh", "lists"), ("mine",))

@@ -19,8 +19,8 @@ def command(argv: Sequence[str] | None) -> None:
         default="evaluate",
         metavar="STAGE,STAGE",
         help="stages to run, with those they need: prepare, generate, candidates, teach, distill, "
-        "control, evaluate; of a dense retriever prepare, negatives, dense, mine, refresh, "
-        "evaluate (default: evaluate, which needs all)",
+        "control, evaluate; of a dense retriever prepare, negatives, teach, dense, mine, "
+        "refresh, evaluate (default: evaluate, which needs all)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"

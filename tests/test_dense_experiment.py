@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,16 @@ from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples
+from dgr_jax.data.examples import Sources
 from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Lists, Negatives
-from dgr_jax.experiment import Evaluate, Training, describe, fingerprint, stage_settings
-from dgr_jax.losses import contrastive
+from dgr_jax.experiment import Evaluate, Teach, Training, describe, fingerprint, stage_settings
+from dgr_jax.losses import contrastive, ranking
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.dense import DenseSearch, Searcher
 from dgr_jax.retrieval.generative import Retriever, Search
+from dgr_jax.retrieval.recipes import TopM
+from dgr_jax.retrieval.teacher import Bm25Teacher
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training.dense import Dense
 from dgr_jax.training.optimizers import Adafactor
@@ -41,6 +45,8 @@ BASE = DenseExperiment(
     train=Training(Dense(LOSS), Adafactor(), steps=10),
     evaluate=Evaluate(DenseSearch()),
 )
+TEACH = Teach(Bm25Teacher(), TopM(4))
+TAUGHT = Training(Dense(LOSS, teacher_loss=ranking.kl_divergence), Adafactor(), steps=10)
 SMALL = tuple(
     flag for flag in TINY[1:]
     if flag.startswith(("--gin.T5Config", "--gin.Training", "--gin.Mesh", "--gin.WARMUP",
@@ -67,7 +73,8 @@ def test_stages_are_those_that_the_settings_ask_for():
 
 
 def test_every_setting_is_read_by_a_stage():
-    whole = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train)
+    whole = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train, teach=TEACH)
+    assert whole.stages["dense"].upstream == ("teach",)
     read = {name for stage in whole.stages.values() for name in stage.settings}
     names = {field.name for field in dataclasses.fields(DenseExperiment)}
     assert names - read == {"model_dir", "mesh"}
@@ -111,6 +118,29 @@ def test_a_setting_belongs_to_the_stages_that_depend_on_it(change, made_again):
         (
             lambda: dataclasses.replace(BASE, lists=Lists(weights=(1.0, 1.0))),
             r"Lists.weights: got weights \(1.0, 1.0\), expected 1, one for each of DensePrepare",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, train=TAUGHT),
+            r"DenseExperiment.teach: got None, expected @Teach\(\) with Dense.teacher_loss",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, teach=TEACH),
+            "Negatives.source: got 'in_batch', expected bm25 or random: passages for the teacher",
+        ),
+        (
+            lambda: dataclasses.replace(
+                BASE, teach=TEACH, negatives=Negatives("bm25"), train=TAUGHT, refresh=TAUGHT
+            ),
+            "DenseExperiment.refresh: got a teacher loss, expected none",
+        ),
+        (
+            lambda: dataclasses.replace(
+                BASE,
+                teach=TEACH,
+                negatives=Negatives("bm25"),
+                prepare=DensePrepare("quickstart", sources=Sources(pseudo_queries=0)),
+            ),
+            "Sources.passages: got a rate, expected 0: the teacher orders passages",
         ),
         (lambda: Negatives("teacher"), "Negatives.source: got 'teacher', expected one of in_batch"),
         (lambda: Negatives("bm25", count=9, depth=3), "Negatives: got count=9, depth=3, skip=0"),
@@ -282,6 +312,27 @@ def test_a_retriever_answers_as_it_was_measured(finished, capsys):
                       "--report_speed", f"--output={folder.parent / 'speed.json'}"))  # fmt: skip
     report = json.loads((folder.parent / "speed.json").read_text())
     assert (report["vectors"], report["width"], report["storage"]) == (240, 16, "float32")
+
+
+@pytest.mark.slow
+def test_a_teachers_lists(finished, command, tmp_path):
+    """Made beside the stages that are there already."""
+    folder, _ = finished
+    again = shutil.copytree(folder, tmp_path / "model", symlinks=True)
+    asked = [flag for flag in flags(folder) if "refresh" not in flag and "REFRESH" not in flag]
+    done = command(
+        "dgr_jax.train", *asked, "--gin_file=runs/taught.gin", f"--model_dir={again}",
+        "--gin.Negatives.count=2", "--gin.Sources.pseudo_queries=0", "--gin.TopM.size=4",
+    )  # fmt: skip
+    assert "teach: labelled_llm: 100.0% of" in done.stderr
+    listed, relevant = (
+        np.load(again / f"teach/labelled_llm/{name}.npy") for name in ("passages", "positives")
+    )
+    assert listed.shape[1] == 4 and len(listed) == len(relevant)
+    assert (listed[:, :, None] == relevant[:, None, :])[relevant[:, None, :] >= 0].any()
+    rows = [json.loads(row) for row in (again / "dense/metrics.jsonl").read_text().splitlines()]
+    assert all(row["valid_lists"] > 0.9 and row["teacher_loss"] > 0 for row in rows)
+    assert list(json.loads((again / "evaluate/metrics.json").read_text())) == ["bm25", "dense"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dgr_jax.dense_experiment import Lists
-from dgr_jax.training.lists import ListSource, Phases
+from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import ArraySource
 
 PASSAGES, QUERIES, DEPTH = 30, 12, 6
@@ -93,6 +93,21 @@ def test_grades_are_drawn_by_weight():
     drawn = ListSource(queries, TOKENS, positives=5, grade_weights=(0.0, 1.0)).batch(0)
     assert (drawn["positive_mask"].sum(1) == 2).all()  # grade 1 is never drawn
     assert (drawn["ignored_passages"] >= 0).all()  # nor a negative
+
+
+def test_a_teachers_lists_know_their_positives():
+    passages = np.where(FEATURES["positives"] % 2 == 0, FEATURES["positives"], -1)
+    passages[:, 4] = FEATURES["negatives"][:, 0]
+    scores = np.random.default_rng(0).normal(size=passages.shape).astype(np.float32)
+    taught = FEATURES | {"passages": passages, "teacher_scores": scores}
+    batch = TaughtLists(ArraySource(taught, 6, seed=0), TOKENS).batch(1)
+    rows = batch["encoder_input_tokens"][:, 0] - 1
+    np.testing.assert_array_equal(batch["teacher_scores"], scores[rows])
+    np.testing.assert_array_equal(batch["passage_mask"], passages[rows] >= 0)
+    np.testing.assert_array_equal(batch["positive_mask"][:, :4], passages[rows, :4] >= 0)
+    assert not batch["positive_mask"][:, 4].any() and batch["passage_mask"][:, 4].all()
+    np.testing.assert_array_equal(batch["passage_tokens"][:, 4], TOKENS[passages[rows, 4]])
+    np.testing.assert_array_equal(batch["ignored_passages"], FEATURES["positives"][rows])
 
 
 def test_phases_follow_one_another():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.exact_search import Index
 from dgr_jax.retrieval.generative import BLOCK, write_student
 from dgr_jax.retrieval.negatives import mine as mined
+from dgr_jax.retrieval.recipes import RankLists
+from dgr_jax.retrieval.teacher import Coverage
 from dgr_jax.stages import students
 from dgr_jax.stages.evaluate import measure
 from dgr_jax.stages.prepare import (
@@ -38,13 +41,14 @@ from dgr_jax.stages.prepare import (
     task_file,
     write_report,
 )
+from dgr_jax.stages.teach import CandidateLists, readable
 from dgr_jax.training import arrays
-from dgr_jax.training.lists import ListSource, Phases
+from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource
 
 logger = logging.getLogger(__name__)
 
-CORPUS = "corpus"
+CORPUS, QIDS = "corpus", "qids.json"
 _LABELLED = "labelled_"
 
 Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passages int [n, depth]
@@ -103,11 +107,14 @@ def _datasets(
         judged = examples.of_judged(queries[split], qrels[split], passages, settings.min_relevance)
         for example in judged:
             most = max(most, len(example["positives"]))
+            qids[source].append(example["qid"])
             yield example
 
     streams = {source: examples_of(source) for source in sources(experiment)}
+    qids: dict[str, list[str]] = {source: [] for source in streams}
     counts = prepared.write(folder / "tfds", "positives", streams, prepared.positives())
     require_examples(counts)
+    (folder / QIDS).write_text(json.dumps(qids), encoding="utf-8")
     task_file(settings.tasks).register(
         tasks.PreparedPositives(
             folder / "tfds",
@@ -191,10 +198,54 @@ def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
     return arrays.read_arrays(Path(experiment.model_dir) / "prepare" / "arrays" / source)
 
 
+def teach(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
+    the pool and the positives of each query; and report.json, see `stages.teach`."""
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    qids = json.loads((made.folder / QIDS).read_text(encoding="utf-8"))
+    report = {}
+    for source in sources(experiment):
+        pool = np.load(Path(experiment.model_dir) / "negatives" / f"{source}.npy", mmap_mode="r")
+        lists, coverage = _ranked(experiment, made, source, qids[source], pool)
+        queries = _queries(experiment, source)
+        rows = {name: queries[name][lists.query_rows] for name in queries if name != "grades"}
+        scores = lists.teacher_scores.astype(np.float32)
+        arrays.write_arrays(
+            folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
+        )
+        report[source] = {"teacher": coverage.report(), "lists": lists.report}
+        for line in readable({source: report[source]["teacher"]}, lists.report):
+            logger.info("teach: %s", line)
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _ranked(
+    experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
+) -> tuple[RankLists, Coverage]:
+    settings, least = experiment.teach, experiment.prepare.min_relevance
+    split, coverage = source.removeprefix(_LABELLED), Coverage()
+    queries, judged = made.queries(split), made.qrels(split)
+    given = {"qrels": judged, "store": made.store, "min_relevance": least}
+    given["candidates"] = CandidateLists(qids, pool, made.store.pids)
+    ranked = settings.teacher.rank(
+        {qid: queries[qid].text for qid in qids}, coverage=dict.fromkeys(qids, coverage), **given
+    )
+    lists = settings.lists.select(ranked, qids=qids, seed=settings.seed, **given)
+    if not len(lists.passages):
+        raise ValueError(
+            f"no rank list could be made of {len(qids)} queries: {lists.report}; look at "
+            "Teach.teacher and Teach.lists"
+        )
+    return lists, coverage
+
+
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
     pool = experiment.negatives if "negatives" in experiment.stages else None
-    batches = _lists(experiment, experiment.train, "negatives", pool)
+    if experiment.teach is not None:
+        batches = _taught(experiment)
+    else:
+        batches = _lists(experiment, experiment.train, "negatives", pool)
     start = None
     if experiment.initial is not None:
         start = _initial(experiment)
@@ -247,6 +298,14 @@ def _lists(
         fixed=lists.fixed,
         grade_weights=lists.grade_weights,
     )
+
+
+def _taught(experiment: DenseExperiment) -> TaughtLists:
+    """Batches of the teacher's lists."""
+    folder = Path(experiment.model_dir) / "teach"
+    tasks = {source: arrays.read_arrays(folder / source) for source in sources(experiment)}
+    corpus = _queries(experiment, CORPUS)["passage_tokens"]
+    return TaughtLists(Phases(list(_phases(experiment, experiment.train, tasks))), corpus)
 
 
 def _phases(
@@ -346,6 +405,7 @@ def evaluate(experiment: DenseExperiment, folder: Path) -> None:
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
     "prepare": prepare,
     "negatives": negatives,
+    "teach": teach,
     "dense": dense,
     "mine": mine,
     "refresh": refresh,

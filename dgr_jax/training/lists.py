@@ -65,18 +65,49 @@ class ListSource:
             others = found["negatives"]
             parts.append(_chosen(others, keys(others), self._negatives, 1.0))
         passages = np.concatenate(parts, axis=1)
-        mask = passages >= 0
-        tokens = np.asarray(self._tokens[np.maximum(passages, 0)])
+        listed = _listed(passages, self._tokens)
+        first = np.arange(passages.shape[1]) < self._positives
         batch = {
             "encoder_input_tokens": found["encoder_input_tokens"],
-            "passage_tokens": np.where(mask[..., None], tokens, 0),
-            "passage_mask": mask,
-            "positive_mask": mask & (np.arange(passages.shape[1]) < self._positives),
-            "passages": passages,
+            **listed,
+            "positive_mask": listed["passage_mask"] & first,
         }
         if relevant.shape[1] > self._positives or not self._weights.all():
             batch["ignored_passages"] = relevant
         return batch
+
+
+class TaughtLists:
+    """Queries with a teacher's rank lists, [B, L], as `training.dense` describes them."""
+
+    def __init__(self, lists: Source, passage_tokens: np.ndarray) -> None:
+        """Args:
+        lists: gives encoder_input_tokens, positives int32 [B, R] and, -1 where a place is free,
+          passages int32 [B, L] with teacher_scores f32 [B, L].
+        passage_tokens: int32 [passages, S].
+        """
+        self._lists, self._tokens = lists, passage_tokens
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
+        """See `source.Source`."""
+        found = self._lists.batch(step, process_index, process_count)
+        passages, relevant = found["passages"], found["positives"]
+        listed = _listed(passages, self._tokens)
+        positive = (passages[:, :, None] == relevant[:, None, :]).any(-1)
+        return {
+            "encoder_input_tokens": found["encoder_input_tokens"],
+            **listed,
+            "positive_mask": positive & listed["passage_mask"],
+            "ignored_passages": relevant,
+            "teacher_scores": found["teacher_scores"],
+        }
+
+
+def _listed(passages: np.ndarray, tokens: np.ndarray) -> Features:
+    """The passages int32 [B, L] with their tokens."""
+    mask = passages >= 0
+    texts = np.where(mask[..., None], tokens[np.maximum(passages, 0)], 0)
+    return {"passages": passages, "passage_tokens": texts, "passage_mask": mask}
 
 
 def _chosen(
