@@ -32,6 +32,7 @@ from dgr_jax.retrieval.generative import Retriever, Search
 from dgr_jax.retrieval.recipes import TopM
 from dgr_jax.retrieval.teacher import Bm25Teacher
 from dgr_jax.stages.prepare import Prepared
+from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.dense import Dense
 from dgr_jax.training.optimizers import Adafactor
 from tests.conftest import ROOT, TINY
@@ -177,7 +178,7 @@ def test_mistakes_are_named(tmp_path):
         cli.Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"
     ):
         load("--gin_file=dense.gin", "--gin.LOSS=@lse_pear()")
-    with pytest.raises(cli.Mistake, match="dense.gin is for python -m dgr_jax.train"):
+    with pytest.raises(cli.Mistake, match="dense.gin: got DenseExperiment, expected Experiment"):
         train.command(("--gin_file=dense.gin", "--plan"))
     flags = ("--gin_file=dense.gin", f"--data_dir={tmp_path}", f"--model_dir={tmp_path / 'm'}")
     with pytest.raises(FileNotFoundError, match="corpus.jsonl"):
@@ -205,6 +206,7 @@ def test_examples_of_judged_queries(tmp_path):
     ]  # fmt: skip
     (made,) = examples.of_positives([("a sentence", 3, "")])
     assert made["positives"].tolist() == [4] and made["grades"].tolist() == [1]
+    assert made["query"].tolist() == [1]
 
 
 # whole runs
@@ -282,10 +284,19 @@ def test_pools_are_negatives_of_their_query(finished):
 
 
 @pytest.mark.slow
-def test_training_reads_passages_as_search_does(finished):
-    """SeqIO's tokens are those of the vocabulary, in the order of the corpus."""
+def test_training_reads_what_was_judged_as_search_reads_it(finished):
+    """SeqIO's tokens are those of the vocabulary; passages stand in the order of the corpus."""
     folder, _ = finished
     made = Prepared.load(folder, identifiers=False)
+    qids = json.loads((folder / "prepare/qids.json").read_text())["labelled_llm"]
+    read = read_arrays(folder / "prepare/arrays/labelled_llm")
+    queries, judged = made.queries("llm"), made.qrels("llm")
+    named = [qids[number] for number in read["query"][:, 0]]
+    texts = made.vocabulary.encode_inputs([queries[qid].text for qid in named], 12)
+    np.testing.assert_array_equal(read["encoder_input_tokens"], texts)
+    for qid, positives, grades in zip(named, read["positives"], read["grades"], strict=True):
+        found = {made.store.pids[p]: g for p, g in zip(positives, grades, strict=True) if p >= 0}
+        assert found == judged[qid] and list(found.values()) == sorted(found.values())[::-1]
     tokens = np.load(folder / "prepare/arrays/corpus/passage_tokens.npy")
     expected = made.vocabulary.encode_inputs([passage.contents for passage in made.store], 16)
     np.testing.assert_array_equal(tokens, expected)

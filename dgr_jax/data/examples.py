@@ -138,25 +138,29 @@ def of_judged(
     for qrel in qrels:
         if qrel.relevance >= min_relevance:
             judged.setdefault(qrel.qid, []).append((qrel.relevance, store.index_of(qrel.pid)))
-    for qid, found in judged.items():
+    for number, (qid, found) in enumerate(judged.items()):
         grades, passages = zip(*sorted(found, key=lambda one: -one[0]), strict=True)
-        yield _positives(queries[qid].text, passages, grades, qid)
+        yield _positives(queries[qid].text, passages, grades, number, qid)
 
 
 def of_positives(pairs: Iterable[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
-    """One example a (text, passage index, qid) pair: {inputs: str, positives: int32 [R], 1 + the
-    passage indices, grades: int32 [R], qid: str}; R = 1."""
-    for text, index, qid in pairs:
-        yield _positives(text, [index], [1], qid)
+    """One example a (text, passage index, qid) pair: {inputs: str, positives: int32 [R] (1 + the
+    passage indices), grades: int32 [R], query: int32 [1] (1 + the example's number), qid: str};
+    here R = 1."""
+    for number, (text, index, qid) in enumerate(pairs):
+        yield _positives(text, [index], [1], number, qid)
 
 
-def _positives(text: str, passages: Sequence[int], grades: Sequence[int], qid: str):
+def _positives(
+    text: str, passages: Sequence[int], grades: Sequence[int], number: int, qid: str
+) -> dict[str, Any]:
     """Numbers begin at 1, as SeqIO pads with 0."""
-    numbers = 1 + np.asarray(passages, np.int32)
+    numbers, query = (1 + np.asarray(found, np.int32) for found in (passages, [number]))
     return {
         "inputs": text,
         "positives": numbers,
         "grades": np.asarray(grades, np.int32),
+        "query": query,
         "qid": qid,
     }
 

@@ -73,16 +73,19 @@ class GenerationConverter(seqio.FeatureConverter):
 class PositivesConverter(seqio.FeatureConverter):
     """query and its positives -> what a dual encoder's lists are drawn from.
 
-    Lengths {"inputs": 4, "positives": 3, "grades": 3}; the example
-      {"inputs": [7, 8, 1], "positives": [5, 1], "grades": [2, 1]}
+    Lengths {"inputs": 4, "positives": 3, "grades": 3, "query": 1}; the example
+      {"inputs": [7, 8, 1], "positives": [5, 1], "grades": [2, 1], "query": [9]}
     becomes
       encoder_input_tokens [7, 8, 1, 0]
       positives            [4, 0, -1]     passage indices, -1: free place
       grades               [2, 1, 0]
+      query                [8]            number of the query, in the order they were written
     """
 
-    TASK_FEATURES = dict.fromkeys(("inputs", "positives", "grades"), _Spec(tf.int32))
-    MODEL_FEATURES = dict.fromkeys(("encoder_input_tokens", "positives", "grades"), _Spec(tf.int32))
+    TASK_FEATURES = dict.fromkeys(("inputs", "positives", "grades", "query"), _Spec(tf.int32))
+    MODEL_FEATURES = dict.fromkeys(
+        ("encoder_input_tokens", "positives", "grades", "query"), _Spec(tf.int32)
+    )
     PACKING_FEATURE_DTYPES = {}
 
     def __init__(self) -> None:
@@ -96,6 +99,7 @@ class PositivesConverter(seqio.FeatureConverter):
                 "encoder_input_tokens": e["inputs"],
                 "positives": e["positives"] - 1,
                 "grades": e["grades"],
+                "query": e["query"] - 1,
             }
 
         return ds.map(convert, tf.data.experimental.AUTOTUNE)

@@ -35,6 +35,7 @@ def positives() -> tfds.features.FeaturesDict:
             "inputs": tfds.features.Text(),
             "positives": numbers,
             "grades": numbers,
+            "query": numbers,
             "qid": tfds.features.Text(),
         }
     )

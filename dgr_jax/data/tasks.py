@@ -103,7 +103,8 @@ def _register_dense(name: str, made: PreparedPositives) -> None:
                 splits={"train": source},
             ),
             preprocessors=plain,
-            output_features={"inputs": text, "positives": numbers, "grades": numbers},
+            output_features={"inputs": text}
+            | dict.fromkeys(("positives", "grades", "query"), numbers),
         )
     signature = {"inputs": tf.TensorSpec((), tf.string)}
 

@@ -123,7 +123,7 @@ def _datasets(
             lambda: ({"inputs": passage.contents} for passage in passages),
         )
     )
-    lengths = {"inputs": settings.query_length, "positives": most, "grades": most}
+    lengths = {"inputs": settings.query_length, "positives": most, "grades": most, "query": 1}
     name = f"{settings.tasks}_dense"
     for source in streams:
         blocks = datasets.arrays(f"{name}_{source}", lengths, PositivesConverter())
@@ -206,9 +206,11 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
     report = {}
     for source in sources(experiment):
         pool = np.load(Path(experiment.model_dir) / "negatives" / f"{source}.npy", mmap_mode="r")
-        lists, coverage = _ranked(experiment, made, source, qids[source], pool)
         queries = _queries(experiment, source)
-        rows = {name: queries[name][lists.query_rows] for name in queries if name != "grades"}
+        named = [qids[source][number] for number in queries["query"][:, 0]]
+        lists, coverage = _ranked(experiment, made, source, named, pool)
+        kept = ("encoder_input_tokens", "positives")
+        rows = {name: queries[name][lists.query_rows] for name in kept}
         scores = lists.teacher_scores.astype(np.float32)
         arrays.write_arrays(
             folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
