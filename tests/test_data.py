@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dgr_jax.corpora import store
-from dgr_jax.corpora.types import Passage, Qrel
+from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples, rank_lists
 from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
@@ -219,6 +219,35 @@ def test_rank_list_task_equals_the_arrays_training_reads(registered, vocabulary,
         assert through_seqio[name].dtype == direct[name].dtype, name
     assert direct["passage_mask"].tolist() == [[True, True], [True, True], [True, False]]
     assert np.isfinite(direct["teacher_scores"]).all()
+
+
+def test_dense_tasks(tmp_path, vocabulary, passages):
+    """Queries with their positives, the highest grades first, and the text of every passage."""
+    from dgr_jax.data import prepared, tasks
+    from dgr_jax.data.feature_converters import PassageConverter, PositivesConverter
+
+    queries = {qid: Query(qid, text) for qid, text in TEXTS.items()}
+    qrels = [Qrel("q1", "p1", 1), Qrel("q0", "p1", 1), Qrel("q1", "p0", 2), Qrel("q2", "p2", 0)]
+    streams = {
+        "labelled_train": examples.of_judged(queries, qrels, passages, 1),
+        "passages": examples.of_positives([("of owls", 2, "")]),
+    }
+    counts = prepared.write(tmp_path, "positives", streams, prepared.positives())
+    assert counts == {"labelled_train": 2, "passages": 1}
+    texts = lambda: ({"inputs": passage.contents} for passage in passages)
+    tasks.register("tiny", tasks.PreparedPositives(tmp_path, vocabulary, tuple(streams), texts))
+    lengths = {"inputs": 12, "positives": 3, "grades": 3, "query": 1}
+    made = arrays("tiny_dense_labelled_train", lengths, PositivesConverter())
+    assert made["positives"].tolist() == [[0, 1, -1], [1, -1, -1]]
+    assert made["grades"].tolist() == [[2, 1, 0], [1, 0, 0]]
+    assert made["query"].tolist() == [[0], [1]]
+    asked = vocabulary.encode_inputs([TEXTS["q1"], TEXTS["q0"]], 12)
+    np.testing.assert_array_equal(made["encoder_input_tokens"], asked)
+    made = arrays("tiny_dense_passages", lengths, PositivesConverter())
+    assert made["positives"].tolist() == [[2, -1, -1]]
+    made = arrays("tiny_dense_corpus", {"inputs": 9}, PassageConverter())
+    read = vocabulary.encode_inputs([passage.contents for passage in PASSAGES], 9)
+    np.testing.assert_array_equal(made["passage_tokens"], read)
 
 
 def test_converters_refuse_wrong_lengths(registered):
