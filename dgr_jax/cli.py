@@ -25,6 +25,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
+EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
 FLAGS = {"MODEL_DIR": "--model_dir", "DATA_DIR": "--data_dir"}
 
 # Lines of what gin prints: NAME = ..., and scope/Component.setting = ...
@@ -196,14 +197,14 @@ def _complain(message: str) -> int:
 def load_experiment(
     args: argparse.Namespace,
     bindings: Sequence[str],
-    kind: str = "Experiment",
+    kinds: Sequence[str] = EXPERIMENTS,
     *,
     keep: bool = True,
 ) -> Any:
     """The experiment that gin files and bindings describe; MODEL_DIR/config.gin keeps it.
 
     Without --gin_file the experiment of --model_dir goes on: its config.gin is read.
-    kind: the component that it is.
+    kinds: the components that it may be.
     keep: False writes nothing, and takes folders and files that are not given for given.
     Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
     that is missing or of a wrong type, and for one on the command line that another overrides.
@@ -226,13 +227,13 @@ def load_experiment(
     _bind(files, bindings)
     if not keep:
         _fill()
-    _check_kind(files, kind)
+    kind = _kind(files, kinds)
     experiment = _call_experiment(files, kind)
     _check_effects(bindings)
-    if kind == "Experiment":
+    if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
         _check_folder("DATA_DIR", getattr(experiment.collection, "folder", ""))
-    _check_folder("MODEL_DIR", experiment.model_dir)
+    _check_folder("MODEL_DIR", getattr(experiment, "model_dir", ""))
     from dgr_jax import processes
 
     if keep and processes.first():
@@ -344,14 +345,20 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; there are: {', '.join(known[:40])}" if known else ""
 
 
-def _check_kind(files: Sequence[str], kind: str) -> None:
-    """Raises Mistake where the files describe an experiment of another command."""
+def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
+    """Which of these the files describe. Raises Mistake where it is an experiment of another
+    command."""
     import gin
 
-    commands = {"Experiment": "train", "PseudoQueries": "pseudo_queries"}
+    commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
     set_up = {name for _, name, key in _settings(gin.config_str()) if key == "model_dir"}
-    if kind not in set_up and (others := [other for other in commands if other in set_up]):
+    if found := [kind for kind in kinds if kind in set_up]:
+        return found[0]
+    if others := [other for other in commands if other in set_up]:
+        if others[0] in EXPERIMENTS and kinds[0] in EXPERIMENTS:
+            raise Mistake(f"{', '.join(files)}: got {others[0]}, expected {' or '.join(kinds)}")
         raise Mistake(f"{', '.join(files)} is for python -m dgr_jax.{commands[others[0]]}")
+    return kinds[0]
 
 
 def _call_experiment(files: Sequence[str], kind: str) -> Any:

@@ -16,28 +16,39 @@ class Missing(ValueError):
 @functools.cache
 def configurables() -> Mapping[str, Callable[..., Any]]:
     """Components and losses by name; each checks the types of its settings when it is called."""
-    from dgr_jax.losses import ranking
+    from dgr_jax.losses import contrastive, ranking
 
     made = {c.__name__: _checked(c) for c in _components()}
-    return made | {name: _loss_factory(name, loss) for name, loss in ranking.LOSSES.items()}
+    losses = ranking.LOSSES | contrastive.LOSSES
+    return made | {name: _loss_factory(name, loss) for name, loss in losses.items()}
 
 
 @functools.cache
 def _components() -> tuple[type, ...]:
-    from dgr_jax import experiment, partitioning, query_generator, studies
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart
+    from dgr_jax import dense_experiment, experiment, partitioning, query_generator, studies
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
-    from dgr_jax.models import start, t5
-    from dgr_jax.retrieval import bm25, generative, multiview_search, recipes, sampling, teacher
+    from dgr_jax.models import dual_encoder, start, t5
+    from dgr_jax.retrieval import (
+        bm25,
+        dense,
+        exact_search,
+        generative,
+        multiview_search,
+        recipes,
+        sampling,
+        teacher,
+    )
+    from dgr_jax.training import dense as dense_objective
     from dgr_jax.training import objectives, optimizers
 
     return (
         experiment.Experiment, experiment.Prepare, experiment.Training, experiment.Candidates,
         experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config, start.Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
-        msmarco.MsmarcoCollection, quickstart.QuickstartCollection,
+        msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
@@ -47,6 +58,9 @@ def _components() -> tuple[type, ...]:
         optimizers.Linear, optimizers.Cosine,
         teacher.RunTeacher, teacher.Bm25Teacher, teacher.CrossEncoderTeacher,
         teacher.BiEncoderTeacher, teacher.VectorTeacher, recipes.TopM, recipes.TwoLists,
+        dense_experiment.DenseExperiment, dense_experiment.DensePrepare, dense_experiment.Lists,
+        dense_experiment.Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,
+        dense.DenseSearch, exact_search.ExactSearch,
         query_generator.PseudoQueries, query_generator.Pairs, sampling.Sampling, studies.Study,
     )  # fmt: skip
 
@@ -138,7 +152,8 @@ def _as_component(value: Any, setting: str) -> Any:
 def _loss_factory(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
     """`@distilled_ranknet()` in gin: the loss with all its settings bound, so that a default that
     is written down makes no other loss."""
-    known = dict(list(inspect.signature(loss).parameters.items())[3:])
+    parameters = inspect.signature(loss).parameters.items()
+    known = {k: p for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     usual = {k: p.default for k, p in known.items()}
 
     def make(**settings: Any) -> functools.partial:

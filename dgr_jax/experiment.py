@@ -18,6 +18,7 @@ from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview_search import MultiviewSearch
 
@@ -57,6 +58,11 @@ class Prepare:
             raise ValueError(
                 f"Prepare.query_length: got {self.query_length}, expected at least 2, EOS counted"
             )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that are read."""
+        return (self.train_split, *self.test_splits)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ class Evaluate:
     max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
     """
 
-    search: Search | MultiviewSearch
+    search: Search | MultiviewSearch | DenseSearch
     measures: tuple[str, ...] = (
         "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
         "RR@10", "nDCG@10", "R@100",
@@ -181,6 +187,21 @@ class Experiment:
                     f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The stages that train what is measured."""
+        return ("generate", "control", "distill") if self.control else ("generate", "distill")
+
+    def compared(self, system: str) -> dict[str, Any]:
+        """What systems must have in common to be compared: examples seen, sizes of the model (but
+        for its vocabulary), and the data to learn from."""
+        later = self.distill.steps * self.distill.batch_size if system != "generate" else 0
+        return {
+            "examples": self.generate.steps * self.generate.batch_size + later,
+            "model": sizes(self.model),
+            "data": (self.prepare.train_split, self.prepare.min_relevance),
+        }
 
     @property
     def stages(self) -> dict[str, Stage]:
@@ -244,6 +265,12 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def sizes(config: T5Config) -> str:
+    """The settings of a model, but for its vocabulary, as JSON."""
+    described = {k: v for k, v in describe(config).items() if k != "vocab_size"}
+    return json.dumps(described, sort_keys=True)
 
 
 def paths(value: Any) -> dict[str, str]:

@@ -112,17 +112,13 @@ def _with_upstream(experiment: Experiment, stages: Iterable[str]) -> set[str]:
     return wanted
 
 
-def _splits(experiment: Experiment) -> tuple[str, ...]:
-    return (experiment.prepare.train_split, *experiment.prepare.test_splits)
-
-
 def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
     """What the files that a stage reads hold now; of a missing one, what it held when it was read,
     so that MODEL_DIR goes on where the data is not."""
     read = read_record(Path(experiment.model_dir) / stage).get("settings", {}).get("files", {})
     signed: dict[str, Any] = {}
     if stage == "prepare":
-        found = experiment.collection.inputs(_splits(experiment))
+        found = experiment.collection.inputs(experiment.prepare.splits)
         whole = all(found.values())
         now = {name: _signature(path) for name, path in found.items() if whole and path}
         signed["collection"] = now if whole else read.get("collection")
@@ -152,7 +148,7 @@ def _check(experiment: Experiment, stage: str) -> None:
     """Raises FileNotFoundError naming the files that a stage would lack, ValueError for measures
     that evaluation does not know, or cannot take of these queries."""
     if stage == "prepare":
-        experiment.collection.check(_splits(experiment))
+        experiment.collection.check(experiment.prepare.splits)
     for owner in experiment.stages[stage].settings if stage in READING else ():
         for name, path in experiments.paths(getattr(experiment, owner)).items():
             if not Path(path).is_file():

@@ -41,7 +41,7 @@ def command(argv: Sequence[str] | None) -> None:
     )
     args, bindings = cli.parse(parser, argv)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    experiment = cli.load_experiment(args, bindings, keep=False)
+    experiment = cli.load_experiment(args, bindings, ("Experiment",), keep=False)
 
     from dgr_jax import plan_tables
 

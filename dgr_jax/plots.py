@@ -25,6 +25,8 @@ UNITS = {
     "loss": "nats per token",
     "generation_loss": "nats per token",
     "rank_loss": "score units",
+    "contrastive_loss": "nats a query",
+    "teacher_loss": "score units",
 }
 
 

@@ -31,7 +31,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    makers = stages.MAKERS
+    makers = stages.makers(experiment)
     if args.beam_options is not None:
         from dgr_jax.stages import beam
 

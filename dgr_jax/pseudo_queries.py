@@ -22,7 +22,7 @@ def command(argv: Sequence[str] | None) -> None:
         help="stages to run, with those they need: prepare, generate, sample (default: sample)",
     )
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings, kind="PseudoQueries")
+    experiment = cli.load_experiment(args, bindings, ("PseudoQueries",))
 
     from dgr_jax import pipeline
     from dgr_jax.stages.pseudo_queries import MAKERS

@@ -36,6 +36,11 @@ class Pairs:
                     f"Pairs.{name}: got {getattr(self, name)}, expected at least 2, EOS counted"
                 )
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that are read."""
+        return (self.train_split, *self.test_splits)
+
 
 @dataclass(frozen=True)
 class PseudoQueries:

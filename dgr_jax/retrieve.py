@@ -30,7 +30,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")
     parser.add_argument(
         "--system",
-        choices=("distill", "control", "generate"),
+        choices=("distill", "control", "generate", "refresh", "dense"),
         help="which student; default: the first of these that is trained",
     )
     cli.several(parser)
@@ -45,7 +45,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.MAKERS, ["candidates"])
+    pipeline.run(experiment, stages.makers(experiment), ["candidates"])
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:

@@ -11,6 +11,7 @@ Experiments run one after another, each in a process of its own.
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import logging
@@ -41,14 +42,17 @@ class Study:
 
     gin_files: of every experiment, as given to `python -m dgr_jax.train`.
     bindings: NAME -> value, over these files, for all of them.
-    axes: what varies. NAME -> values of this binding, or any name -> {label: {NAME: value, ...}}.
+    axes: what varies. NAME -> values of this binding, or any name -> {label: {NAME: value, ...}};
+      a label may name gin_files of its own, such as those of a dense retriever.
     seeds: values of SEED; rows are means over them.
-    systems: the rows of each experiment: 'bm25', 'generate', 'control', 'distill'.
+    systems: the rows of each experiment, those of them that it has: 'bm25', 'generate', 'control',
+      'distill', 'dense', 'refresh'.
     measures: columns, of Evaluate.measures. split: '' is the first test split.
     baseline: labels of the row that the others are tested against, such as {'system': 'control'};
       what it leaves out is that of the row itself.
-    may_differ: of 'examples', 'model', 'vocabulary' and 'split', what rows may differ in; a study
-      whose rows differ in anything else fails.
+    may_differ: of 'examples', 'model', 'vocabulary', 'data' (to learn from) and 'split', what rows
+      may differ in; a study whose rows differ in anything else fails.
+    apart: axes whose labels are not compared with one another in this, such as the corpus size.
     beams: widths of beam search to compare with scoring every identifier, for every row of docids.
     """
 
@@ -62,6 +66,7 @@ class Study:
     baseline: dict[str, str] = field(default_factory=dict)
     may_differ: tuple[str, ...] = ()
     beams: tuple[int, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for axis, values in self.axes.items():
@@ -77,10 +82,11 @@ class Study:
         if unknown:
             raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {_FAIR}")
         labels = set(self.axes) | {"system"}
-        if strange := set(self.baseline) - labels:
-            raise ValueError(
-                f"Study.baseline: got {sorted(strange)}, expected some of {sorted(labels)}"
-            )
+        for name in ("baseline", "apart"):
+            if strange := set(getattr(self, name)) - labels:
+                raise ValueError(
+                    f"Study.{name}: got {sorted(strange)}, expected some of {sorted(labels)}"
+                )
 
     def points(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """(axis -> label, NAME -> value) of every point of the grid."""
@@ -93,7 +99,7 @@ class Study:
             yield labels, bound
 
 
-_FAIR = ("examples", "model", "vocabulary", "split")
+_FAIR = ("examples", "model", "vocabulary", "data", "split")
 
 
 def _choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -132,12 +138,8 @@ class Runner:
         self, study: Study, model_dir: str, bindings: Sequence[str] = (), search_paths: str = ""
     ) -> None:
         self.study, self.folder = study, Path(model_dir)
-        given = tuple(f"--gin.{binding.replace(' = ', '=', 1)}" for binding in bindings)
-        self._flags = (
-            *(f"--gin_file={file}" for file in study.gin_files),
-            *([f"--gin_search_paths={search_paths}"] if search_paths else []),
-        )
-        self._given = given
+        self._given = tuple(f"--gin.{b.replace(' = ', '=', 1)}" for b in bindings)
+        self._paths = (f"--gin_search_paths={search_paths}",) if search_paths else ()
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -145,11 +147,17 @@ class Runner:
         made = []
         for labels, bindings in self.study.points():
             for seed in self.study.seeds:
-                bound = {**bindings, "SEED": seed}
-                flags = (*(f"--gin.{k}={_written(v)}" for k, v in bound.items()), *self._given)
+                bound = {"gin_files": self.study.gin_files, **bindings, "SEED": seed}
+                files = (f"--gin_file={file}" for file in bound.pop("gin_files"))
+                flags = (
+                    *files,
+                    *self._paths,
+                    *(f"--gin.{k}={_written(v)}" for k, v in bound.items()),
+                    *self._given,
+                )
                 name = "-".join([*(_slug(f"{k}={v}") for k, v in labels.items()), f"seed={seed}"])
                 folder = self.folder / "runs" / name
-                made.append(Run(labels, seed, (*self._flags, *flags), folder))
+                made.append(Run(labels, seed, flags, folder))
         if len({run.folder for run in made}) < len(made):
             raise ValueError("Study.axes: got labels that make the same name, expected others")
         return made
@@ -238,12 +246,24 @@ class Runner:
             if not all(state["evaluate"][0] for state in states):
                 continue
             for system in self.study.systems:
-                made_of = tuple(state.get(system, state["prepare"])[1] for state in states)
+                if system == "bm25":
+                    made_of = self._asked(group[0])
+                elif system in states[0]:
+                    made_of = tuple(state[system][1] for state in states)
+                else:
+                    continue
                 if made_of in seen:
                     continue
                 seen.add(made_of)
                 rows.append(self._row({**labels, "system": system}, group))
         return rows
+
+    def _asked(self, run: Run) -> str:
+        """What BM25 is asked, and of what: the same in experiments of every kind."""
+        experiment = self.experiment(run)
+        split = self.study.split or experiment.prepare.test_splits[0]
+        asked = (experiment.evaluate.max_queries, experiment.evaluate.min_relevance)
+        return fingerprint([describe(experiment.collection), split, *asked])
 
     def _row(self, labels: dict[str, str], runs: Sequence[Run]) -> Row:
         values, fair = [], {}
@@ -262,7 +282,7 @@ class Runner:
         rows = self.rows()
         if not rows:
             raise ValueError(f"{self.folder}: no experiment of the study is finished")
-        check_fair(rows, self.study.may_differ)
+        check_fair(rows, self.study.may_differ, self.study.apart)
         table = [self._cells(row, self._baseline(row, rows)) for row in rows]
         self._write_table("table", table)
         for axis, values in self.study.axes.items():
@@ -364,25 +384,31 @@ def _values(
 
 def _fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
     """What rows of a table must have in common, see Study.may_differ."""
-    fair = {"split": (split, experiment.evaluate.max_queries)}
+    collection = json.dumps(describe(experiment.collection), sort_keys=True)
+    fair = {"split": (split, experiment.evaluate.max_queries, collection)}
     if system == "bm25":
         return fair
-    later = experiment.distill if system != "generate" else None
-    seen = experiment.generate.steps * experiment.generate.batch_size
-    described = json.loads((folder / system / "student.json").read_text(encoding="utf-8"))
-    vocabulary = json.loads((folder / "prepare" / "vocabulary.json").read_text(encoding="utf-8"))
-    sizes = {k: v for k, v in describe(experiment.model).items() if k != "vocab_size"}
-    return fair | {
-        "examples": seen + (later.steps * later.batch_size if later else 0),
-        "model": json.dumps(sizes, sort_keys=True),
-        "vocabulary": (vocabulary["text_size"], described["model"]["vocab_size"]),
-    }
+    prepared = folder / "prepare"
+    vocabulary = json.loads((prepared / "vocabulary.json").read_text(encoding="utf-8"))
+    pieces = hashlib.sha256((prepared / "spiece.model").read_bytes()).hexdigest()[:8]
+    return fair | experiment.compared(system) | {"vocabulary": (vocabulary["text_size"], pieces)}
 
 
-def check_fair(rows: Sequence[Row], may_differ: Sequence[str] = ()) -> None:
-    """Raises ValueError where rows to be compared differ in what nobody asked to vary."""
+def check_fair(
+    rows: Sequence[Row], may_differ: Sequence[str] = (), apart: Sequence[str] = ()
+) -> None:
+    """Raises ValueError where rows to be compared differ in what nobody asked to vary; those of
+    other labels of the axes `apart` are not compared."""
+    groups: dict[tuple[str | None, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.labels.get(axis) for axis in apart), []).append(row)
+    for group in groups.values():
+        _check_group(group, may_differ)
+
+
+def _check_group(rows: Sequence[Row], may_differ: Sequence[str]) -> None:
     for name in _FAIR:
-        found = {}
+        found: dict[Any, dict[str, str]] = {}
         for row in rows:
             if name in row.fair:
                 found.setdefault(row.fair[name], row.labels)

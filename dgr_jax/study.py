@@ -24,7 +24,7 @@ def command(argv: Sequence[str] | None) -> None:
     if not args.model_dir:
         parser.error("--model_dir is required: where experiments, table and plots are written")
     own = [binding for binding in bindings if binding.startswith("Study.")]
-    study = cli.load_experiment(args, own, "Study", keep=False)
+    study = cli.load_experiment(args, own, ("Study",), keep=False)
 
     from dgr_jax import studies
 

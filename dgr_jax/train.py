@@ -19,7 +19,8 @@ def command(argv: Sequence[str] | None) -> None:
         default="evaluate",
         metavar="STAGE,STAGE",
         help="stages to run, with those they need: prepare, generate, candidates, teach, distill, "
-        "control, evaluate (default: evaluate, which needs all)",
+        "control, evaluate; of a dense retriever prepare, negatives, teach, dense, mine, "
+        "refresh, evaluate (default: evaluate, which needs all)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
@@ -33,7 +34,9 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings, keep=not args.plan)
+    experiment = cli.load_experiment(
+        args, bindings, *[("Experiment",)] * args.plan, keep=not args.plan
+    )
     if args.plan:
         from dgr_jax import outlook
 
@@ -43,7 +46,7 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax import pipeline, stages
 
     asked = [stage.strip() for stage in args.stages.split(",")]
-    pipeline.run(experiment, stages.MAKERS, asked)
+    pipeline.run(experiment, stages.makers(experiment), asked)
 
 
 if __name__ == "__main__":

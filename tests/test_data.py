@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dgr_jax.corpora import store
-from dgr_jax.corpora.types import Passage, Qrel
+from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples, rank_lists
 from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
@@ -135,7 +135,7 @@ def test_sources_without_a_rate_are_refused():
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory, vocabulary, table, passages):
     """The tasks of a small collection, with three rank lists, one of them short."""
-    from dgr_jax.data import tasks
+    from dgr_jax.data import prepared, tasks
 
     folder = tmp_path_factory.mktemp("tfds")
     qrels = [Qrel(f"q{i}", f"p{i}", 1) for i in range(3)]
@@ -146,7 +146,7 @@ def registered(tmp_path_factory, vocabulary, table, passages):
         )
         for name in settings.rates()
     }
-    counts = view_collections.write_dataset(folder, streams)
+    counts = prepared.write(folder, "examples", streams)
     lists = {
         "texts": list(TEXTS.values()),
         "passages": np.array([[0, 2], [1, 0], [2, -1]], np.int32),
@@ -221,6 +221,35 @@ def test_rank_list_task_equals_the_arrays_training_reads(registered, vocabulary,
     assert np.isfinite(direct["teacher_scores"]).all()
 
 
+def test_dense_tasks(tmp_path, vocabulary, passages):
+    """Queries with their positives, the highest grades first, and the text of every passage."""
+    from dgr_jax.data import prepared, tasks
+    from dgr_jax.data.feature_converters import PassageConverter, PositivesConverter
+
+    queries = {qid: Query(qid, text) for qid, text in TEXTS.items()}
+    qrels = [Qrel("q1", "p1", 1), Qrel("q0", "p1", 1), Qrel("q1", "p0", 2), Qrel("q2", "p2", 0)]
+    streams = {
+        "labelled_train": examples.of_judged(queries, qrels, passages, 1),
+        "passages": examples.of_positives([("of owls", 2, "")]),
+    }
+    counts = prepared.write(tmp_path, "positives", streams, prepared.positives())
+    assert counts == {"labelled_train": 2, "passages": 1}
+    texts = lambda: ({"inputs": passage.contents} for passage in passages)
+    tasks.register("tiny", tasks.PreparedPositives(tmp_path, vocabulary, tuple(streams), texts))
+    lengths = {"inputs": 12, "positives": 3, "grades": 3, "query": 1}
+    made = arrays("tiny_dense_labelled_train", lengths, PositivesConverter())
+    assert made["positives"].tolist() == [[0, 1, -1], [1, -1, -1]]
+    assert made["grades"].tolist() == [[2, 1, 0], [1, 0, 0]]
+    assert made["query"].tolist() == [[0], [1]]
+    asked = vocabulary.encode_inputs([TEXTS["q1"], TEXTS["q0"]], 12)
+    np.testing.assert_array_equal(made["encoder_input_tokens"], asked)
+    made = arrays("tiny_dense_passages", lengths, PositivesConverter())
+    assert made["positives"].tolist() == [[2, -1, -1]]
+    made = arrays("tiny_dense_corpus", {"inputs": 9}, PassageConverter())
+    read = vocabulary.encode_inputs([passage.contents for passage in PASSAGES], 9)
+    np.testing.assert_array_equal(made["passage_tokens"], read)
+
+
 def test_converters_refuse_wrong_lengths(registered):
     from dgr_jax.data.feature_converters import GenerationConverter, RankListConverter
 
@@ -241,6 +270,7 @@ def test_converters_refuse_wrong_lengths(registered):
 def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     from dgr_jax.data import tasks
     from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter
+    from dgr_jax.data.prepared import features, write
 
     vocabulary, indexes, _, prepared = view_collections.prepare(tmp_path)
     texts = view_collections.TEXTS
@@ -250,7 +280,7 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     positives = np.zeros(3, np.int32)
     pairs = [(texts[i], i, f"q{i}") for i in range(3)]
     made = list(prepared.examples(pairs))
-    view_collections.write_dataset(tmp_path / "tfds", {"labelled": made}, views=True)
+    write(tmp_path / "tfds", "examples", {"labelled": made}, features(views=True))
     many = partial(rank_lists.view_examples, texts, named, scores, positives, len(indexes.text))
     tasks.register("views", tasks.Prepared(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many))
     passages_, limit, length = named.tokens.shape[1:]

@@ -24,6 +24,7 @@ ALLOWED = {
 }
 TOP = {
     "configurables",
+    "dense_experiment",
     "experiment",
     "query_generator",
     "pipeline",

@@ -247,7 +247,7 @@ def load(monkeypatch, tmp_path):
 
     def load(*arguments, kind="PseudoQueries"):
         args, bindings = cli.parse(cli.parser("pseudo_queries", "..."), arguments)
-        return cli.load_experiment(args, bindings, kind=kind)
+        return cli.load_experiment(args, bindings, (kind,))
 
     return load
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import pipeline, plots, studies
+from dgr_jax import cli, pipeline, plots, studies
+from dgr_jax.dense_experiment import Lists
+from dgr_jax.experiment import describe
+from dgr_jax.losses import contrastive
 from dgr_jax.studies import Row, Runner, Study, check_fair, markdown
 from tests.conftest import TINY
 
@@ -57,8 +61,8 @@ def test_wrong_grids_are_refused():
         study(axes={"x": 3})
     with pytest.raises(ValueError, match=r"Study.seeds: got \(\), expected one or more"):
         study(seeds=())
-    with pytest.raises(ValueError, match=r"Study.may_differ: got \['data'\], expected some of"):
-        study(may_differ=("data",))
+    with pytest.raises(ValueError, match=r"Study.may_differ: got \['date'\], expected some of"):
+        study(may_differ=("date",))
     with pytest.raises(ValueError, match=r"Study.baseline: got \['loss'\], expected some of"):
         study(baseline={"loss": "a"})
 
@@ -77,6 +81,49 @@ def test_rows_that_are_not_comparable_are_refused():
     rows.append(row(5, examples=10, model="b"))
     with pytest.raises(ValueError, match="Study.may_differ: the model of"):
         check_fair(rows, ("examples",))
+
+
+def test_rows_of_axes_apart_are_not_compared():
+    rows = [row(1, data="a"), row(2, data="b")]
+    with pytest.raises(ValueError, match="the data of {'x': '1'} is a"):
+        check_fair(rows)
+    check_fair(rows, apart=("x",))
+    rows.append(dataclasses.replace(row(2, data="c"), labels={"x": "2", "y": "1"}))
+    with pytest.raises(ValueError, match="the data of {'x': '2'} is b"):
+        check_fair(rows, apart=("x",))
+    with pytest.raises(ValueError, match=r"Study.apart: got \['y'\], expected some of \['system'"):
+        study(apart=("y",))
+
+
+def shipped(name, tmp_path):
+    flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d")
+    args, bindings = cli.parse(cli.parser("study", ""), flags)
+    own = cli.load_experiment(args, [], ("Study",), keep=False)
+    return Runner(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
+
+
+def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path):
+    runner = shipped("gr_vs_dr", tmp_path)
+    ours = [run for run in runner.runs if run.seed == 0 and run.labels["Subset.size"] == "4000"]
+    found = {run.labels["retriever"]: runner.experiment(run) for run in ours}
+    compared = [
+        found[name].compared(system)
+        for name, system in (("rq", "distill"), ("title", "control"), ("dense", "dense"),
+                             ("dense bm25 64", "dense"))
+    ]  # fmt: skip
+    assert all(one == compared[0] for one in compared)
+    assert found["dense bm25 64"].model.dim == 64 and found["rq"].collection.core == 1000
+    vocabularies = {json.dumps(describe(one.prepare.vocabulary)) for one in found.values()}
+    assert len(vocabularies) == 1
+
+
+def test_positives_and_losses_of_the_shipped_study(tmp_path):
+    runner = shipped("positives", tmp_path)
+    assert len(runner.runs) == 5 * 4 * 2
+    run = next(run for run in runner.runs if run.labels == {"loss": "lse_pair", "POSITIVES": "8"})
+    experiment = runner.experiment(run)
+    assert experiment.lists == Lists(positives=8)
+    assert experiment.train.objective.loss.func is contrastive.lse_pair
 
 
 def test_intervals_hold_their_mean():

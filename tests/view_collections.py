@@ -112,17 +112,3 @@ def lists_of(vocabulary, indexes, named, **more):
         query_length=16,
         **more,
     )
-
-
-def write_dataset(folder, splits, *, views=False):
-    """A TFDS dataset of streams of examples, a file each; -> examples of each."""
-    from dgr_jax.data import prepared
-
-    shards = {}
-    for split, examples in splits.items():
-        writer = prepared.ShardWriter(prepared.shard_path(folder, "examples", split, 0))
-        writer.add(examples)
-        writer.close()
-        shards[split] = [writer.shard]
-    prepared.describe(folder, "examples", shards, views=views)
-    return {split: shard.examples for split, (shard,) in shards.items()}

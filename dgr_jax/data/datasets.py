@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import seqio
 
-from dgr_jax.data.feature_converters import GenerationConverter, RankListConverter
-
 _BLOCK = 4096
 
 
 def arrays(
     task: str,
     lengths: Mapping[str, int | tuple[int, ...]],
-    converter: GenerationConverter | RankListConverter,
+    converter: seqio.FeatureConverter,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of a task's `train` split in its own order, [n <= 4096, ...] a block."""
     ds = seqio.get_mixture_or_task(task).get_dataset(

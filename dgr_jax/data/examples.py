@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgr_jax.corpora import lines
-from dgr_jax.corpora.types import Passage, Qrel
+from dgr_jax.corpora.types import Passage, Qrel, Query
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -181,6 +181,42 @@ def _passages(store: PassageStore, part: Part | None) -> Iterator[tuple[int, Pas
     else:
         for index in range(part.start, part.stop):
             yield index, store[index]
+
+
+def of_judged(
+    queries: Mapping[str, Query], qrels: Iterable[Qrel], store: PassageStore, min_relevance: int
+) -> Iterator[dict[str, Any]]:
+    """One example a query with a positive, in the order of the qrels, as `of_positives`; the
+    highest grades come first."""
+    judged: dict[str, list[tuple[int, int]]] = {}
+    for qrel in qrels:
+        if qrel.relevance >= min_relevance:
+            judged.setdefault(qrel.qid, []).append((qrel.relevance, store.index_of(qrel.pid)))
+    for number, (qid, found) in enumerate(judged.items()):
+        grades, passages = zip(*sorted(found, key=lambda one: -one[0]), strict=True)
+        yield _positives(queries[qid].text, passages, grades, number, qid)
+
+
+def of_positives(pairs: Iterable[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
+    """One example a (text, passage index, qid) pair: {inputs: str, positives: int32 [R] (1 + the
+    passage indices), grades: int32 [R], query: int32 [1] (1 + the example's number), qid: str};
+    here R = 1."""
+    for number, (text, index, qid) in enumerate(pairs):
+        yield _positives(text, [index], [1], number, qid)
+
+
+def _positives(
+    text: str, passages: Sequence[int], grades: Sequence[int], number: int, qid: str
+) -> dict[str, Any]:
+    """Numbers begin at 1, as SeqIO pads with 0."""
+    numbers, query = (1 + np.asarray(found, np.int32) for found in (passages, [number]))
+    return {
+        "inputs": text,
+        "positives": numbers,
+        "grades": np.asarray(grades, np.int32),
+        "query": query,
+        "qid": qid,
+    }
 
 
 def of_docids(

@@ -70,6 +70,63 @@ class GenerationConverter(seqio.FeatureConverter):
         return lengths | {"encoder_input_tokens": task_feature_lengths["inputs"]}
 
 
+class PositivesConverter(seqio.FeatureConverter):
+    """query and its positives -> what a dual encoder's lists are drawn from.
+
+    Lengths {"inputs": 4, "positives": 3, "grades": 3, "query": 1}; the example
+      {"inputs": [7, 8, 1], "positives": [5, 1], "grades": [2, 1], "query": [9]}
+    becomes
+      encoder_input_tokens [7, 8, 1, 0]
+      positives            [4, 0, -1]     passage indices, -1: free place
+      grades               [2, 1, 0]
+      query                [8]            number of the query, in the order they were written
+    """
+
+    TASK_FEATURES = dict.fromkeys(("inputs", "positives", "grades", "query"), _Spec(tf.int32))
+    MODEL_FEATURES = dict.fromkeys(
+        ("encoder_input_tokens", "positives", "grades", "query"), _Spec(tf.int32)
+    )
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self) -> None:
+        super().__init__(pack=False)
+
+    def _convert_features(self, ds, task_feature_lengths):
+        ds = seqio.utils.trim_and_pad_dataset(ds, task_feature_lengths)
+
+        def convert(e):
+            return {
+                "encoder_input_tokens": e["inputs"],
+                "positives": e["positives"] - 1,
+                "grades": e["grades"],
+                "query": e["query"] - 1,
+            }
+
+        return ds.map(convert, tf.data.experimental.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        lengths = dict(task_feature_lengths)
+        return {"encoder_input_tokens": lengths.pop("inputs"), **lengths}
+
+
+class PassageConverter(seqio.FeatureConverter):
+    """a passage's text -> passage_tokens: {"inputs": [7, 1]} becomes [7, 1, 0] of length 3."""
+
+    TASK_FEATURES = {"inputs": _Spec(tf.int32)}
+    MODEL_FEATURES = {"passage_tokens": _Spec(tf.int32)}
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self) -> None:
+        super().__init__(pack=False)
+
+    def _convert_features(self, ds, task_feature_lengths):
+        ds = seqio.utils.trim_and_pad_dataset(ds, task_feature_lengths)
+        return ds.map(lambda e: {"passage_tokens": e["inputs"]}, tf.data.experimental.AUTOTUNE)
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        return {"passage_tokens": task_feature_lengths["inputs"]}
+
+
 class RankListConverter(seqio.FeatureConverter):
     """query and a teacher's rank list -> a distillation example.
 

@@ -36,6 +36,20 @@ def features(*, views: bool = False) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(plain | {"view": tfds.features.Text()} if views else plain)
 
 
+def positives() -> tfds.features.FeaturesDict:
+    """Features of a query with its positives: see `dgr_jax.data.examples.of_positives`."""
+    numbers = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+    return tfds.features.FeaturesDict(
+        {
+            "inputs": tfds.features.Text(),
+            "positives": numbers,
+            "grades": numbers,
+            "query": numbers,
+            "qid": tfds.features.Text(),
+        }
+    )
+
+
 def shard_path(data_dir: Path, name: str, split: str, index: int) -> Path:
     """The file of a shard of a split."""
     return data_dir / name / VERSION / f"{name}-{split}.tfrecord-{index:05d}"
@@ -62,18 +76,39 @@ class ShardWriter:
         self._writer.close()
 
 
+def write(
+    data_dir: Path,
+    name: str,
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    of: tfds.features.FeaturesDict | None = None,
+) -> dict[str, int]:
+    """Writes `name`:1.0.0 into `data_dir`, one TFDS split, one file, a source of examples, which
+    are streamed; -> examples a split. of: their features; None: `features()`."""
+    shards = {}
+    for split, examples in splits.items():
+        writer = ShardWriter(shard_path(data_dir, name, split, 0))
+        writer.add(examples)
+        writer.close()
+        shards[split] = [writer.shard]
+    describe(data_dir, name, shards, of)
+    return {split: shard.examples for split, (shard,) in shards.items()}
+
+
 def describe(
-    data_dir: Path, name: str, shards: Mapping[str, Sequence[Shard]], *, views: bool = False
+    data_dir: Path,
+    name: str,
+    shards: Mapping[str, Sequence[Shard]],
+    of: tfds.features.FeaturesDict | None = None,
 ) -> None:
-    """Writes what makes the shards of each split the dataset `name`:1.0.0."""
+    """Writes what makes the shards of each split the dataset `name`:1.0.0; of: see `write`."""
     folder = data_dir / name / VERSION
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
-        features=features(views=views),
-        description="Generation examples: a text, and the identifier of the passage it is about.",
+        features=of or features(),
+        description="Training examples: a text, and the passages that it is about.",
     )
     info.set_file_format(file_format=tfds.core.FileFormat.TFRECORD)
     splits = [_split(folder, name, split, of) for split, of in shards.items()]

@@ -6,11 +6,15 @@ teacher's rank list), which reads what the teach stage wrote.
 
 Where the vocabulary has view markers, examples have a view: its marker stands before the query,
 and rank lists hold the query once with the marker of each view.
+
+For a dense retriever: squad_dense_labelled_<split>, squad_dense_passages and
+squad_dense_pseudo_queries (query or text -> its positives), and squad_dense_corpus (the text of
+every passage).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from dgr_jax.data import prepared
 from dgr_jax.data.rank_lists import VIEW_FEATURES
 from dgr_jax.data.vocabulary import EOS_ID, VIEWS, Vocabulary
 
-RankListSource = Callable[[], "Iterator[Mapping[str, object]]"]  # noqa: F821
+RankListSource = Callable[[], Iterator[Mapping[str, object]]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,25 @@ class Prepared:
     rank_lists: RankListSource | None = None
 
 
-def register(name: str, made: Prepared) -> None:
+@dataclass(frozen=True)
+class PreparedPositives:
+    """The same of a dense retriever.
+
+    tfds_dir: holds the TFDS dataset `positives`, of which each of `sources` is a TFDS split.
+    passages: called, yields {inputs: the text of a passage} of each in corpus order.
+    """
+
+    tfds_dir: Path
+    vocabulary: Vocabulary
+    sources: Sequence[str]
+    passages: Callable[[], Iterator[Mapping[str, str]]]
+
+
+def register(name: str, made: Prepared | PreparedPositives) -> None:
     """Add (or replace) the tasks and the mixture of collection `name`."""
+    if isinstance(made, PreparedPositives):
+        _register_dense(name, made)
+        return
     text, identifier = _features(made.vocabulary)
     marked = [_mark_view(made.vocabulary)] if made.vocabulary.views else []
     for source in made.rates:
@@ -66,6 +87,38 @@ def register(name: str, made: Prepared) -> None:
     )
     if made.rank_lists is not None:
         _register_rank_lists(name, made, text, identifier)
+
+
+def _register_dense(name: str, made: PreparedPositives) -> None:
+    text, _ = _features(made.vocabulary)
+    numbers = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False)
+    plain = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
+    for source in made.sources:
+        _replace(seqio.TaskRegistry, f"{name}_dense_{source}")
+        seqio.TaskRegistry.add(
+            f"{name}_dense_{source}",
+            source=seqio.TfdsDataSource(
+                tfds_name=f"positives:{prepared.VERSION}",
+                tfds_data_dir=str(made.tfds_dir),
+                splits={"train": source},
+            ),
+            preprocessors=plain,
+            output_features={"inputs": text}
+            | dict.fromkeys(("positives", "grades", "query"), numbers),
+        )
+    signature = {"inputs": tf.TensorSpec((), tf.string)}
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed
+        return tf.data.Dataset.from_generator(made.passages, output_signature=signature)
+
+    _replace(seqio.TaskRegistry, f"{name}_dense_corpus")
+    seqio.TaskRegistry.add(
+        f"{name}_dense_corpus",
+        source=seqio.FunctionDataSource(dataset, splits=["train"]),
+        preprocessors=plain,
+        output_features={"inputs": text},
+    )
 
 
 def _register_rank_lists(name, made, text, identifier) -> None:

@@ -6,6 +6,8 @@ Axis letters: n texts, Q their length, d vector width, P passages.
     embed(encoder, store, vocabulary.encode_inputs, path, search)
     index = Index(exact_search.open_vectors(path), search.index, mesh)
     passages, scores = Searcher(encoder, index, search).passages(tokens)
+
+`generative.Retriever` opens a finished experiment.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import partitioning
+from dgr_jax import checkpoints, partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from dgr_jax.retrieval import generative
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval import exact_search, generative
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 
 logger = logging.getLogger(__name__)
+
+VECTORS = "vectors.npy"  # of the passages, beside the checkpoints of their encoder
 
 EncodeInputs = Callable[[Sequence[str], int], np.ndarray]  # texts, length -> int32 [n, length]
 
@@ -173,6 +178,24 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
+def load(
+    folder: Path,
+    model: Mapping[str, Any],
+    search: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+) -> Searcher:
+    """A trained encoder and the vectors of its passages, from the folder of its checkpoints.
+
+    model, search: settings as dataclasses.asdict makes them.
+    """
+    config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
+    settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
+    abstract = partitioning.abstract_params(DualEncoder(config), mesh)
+    params = checkpoints.restore_params(folder / "checkpoints", abstract)
+    index = Index(exact_search.open_vectors(folder / VECTORS), settings.index, mesh)
+    return Searcher(Encoder(config, params, mesh), index, settings)
+
+
 @dataclass(frozen=True)
 class Searcher:
     """A dual encoder and an index of its passages, ready to answer token batches.
@@ -190,6 +213,28 @@ class Searcher:
                 f"Searcher: got an index of width {self.index.dim}, expected "
                 f"{self.encoder.config.dim}, that of the encoder; embed the passages again"
             )
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """Where it runs."""
+        return self.encoder.mesh
+
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query at most."""
+        return self.search.query_length
+
+    @property
+    def most_passages(self) -> int:
+        """Passages that a query can find at most."""
+        return min(self.search.depth, self.index.num_passages)
+
+    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
+        """(passage index, score, no tokens: there is no identifier) of each query int32 [n, Q]."""
+        none = np.zeros(0, np.int32)
+        for passages, scores in zip(*self.passages(tokens), strict=True):
+            found = zip(passages, scores, strict=True)
+            yield [(int(i), float(s), none) for i, s in found if i >= 0]
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth], best first.

@@ -26,9 +26,11 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 
 if TYPE_CHECKING:
+    from dgr_jax.models.dual_encoder import DualEncoderConfig
+    from dgr_jax.retrieval.dense import DenseSearch, Searcher
     from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 
-SYSTEMS = ("distill", "control", "generate")
+SYSTEMS = ("distill", "control", "generate", "refresh", "dense")
 BLOCK = 4096  # queries tokenised, and sorted by length, together
 
 Found = tuple[np.ndarray, np.ndarray]
@@ -336,7 +338,8 @@ class Decoder:
 @dataclass(frozen=True)
 class Hit:
     """One found passage: score is the log-probability of its identifier; where it has many, their
-    passage score, and `identifier` is the one of most weight."""
+    passage score, and `identifier` is the one of most weight. Of a dense retriever it is the
+    product of the vectors, and `identifier` is blank."""
 
     rank: int
     pid: str
@@ -350,7 +353,10 @@ class Retriever:
     """A finished experiment that answers questions."""
 
     def __init__(
-        self, decoder: Decoder | MultiviewDecoder, vocabulary: Vocabulary, store: PassageStore
+        self,
+        decoder: Decoder | MultiviewDecoder | Searcher,
+        vocabulary: Vocabulary,
+        store: PassageStore,
     ) -> None:
         self.decoder = decoder
         self.vocabulary = vocabulary
@@ -367,20 +373,33 @@ class Retriever:
     ) -> Retriever:
         """Open a MODEL_DIR.
 
-        system: 'distill', 'control' or 'generate'; None: the first of these that is finished.
+        system: 'distill', 'control' or 'generate', or of a dense retriever 'refresh' or 'dense';
+          None: the first of these that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
-        settings: fields of its `Search` (or `MultiviewSearch`) that replace those of the
-          experiment, such as num_beams.
-        Raises FileNotFoundError when no trained student is there.
+        settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
+          the experiment, such as num_beams.
+        Raises FileNotFoundError when no trained student is there, ValueError for settings that it
+        does not have.
         """
         model_dir = Path(model_dir)
         folder = _finished(model_dir, system)
         described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        config = T5Config(**described["model"])
+        if unknown := sorted(settings.keys() - described["search"].keys()):
+            raise ValueError(
+                f"{', '.join(unknown)}: the {folder.name} retriever of {model_dir} has no such "
+                f"setting, expected some of {', '.join(described['search'])}"
+            )
         if mesh is None:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
             devices = partitioning.make_mesh(mesh)
+        if "t5" in described["model"]:
+            from dgr_jax.retrieval import dense
+
+            store = PassageStore(model_dir / "prepare" / "passages")
+            found = dense.load(folder, described["model"], described["search"] | settings, devices)
+            return cls(found, Vocabulary.load(model_dir / "prepare"), store)
+        config = T5Config(**described["model"])
         params = checkpoints.restore_params(
             folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
         )
@@ -403,11 +422,13 @@ class Retriever:
         """The best k passages of each query; fewer where the beam found fewer."""
         if isinstance(queries, str):
             raise ValueError(f"queries: got one string {queries!r}, expected a list of strings")
-        search, most = self.decoder.search, self.decoder.most_passages
+        search, most = vars(self.decoder.search), self.decoder.most_passages
         if k > most:
+            limits = (
+                f"{name} ({search[name]})" for name in ("num_beams", "depth") if name in search
+            )
             raise ValueError(
-                f"k: got {k}, expected at most {most}: set num_beams ({search.num_beams}) and "
-                f"depth ({search.depth}) in Retriever.load"
+                f"k: got {k}, expected at most {most}: set {' and '.join(limits)} in Retriever.load"
             )
         tokens = self.vocabulary.encode_inputs(queries, self.decoder.query_length)
         return [
@@ -451,7 +472,11 @@ def scored_passages(
     }
 
 
-def write_student(folder: Path, config: T5Config, search: Search | MultiviewSearch) -> None:
+def write_student(
+    folder: Path,
+    config: T5Config | DualEncoderConfig,
+    search: Search | MultiviewSearch | DenseSearch,
+) -> None:
     """Leave beside a student's checkpoints what `Retriever.load` needs to know."""
     described = {"model": asdict(config), "search": asdict(search)}
     (folder / "student.json").write_text(json.dumps(described, indent=1), encoding="utf-8")

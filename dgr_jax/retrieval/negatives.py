@@ -5,6 +5,8 @@ Axis letters: n queries, R positives of a query.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -15,7 +17,7 @@ def mine(
     count: int,
     num_passages: int,
     skip: int = 0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
     """Draws `count` negatives a query, without repeats, each candidate with the same chance.
 

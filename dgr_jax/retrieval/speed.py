@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Retriever
 
 ALONE = 200  # questions asked one at a time
@@ -61,16 +62,27 @@ def _summary(size: int, queries: int, seconds: float, latencies: list[float]) ->
 
 def _described(retriever: Retriever) -> dict[str, Any]:
     decoder = retriever.decoder
+    if isinstance(decoder, Searcher):
+        encoder, dtype = decoder.encoder, decoder.encoder.config.t5.dtype
+        index = decoder.index
+        found = {
+            "vectors": index.num_passages, "width": index.dim, "storage": index.settings.storage,
+        }  # fmt: skip
+    else:
+        encoder, dtype = decoder, decoder.config.dtype
+        found = {
+            "identifiers": decoder.num_identifiers,
+            "identifier_length": decoder.identifier_length,
+            "num_beams": decoder.search.num_beams,
+        }
     return {
         "device": device_name(decoder.mesh.devices.flat[0]),
         "mesh": dict(decoder.mesh.shape),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(decoder.params)),
-        "dtype": decoder.config.dtype,
-        "identifiers": decoder.num_identifiers,
-        "identifier_length": decoder.identifier_length,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.params)),
+        "dtype": dtype,
         "query_length": decoder.search.query_length,
-        "num_beams": decoder.search.num_beams,
         "jax": jax.__version__,
+        **found,
     }
 
 

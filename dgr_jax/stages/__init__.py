@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
+from dgr_jax.stages import dense
 from dgr_jax.stages.candidates import candidates
 from dgr_jax.stages.evaluate import evaluate
 from dgr_jax.stages.prepare import prepare
@@ -21,3 +24,8 @@ MAKERS: dict[str, Callable[[Experiment, Path], None]] = {
     "control": control,
     "evaluate": evaluate,
 }
+
+
+def makers(experiment: Experiment | DenseExperiment) -> dict[str, Callable[[Any, Path], None]]:
+    """The stages of an experiment of this kind."""
+    return dense.MAKERS if isinstance(experiment, DenseExperiment) else MAKERS

@@ -39,7 +39,10 @@ def answer(args: argparse.Namespace) -> None:
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
     most = retriever.decoder.most_passages
     if args.k > most:
-        raise ValueError(f"--k: got {args.k}, expected at most {most}, the beams (--num_beams)")
+        limit = (
+            "the beams (--num_beams)" if "num_beams" in vars(retriever.decoder.search) else "all"
+        )
+        raise ValueError(f"--k: got {args.k}, expected at most {most}, {limit}")
     if args.query:
         _print(retriever, args.query, args.k)
     if args.report_speed:
@@ -65,7 +68,11 @@ def _report_speed(retriever: Retriever, queries: list[str], output: str | None) 
     console = Console()
     console.print(
         f"{report['device']}; {report['parameters']:,} parameters, {report['dtype']}; "
-        f"{report['identifiers']:,} identifiers; {report['num_beams']} beams",
+        + (
+            f"{report['vectors']:,} vectors of {report['width']}, {report['storage']}"
+            if "vectors" in report
+            else f"{report['identifiers']:,} identifiers; {report['num_beams']} beams"
+        ),
         highlight=False,
     )
     table = Table("batch", "queries", "queries/s", "p50 ms", "p95 ms", "p99 ms")

@@ -14,6 +14,7 @@ from rich.console import Console
 from dgr_jax import evaluation, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, RankList, ScoredPassage
+from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
@@ -23,31 +24,42 @@ from dgr_jax.training import metrics
 
 Run = dict[str, list[ScoredPassage]]
 Values = dict[str, dict[str, float]]  # measure -> qid -> value
-STUDENTS = ("generate", "control", "distill")
 COMPARED = ("Success@1", "Success@10", "RR@10")
 
 
 def evaluate(experiment: Experiment, folder: Path) -> None:
+    """Measures every student; see `measure`."""
+    made, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
+    measure(experiment, folder, made, lambda system: decoder(experiment, system, search, made))
+
+
+def measure(
+    experiment: Experiment | DenseExperiment,
+    folder: Path,
+    made: Prepared,
+    opened: Callable[[str], Any],
+) -> None:
     """Writes <system>.<split>.trec, metrics.json (system -> split -> measure), comparisons.json,
     success_at_k.png and training_curves.png, and prints the table.
 
     One system is in memory at a time, and of its runs one block of queries. Several processes
     search together; the first does the rest.
+
+    opened: a system -> what retrieves, such as a `Decoder`.
     """
-    made = Prepared.load(experiment.model_dir)
     splits = experiment.prepare.test_splits
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
     for split, asked in queries.items():
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     if not processes.first():
-        _take_part(experiment, made, queries)
+        _take_part(experiment, made, queries, opened)
         return
-    measure = {split: _measurer(experiment, made, queries[split], split) for split in splits}
+    measurers = {split: _measurer(experiment, made, queries[split], split) for split in splits}
     values: dict[str, dict[str, Values]] = {}
-    for system in _systems(experiment):
-        search = _search(experiment, made, system)
+    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
+        search = _search(experiment, made, system, opened)
         values[system] = {
-            split: _run(search, queries[split], measure[split],
+            split: _run(search, queries[split], measurers[split],
                         folder / f"{system}.{split}.trec", f"dgr_jax-{system}")
             for split in splits
         }  # fmt: skip
@@ -73,20 +85,23 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
 
 
 def _take_part(
-    experiment: Experiment, made: Prepared, queries: dict[str, dict[str, Query]]
+    experiment: Experiment | DenseExperiment,
+    made: Prepared,
+    queries: dict[str, dict[str, Query]],
+    opened: Callable[[str], Any],
 ) -> None:
     """Searches together with the first process, which has the runs."""
-    for system in _systems(experiment):
-        if system == "bm25":
-            continue
-        search = _search(experiment, made, system)
+    for system in experiment.systems:
+        search = _search(experiment, made, system, opened)
         for asked in queries.values():
             for _ in search({qid: query.text for qid, query in asked.items()}):
                 pass
         del search
 
 
-def chosen_queries(experiment: Experiment, made: Prepared, split: str) -> dict[str, Query]:
+def chosen_queries(
+    experiment: Experiment | DenseExperiment, made: Prepared, split: str
+) -> dict[str, Query]:
     """qid -> query, at most Evaluate.max_queries of them."""
     queries = made.queries(split)
     settings = experiment.evaluate
@@ -98,13 +113,11 @@ def chosen_queries(experiment: Experiment, made: Prepared, split: str) -> dict[s
     return {qids[i]: queries[qids[i]] for i in keep}
 
 
-def _systems(experiment: Experiment) -> list[str]:
-    students = (s for s in STUDENTS if s != "control" or experiment.control)
-    return ["bm25"] * experiment.evaluate.bm25 + [*students]
-
-
 def _search(
-    experiment: Experiment, made: Prepared, system: str
+    experiment: Experiment | DenseExperiment,
+    made: Prepared,
+    system: str,
+    opened: Callable[[str], Any],
 ) -> Callable[[dict[str, str]], Iterator[Run]]:
     """queries -> the run of a system in blocks."""
     settings = experiment.evaluate.search
@@ -112,7 +125,7 @@ def _search(
         index = Bm25().fit(made.store)
         return lambda queries: (index.search(b, settings.depth) for b in _blocks(queries))
     processes.wait()  # the first may have been busy with another system
-    student = decoder(experiment, system, settings, made)
+    student = opened(system)
     return lambda queries: _retrieve(student, made, queries)
 
 
@@ -130,7 +143,7 @@ def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator
 
 
 def _measurer(
-    experiment: Experiment, made: Prepared, queries: dict[str, Query], split: str
+    experiment: Experiment | DenseExperiment, made: Prepared, queries: dict[str, Query], split: str
 ) -> Callable[[Run], Values]:
     """What a run of some of the queries is worth: run -> every measure that is asked for, compared
     or plotted; of a split without judgements, those of answers."""
@@ -186,7 +199,10 @@ def _compare(
 ) -> list[tuple[str, evaluation.Comparison]]:
     """(systems, comparison) with a paired test over the queries, for every pair of interest, by
     COMPARED and every measure of answers."""
-    pairs = [("distill", "generate"), ("distill", "control"), ("distill", "bm25")]
+    pairs = [
+        ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),
+        ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"),
+    ]  # fmt: skip
     return [
         (
             f"{a} against {b}",
@@ -206,7 +222,9 @@ def _plotted(search: Search) -> dict[str, int]:
     return {f"Success@{k}": k for k in (1, 5, 10, 20, 50, 100) if k <= search.depth}
 
 
-def _plot(experiment: Experiment, folder: Path, values: dict[str, Values]) -> None:
+def _plot(
+    experiment: Experiment | DenseExperiment, folder: Path, values: dict[str, Values]
+) -> None:
     """values: of the first test split."""
     points = _plotted(experiment.evaluate.search)
     curves = {}
@@ -219,7 +237,7 @@ def _plot(experiment: Experiment, folder: Path, values: dict[str, Values]) -> No
     model_dir = Path(experiment.model_dir)
     # BM25 has no curve, but a colour: the others have theirs in both plots.
     rows = {
-        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in STUDENTS else ()
+        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s != "bm25" else ()
         for s in values
     }
     plots.training_curves(rows, folder / "training_curves.png")

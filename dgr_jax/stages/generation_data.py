@@ -21,6 +21,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import examples, loading
 from dgr_jax.data.examples import Part
+from dgr_jax.dense_experiment import DensePrepare
 from dgr_jax.experiment import Prepare
 from dgr_jax.stages import identifiers
 from dgr_jax.stages.identifiers import Identified
@@ -149,15 +150,22 @@ def write(
     found: dict[str, list] = {}
     for source in sources:
         blocks = read(source, opened, found.setdefault(source, []))
-        if (first := next(blocks, None)) is None:
-            raise ValueError(
-                f"source {source!r} gives no example on this collection; set Sources.{source} to 0"
-            )
+        first = next(blocks, None)
+        require_examples({source: first is not None})
         arrays.write_arrays(work.folder / "arrays" / source, itertools.chain([first], blocks))
-    views = bool(opened.made.vocabulary.views)
-    prepared.describe(work.folder / "tfds", NAME, found, views=views)
+    features = prepared.features(views=bool(opened.made.vocabulary.views))
+    prepared.describe(work.folder / "tfds", NAME, found, features)
     shutil.rmtree(work.folder / "parts", ignore_errors=True)
     return {source: sum(shard.examples for shard in of) for source, of in found.items()}
+
+
+def require_examples(counts: Mapping[str, int]) -> None:
+    """Raises ValueError for a source without any example."""
+    empty = [name for name, count in counts.items() if not count]
+    if empty:
+        raise ValueError(
+            f"source {empty[0]!r} gives no example on this collection; set Sources.{empty[0]} to 0"
+        )
 
 
 def reopened(work: Work) -> Opened:
@@ -180,7 +188,7 @@ def _open(work: Work) -> Opened:
 
 
 def source_pairs(
-    settings: Prepare,
+    settings: Prepare | DensePrepare,
     source: str,
     passages: PassageStore,
     queries: Mapping[str, Query],

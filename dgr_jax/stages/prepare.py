@@ -20,10 +20,11 @@ import numpy as np
 from dgr_jax import cli
 from dgr_jax.corpora import beir, checks, store, trec
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import Qrel, Query
+from dgr_jax.corpora.types import Collection, Qrel, Query
 from dgr_jax.data import loading
 from dgr_jax.data.examples import Part
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.dense_experiment import DenseExperiment, DensePrepare
 from dgr_jax.experiment import Experiment, Prepare
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
@@ -48,31 +49,8 @@ def prepare(
 
     everywhere: makes the generation examples on workers, see `generation_data.write`.
     """
-    settings = experiment.prepare
-    splits = (settings.train_split, *settings.test_splits)
-    experiment.collection.check(splits)
-    with _part("passages"):
-        passages = store.write(experiment.collection.passages(), folder / "passages")
-        queries, qrels = _read_judged(experiment, splits)
-    for split, found in qrels.items():
-        where = f"qrels of split {split!r}"
-        if not checks.check_qrels(found, queries[split], passages, where=where):
-            raise ValueError(f"{where}: found none; expected a judged query or more")
-    train = settings.train_split
-    if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[train]):
-        raise ValueError(
-            f"split {train!r} has no positive: no relevance of {settings.min_relevance} or more "
-            "(Prepare.min_relevance)"
-        )
-    judged = {q.qid: q for split in qrels for q in queries[split].values()}
-    beir.write_beir(folder / "collection", (), judged.values(), qrels)
-    for split in queries.keys() - qrels.keys():
-        beir.write_beir(folder / UNJUDGED / split, (), queries[split].values(), {})
-    texts = itertools.chain(
-        (p.contents for p in passages), (q.text for q in queries[train].values())
-    )
-    with _part("vocabulary"):
-        settings.vocabulary.write(folder, texts)
+    settings, train = experiment.prepare, experiment.prepare.train_split
+    passages, queries, qrels = read(experiment, folder, (train,))
     with _part("identifiers"):
         if isinstance(settings.identifiers, Multiview):
             tested = (query for split in settings.test_splits for query in queries[split].values())
@@ -86,15 +64,20 @@ def prepare(
     _follow_tasks(settings, folder, made)
     report = {
         "passages": len(passages),
-        "queries": {split: len(queries[split]) for split in splits},
-        "queries_cut": {s: _cut(vocabulary, queries[s], settings.query_length) for s in splits},
+        "queries": {split: len(found) for split, found in queries.items()},
+        "queries_cut": cut(vocabulary, queries, settings.query_length),
         "qrels": {split: len(found) for split, found in qrels.items()},
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
         "identifiers": made.report,
     }
+    write_report(folder, report, settings)
+
+
+def write_report(folder: Path, report: dict[str, Any], settings: Prepare | DensePrepare) -> None:
+    """Writes report.json and says what is in it."""
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for line in _readable(report, settings.query_length):
+    for line in _readable(report, settings):
         logger.info("prepare: %s", line)
 
 
@@ -106,24 +89,54 @@ def _part(name: str) -> Iterator[None]:
     logger.info("prepare: %s in %.1f s", name, time.perf_counter() - start)
 
 
-def _read_judged(
-    experiment: Experiment, splits: tuple[str, ...]
-) -> tuple[dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
-    """Queries by qid of each split, and judgements of those that have some.
+def read(
+    experiment: Experiment | DenseExperiment, folder: Path, train: tuple[str, ...]
+) -> tuple[PassageStore, dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
+    """Writes passages/, collection/ (queries and judgements) and spiece.model; -> the passages,
+    and split -> queries by qid, and judgements of those splits that have some.
 
-    A test split may have answers instead, see `evaluation.answer_hits`.
+    train: splits to learn from; each must have a positive. A test split may have answers instead of
+    judgements, see `evaluation.answer_hits`: its queries lie in unjudged/.
     """
-    collection, train = experiment.collection, experiment.prepare.train_split
-    queries = {split: {q.qid: q for q in collection.queries(split)} for split in splits}
+    settings, collection = experiment.prepare, experiment.collection
+    collection.check(settings.splits)
+    with _part("passages"):
+        passages = store.write(collection.passages(), folder / "passages")
+        queries = {s: {q.qid: q for q in collection.queries(s)} for s in settings.splits}
     qrels = {}
-    for split in splits:
-        try:
-            qrels[split] = list(collection.qrels(split))
-        except FileNotFoundError:
-            if split == train or not any(q.answers for q in queries[split].values()):
-                raise
-            logger.info("prepare: split %r has no judgements, only answers", split)
-    return queries, qrels
+    for split in settings.splits:
+        if (found := _judgements(collection, split, queries[split], split in train)) is None:
+            beir.write_beir(folder / UNJUDGED / split, (), queries[split].values(), {})
+            continue
+        qrels[split], where = found, f"qrels of split {split!r}"
+        if not checks.check_qrels(found, queries[split], passages, where=where):
+            raise ValueError(f"{where}: found none; expected a judged query or more")
+    for split in train:
+        if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[split]):
+            raise ValueError(
+                f"split {split!r} has no positive: no relevance of {settings.min_relevance} or "
+                f"more ({type(settings).__name__}.min_relevance)"
+            )
+    judged = {q.qid: q for split in qrels for q in queries[split].values()}
+    beir.write_beir(folder / "collection", (), judged.values(), qrels)
+    learned = {q.qid: q.text for split in train for q in queries[split].values()}
+    with _part("vocabulary"):
+        texts = itertools.chain((p.contents for p in passages), learned.values())
+        settings.vocabulary.write(folder, texts)
+    return passages, queries, qrels
+
+
+def _judgements(
+    collection: Collection, split: str, queries: Mapping[str, Query], learned: bool
+) -> list[Qrel] | None:
+    """None of a test split that has answers instead."""
+    try:
+        return list(collection.qrels(split))
+    except FileNotFoundError:
+        if learned or not any(query.answers for query in queries.values()):
+            raise
+    logger.info("prepare: split %r has no judgements, only answers", split)
+    return None
 
 
 def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
@@ -165,7 +178,8 @@ def task_file(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views."""
+    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views; a
+    dense retriever has neither."""
 
     folder: Path
     store: PassageStore
@@ -174,17 +188,15 @@ class Prepared:
     indexes: ViewIndexes | None
 
     @classmethod
-    def load(cls, model_dir: str | Path) -> Prepared:
+    def load(cls, model_dir: str | Path, *, identifiers: bool = True) -> Prepared:
         folder = Path(model_dir) / "prepare"
         vocabulary = Vocabulary.load(folder)
-        views = bool(vocabulary.views)
-        return cls(
-            folder,
-            PassageStore(folder / "passages"),
-            vocabulary,
-            table=None if views else IdentifierTable.load(folder / "identifiers"),
-            indexes=ViewIndexes.load(folder, vocabulary) if views else None,
-        )
+        views, table, indexes = bool(vocabulary.views), None, None
+        if identifiers and views:
+            indexes = ViewIndexes.load(folder, vocabulary)
+        elif identifiers:
+            table = IdentifierTable.load(folder / "identifiers")
+        return cls(folder, PassageStore(folder / "passages"), vocabulary, table, indexes)
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""
@@ -205,7 +217,7 @@ class Prepared:
         return beir.BeirCollection(str(self.folder / "collection"))
 
 
-def export(experiment: Experiment, target: str) -> None:
+def export(experiment: Experiment | DenseExperiment, target: str) -> None:
     """Copy the prepare stage, without its TFDS dataset, to MODEL_DIR `target` on its way elsewhere.
 
     There every later stage runs without TensorFlow and without the collection.
@@ -224,13 +236,18 @@ def export(experiment: Experiment, target: str) -> None:
     )
 
 
-def _cut(vocabulary: Vocabulary, queries: dict[str, Query], length: int) -> int:
-    """How many queries have more tokens than fit, EOS counted."""
-    return sum(len(vocabulary.encode(query.text)) >= length for query in queries.values())
+def cut(
+    vocabulary: Vocabulary, queries: dict[str, dict[str, Query]], length: int
+) -> dict[str, int]:
+    """How many queries of each split have more tokens than fit, EOS counted."""
+    return {
+        split: sum(len(vocabulary.encode(query.text)) >= length for query in found.values())
+        for split, found in queries.items()
+    }
 
 
-def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
-    found = report["identifiers"]
+def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Iterator[str]:
+    found = report.get("identifiers", {})
     yield (
         f"{report['passages']:,} passages, "
         + ", ".join(f"{n:,} {split} queries" for split, n in report["queries"].items())
@@ -241,8 +258,11 @@ def _readable(report: dict[str, Any], query_length: int) -> Iterator[str]:
         if cut:
             yield (
                 f"{cut:,} of {report['queries'][split]:,} {split} queries are longer than "
-                f"{query_length} tokens and are cut (Prepare.query_length)"
+                f"{settings.query_length} tokens and are cut "
+                f"({type(settings).__name__}.query_length)"
             )
+    if "positives" in report:
+        yield f"positives a query: {_line(report['positives'])}"
     if line := _line(found):
         yield line
     for view in ("title", "body", "query", "named_passages", "drawn"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from dgr_jax import checkpoints, partitioning, processes
 from dgr_jax.decoding import trie
+from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, Training
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
@@ -31,7 +32,7 @@ def generate(experiment: Experiment, folder: Path) -> None:
 def control(experiment: Experiment, folder: Path) -> None:
     """Generation alone, from the checkpoint and on the examples that distillation has."""
     settings = dataclasses.replace(experiment.distill, objective=experiment.generate.objective)
-    batches = _Later(_mixture(experiment, settings), experiment.generate.steps)
+    batches = Later(_mixture(experiment, settings), experiment.generate.steps)
     _train(experiment, folder, "control", settings, batches, start=_trained(experiment, "generate"))
 
 
@@ -43,13 +44,13 @@ def distill(experiment: Experiment, folder: Path) -> None:
         settings.list_batch_size,
         settings.seed,
     )
-    mixture = _Later(_mixture(experiment, settings), experiment.generate.steps)
+    mixture = Later(_mixture(experiment, settings), experiment.generate.steps)
     batches = _Together({"rank_list": lists, "generation": mixture})
     _train(experiment, folder, "distill", settings, batches, start=_trained(experiment, "generate"))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Later:
+class Later:
     """A source that begins where `steps` steps of another run have left it."""
 
     source: Source
@@ -81,7 +82,11 @@ def _mixture(experiment: Experiment, settings: Training) -> MixtureSource:
 
 def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
     """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
-    config = experiment.model
+    return with_vocabulary(experiment.model, vocab_size)
+
+
+def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
+    """The sizes with so many tokens, unless T5Config.vocab_size is set; ValueError if too small."""
     if config.vocab_size and config.vocab_size < vocab_size:
         raise ValueError(
             f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
@@ -100,10 +105,25 @@ def _train(
 ) -> None:
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
     config = model_config(experiment, vocabulary.size)
-    loop.train(
+    train(experiment, folder, name, settings, Transformer(config), batches, start)
+    if processes.first():
+        write_student(folder, config, experiment.evaluate.search)
+
+
+def train(
+    experiment: Experiment | DenseExperiment,
+    folder: Path,
+    name: str,
+    settings: Training,
+    model: Any,
+    batches: Source,
+    start: Any = None,
+) -> Any:
+    """One training run of an experiment's stage; -> the parameters."""
+    return loop.train(
         name=name,
         folder=folder,
-        model=Transformer(config),
+        model=model,
         objective=settings.objective,
         optimizer=settings.optimizer.transformation(settings.steps),
         source=batches,
@@ -116,9 +136,7 @@ def _train(
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
-    )
-    if processes.first():
-        write_student(folder, config, experiment.evaluate.search)
+    ).params
 
 
 def _trained(experiment: Experiment, system: str) -> Any:

@@ -37,7 +37,7 @@ def teach(experiment: Experiment, folder: Path) -> None:
     """
     settings, least = experiment.teach, experiment.prepare.min_relevance
     made = Prepared.load(experiment.model_dir)
-    candidates = _Candidates.load(experiment, made)
+    candidates = CandidateLists.load(experiment, made)
     asked = training_queries(experiment, made)
     texts, judged = asked.texts, asked.qrels
     qids = list(texts)
@@ -82,7 +82,7 @@ def teach(experiment: Experiment, folder: Path) -> None:
     if counts:
         report["keys"] = counts
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for line in _readable(teacher, lists.report):
+    for line in readable(teacher, lists.report):
         logger.info("teach: %s", line)
     if counts:
         logger.info(
@@ -99,7 +99,7 @@ def teach(experiment: Experiment, folder: Path) -> None:
         )
 
 
-class _Candidates(Mapping[str, list[str]]):
+class CandidateLists(Mapping[str, list[str]]):
     """qid -> the pids that the student found, best first; made from the arrays when asked for."""
 
     def __init__(self, qids: Sequence[str], passages: np.ndarray, pids: Sequence[str]) -> None:
@@ -107,7 +107,7 @@ class _Candidates(Mapping[str, list[str]]):
         self._passages, self._pids = passages, pids
 
     @classmethod
-    def load(cls, experiment: Experiment, made: Prepared) -> _Candidates:
+    def load(cls, experiment: Experiment, made: Prepared) -> CandidateLists:
         folder = Path(experiment.model_dir) / "candidates"
         qids = json.loads((folder / "qids.json").read_text(encoding="utf-8"))
         with np.load(folder / "candidates.npz") as found:
@@ -166,7 +166,7 @@ def _view_features(
         )
 
 
-def _readable(teacher: dict[str, dict[str, float]], lists: dict[str, int]) -> Iterator[str]:
+def readable(teacher: dict[str, dict[str, float]], lists: dict[str, int]) -> Iterator[str]:
     for source, found in teacher.items():
         yield (
             f"{source}: {found['candidates_scored']:.1%} of {found['candidates']:,} candidates "

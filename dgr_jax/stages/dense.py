@@ -1,0 +1,408 @@
+"""The stages of a dense retriever: prepare, negatives, dense, mine, refresh, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from dgr_jax import checkpoints, partitioning
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.corpora.types import Qrel, Query
+from dgr_jax.data import examples, loading
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.dense_experiment import DenseExperiment, Negatives
+from dgr_jax.experiment import Training
+from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
+from dgr_jax.retrieval import dense as retrieval
+from dgr_jax.retrieval import exact_search
+from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
+from dgr_jax.retrieval.exact_search import Index
+from dgr_jax.retrieval.generative import BLOCK, write_student
+from dgr_jax.retrieval.negatives import mine as mined
+from dgr_jax.retrieval.recipes import RankLists
+from dgr_jax.retrieval.teacher import Coverage
+from dgr_jax.stages import students
+from dgr_jax.stages.evaluate import measure
+from dgr_jax.stages.generation_data import require_examples, source_pairs
+from dgr_jax.stages.prepare import Prepared, cut, read, task_file, write_report
+from dgr_jax.stages.teach import CandidateLists, readable
+from dgr_jax.training import arrays
+from dgr_jax.training.lists import ListSource, Phases, TaughtLists
+from dgr_jax.training.source import MixtureSource
+
+logger = logging.getLogger(__name__)
+
+CORPUS, QIDS = "corpus", "qids.json"
+_LABELLED = "labelled_"
+
+Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passages int [n, depth]
+
+
+def prepare(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes passages/, collection/, the vocabulary, tfds/, and in arrays/ the tokens of every
+    passage (corpus) and the queries of each source with their positives. Needs TensorFlow; no later
+    stage does."""
+    settings = experiment.prepare
+    passages, queries, qrels = read(experiment, folder, settings.train_splits)
+    vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
+    vocabulary.save()
+    counts = _datasets(experiment, folder, passages, vocabulary, queries, qrels)
+    tokens = arrays.read_arrays(folder / "arrays" / CORPUS)["passage_tokens"]
+    report = {
+        "passages": len(passages),
+        "passages_that_fill_the_input": int((tokens[:, -1] > 0).sum()),
+        "queries": {split: len(found) for split, found in queries.items()},
+        "queries_cut": cut(vocabulary, queries, settings.query_length),
+        "qrels": {split: len(found) for split, found in qrels.items()},
+        "examples": counts,
+        "positives": _positives(folder, counts),
+        "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
+    }
+    write_report(folder, report, settings)
+
+
+def _positives(folder: Path, counts: Mapping[str, int]) -> dict[str, float]:
+    """Mean number of positives of a query of each source."""
+    held = {s: arrays.read_arrays(folder / "arrays" / s)["positives"] for s in counts}
+    return {source: float((found >= 0).sum(1).mean()) for source, found in held.items()}
+
+
+def _datasets(
+    experiment: DenseExperiment,
+    folder: Path,
+    passages: PassageStore,
+    vocabulary: Vocabulary,
+    queries: Mapping[str, Mapping[str, Query]],
+    qrels: Mapping[str, list[Qrel]],
+) -> dict[str, int]:
+    """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
+    with loading.quietly():
+        from dgr_jax.data import datasets, prepared, tasks
+        from dgr_jax.data.feature_converters import PassageConverter, PositivesConverter
+
+    settings, most = experiment.prepare, 1
+
+    def examples_of(source: str) -> Iterator[dict[str, Any]]:
+        nonlocal most
+        split = source.removeprefix(_LABELLED)
+        if split == source:
+            yield from examples.of_positives(source_pairs(settings, source, passages, {}, ()))
+            return
+        judged = examples.of_judged(queries[split], qrels[split], passages, settings.min_relevance)
+        for example in judged:
+            most = max(most, len(example["positives"]))
+            qids[source].append(example["qid"])
+            yield example
+
+    streams = {source: examples_of(source) for source in sources(experiment)}
+    qids: dict[str, list[str]] = {source: [] for source in streams}
+    counts = prepared.write(folder / "tfds", "positives", streams, prepared.positives())
+    require_examples(counts)
+    (folder / QIDS).write_text(json.dumps(qids), encoding="utf-8")
+    task_file(settings.tasks).register(
+        tasks.PreparedPositives(
+            folder / "tfds",
+            vocabulary,
+            tuple(streams),
+            lambda: ({"inputs": passage.contents} for passage in passages),
+        )
+    )
+    lengths = {"inputs": settings.query_length, "positives": most, "grades": most, "query": 1}
+    name = f"{settings.tasks}_dense"
+    for source in streams:
+        blocks = datasets.arrays(f"{name}_{source}", lengths, PositivesConverter())
+        arrays.write_arrays(folder / "arrays" / source, blocks)
+    blocks = datasets.arrays(
+        f"{name}_corpus", {"inputs": settings.passage_length}, PassageConverter()
+    )
+    arrays.write_arrays(folder / "arrays" / CORPUS, blocks)
+    return counts
+
+
+def sources(experiment: DenseExperiment) -> dict[str, str]:
+    """Every source of training queries -> its name in `Sources`."""
+    settings, found = experiment.prepare, {}
+    for name in settings.sources.rates():
+        if name == "labelled":
+            found |= {f"{_LABELLED}{split}": name for split in settings.train_splits}
+        else:
+            found[name] = name
+    return found
+
+
+def negatives(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
+    settings = experiment.negatives
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    _write_pools(experiment, folder, settings, _finder(settings, made))
+
+
+def _finder(settings: Negatives, made: Prepared) -> Find:
+    if settings.source == "random":
+        return lambda tokens: np.zeros((len(tokens), 0), np.int32)
+    index = settings.bm25.fit(made.store)
+
+    def find(tokens: np.ndarray) -> np.ndarray:
+        """What BM25 finds for the queries as the encoder reads them."""
+        found = np.full((len(tokens), settings.skip + settings.depth), -1, np.int32)
+        for row, ids in zip(found, tokens, strict=True):
+            scores = index.scores(made.vocabulary.decode(ids.tolist()))
+            best = index.best(scores, len(row))
+            row[: len(best)] = [made.store.index_of(passage.pid) for passage in best]
+        return found
+
+    return find
+
+
+def _write_pools(
+    experiment: DenseExperiment, folder: Path, settings: Negatives, find: Find
+) -> None:
+    """One pool a source, of queries in blocks."""
+    number = len(PassageStore(Path(experiment.model_dir) / "prepare" / "passages"))
+    for source in sources(experiment):
+        queries = _queries(experiment, source)
+        pools = []
+        for start in range(0, len(queries["positives"]), BLOCK):
+            block = slice(start, start + BLOCK)
+            pools.append(
+                mined(
+                    find(np.asarray(queries["encoder_input_tokens"][block])),
+                    queries["positives"][block],
+                    count=settings.depth,
+                    num_passages=number,
+                    skip=settings.skip,
+                    seed=[settings.seed, start],
+                )
+            )
+            logger.info("%s: %s, %d queries", folder.name, source, start + len(pools[-1]))
+        np.save(folder / f"{source}.npy", np.concatenate(pools))
+
+
+def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
+    return arrays.read_arrays(Path(experiment.model_dir) / "prepare" / "arrays" / source)
+
+
+def teach(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
+    the pool and the positives of each query; and report.json, see `stages.teach`."""
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    qids = json.loads((made.folder / QIDS).read_text(encoding="utf-8"))
+    report = {}
+    for source in sources(experiment):
+        pool = np.load(Path(experiment.model_dir) / "negatives" / f"{source}.npy", mmap_mode="r")
+        queries = _queries(experiment, source)
+        named = [qids[source][number] for number in queries["query"][:, 0]]
+        lists, coverage = _ranked(experiment, made, source, named, pool)
+        kept = ("encoder_input_tokens", "positives")
+        rows = {name: queries[name][lists.query_rows] for name in kept}
+        scores = lists.teacher_scores.astype(np.float32)
+        arrays.write_arrays(
+            folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
+        )
+        report[source] = {"teacher": coverage.report(), "lists": lists.report}
+        for line in readable({source: report[source]["teacher"]}, lists.report):
+            logger.info("teach: %s", line)
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _ranked(
+    experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
+) -> tuple[RankLists, Coverage]:
+    settings, least = experiment.teach, experiment.prepare.min_relevance
+    split, coverage = source.removeprefix(_LABELLED), Coverage()
+    queries, judged = made.queries(split), made.qrels(split)
+    given = {"qrels": judged, "store": made.store, "min_relevance": least}
+    given["candidates"] = CandidateLists(qids, pool, made.store.pids)
+    ranked = settings.teacher.rank(
+        {qid: queries[qid].text for qid in qids}, coverage=dict.fromkeys(qids, coverage), **given
+    )
+    lists = settings.lists.select(ranked, qids=qids, seed=settings.seed, **given)
+    if not len(lists.passages):
+        raise ValueError(
+            f"no rank list could be made of {len(qids)} queries: {lists.report}; look at "
+            "Teach.teacher and Teach.lists"
+        )
+    return lists, coverage
+
+
+def dense(experiment: DenseExperiment, folder: Path) -> None:
+    """Train the encoder, and embed all passages."""
+    pool = experiment.negatives if "negatives" in experiment.stages else None
+    if experiment.teach is not None:
+        batches = _taught(experiment)
+    else:
+        batches = _lists(experiment, experiment.train, "negatives", pool)
+    start = None
+    if experiment.initial is not None:
+        start = _initial(experiment)
+    _train(experiment, folder, experiment.train, batches, start)
+
+
+def mine(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes pools as `negatives` does, of what the trained encoder finds."""
+    settings = experiment.mined
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    find = _finder(settings, made) if settings.source != "own" else None
+    if find is None:
+        depth = min(settings.skip + settings.depth + _most(experiment), len(made.store))
+        student = searcher(experiment, "dense", _search(experiment, depth=depth))
+        find = lambda tokens: student.passages(tokens)[0]
+    _write_pools(experiment, folder, settings, find)
+
+
+def _most(experiment: DenseExperiment) -> int:
+    """Positives of a query at most; such as are found are left out."""
+    return max(_queries(experiment, source)["positives"].shape[1] for source in sources(experiment))
+
+
+def refresh(experiment: DenseExperiment, folder: Path) -> None:
+    """Train on from the trained encoder with the mined negatives, and embed all passages."""
+    settings = experiment.refresh
+    batches = _lists(experiment, settings, "mine", experiment.mined)
+    batches = students.Later(batches, experiment.train.steps)
+    _train(experiment, folder, settings, batches, _trained(experiment, "dense"))
+
+
+def _lists(
+    experiment: DenseExperiment, settings: Training, stage: str, pool: Negatives | None
+) -> ListSource:
+    """Batches of a training run, with negatives from the pools of a stage."""
+    tasks = {}
+    for source in sources(experiment):
+        tasks[source] = dict(_queries(experiment, source))
+        if pool is not None:
+            path = Path(experiment.model_dir) / stage / f"{source}.npy"
+            tasks[source]["negatives"] = np.load(path, mmap_mode="r")
+    corpus = _queries(experiment, CORPUS)["passage_tokens"]
+    lists = experiment.lists
+    return ListSource(
+        Phases(list(_phases(experiment, settings, tasks))),
+        corpus,
+        positives=lists.positives,
+        negatives=pool.count if pool else 0,
+        seed=settings.seed,
+        fixed=lists.fixed,
+        grade_weights=lists.grade_weights,
+    )
+
+
+def _taught(experiment: DenseExperiment) -> TaughtLists:
+    """Batches of the teacher's lists."""
+    folder = Path(experiment.model_dir) / "teach"
+    tasks = {source: arrays.read_arrays(folder / source) for source in sources(experiment)}
+    corpus = _queries(experiment, CORPUS)["passage_tokens"]
+    return TaughtLists(Phases(list(_phases(experiment, experiment.train, tasks))), corpus)
+
+
+def _phases(
+    experiment: DenseExperiment, settings: Training, tasks: Mapping[str, arrays.Features]
+) -> Iterator[tuple[int, MixtureSource]]:
+    """(steps, mixture) of each phase of the curriculum."""
+    rates, splits = experiment.prepare.sources.rates(), experiment.prepare.train_splits
+    phases = experiment.lists.phases(len(splits))
+    ends = np.round(np.cumsum([share for share, _ in phases]) * experiment.train.steps).astype(int)
+    for (_, weights), (begin, end) in zip(phases, itertools.pairwise([0, *ends]), strict=True):
+        of_split = {
+            f"{_LABELLED}{s}": w / sum(weights) for s, w in zip(splits, weights, strict=True)
+        }
+        mixed = {
+            name: rates[kind] * of_split.get(name, 1.0)
+            for name, kind in sources(experiment).items()
+        }
+        used = {name: (tasks[name], rate) for name, rate in mixed.items() if rate}
+        yield int(end - begin), MixtureSource(used, settings.batch_size, settings.seed)
+
+
+def encoder_config(experiment: DenseExperiment, vocab_size: int) -> DualEncoderConfig:
+    """The encoder's sizes with the experiment's vocabulary."""
+    model = experiment.model
+    return dataclasses.replace(model, t5=students.with_vocabulary(model.t5, vocab_size))
+
+
+def _config(experiment: DenseExperiment) -> DualEncoderConfig:
+    vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
+    return encoder_config(experiment, vocabulary.size)
+
+
+def _initial(experiment: DenseExperiment) -> Any:
+    """Parameters with the encoder of a published T5; projections are new."""
+    config = _config(experiment)
+    key = jax.random.key(experiment.train.seed)
+    new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
+    return start_from(new, experiment.initial.params(config.t5))
+
+
+def _train(
+    experiment: DenseExperiment, folder: Path, settings: Training, batches: Any, start: Any
+) -> None:
+    """Train, embed, and leave what `Retriever.load` needs."""
+    config = _config(experiment)
+    model = DualEncoder(config)
+    students.train(experiment, folder, folder.name, settings, model, batches, start)
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    retrieval.embed(
+        _encoder(experiment, folder.name),
+        made.store,
+        made.vocabulary.encode_inputs,
+        folder / retrieval.VECTORS,
+        _search(experiment),
+    )
+    write_student(folder, config, experiment.evaluate.search)
+
+
+def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
+    """Lengths of texts as they are prepared; the rest has no effect on vectors."""
+    prepare = experiment.prepare
+    return DenseSearch(
+        query_length=prepare.query_length, passage_length=prepare.passage_length, **settings
+    )
+
+
+def _trained(experiment: DenseExperiment, system: str) -> Any:
+    """Parameters of a finished encoder on the experiment's mesh."""
+    mesh = partitioning.make_mesh(experiment.mesh)
+    abstract = partitioning.abstract_params(DualEncoder(_config(experiment)), mesh)
+    folder = Path(experiment.model_dir) / system / "checkpoints"
+    return checkpoints.restore_params(folder, abstract)
+
+
+def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
+    mesh = partitioning.make_mesh(experiment.mesh)
+    return Encoder(_config(experiment), _trained(experiment, system), mesh)
+
+
+def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
+    """A finished encoder and its passages, ready to retrieve."""
+    encoder = _encoder(experiment, system)
+    path = Path(experiment.model_dir) / system / retrieval.VECTORS
+    index = Index(exact_search.open_vectors(path), search.index, encoder.mesh)
+    return Searcher(encoder, index, search)
+
+
+def evaluate(experiment: DenseExperiment, folder: Path) -> None:
+    """Measures the encoders as students are measured: see `stages.evaluate.measure`."""
+    made, search = (
+        Prepared.load(experiment.model_dir, identifiers=False),
+        experiment.evaluate.search,
+    )
+    measure(experiment, folder, made, lambda system: searcher(experiment, system, search))
+
+
+MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
+    "prepare": prepare,
+    "negatives": negatives,
+    "teach": teach,
+    "dense": dense,
+    "mine": mine,
+    "refresh": refresh,
+    "evaluate": evaluate,
+}

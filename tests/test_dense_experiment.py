@@ -1,0 +1,367 @@
+"""A dense retriever as an experiment: its settings, stages and features, and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from dgr_jax import cli, pipeline, retrieve, stages, train
+from dgr_jax.corpora import store
+from dgr_jax.corpora.beir import write_beir
+from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.data import examples
+from dgr_jax.data.examples import Sources
+from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Lists, Negatives
+from dgr_jax.experiment import Evaluate, Teach, Training, describe, fingerprint, stage_settings
+from dgr_jax.losses import contrastive, ranking
+from dgr_jax.models.dual_encoder import DualEncoderConfig
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.dense import DenseSearch, Searcher
+from dgr_jax.retrieval.generative import Retriever, Search
+from dgr_jax.retrieval.recipes import TopM
+from dgr_jax.retrieval.teacher import Bm25Teacher
+from dgr_jax.stages.prepare import Prepared
+from dgr_jax.training.arrays import read_arrays
+from dgr_jax.training.dense import Dense
+from dgr_jax.training.optimizers import Adafactor
+from tests.conftest import ROOT, TINY
+
+LOSS = contrastive.single_lh
+BASE = DenseExperiment(
+    model_dir="model",
+    collection=QuickstartCollection(),
+    prepare=DensePrepare(tasks="quickstart"),
+    model=DualEncoderConfig(),
+    train=Training(Dense(LOSS), Adafactor(), steps=10),
+    evaluate=Evaluate(DenseSearch()),
+)
+TEACH = Teach(Bm25Teacher(), TopM(4))
+TAUGHT = Training(Dense(LOSS, teacher_loss=ranking.kl_divergence), Adafactor(), steps=10)
+SMALL = tuple(
+    flag for flag in TINY[1:]
+    if flag.startswith(("--gin.T5Config", "--gin.Training", "--gin.Mesh", "--gin.WARMUP",
+                        "--gin.BATCH_SIZE", "--gin.DEPTH", "--gin.QUERY", "--gin.Evaluate",
+                        "--gin.SentencePiece"))
+)  # fmt: skip
+DENSE = ("--gin_file=quickstart_dense.gin", *SMALL, "--gin.STEPS=6", "--gin.PASSAGE_LENGTH=16")
+
+
+# settings and stages
+
+
+def test_stages_are_those_that_the_settings_ask_for():
+    assert list(BASE.stages) == ["prepare", "dense", "evaluate"]
+    assert BASE.stages["dense"].upstream == ("prepare",)
+    mined = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train)
+    assert list(mined.stages) == ["prepare", "negatives", "dense", "mine", "refresh", "evaluate"]
+    assert mined.stages["evaluate"].upstream == mined.systems == ("dense", "refresh")
+    for experiment in (BASE, mined):
+        assert experiment.stages.keys() <= stages.makers(experiment).keys()
+        known = list(experiment.stages)
+        for place, stage in enumerate(known):
+            assert set(experiment.stages[stage].upstream) <= set(known[:place])
+
+
+def test_every_setting_is_read_by_a_stage():
+    whole = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train, teach=TEACH)
+    assert whole.stages["dense"].upstream == ("teach",)
+    read = {name for stage in whole.stages.values() for name in stage.settings}
+    names = {field.name for field in dataclasses.fields(DenseExperiment)}
+    assert names - read == {"model_dir", "mesh"}
+
+
+@pytest.mark.parametrize(
+    ("change", "made_again"),
+    [
+        ({"lists": Lists(positives=2)}, {"dense", "evaluate"}),
+        ({"model": DualEncoderConfig(projection=16)}, {"dense", "evaluate"}),
+        ({"evaluate": Evaluate(DenseSearch(depth=5))}, {"evaluate"}),
+        ({"mined": Negatives("own", count=2), "mesh": Mesh(model=2)}, set()),
+    ],
+)
+def test_a_setting_belongs_to_the_stages_that_depend_on_it(change, made_again):
+    other = dataclasses.replace(BASE, **change)
+    marks = lambda of: {s: fingerprint(stage_settings(of, s)) for s in of.stages}
+    before, after = marks(BASE), marks(other)
+    assert {stage for stage in before if before[stage] != after[stage]} == made_again
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: dataclasses.replace(BASE, evaluate=Evaluate(Search())),
+            r"Evaluate.search: got Search, expected @DenseSearch\(\) with a dense retriever",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, evaluate=Evaluate(DenseSearch(passage_length=9))),
+            "DenseSearch.passage_length: got 9, expected 128, DensePrepare.passage_length",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, negatives=Negatives("own")),
+            "Negatives.source: got 'own', expected one of in_batch, random, bm25: an encoder finds",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, refresh=BASE.train, mined=Negatives()),
+            "mined/Negatives.source: got 'in_batch', expected own, bm25 or random",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, lists=Lists(weights=(1.0, 1.0))),
+            r"Lists.weights: got weights \(1.0, 1.0\), expected 1, one for each of DensePrepare",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, train=TAUGHT),
+            r"DenseExperiment.teach: got None, expected @Teach\(\) with Dense.teacher_loss",
+        ),
+        (
+            lambda: dataclasses.replace(BASE, teach=TEACH),
+            "Negatives.source: got 'in_batch', expected bm25 or random: passages for the teacher",
+        ),
+        (
+            lambda: dataclasses.replace(
+                BASE, teach=TEACH, negatives=Negatives("bm25"), train=TAUGHT, refresh=TAUGHT
+            ),
+            "DenseExperiment.refresh: got a teacher loss, expected none",
+        ),
+        (
+            lambda: dataclasses.replace(
+                BASE,
+                teach=TEACH,
+                negatives=Negatives("bm25"),
+                prepare=DensePrepare("quickstart", sources=Sources(pseudo_queries=0)),
+            ),
+            "Sources.passages: got a rate, expected 0: the teacher orders passages",
+        ),
+        (lambda: Negatives("teacher"), "Negatives.source: got 'teacher', expected one of in_batch"),
+        (lambda: Negatives("bm25", count=9, depth=3), "Negatives: got count=9, depth=3, skip=0"),
+        (lambda: DensePrepare("t", train_splits=("a", "a")), "DensePrepare.train_splits: got"),
+        (lambda: DensePrepare("t", passage_length=1), "DensePrepare.passage_length: got 1, exp"),
+    ],
+)
+def test_settings_that_cannot_work(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# gin files
+
+
+def load(*flags):
+    args, bindings = cli.parse(cli.parser("train", ""), flags)
+    return cli.load_experiment(args, bindings, keep=False)
+
+
+def test_losses_negatives_and_a_refresh_by_a_line_each():
+    experiment = load("--gin_file=dense.gin", "--gin_file=runs/refresh.gin", "--gin.NEGATIVES=bm25",
+                      "--gin.LOSS=@lse_pair()", "--gin.lse_pair.temperature=2")  # fmt: skip
+    loss = experiment.train.objective.loss
+    assert (loss.func, loss.keywords) == (contrastive.lse_pair, {"temperature": 2.0})
+    assert experiment.negatives.source == "bm25" and experiment.mined.source == "own"
+    assert experiment.refresh.steps == 1000
+    assert describe(experiment.refresh.objective) == describe(experiment.train.objective)
+    assert experiment.train.optimizer.learning_rate != experiment.refresh.optimizer.learning_rate
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(
+        cli.Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"
+    ):
+        load("--gin_file=dense.gin", "--gin.LOSS=@lse_pear()")
+    with pytest.raises(cli.Mistake, match="dense.gin: got DenseExperiment, expected Experiment"):
+        train.command(("--gin_file=dense.gin", "--plan"))
+    flags = ("--gin_file=dense.gin", f"--data_dir={tmp_path}", f"--model_dir={tmp_path / 'm'}")
+    with pytest.raises(FileNotFoundError, match="corpus.jsonl"):
+        train.command(flags)
+    with pytest.raises(ValueError, match=r"unknown stage 'distill', expected one of \('prepare'"):
+        train.command((*flags, "--stages=distill"))
+    (tmp_path / "m" / "prepare").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="no trained student in .*refresh/student.json, den"
+    ):
+        retrieve.command((f"--model_dir={tmp_path / 'm'}", "--query=bees"))
+
+
+# features
+
+
+def test_examples_of_judged_queries(tmp_path):
+    passages = store.write([Passage(f"p{i}", f"text {i}", "") for i in range(4)], tmp_path / "p")
+    queries = {qid: Query(qid, f"words of {qid}") for qid in ("a", "b", "c")}
+    qrels = [Qrel("b", "p2", 1), Qrel("a", "p3", 1), Qrel("b", "p0", 2), Qrel("b", "p1", 0),
+             Qrel("c", "p1", 0)]  # fmt: skip
+    made = list(examples.of_judged(queries, qrels, passages, 1))
+    assert [(e["qid"], e["positives"].tolist(), e["grades"].tolist()) for e in made] == [
+        ("b", [1, 3], [2, 1]), ("a", [4], [1]),
+    ]  # fmt: skip
+    (made,) = examples.of_positives([("a sentence", 3, "")])
+    assert made["positives"].tolist() == [4] and made["grades"].tolist() == [1]
+    assert made["query"].tolist() == [1]
+
+
+# whole runs
+
+
+def judged_twice(folder):
+    """A collection with the labels of people (few) and of an LLM (many, of two grades)."""
+    collection = QuickstartCollection()
+    people, test = list(collection.qrels("train"))[::4], list(collection.qrels("test"))
+    write_beir(folder, collection.passages(), collection.all_queries(),
+               {"train": people, "llm": collection.qrels("train"), "test": test})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(command, tmp_path_factory):
+    """(MODEL_DIR, log): BM25 negatives, labels of two sources, several positives, a refresh."""
+    folder = tmp_path_factory.mktemp("dense")
+    judged_twice(folder / "data")
+    done = command("dgr_jax.train", *flags(folder), "--gin.Negatives.count=2")
+    return folder / "model", done.stdout + done.stderr
+
+
+def flags(folder):
+    return (
+        *DENSE,
+        "--gin_file=runs/refresh.gin",
+        "--gin.REFRESH_STEPS=3",
+        "--gin.COLLECTION=@BeirCollection()",
+        f"--gin.BeirCollection.folder={folder / 'data'}",
+        f"--model_dir={folder / 'model'}",
+        "--gin.NEGATIVES=bm25",
+        "--gin.Negatives.depth=8",
+        "--gin.LOSS=@rand1_lh()",
+        "--gin.POSITIVES=2",
+        "--gin.DensePrepare.min_relevance=1",
+        "--gin.DensePrepare.train_splits=('train','llm')",
+        "--gin.Lists.curriculum=((0.5, 0.0, 1.0), (0.5, 1.0, 0.0))",
+        "--gin.Sources.pseudo_queries=0.25",
+    )
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_beside_bm25(finished):
+    folder, log = finished
+    measured = json.loads((folder / "evaluate/metrics.json").read_text())
+    assert list(measured) == ["bm25", "dense", "refresh"]
+    compared = json.loads((folder / "evaluate/comparisons.json").read_text())["test"]
+    assert {row["systems"] for row in compared} == {
+        "refresh against dense", "refresh against bm25", "dense against bm25",
+    }  # fmt: skip
+    assert "RR@10" in log and "positives a query: labelled train " in log
+    assert image.imread(folder / "evaluate/training_curves.png").std() > 0.01
+    for system in ("dense", "refresh"):
+        rows = (folder / "evaluate" / f"{system}.test.trec").read_text().splitlines()
+        assert len(rows) == 12 * 8  # queries and depth
+    first, second = (np.load(folder / s / "vectors.npy") for s in ("dense", "refresh"))
+    assert first.shape == second.shape == (240, 16) and not np.allclose(first, second)
+
+
+@pytest.mark.slow
+def test_pools_are_negatives_of_their_query(finished):
+    folder, _ = finished
+    experiment = cli.load_experiment(
+        *cli.parse(cli.parser("train", ""), (f"--model_dir={folder}",))
+    )
+    assert isinstance(experiment, DenseExperiment)
+    assert pipeline.is_done(folder / "mine", pipeline.settings_of(experiment)["mine"])
+    for stage in ("negatives", "mine"):
+        for name in ("labelled_train", "labelled_llm", "pseudo_queries"):
+            held = np.load(folder / "prepare/arrays" / name / "positives.npy")
+            pool = np.load(folder / stage / f"{name}.npy")
+            assert pool.dtype == np.int32 and len(pool) == len(held) and (pool >= 0).all()
+            assert not (pool[:, :, None] == held[:, None, :]).any()
+    assert (held >= 0).sum(1).max() == 1 < held.shape[1]
+
+
+@pytest.mark.slow
+def test_training_reads_what_was_judged_as_search_reads_it(finished):
+    """SeqIO's tokens are those of the vocabulary; passages stand in the order of the corpus."""
+    folder, _ = finished
+    made = Prepared.load(folder, identifiers=False)
+    qids = json.loads((folder / "prepare/qids.json").read_text())["labelled_llm"]
+    read = read_arrays(folder / "prepare/arrays/labelled_llm")
+    queries, judged = made.queries("llm"), made.qrels("llm")
+    named = [qids[number] for number in read["query"][:, 0]]
+    texts = made.vocabulary.encode_inputs([queries[qid].text for qid in named], 12)
+    np.testing.assert_array_equal(read["encoder_input_tokens"], texts)
+    for qid, positives, grades in zip(named, read["positives"], read["grades"], strict=True):
+        found = {made.store.pids[p]: g for p, g in zip(positives, grades, strict=True) if p >= 0}
+        assert found == judged[qid] and list(found.values()) == sorted(found.values())[::-1]
+    tokens = np.load(folder / "prepare/arrays/corpus/passage_tokens.npy")
+    expected = made.vocabulary.encode_inputs([passage.contents for passage in made.store], 16)
+    np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.slow
+def test_a_retriever_answers_as_it_was_measured(finished, capsys):
+    folder, _ = finished
+    retriever = Retriever.load(folder)
+    assert isinstance(retriever.decoder, Searcher)
+    queries = {query.qid: query.text for query in QuickstartCollection().queries("test")}
+    lines = (folder / "evaluate/refresh.test.trec").read_text().splitlines()
+    expected = [line.split()[2] for line in lines if line.split()[0] == lines[0].split()[0]]
+    (hits,) = retriever.search([queries[lines[0].split()[0]]], k=8)
+    assert [hit.pid for hit in hits] == expected and hits[0].identifier == ""
+    with pytest.raises(ValueError, match=r"k: got 9, expected at most 8: set depth \(8\) in Retr"):
+        retriever.search(["bees"], k=9)
+    retrieve.command((f"--model_dir={folder}", "--query=why do bees dance", "--k=3"))
+    assert capsys.readouterr().out.count("\n") > 3
+    with pytest.raises(ValueError, match="num_beams: the refresh retriever of .* has no such sett"):
+        retrieve.command((f"--model_dir={folder}", "--query=bees", "--num_beams=4"))
+    (folder.parent / "q.tsv").write_text("1\tbees\n2\towls\n")
+    retrieve.command((f"--model_dir={folder}", f"--queries={folder.parent / 'q.tsv'}",
+                      "--report_speed", f"--output={folder.parent / 'speed.json'}"))  # fmt: skip
+    report = json.loads((folder.parent / "speed.json").read_text())
+    assert (report["vectors"], report["width"], report["storage"]) == (240, 16, "float32")
+
+
+@pytest.mark.slow
+def test_a_teachers_lists(finished, command, tmp_path):
+    """Made beside the stages that are there already."""
+    folder, _ = finished
+    again = shutil.copytree(folder, tmp_path / "model", symlinks=True)
+    asked = [flag for flag in flags(folder) if "refresh" not in flag and "REFRESH" not in flag]
+    done = command(
+        "dgr_jax.train", *asked, "--gin_file=runs/taught.gin", f"--model_dir={again}",
+        "--gin.Negatives.count=2", "--gin.Sources.pseudo_queries=0", "--gin.TopM.size=4",
+    )  # fmt: skip
+    assert "teach: labelled_llm: 100.0% of" in done.stderr
+    listed, relevant = (
+        np.load(again / f"teach/labelled_llm/{name}.npy") for name in ("passages", "positives")
+    )
+    assert listed.shape[1] == 4 and len(listed) == len(relevant)
+    assert (listed[:, :, None] == relevant[:, None, :])[relevant[:, None, :] >= 0].any()
+    rows = [json.loads(row) for row in (again / "dense/metrics.jsonl").read_text().splitlines()]
+    assert all(row["valid_lists"] > 0.9 and row["teacher_loss"] > 0 for row in rows)
+    assert list(json.loads((again / "evaluate/metrics.json").read_text())) == ["bm25", "dense"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_one_that_was_not(finished, tmp_path):
+    folder, _ = finished
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    again = tmp_path / "model"
+    (tmp_path / "data").symlink_to(folder.parent / "data")
+    asked = [sys.executable, "-m", "dgr_jax.train", *flags(tmp_path), "--gin.Negatives.count=2",
+             "--gin.Training.checkpoint_every=1"]  # fmt: skip
+    process = subprocess.Popen(asked, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    while not list((again / "dense" / "checkpoints").glob("[2-5]")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (again / "dense" / "student.json").exists()
+    done = subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "dense: goes on from step" in done.stderr, done.stderr
+    for system in ("dense", "refresh"):
+        run = (folder / "evaluate" / f"{system}.test.trec").read_text()
+        assert (again / "evaluate" / f"{system}.test.trec").read_text() == run
