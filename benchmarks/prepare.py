@@ -1,6 +1,6 @@
 """Preparing a large collection: passages a second and peak memory of each part of the stage.
 
-    python -m benchmarks.prepare --passages=100000,1000000 --identifiers=atomic,rq
+    python -m benchmarks.prepare --passages=100000,1000000 --identifiers=string,rq
 
 A BEIR folder of synthetic passages (--words words of a Zipf distribution over 200,000, in 4
 sentences, each of which is a pseudo-query; a title of 3 words), one labelled training query in 100
@@ -118,15 +118,16 @@ class Watch(logging.Handler):
 
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Runs the stage in this process; -> parts, and the largest resident set of the process."""
+    from dgr_jax.data.vocabulary import SentencePiece
     from dgr_jax.experiment import Prepare
-    from dgr_jax.identifiers.atomic import Atomic
     from dgr_jax.identifiers.embeddings import TfidfSvd
     from dgr_jax.identifiers.rq import ResidualQuantization
+    from dgr_jax.identifiers.string import NaiveString
     from dgr_jax.stages.prepare import prepare
 
     embeddings = TfidfSvd(dim=args.dim, fit_passages=args.fit_passages)
     scheme = {
-        "atomic": Atomic(),
+        "string": NaiveString(),
         "rq": ResidualQuantization(
             num_codes=args.num_codes, codebook_size=args.codebook_size, embeddings=embeddings
         ),
@@ -137,7 +138,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     logger.addHandler(watch)
     experiment = argparse.Namespace(
         collection=beir.BeirCollection(args.collection),
-        prepare=Prepare(tasks="quickstart", identifiers=scheme),
+        prepare=Prepare(
+            tasks="quickstart",
+            identifiers=scheme,
+            vocabulary=SentencePiece(max_characters=args.max_characters),
+        ),
     )
     start, processor = time.perf_counter(), time.process_time()
     prepare(experiment, folder)
@@ -163,7 +168,7 @@ def in_a_process(args: argparse.Namespace, passages: str, identifiers: str) -> d
             sys.executable, "-m", "benchmarks.prepare", f"--one={folder}",
             f"--collection={collection}", f"--passages={passages}", f"--identifiers={identifiers}",
         ]  # fmt: skip
-        for name in ("dim", "fit_passages", "num_codes", "codebook_size"):
+        for name in ("dim", "fit_passages", "num_codes", "codebook_size", "max_characters"):
             command.append(f"--{name}={getattr(args, name)}")
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, check=True, env=environment)
@@ -199,6 +204,7 @@ def main() -> None:
     parser.add_argument("--fit_passages", type=int, default=500_000)
     parser.add_argument("--num_codes", type=int, default=4)
     parser.add_argument("--codebook_size", type=int, default=256)
+    parser.add_argument("--max_characters", type=int, default=60_000_000)
     parser.add_argument(
         "--folder", default="", help="where to write; a temporary folder by default"
     )

@@ -1,4 +1,8 @@
-"""A SeqIO task, tokenised once, as token arrays that training reads without TensorFlow."""
+"""A SeqIO task, tokenised once, as token arrays that training reads without TensorFlow.
+
+For tasks of one's own. Those of a prepared collection have their arrays already, equal to these
+(tests compare them): `dgr_jax.data.examples.features` makes them.
+"""
 
 from __future__ import annotations
 

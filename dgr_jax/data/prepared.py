@@ -1,7 +1,7 @@
 """A prepared collection as a TensorFlow Dataset that `seqio.TfdsDataSource` reads.
 
 Records are tf.train.Example messages, encoded here: the same example is the same bytes in every
-process, and 20 times as many are written in a second as TFDS writes.
+process, and TFDS takes four times as long for the same messages (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
