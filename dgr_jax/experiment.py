@@ -69,7 +69,9 @@ class Prepare:
 class Training:
     """One training run: a generation or distillation objective for `steps` steps.
 
-    batch_size: generation examples a step; list_batch_size: rank lists a step (distillation).
+    batch_size: generation examples a step. In distillation they are the mixture's, and 0 stands for
+      the best positive of each list instead, as published: a query is then encoded once for both.
+    list_batch_size: rank lists a step (distillation).
     """
 
     objective: Any
@@ -82,6 +84,11 @@ class Training:
     log_every: int = _without_effect(50)
     checkpoint_every: int = _without_effect(1000)
     keep_checkpoints: int = _without_effect(2)
+
+    @property
+    def examples(self) -> int:
+        """Generation examples a step."""
+        return self.batch_size or self.list_batch_size
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,12 @@ class Experiment:
                     f"expected @{expected.__name__}() with identifiers of "
                     f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
                 )
+        if many and not self.distill.batch_size or not self.generate.batch_size:
+            name = "distill" if self.generate.batch_size else "generate"
+            raise ValueError(
+                f"{name}/Training.batch_size: got 0, expected 1 or more; 0 is for distillation "
+                "with one identifier a passage"
+            )
         rates = self.prepare.sources.rates()
         for source in self.candidates.sources:
             if source != "labelled" and source not in rates:
@@ -196,7 +209,7 @@ class Experiment:
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
         for its vocabulary), and the data to learn from."""
-        later = self.distill.steps * self.distill.batch_size if system != "generate" else 0
+        later = self.distill.steps * self.distill.examples if system != "generate" else 0
         return {
             "examples": self.generate.steps * self.generate.batch_size + later,
             "model": sizes(self.model),
@@ -303,6 +316,7 @@ def stage_settings(
     own = {name: describe(getattr(experiment, name)) for name in experiment.stages[stage].settings}
     if stage == "control":  # the steps of distillation, not its objective
         own["distill"] = {k: v for k, v in own["distill"].items() if k not in _RANK_LISTS}
+        own["distill"]["batch_size"] = experiment.distill.examples
     if files and files.get(stage):
         own["files"] = files[stage]
     return own | {up: stage_settings(experiment, up, files) for up in upstream(experiment, stage)}

@@ -332,14 +332,17 @@ def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: A
         return _search(experiment, config, sizes, mesh, rules)
     settings = getattr(experiment, name)
     query_length = experiment.prepare.query_length
-    batch = _generation_batch(mesh, settings.batch_size, query_length, sizes.length)
+    batch = _generation_batch(mesh, settings.examples, query_length, sizes.length)
     work = Work(settings.batch_size, query_length, 1, sizes.length)
     if name == "distill":
         rows, size = settings.list_batch_size, list_size(experiment.teach.lists)
         lists = _list_batch(mesh, rows, size, query_length, sizes.length)
-        batch = {"rank_list": lists, "generation": batch}
+        if settings.batch_size:
+            batch = {"rank_list": lists, "generation": batch}
+        else:  # the target of each list's query
+            batch = {"rank_list": lists}
         both = rows + settings.batch_size
-        targets = (rows * size + settings.batch_size) / both
+        targets = (rows * size + settings.examples) / both
         work = Work(both, query_length, targets, sizes.length)
     work = dataclasses.replace(work, microbatches=settings.microbatches)
     _check_rows(batch, settings, mesh, name)

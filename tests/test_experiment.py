@@ -28,11 +28,13 @@ from dgr_jax.experiment import (
     stage_settings,
 )
 from dgr_jax.identifiers.atomic import Atomic
+from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview_search import MultiviewSearch
 from dgr_jax.retrieval.recipes import TopM
 from dgr_jax.retrieval.teacher import Bm25Teacher, RunTeacher, VectorTeacher
 from dgr_jax.training.objectives import Distillation, Generation
@@ -103,6 +105,25 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
 def test_a_setting_belongs_to_the_stages_that_depend_on_it(path, value, stages):
     before, after = marks(BASE), marks(changed(path, value))
     assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+
+
+def test_generation_examples_of_the_lists_themselves():
+    """With none of the mixture, the control has as many examples as there are lists."""
+    shared = changed("distill.batch_size", 0)
+    assert (shared.distill.examples, BASE.distill.examples) == (16, 64)
+    assert shared.compared("distill")["examples"] == 10 * 64 + 5 * 16
+    assert shared.compared("control") == shared.compared("distill")
+    more = dataclasses.replace(shared.distill, list_batch_size=9)
+    before, after = marks(shared), marks(dataclasses.replace(shared, distill=more))
+    differ = {stage for stage in STAGES if before[stage] != after[stage]}
+    assert differ == {"distill", "control", "evaluate"}
+    with pytest.raises(ValueError, match=r"generate/Training.batch_size: got 0, expected 1 or mor"):
+        changed("generate.batch_size", 0)
+    several = {"prepare": dataclasses.replace(shared.prepare, identifiers=Multiview())}
+    several["candidates"] = Candidates(MultiviewSearch())
+    several["evaluate"] = Evaluate(MultiviewSearch())
+    with pytest.raises(ValueError, match=r"distill/Training.batch_size: got 0, expected 1 or more"):
+        dataclasses.replace(shared, **several)
 
 
 def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():

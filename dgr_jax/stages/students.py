@@ -30,22 +30,29 @@ def generate(experiment: Experiment, folder: Path) -> None:
 
 
 def control(experiment: Experiment, folder: Path) -> None:
-    """Generation alone, from the checkpoint and on the examples that distillation has."""
-    settings = dataclasses.replace(experiment.distill, objective=experiment.generate.objective)
+    """Generation alone, from the checkpoint of distillation and on as many examples: the same ones
+    where those are the mixture's."""
+    settings = dataclasses.replace(
+        experiment.distill,
+        objective=experiment.generate.objective,
+        batch_size=experiment.distill.examples,
+    )
     batches = Later(_mixture(experiment, settings), experiment.generate.steps)
     _train(experiment, folder, "control", settings, batches, start=_trained(experiment, "generate"))
 
 
 def distill(experiment: Experiment, folder: Path) -> None:
-    """Rank lists and generation examples together, from the generation student."""
+    """Rank lists and generation examples, from the generation student."""
     settings = experiment.distill
     lists = ArraySource(
         Path(experiment.model_dir) / "teach" / "rank_lists",
         settings.list_batch_size,
         settings.seed,
     )
-    mixture = Later(_mixture(experiment, settings), experiment.generate.steps)
-    batches = _Together({"rank_list": lists, "generation": mixture})
+    parts: dict[str, Source] = {"rank_list": lists}
+    if settings.batch_size:
+        parts["generation"] = Later(_mixture(experiment, settings), experiment.generate.steps)
+    batches = _Together(parts)
     _train(experiment, folder, "distill", settings, batches, start=_trained(experiment, "generate"))
 
 
