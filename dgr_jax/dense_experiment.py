@@ -9,7 +9,7 @@ from typing import Any
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes
+from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes, texts
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.start import Pretrained
 from dgr_jax.partitioning import Mesh
@@ -229,7 +229,7 @@ class DenseExperiment:
         return {
             "examples": sum(run.steps * run.batch_size for run in runs),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
-            "data": (splits if len(splits) > 1 else splits[0], self.prepare.min_relevance),
+            "data": (splits if len(splits) > 1 else splits[0], *texts(self.prepare)),
         }
 
     @property

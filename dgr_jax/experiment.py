@@ -213,7 +213,7 @@ class Experiment:
         return {
             "examples": self.generate.steps * self.generate.batch_size + later,
             "model": sizes(self.model),
-            "data": (self.prepare.train_split, self.prepare.min_relevance),
+            "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
     @property
@@ -224,6 +224,11 @@ class Experiment:
             name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
             for name, settings in SETTINGS.items()
         }
+
+
+def texts(prepare: Any) -> tuple[Any, ...]:
+    """What a mixture is made of, beside its judgements."""
+    return prepare.min_relevance, json.dumps(describe(prepare.sources))
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.

@@ -112,6 +112,12 @@ def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path)
                              ("dense bm25 64", "dense"))
     ]  # fmt: skip
     assert all(one == compared[0] for one in compared)
+    labelled = dataclasses.replace(
+        found["dense"].prepare,
+        sources=dataclasses.replace(found["dense"].prepare.sources, passages=0.0),
+    )
+    fewer = dataclasses.replace(found["dense"], prepare=labelled).compared("dense")
+    assert {name for name, value in fewer.items() if value != compared[0][name]} == {"data"}
     assert found["dense bm25 64"].model.dim == 64 and found["rq"].collection.core == 1000
     vocabularies = {json.dumps(describe(one.prepare.vocabulary)) for one in found.values()}
     assert len(vocabularies) == 1
