@@ -73,6 +73,12 @@ def test_stages_are_those_that_the_settings_ask_for():
             assert set(experiment.stages[stage].upstream) <= set(known[:place])
 
 
+def test_it_runs_in_one_process(monkeypatch):
+    monkeypatch.setattr(stages.processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match="got 2 processes, expected one: a dense retriever is"):
+        stages.makers(BASE)
+
+
 def test_every_setting_is_read_by_a_stage():
     whole = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train, teach=TEACH)
     assert whole.stages["dense"].upstream == ("teach",)

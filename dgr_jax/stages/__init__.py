@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dgr_jax import processes
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.stages import dense
@@ -27,5 +28,12 @@ MAKERS: dict[str, Callable[[Experiment, Path], None]] = {
 
 
 def makers(experiment: Experiment | DenseExperiment) -> dict[str, Callable[[Any, Path], None]]:
-    """The stages of an experiment of this kind."""
-    return dense.MAKERS if isinstance(experiment, DenseExperiment) else MAKERS
+    """The stages of an experiment of this kind; ValueError for one that cannot run so."""
+    if not isinstance(experiment, DenseExperiment):
+        return MAKERS
+    if processes.count() > 1:
+        raise ValueError(
+            f"got {processes.count()} processes, expected one: a dense retriever is trained and "
+            "searched by all devices of one process"
+        )
+    return dense.MAKERS
