@@ -250,7 +250,7 @@ def test_config_gin_names_the_defaults_of_what_was_made():
         "Bm25.k1 = 0.9",
         "TfidfSvd.iterations = 5",
         "Training.microbatches = 1",
-        "distilled_ranknet.first_weight = 3.0",
+        "ranknet.temperature = 1.0",
     ):
         assert line in lines
 

@@ -267,6 +267,7 @@ def test_converters_refuse_wrong_lengths(registered):
         arrays("tiny_labelled", {"inputs": 12}, GenerationConverter())
 
 
+@pytest.mark.slow
 def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     from dgr_jax.data import tasks
     from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter

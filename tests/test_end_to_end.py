@@ -277,6 +277,7 @@ def test_search(retriever, tiny_model_dir):
         assert (hit.title, hit.text) == (passages[hit.pid].title, passages[hit.pid].text)
 
 
+@pytest.mark.slow
 def test_every_identifier_found_is_legal_and_has_its_log_probability(retriever):
     """The beams of the compiled search against the model read once, as in training."""
     decoder = retriever.decoder

@@ -216,11 +216,13 @@ def test_a_task_with_features_of_its_own_is_followed(tmp_path, monkeypatch, capl
     np.testing.assert_array_equal(found, Vocabulary.load(tmp_path).encode_inputs(texts, 9))
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes(by_one, tmp_path, small_parts):
     prepare(Experiment(), tmp_path, one_after_the_other)
     assert files(tmp_path) == files(by_one)
 
 
+@pytest.mark.slow
 def test_parts_without_examples_leave_no_file(tmp_path, small_parts, monkeypatch):
     class Blank(Collection):
         def passages(self):

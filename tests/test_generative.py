@@ -172,6 +172,7 @@ def teacher_forced(config, tokens, targets):
     return (each * (targets > 0)).sum(-1)
 
 
+@pytest.mark.slow
 def test_with_more_beams_than_identifiers_all_are_found_in_order(decoder):
     passages, scores = decoder.passages(QUERIES)
     assert (passages[:, 40:] == -1).all() and (scores[:, 40:] == -np.inf).all()
@@ -460,6 +461,7 @@ def test_percentiles(monkeypatch):
     assert summary["latency_ms"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
 
 
+@pytest.mark.slow
 def test_the_command_reports_speed(tiny_model_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
     monkeypatch.setenv("COLUMNS", "200")

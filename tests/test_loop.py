@@ -125,6 +125,7 @@ def test_a_finished_run_does_nothing(whole):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path, whole):
     """SIGKILL in the middle, then the same call: the same parameters bit for bit."""
     code = (

@@ -48,7 +48,7 @@ def compiled(kind: str, data: int, model: int, limit: int) -> tuple[Decoder, str
 @pytest.mark.parametrize(
     ("kind", "data", "model", "limit"),
     [
-        ("rq", 2, 4, CUT),
+        pytest.param("rq", 2, 4, CUT, marks=slow),
         pytest.param("text", 4, 2, WHOLE, marks=slow),
         pytest.param("rq", 8, 1, WHOLE, marks=slow),
         pytest.param("rq", 4, 2, CUT, marks=slow),

@@ -52,6 +52,7 @@ def test_decoding_step_by_step_equals_one_pass(dtype, scan):
     np.testing.assert_allclose(np.stack(steps, 2), whole, atol=1e-5 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.slow
 def test_targets_of_a_query_do_not_see_each_other():
     model, params, queries, targets = make()
     together = model.apply({"params": params}, queries, targets)
@@ -60,6 +61,7 @@ def test_targets_of_a_query_do_not_see_each_other():
         np.testing.assert_allclose(together[:, r], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_of_a_query_changes_nothing():
     model, params, queries, targets = make()
     longer = np.pad(queries, [(0, 0), (0, 5)])
