@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgr_jax import processes
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
@@ -90,8 +92,6 @@ def several(p: argparse.ArgumentParser) -> None:
 
 def _join(args: argparse.Namespace) -> None:
     """Joins the other processes, where there are any; the first one speaks for all."""
-    from dgr_jax import processes
-
     try:
         given = processes.settings({name: getattr(args, name) for name in processes.VARIABLES})
     except ValueError as error:
@@ -164,15 +164,11 @@ def reuse_memory() -> None:
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
-    from dgr_jax import processes
-
     with processes.leaving():
         _run(command)
 
 
 def _run(command: Callable[[Sequence[str] | None], None]) -> None:
-    from dgr_jax import processes
-
     try:
         with processes.blaming():
             command(None)
@@ -234,8 +230,6 @@ def load_experiment(
         _check_tasks(experiment.prepare.tasks)
         _check_folder("DATA_DIR", getattr(experiment.collection, "folder", ""))
     _check_folder("MODEL_DIR", getattr(experiment, "model_dir", ""))
-    from dgr_jax import processes
-
     if keep and processes.first():
         _keep(experiment)
     return experiment

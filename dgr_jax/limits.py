@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.exhaustive import Lost
@@ -33,17 +31,13 @@ def measure(
         )
     split = split or experiment.prepare.test_splits[0]
     judged, least = made.qrels(split), experiment.evaluate.min_relevance
-    positives = {
-        qid: [made.store.index_of(pid) for pid, grade in judged[qid].items() if grade >= least]
-        for qid in chosen_queries(experiment, made, split)
-    }
-    positives = {qid: found for qid, found in positives.items() if found}
-    texts = made.queries(split)
-    tokens = made.vocabulary.encode_inputs(
-        [texts[qid].text for qid in positives], experiment.prepare.query_length
-    )
+    texts, positives = [], []
+    for qid, query in chosen_queries(experiment, made, split).items():
+        graded = judged.get(qid, {}).items()
+        if right := [made.store.index_of(pid) for pid, grade in graded if grade >= least]:
+            texts.append(query.text)
+            positives.append(right)
     student = decoder(experiment, system, search, made)
+    tokens = made.vocabulary.encode_inputs(texts, student.query_length)
     k = min(TOP, search.depth)
-    return exhaustive.recall_lost(
-        student, np.asarray(tokens), beams, k=k, positives=list(positives.values())
-    )
+    return exhaustive.recall_lost(student, tokens, beams, k=k, positives=positives)

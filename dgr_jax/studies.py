@@ -11,6 +11,7 @@ Experiments run one after another, each in a process of its own.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -297,12 +298,13 @@ class Runner:
         table, series = [], {}
         for labels, group in itertools.groupby(self.runs, key=lambda run: run.labels):
             runs = [run for run in group if self._link(run)["evaluate"][0]]
-            for system in (s for s in self.study.systems if s != "bm25" and runs):
+            made = [self.experiment(run) for run in runs]
+            made = [one for one in made if isinstance(one, Experiment)]
+            systems = [s for s in self.study.systems if made and s in made[0].systems]
+            for system in systems:
                 row = {**labels, "system": system}
-                found = [
-                    limits.measure(self.experiment(run), system, self.study.beams, self.study.split)
-                    for run in runs
-                ]
+                measure = functools.partial(limits.measure, system=system, split=self.study.split)
+                found = [measure(one, beams=self.study.beams) for one in made]
                 for losses in zip(*found, strict=True):
                     values = [loss.values() for loss in losses]
                     means = {name: _interval(Row(row, values, {}), name) for name in values[0]}
@@ -310,6 +312,8 @@ class Runner:
                     table.append({**row, "beams": losses[0].num_beams, **cells})
                     line = series.setdefault(", ".join(row.values()), [])
                     line.append((float(losses[0].num_beams), means))
+        if not table:
+            raise ValueError("Study.beams: got no student that writes identifiers, expected one")
         self._write_table("beams", table)
         names = list(next(iter(series.values()))[0][1])
         plots.measures_over(series, "beams", names, self.folder / "beams.png")

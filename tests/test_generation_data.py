@@ -216,6 +216,14 @@ def test_a_task_with_features_of_its_own_is_followed(tmp_path, monkeypatch, capl
     np.testing.assert_array_equal(found, Vocabulary.load(tmp_path).encode_inputs(texts, 9))
 
 
+def test_what_is_compared_with_the_seqio_tasks_is_equal(tmp_path, small_parts, caplog):
+    """Files of few examples, which TFDS reads by turns: the arrays are still the direct ones."""
+    caplog.set_level("INFO")
+    prepare(Experiment(), tmp_path)
+    assert len(list(tmp_path.glob("tfds/**/*.tfrecord*"))) == 12
+    assert "of its own" not in caplog.text
+
+
 @pytest.mark.slow
 def test_workers_write_the_same_bytes(by_one, tmp_path, small_parts):
     prepare(Experiment(), tmp_path, one_after_the_other)

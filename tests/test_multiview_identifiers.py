@@ -13,6 +13,7 @@ from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.data import views as data_views
 from dgr_jax.data import vocabulary as special
+from dgr_jax.data.examples import features
 from dgr_jax.data.views import Body, SpanSampler, ViewMixture, Views
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
 from dgr_jax.decoding import suffix_array, trie
@@ -480,8 +481,9 @@ def test_examples_are_those_of_their_seed(made_views):
 
 def test_features_are_the_arrays_of_the_examples(made_views, vocabulary, store):
     made = made_blocks(made_views)
-    (arrays,) = data_views.features(made, vocabulary, 8)
-    for i, example in enumerate(data_views.examples(made, store.pids)):
+    written = list(data_views.examples(made, store.pids))
+    arrays = features(written, vocabulary, 8, made[0].targets.shape[1])
+    for i, example in enumerate(written):
         inputs = vocabulary.encode_inputs([example["inputs"]], 8, view=example["view"])[0]
         np.testing.assert_array_equal(arrays["encoder_input_tokens"][i], inputs)
         n = len(example["targets"])

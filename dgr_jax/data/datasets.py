@@ -1,7 +1,7 @@
 """A SeqIO task, tokenised once, as token arrays that training reads without TensorFlow.
 
-For tasks of one's own. Those of a prepared collection have their arrays already, equal to these
-(tests compare them): `dgr_jax.data.examples.features` makes them.
+The prepare stage makes those of generation examples without TensorFlow's graph
+(`dgr_jax.data.examples.features`), and takes these where a task makes other ones.
 """
 
 from __future__ import annotations

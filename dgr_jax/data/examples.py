@@ -243,12 +243,13 @@ def features(
     decoder_input_tokens and decoder_target_tokens int32 [E, length]; decoder_loss_weights f32
     [E, length].
     """
-    texts = [example["inputs"] for example in examples]
-    if vocabulary.views:
+    views = bool(vocabulary.views)
+    number: dict[str, int] = {}  # of each text: examples of several views share theirs
+    rows = [number.setdefault(example["inputs"], len(number)) for example in examples]
+    inputs = vocabulary.encode_inputs(list(number), query_length - views)[rows]
+    if views:
         first = np.array([[vocabulary.marker(e["view"])] for e in examples], np.int32)
-        inputs = np.hstack([first, vocabulary.encode_inputs(texts, query_length - 1)])
-    else:
-        inputs = vocabulary.encode_inputs(texts, query_length)
+        inputs = np.hstack([first, inputs])
     targets = np.zeros((len(examples), length), np.int32)
     for row, example in zip(targets, examples, strict=True):
         row[: len(example["targets"])] = example["targets"]

@@ -15,6 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 VERSION = "1.0.0"
+_TURN = tfds.ReadConfig().interleave_block_length
 
 
 class Shard(NamedTuple):
@@ -114,6 +115,14 @@ def describe(
     splits = [_split(folder, name, split, of) for split, of in shards.items()]
     info.set_splits(tfds.core.SplitDict(splits))
     info.write_to_directory(folder)
+
+
+def in_order(data_dir: Path, name: str, split: str) -> int:
+    """How many examples of a split TFDS reads first in the order they were written: all of one
+    file; of several the first 16, a turn, of the first file."""
+    info = tfds.builder_from_directory(str(data_dir / name / VERSION)).info
+    lengths = info.splits[split].shard_lengths
+    return lengths[0] if len(lengths) == 1 else min(lengths[0], _TURN)
 
 
 def _split(folder: Path, name: str, split: str, shards: Sequence[Shard]) -> Any:

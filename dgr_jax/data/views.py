@@ -371,27 +371,6 @@ def examples(made: Iterable[Block], pids: Sequence[str]) -> Iterator[dict[str, A
             }
 
 
-def features(
-    made: Iterable[Block], vocabulary: Vocabulary, query_length: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Model features of each block: as GenerationConverter makes them of its examples, with the
-    marker of the view before the tokens of the inputs.
-
-    encoder_input_tokens int32 [E, query_length], marker and EOS counted; decoder_input_tokens and
-    decoder_target_tokens int32 [E, T]; decoder_loss_weights f32 [E, T].
-    """
-    markers = np.array([vocabulary.marker(v) if v in vocabulary.views else 0 for v in VIEWS])
-    for block in made:
-        inputs = vocabulary.encode_inputs(block.texts, query_length - 1)[block.pair]
-        first = markers[block.view].astype(np.int32)[:, None]
-        yield {
-            "encoder_input_tokens": np.concatenate([first, inputs], axis=1),
-            "decoder_input_tokens": np.pad(block.targets[:, :-1], ((0, 0), (1, 0))),
-            "decoder_target_tokens": block.targets,
-            "decoder_loss_weights": (block.targets > 0).astype(np.float32),
-        }
-
-
 def pseudo_queries(
     path: str, store, *, copies_of: Iterable[str] = (), counts: Counter
 ) -> Iterator[tuple[int, str]]:

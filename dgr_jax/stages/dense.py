@@ -34,7 +34,7 @@ from dgr_jax.stages import students
 from dgr_jax.stages.evaluate import measure
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.prepare import Prepared, cut, read, task_file, write_report
-from dgr_jax.stages.teach import CandidateLists, readable
+from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource
@@ -217,20 +217,17 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
 def _ranked(
     experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
 ) -> tuple[RankLists, Coverage]:
-    settings, least = experiment.teach, experiment.prepare.min_relevance
     split, coverage = source.removeprefix(_LABELLED), Coverage()
-    queries, judged = made.queries(split), made.qrels(split)
-    given = {"qrels": judged, "store": made.store, "min_relevance": least}
-    given["candidates"] = CandidateLists(qids, pool, made.store.pids)
-    ranked = settings.teacher.rank(
-        {qid: queries[qid].text for qid in qids}, coverage=dict.fromkeys(qids, coverage), **given
+    queries = made.queries(split)
+    lists = taught(
+        experiment.teach,
+        {qid: queries[qid].text for qid in qids},
+        coverage=dict.fromkeys(qids, coverage),
+        candidates=CandidateLists(qids, pool, made.store.pids),
+        store=made.store,
+        qrels=made.qrels(split),
+        min_relevance=experiment.prepare.min_relevance,
     )
-    lists = settings.lists.select(ranked, qids=qids, seed=settings.seed, **given)
-    if not len(lists.passages):
-        raise ValueError(
-            f"no rank list could be made of {len(qids)} queries: {lists.report}; look at "
-            "Teach.teacher and Teach.lists"
-        )
     return lists, coverage
 
 

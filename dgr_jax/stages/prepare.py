@@ -143,10 +143,11 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
     """Registers the SeqIO tasks of the dataset, by the file of the collection in tasks/: they say
     what an example is. Where one makes other features than those written, it writes them.
 
-    Compared are the first 4,096 examples; of several files, which TFDS reads by turns, 16.
+    Compared are the first 4,096 examples; of several files, which TFDS reads by turns, those that
+    come first of the first file.
     """
     with loading.quietly():
-        from dgr_jax.data import datasets, tasks
+        from dgr_jax.data import datasets, prepared, tasks
         from dgr_jax.data.feature_converters import GenerationConverter
 
     rates = settings.sources.rates()
@@ -156,8 +157,8 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
         task, written = f"{settings.tasks}_{source}", folder / "arrays" / source
         blocks = datasets.arrays(task, lengths, GenerationConverter())
         first, there = next(blocks), arrays.read_arrays(written)
-        files = len(list((folder / "tfds").rglob(f"*-{source}.tfrecord*")))
-        seen = len(first["encoder_input_tokens"]) if files == 1 else 16
+        seen = prepared.in_order(folder / "tfds", generation_data.NAME, source)
+        seen = min(seen, len(first["encoder_input_tokens"]))
         if not all(np.array_equal(rows[:seen], there[name][:seen]) for name, rows in first.items()):
             logger.info("prepare: %s makes features of its own", task)
             shutil.rmtree(written)

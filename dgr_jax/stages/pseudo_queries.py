@@ -25,8 +25,8 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.sampling import Sampler
-from dgr_jax.stages.students import model_config
-from dgr_jax.training import arrays, loop
+from dgr_jax.stages.students import model_config, train
+from dgr_jax.training import arrays
 from dgr_jax.training.source import ArraySource
 
 logger = logging.getLogger(__name__)
@@ -139,22 +139,9 @@ def _features(
 def generate(experiment: PseudoQueries, folder: Path) -> None:
     """Learn to write the query of a passage."""
     settings, made = experiment.generate, Prepared.of(experiment)
-    loop.train(
-        name="generate",
-        folder=folder,
-        model=Transformer(model_config(experiment, made.vocabulary.size)),
-        objective=settings.objective,
-        optimizer=settings.optimizer.transformation(settings.steps),
-        source=ArraySource(made.folder / "pairs", settings.batch_size, settings.seed),
-        mesh=partitioning.make_mesh(experiment.mesh),
-        total_steps=settings.steps,
-        seed=settings.seed,
-        microbatches=settings.microbatches,
-        log_every=settings.log_every,
-        checkpoint_every=settings.checkpoint_every,
-        keep_checkpoints=settings.keep_checkpoints,
-        rules=experiment.mesh.rules,
-    )
+    model = Transformer(model_config(experiment, made.vocabulary.size))
+    source = ArraySource(made.folder / "pairs", settings.batch_size, settings.seed)
+    train(experiment, folder, "generate", settings, model, source)
 
 
 def sample(experiment: PseudoQueries, folder: Path) -> None:

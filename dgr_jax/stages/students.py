@@ -12,6 +12,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, Training
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepare import Prepared
@@ -118,16 +119,16 @@ def _train(
 
 
 def train(
-    experiment: Experiment | DenseExperiment,
+    experiment: Experiment | DenseExperiment | PseudoQueries,
     folder: Path,
     name: str,
     settings: Training,
     model: Any,
     batches: Source,
     start: Any = None,
-) -> Any:
-    """One training run of an experiment's stage; -> the parameters."""
-    return loop.train(
+) -> None:
+    """One training run of an experiment's stage."""
+    loop.train(
         name=name,
         folder=folder,
         model=model,
@@ -143,7 +144,7 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
-    ).params
+    )
 
 
 def _trained(experiment: Experiment, system: str) -> Any:

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dgr_jax.data import rank_lists
-from dgr_jax.experiment import Experiment
+from dgr_jax.experiment import Experiment, Teach
 from dgr_jax.retrieval.multiview_keys import Keyed
 from dgr_jax.retrieval.recipes import RankLists
 from dgr_jax.retrieval.teacher import Coverage
@@ -35,35 +36,22 @@ def teach(experiment: Experiment, folder: Path) -> None:
     generation target int32 [n] (positives). The teacher's lists are cut one after another and never
     held together.
     """
-    settings, least = experiment.teach, experiment.prepare.min_relevance
+    settings = experiment.teach
     made = Prepared.load(experiment.model_dir)
     candidates = CandidateLists.load(experiment, made)
     asked = training_queries(experiment, made)
     texts, judged = asked.texts, asked.qrels
     qids = list(texts)
     coverage = {source: Coverage() for source in dict.fromkeys(asked.sources.values())}
-    ranked = settings.teacher.rank(
+    lists = taught(
+        settings,
         texts,
-        candidates,
-        made.store,
-        judged,
-        min_relevance=least,
         coverage={qid: coverage[source] for qid, source in asked.sources.items()},
-    )
-    lists = settings.lists.select(
-        ranked,
-        qids=qids,
+        candidates=candidates,
         store=made.store,
         qrels=judged,
-        candidates=candidates,
-        seed=settings.seed,
-        min_relevance=least,
+        min_relevance=experiment.prepare.min_relevance,
     )
-    if not len(lists.passages):
-        raise ValueError(
-            f"no rank list could be made of {len(qids)} queries: {lists.report}; look at "
-            "Teach.teacher and Teach.lists"
-        )
     np.savez(
         folder / "rank_lists.npz",
         qids=np.array([qids[row] for row in lists.query_rows]),
@@ -97,6 +85,24 @@ def teach(experiment: Experiment, folder: Path) -> None:
                 )
             ),
         )
+
+
+def taught(
+    settings: Teach, texts: Mapping[str, str], *, coverage: Mapping[str, Coverage], **known: Any
+) -> RankLists:
+    """The teacher's lists of the queries, qid -> text, cut as the recipe says.
+
+    coverage: of each query, added to; known: candidates, store, qrels and min_relevance, as
+    teachers and recipes take them. Raises ValueError where no list could be made.
+    """
+    ranked = settings.teacher.rank(texts, coverage=coverage, **known)
+    lists = settings.lists.select(ranked, qids=list(texts), seed=settings.seed, **known)
+    if not len(lists.passages):
+        raise ValueError(
+            f"no rank list could be made of {len(texts)} queries: {lists.report}; look at "
+            "Teach.teacher and Teach.lists"
+        )
+    return lists
 
 
 class CandidateLists(Mapping[str, list[str]]):
