@@ -505,8 +505,8 @@ def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> 
     axes = dict(mesh.shape)
     chips = topology.size
     work, training = made.work, not made.work.beams
-    passes = 1 if not training else 4 if config.remat == "full" else 3
-    flops = passes * forward_flops(config, work) / chips
+    runs = passes(config) if training else 1
+    flops = runs * forward_flops(config, work) / chips
     tokens = _tokens(work, partitioning.batch_shards(mesh))
     temporaries = _temporaries(config, work, axes["model"], tokens)
     gathered = 1 if training else axes["fsdp"] / 2
@@ -517,8 +517,8 @@ def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> 
         topology=topology,
         parts={**made.parts, "temporaries": temporaries},
         flops=flops,
-        moved=_moved(config, made, temporaries, passes),
-        sent=_sent(config, made, axes, tokens, passes),
+        moved=_moved(config, made, temporaries, runs),
+        sent=_sent(config, made, axes, tokens, runs),
         queries=work.queries,
     )
 
@@ -526,17 +526,33 @@ def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> 
 def forward_flops(config: T5Config, work: Work) -> float:
     """FLOPs of matrix products of one forward pass, or of one search, over all chips."""
     width, heads = config.emb_dim, config.num_heads * config.head_dim
-    mlp = (len(config.mlp_activations) + 1) * width * config.mlp_dim
+    mlp = _mlp(config)
     read = work.queries * work.query_length
     # The first step of a search has one beam a query.
     steps = work.target_length - 1 + 1 / work.beams if work.beams else work.target_length
     written = work.queries * work.targets * steps
-    encoder = read * (4 * width * heads + mlp + 2 * heads * work.query_length)
     cached = work.target_length + work.query_length
     decoder = written * (6 * width * heads + mlp + 2 * heads * cached) + read * 2 * width * heads
     logits = written * width * config.vocab_size
-    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
-    return 2.0 * (layers + logits)
+    encoder = encoder_flops(config, work.queries, work.query_length)
+    return encoder + 2.0 * (config.num_decoder_layers * decoder + logits)
+
+
+def encoder_flops(config: T5Config, texts: int, length: int) -> float:
+    """FLOPs of matrix products of the encoder over texts of so many tokens, padding counted."""
+    width, heads = config.emb_dim, config.num_heads * config.head_dim
+    layer = 4 * width * heads + _mlp(config) + 2 * heads * length
+    return 2.0 * config.num_encoder_layers * texts * length * layer
+
+
+def _mlp(config: T5Config) -> int:
+    """Weights of the matrices of an MLP."""
+    return (len(config.mlp_activations) + 1) * config.emb_dim * config.mlp_dim
+
+
+def passes(config: T5Config) -> int:
+    """Forward passes that the FLOPs of a training step are worth."""
+    return 4 if config.remat == "full" else 3
 
 
 def _tokens(work: Work, shards: int) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import cli, evaluation, limits, pipeline, plots
+from dgr_jax import cli, costs, evaluation, limits, pipeline, plots
 from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe, fingerprint
 
@@ -55,6 +55,9 @@ class Study:
       may differ in; a study whose rows differ in anything else fails.
     apart: axes whose labels are not compared with one another in this, such as the corpus size.
     beams: widths of beam search to compare with scoring every identifier, for every row of docids.
+    costs: also training FLOPs, bytes of the index and milliseconds a query, see `dgr_jax.costs`.
+    drift: also how far a row's distribution over the whole corpus is from this one, see
+      `dgr_jax.retrieval.drift`: 'qrels', or the path of a TREC run with a teacher's scores.
     """
 
     gin_files: tuple[str, ...]
@@ -68,6 +71,8 @@ class Study:
     may_differ: tuple[str, ...] = ()
     beams: tuple[int, ...] = ()
     apart: tuple[str, ...] = ()
+    costs: bool = False
+    drift: str = ""
 
     def __post_init__(self) -> None:
         for axis, values in self.axes.items():
@@ -126,6 +131,7 @@ class Row:
     labels: dict[str, str]
     values: list[Values]
     fair: dict[str, Any]
+    costs: list[Mapping[str, float]] = field(default_factory=list)
 
     def of(self, measure: str) -> np.ndarray:
         """f64 [seeds]: the mean over the queries."""
@@ -267,13 +273,29 @@ class Runner:
         return fingerprint([describe(experiment.collection), split, *asked])
 
     def _row(self, labels: dict[str, str], runs: Sequence[Run]) -> Row:
-        values, fair = [], {}
+        values, fair, cost = [], {}, []
         for run in runs:
             experiment = self.experiment(run)
             split = self.study.split or experiment.prepare.test_splits[0]
             values.append(_values(experiment, run.folder, labels["system"], split, self.study))
             fair = _fairness(experiment, run.folder, labels["system"], split)
-        return Row(labels, values, fair)
+            cost.append(self._costs(experiment, run.folder, labels["system"]))
+        return Row(labels, values, fair, cost)
+
+    def _costs(self, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
+        """What `dgr_jax.costs` measures, once: it is kept beside the runs."""
+        if system == "bm25" or not (self.study.costs or self.study.drift):
+            return {}
+        path = folder / "evaluate" / f"costs-{system}.json"
+        asked = {"split": self.study.split, "drift": self.study.drift}
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("asked") != asked:
+            logger.info("study: costs of %s, %s", folder.name, system)
+            found = costs.measure(experiment, system, self.study.split, self.study.drift)
+            kept = {"asked": asked, "found": found}
+            path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        found = kept["found"]
+        return found if self.study.costs else {"drift": found["drift"]}
 
     def report(self) -> None:
         """Writes table.csv, table.md and plots, and prints the table.
@@ -344,7 +366,14 @@ class Runner:
                 a, b = (np.mean([v[measure] for v in r.values], 0) for r in (row, baseline or row))
                 compared = evaluation.compare(measure, a, b)
                 cells[f"{measure} p"] = "" if baseline is None else round(compared.p_value, 4)
-        return cells
+        return cells | self._cost_cells(row)
+
+    def _cost_cells(self, row: Row) -> dict[str, Any]:
+        """Means over the seeds, to four digits; blank for BM25, which has no student."""
+        names = [name for name in costs.COLUMNS if self.study.costs and name != "drift"]
+        names += ["drift"] * bool(self.study.drift)
+        means = {name: [found[name] for found in row.costs if found] for name in names}
+        return {n: float(f"{np.mean(found):.4g}") if found else "" for n, found in means.items()}
 
     def _plot(self, axis: str, rows: Sequence[Row]) -> None:
         """One panel a measure: its mean over an axis of numbers, a line for each of the others."""

@@ -24,6 +24,7 @@ ALLOWED = {
 }
 TOP = {
     "configurables",
+    "costs",
     "dense_experiment",
     "experiment",
     "query_generator",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, pipeline, plots, studies
+from dgr_jax import cli, costs, pipeline, plots, studies
 from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
@@ -198,7 +198,7 @@ def test_the_table_of_what_is_finished(finished):
 
 
 @pytest.mark.slow
-def test_what_beam_search_loses(finished, command, tmp_path):
+def test_what_beam_search_loses_and_what_rows_cost(finished, command, tmp_path):
     """The widest beam holds every identifier; a query has one positive, which nothing hides."""
     file = tmp_path / "beams.gin"
     file.write_text(
@@ -207,6 +207,8 @@ def test_what_beam_search_loses(finished, command, tmp_path):
         "Study.systems = ('distill', 'bm25')\n"
         "Study.measures = ('RR@10',)\n"
         "Study.beams = (1, 8, 240)\n"
+        "Study.costs = True\n"
+        "Study.drift = 'qrels'\n"
     )
     command("dgr_jax.study", f"--gin_file={file}", f"--model_dir={finished.folder}", *TINY[1:],
             "--table_only")  # fmt: skip
@@ -220,6 +222,13 @@ def test_what_beam_search_loses(finished, command, tmp_path):
     assert {line["ceiling"] for line in table} == {"1.0"}
     assert table[2]["recall"] == table[2]["exhaustive_recall"]
     assert image.imread(finished.folder / "beams.png").std() > 0.01
+    with (finished.folder / "table.csv").open(encoding="utf-8") as file:
+        distill, bm25 = ([line[name] for name in costs.COLUMNS] for line in csv.DictReader(file))
+    assert bm25 == [""] * 5 and all(float(value) > 0 for value in distill)
+    # What is kept is taken; nothing could be measured on the devices of this test.
+    drift = Study(finished.study.gin_files, finished.study.axes, drift="qrels")
+    row = Runner(drift, str(finished.folder), SETTINGS).rows()[0]
+    assert row.costs == [{"drift": pytest.approx(float(distill[-1]), rel=1e-3)}]
 
 
 def test_a_study_of_nothing_has_no_table(tmp_path):

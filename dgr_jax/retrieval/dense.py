@@ -225,6 +225,11 @@ class Searcher:
         return self.search.query_length
 
     @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the vectors, as they are stored."""
+        return self.index.num_passages * self.index.settings.row_bytes(self.index.dim)
+
+    @property
     def most_passages(self) -> int:
         """Passages that a query can find at most."""
         return min(self.search.depth, self.index.num_passages)

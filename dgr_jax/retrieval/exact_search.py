@@ -79,6 +79,10 @@ class ExactSearch:
                     f"ExactSearch.{name}: got {getattr(self, name)}, expected at least 1"
                 )
 
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a stored vector, its scale counted."""
+        return dim * BYTES[self.storage] + 4 * (self.storage == "int8")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -96,7 +100,7 @@ class Plan:
 
     @classmethod
     def of(cls, passages: int, dim: int, settings: ExactSearch, devices: int) -> Plan:
-        row_bytes = dim * BYTES[settings.storage] + 4 * (settings.storage == "int8")
+        row_bytes = settings.row_bytes(dim)
         blocks, rows = 1, -(-passages // devices)
         if rows * row_bytes > settings.max_device_bytes:
             most = max(1, settings.max_device_bytes // 2 // row_bytes)

@@ -239,6 +239,11 @@ class Decoder:
         return len(self.table)
 
     @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the trie, and the passages of leaves."""
+        return self.index.nbytes + self.table.offsets.nbytes + self.table.passages.nbytes
+
+    @property
     def identifier_length(self) -> int:
         """Tokens of the longest identifier."""
         return self.table.tokens.shape[1]

@@ -140,6 +140,14 @@ class MultiviewDecoder:
         return body + sum(len(self.index.tables[view]) for view in self.tries)
 
     @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the suffix array, tries and tables."""
+        text = 0 if self.index.text is None else self.index.text.nbytes
+        tables = [self.index.tables[view] for view in self.tries]
+        owned = sum(table.offsets.nbytes + table.passages.nbytes for table in tables)
+        return text + owned + sum(trie.nbytes for trie in self.tries.values())
+
+    @property
     def identifier_length(self) -> int:
         """Tokens of the longest identifier."""
         spans = [self.span_tokens] * (self.index.text is not None)

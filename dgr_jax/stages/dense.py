@@ -37,7 +37,7 @@ from dgr_jax.stages.prepare import Prepared, cut, read, task_file, write_report
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
-from dgr_jax.training.source import MixtureSource
+from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -233,15 +233,21 @@ def _ranked(
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    pool = experiment.negatives if "negatives" in experiment.stages else None
-    if experiment.teach is not None:
-        batches = _taught(experiment)
-    else:
-        batches = _lists(experiment, experiment.train, "negatives", pool)
     start = None
     if experiment.initial is not None:
         start = _initial(experiment)
-    _train(experiment, folder, experiment.train, batches, start)
+    _train(experiment, folder, experiment.train, start)
+
+
+def batches(experiment: DenseExperiment, stage: str) -> Source:
+    """What a training stage learns from, step by step."""
+    if stage == "refresh":
+        lists = _lists(experiment, experiment.refresh, "mine", experiment.mined)
+        return students.Later(lists, experiment.train.steps)
+    if experiment.teach is not None:
+        return _taught(experiment)
+    pool = experiment.negatives if "negatives" in experiment.stages else None
+    return _lists(experiment, experiment.train, "negatives", pool)
 
 
 def mine(experiment: DenseExperiment, folder: Path) -> None:
@@ -263,10 +269,7 @@ def _most(experiment: DenseExperiment) -> int:
 
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
-    settings = experiment.refresh
-    batches = _lists(experiment, settings, "mine", experiment.mined)
-    batches = students.Later(batches, experiment.train.steps)
-    _train(experiment, folder, settings, batches, _trained(experiment, "dense"))
+    _train(experiment, folder, experiment.refresh, _trained(experiment, "dense"))
 
 
 def _lists(
@@ -338,13 +341,12 @@ def _initial(experiment: DenseExperiment) -> Any:
     return start_from(new, experiment.initial.params(config.t5))
 
 
-def _train(
-    experiment: DenseExperiment, folder: Path, settings: Training, batches: Any, start: Any
-) -> None:
+def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
     config = _config(experiment)
     model = DualEncoder(config)
-    students.train(experiment, folder, folder.name, settings, model, batches, start)
+    source = batches(experiment, folder.name)
+    students.train(experiment, folder, folder.name, settings, model, source, start)
     made = Prepared.load(experiment.model_dir, identifiers=False)
     retrieval.embed(
         _encoder(experiment, folder.name),

@@ -22,28 +22,41 @@ from dgr_jax.training.source import ArraySource, MixtureSource, Source
 
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
-    batches = _mixture(experiment, experiment.generate)
     start = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
         start = experiment.initial.params(model_config(experiment, vocabulary.size))
-    _train(experiment, folder, "generate", experiment.generate, batches, start=start)
+    _train(experiment, folder, "generate", experiment.generate, start)
 
 
 def control(experiment: Experiment, folder: Path) -> None:
     """Generation alone, from the checkpoint of distillation and on as many examples: the same ones
     where those are the mixture's."""
-    settings = dataclasses.replace(
-        experiment.distill,
-        objective=experiment.generate.objective,
-        batch_size=experiment.distill.examples,
-    )
-    batches = Later(_mixture(experiment, settings), experiment.generate.steps)
-    _train(experiment, folder, "control", settings, batches, start=_trained(experiment, "generate"))
+    start = _trained(experiment, "generate")
+    _train(experiment, folder, "control", _control(experiment), start)
 
 
 def distill(experiment: Experiment, folder: Path) -> None:
     """Rank lists and generation examples, from the generation student."""
+    start = _trained(experiment, "generate")
+    _train(experiment, folder, "distill", experiment.distill, start)
+
+
+def _control(experiment: Experiment) -> Training:
+    return dataclasses.replace(
+        experiment.distill,
+        objective=experiment.generate.objective,
+        batch_size=experiment.distill.examples,
+    )
+
+
+def batches(experiment: Experiment, stage: str) -> Source:
+    """What a training stage learns from, step by step."""
+    if stage == "generate":
+        return _mixture(experiment, experiment.generate)
+    before = experiment.generate.steps
+    if stage == "control":
+        return Later(_mixture(experiment, _control(experiment)), before)
     settings = experiment.distill
     lists = ArraySource(
         Path(experiment.model_dir) / "teach" / "rank_lists",
@@ -52,9 +65,8 @@ def distill(experiment: Experiment, folder: Path) -> None:
     )
     parts: dict[str, Source] = {"rank_list": lists}
     if settings.batch_size:
-        parts["generation"] = Later(_mixture(experiment, settings), experiment.generate.steps)
-    batches = _Together(parts)
-    _train(experiment, folder, "distill", settings, batches, start=_trained(experiment, "generate"))
+        parts["generation"] = Later(_mixture(experiment, settings), before)
+    return _Together(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +120,12 @@ def _train(
     folder: Path,
     name: str,
     settings: Training,
-    batches: Any,
-    start: Any = None,
+    start: Any,
 ) -> None:
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
     config = model_config(experiment, vocabulary.size)
-    train(experiment, folder, name, settings, Transformer(config), batches, start)
+    source = batches(experiment, name)
+    train(experiment, folder, name, settings, Transformer(config), source, start)
     if processes.first():
         write_student(folder, config, experiment.evaluate.search)
 

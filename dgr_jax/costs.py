@@ -1,0 +1,165 @@
+"""What a finished system cost to train, what it costs to search with, and how far it drifts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgr_jax import planning
+from dgr_jax.corpora import trec
+from dgr_jax.dense_experiment import DenseExperiment
+from dgr_jax.experiment import Experiment, Training
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval import drift, speed
+from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.stages import dense, students
+from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.prepare import Prepared
+
+QUERIES = 200  # at most, that are timed, and whose drift is measured
+
+COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
+
+Student = Any  # a Decoder, MultiviewDecoder or Searcher
+
+
+def measure(
+    experiment: Experiment | DenseExperiment, system: str, split: str = "", relevance: str = ""
+) -> dict[str, float]:
+    """COLUMNS by name: 'ms a query' is the median of one at a time; 'drift' in nats, only with
+    `relevance`, see `retrieval.drift`.
+
+    PFLOP: 1e15 products and sums of the matrices, forward and backward, of all training stages of
+    the system, from the shapes of their batches; of a teacher, none. Times are those of the device
+    that this runs on, texts in and pids out; they and the drift are of QUERIES queries of the split
+    ('': the first test split), evenly spaced.
+    relevance: 'qrels', or the path of a TREC run with a teacher's scores; '': no drift.
+
+    Raises ValueError for drift of identifiers of several views, or a run of none of the queries.
+    """
+    made = Prepared.load(experiment.model_dir, identifiers=isinstance(experiment, Experiment))
+    split = split or experiment.prepare.test_splits[0]
+    asked = {q: query.text for q, query in chosen_queries(experiment, made, split).items()}
+    student = opened(experiment, system, made)
+    timed = speed.measure(
+        Retriever(student, made.vocabulary, made.store), list(_spaced(asked).values())
+    )
+    numbers = (
+        training_flops(experiment, system) / 1e15,
+        student.index_bytes / 1e6,
+        timed["alone"]["latency_ms"]["p50"],
+        1000 / timed["batched"]["queries_per_second"],
+    )
+    found = dict(zip(COLUMNS, numbers, strict=False))
+    if relevance:
+        known = _relevance(experiment, made, split, relevance)
+        texts = _spaced({qid: text for qid, text in asked.items() if qid in known})
+        found["drift"] = _drift(student, made, texts, known)
+    return found
+
+
+def opened(experiment: Experiment | DenseExperiment, system: str, made: Prepared) -> Student:
+    """A finished system of any kind, ready to retrieve."""
+    if isinstance(experiment, DenseExperiment):
+        return dense.searcher(experiment, system, experiment.evaluate.search)
+    return students.decoder(experiment, system, experiment.evaluate.search, made)
+
+
+def training_flops(experiment: Experiment | DenseExperiment, system: str) -> float:
+    """FLOPs of all training stages of a system, whose data is there."""
+    return sum(
+        settings.steps * step_flops(_config(experiment), _first_batch(experiment, stage))
+        for stage, settings in _runs(experiment, system)
+    )
+
+
+def _runs(experiment: Experiment | DenseExperiment, system: str) -> list[tuple[str, Training]]:
+    """Training stages of a system, in order; the steps of `control` are those of `distill`."""
+    if isinstance(experiment, DenseExperiment):
+        runs = [("dense", experiment.train)]
+        return runs + ([("refresh", experiment.refresh)] if system == "refresh" else [])
+    runs = [("generate", experiment.generate)]
+    return runs + ([(system, experiment.distill)] if system != "generate" else [])
+
+
+def _config(experiment: Experiment | DenseExperiment) -> T5Config:
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    model = experiment.model
+    sizes = model.t5 if isinstance(experiment, DenseExperiment) else model
+    return students.with_vocabulary(sizes, made.vocabulary.size)
+
+
+def _first_batch(experiment: Experiment | DenseExperiment, stage: str) -> Mapping[str, Any]:
+    of: Callable[..., Any] = students.batches
+    if isinstance(experiment, DenseExperiment):
+        of = dense.batches
+    return of(experiment, stage).batch(0)
+
+
+def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
+    """FLOPs of a training step on a batch of `training.objectives` or `training.dense`, padding
+    counted; optimizer, losses and the products of passage vectors are not, which are little."""
+    if "passage_tokens" in batch:
+        queries, passages = batch["encoder_input_tokens"], batch["passage_tokens"]
+        shapes = queries.shape, (np.prod(passages.shape[:-1]), passages.shape[-1])
+        forward = sum(planning.encoder_flops(config, *shape) for shape in shapes)
+    else:
+        parts = {"generation": batch} if "encoder_input_tokens" in batch else dict(batch)
+        alone = "generation" not in parts  # lists whose best positives are learned too
+        forward = sum(_written_flops(config, part, alone) for part in parts.values())
+    return planning.passes(config) * forward
+
+
+def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives: bool) -> float:
+    rows, length = batch["encoder_input_tokens"].shape
+    targets, longest = 1, batch["decoder_target_tokens"].shape[-1]
+    if "identifier_tokens" in batch:
+        listed = batch["identifier_tokens"].shape
+        targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]
+    return planning.forward_flops(config, planning.Work(rows, length, targets, longest))
+
+
+def _relevance(
+    experiment: Experiment | DenseExperiment, made: Prepared, split: str, source: str
+) -> dict[str, drift.Relevance]:
+    """qid -> relevance distribution, of queries that have one; passages of a run that are not of
+    the corpus are left out of it."""
+    least = max(1, experiment.prepare.min_relevance)
+    index = {pid: number for number, pid in enumerate(made.store.pids)}
+    if source == "qrels":
+        graded = {
+            qid: {index[pid]: grade for pid, grade in found.items()}
+            for qid, found in made.qrels(split).items()
+            if max(found.values(), default=0) >= least
+        }
+        return {qid: drift.of_grades(found, least) for qid, found in graded.items()}
+    run = trec.run_in_memory(trec.runs(Path(source)))
+    scored = {
+        qid: {index[p.pid]: p.score for p in passages if p.pid in index}
+        for qid, passages in run.items()
+    }
+    return {qid: drift.of_scores(found) for qid, found in scored.items() if found}
+
+
+def _drift(
+    student: Student, made: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
+) -> float:
+    if not texts:
+        raise ValueError("Study.drift: got the relevance of none of the queries, expected some")
+    if made.table is None and hasattr(student, "tries"):
+        raise ValueError(
+            "Study.drift: got identifiers of several views, whose spans cannot all be scored; "
+            "expected one identifier a passage (Prepare.identifiers), or a dense retriever"
+        )
+    tokens = made.vocabulary.encode_inputs(list(texts.values()), student.query_length)
+    return float(drift.measure(student, tokens, [known[qid] for qid in texts]).mean())
+
+
+def _spaced(asked: Mapping[str, str]) -> dict[str, str]:
+    """At most QUERIES of them, evenly spaced."""
+    qids = list(asked)
+    chosen = np.linspace(0, len(qids) - 1, min(QUERIES, len(qids))).round().astype(int)
+    return {qids[i]: asked[qids[i]] for i in chosen}

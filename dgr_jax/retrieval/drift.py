@@ -1,0 +1,104 @@
+"""Drift: how far what a retriever ranks by is from what is relevant, over the whole corpus.
+
+Of a query q, r(d | q) is the relevance distribution over passages d, p(d | q) the retriever's own:
+
+    generative   p(d | q) ~ sum over the identifiers i of d of p(i | q) / (passages of i)
+    dense        p(d | q) ~ exp(score of d): the softmax of the contrastive losses, over the corpus
+
+each normalised over all passages, none left out, so that corpora of some ten thousand passages are
+the most to ask for. The drift is the divergence
+
+    KL(r || p) = sum_d r(d | q) log(r(d | q) / p(d | q))    in nats
+
+0 where both agree. A retriever that knows nothing has log P less the entropy of r: the drift of a
+fixed retriever grows with the corpus, and how fast is what tells two apart.
+
+Axis letters: n queries, Q query length, P passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from scipy.special import logsumexp
+
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.retrieval import exhaustive
+from dgr_jax.retrieval.dense import Searcher
+from dgr_jax.retrieval.generative import Decoder
+
+Relevance = tuple[np.ndarray, np.ndarray]  # passage indices int [k], their shares f64 [k]
+
+
+def of_grades(graded: Mapping[int, int], least: int = 1) -> Relevance:
+    """r of judged passages, index -> grade: proportional to the grade where it is `least` or more.
+
+    Raises ValueError where there is none.
+    """
+    found = {index: grade for index, grade in graded.items() if grade >= max(least, 1)}
+    if not found:
+        raise ValueError(f"relevance: got no grade of {max(least, 1)} or more, expected one")
+    shares = np.array([*found.values()], np.float64)
+    return np.array([*found], np.int64), shares / shares.sum()
+
+
+def of_scores(scored: Mapping[int, float]) -> Relevance:
+    """r of a teacher's scores, index -> score: their softmax. ValueError where there is none."""
+    if not scored:
+        raise ValueError("relevance: got no scores, expected one or more")
+    scores = np.array([*scored.values()], np.float64)
+    return np.array([*scored], np.int64), np.exp(scores - logsumexp(scores))
+
+
+def passage_log_probs(student: Decoder | Searcher, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """log p(d | q), f64 [n, P], of batches of queries int32 [n, Q]; -inf for a passage without an
+    identifier, or one that may not be returned."""
+    if isinstance(student, Searcher):
+        size, count = student.search.batch_size, student.index.num_passages
+        for start in range(0, len(tokens), size):
+            vectors = student.encoder.queries(tokens[start : start + size], student.search)
+            passages, scores = student.index.search(vectors, count)
+            found = np.empty(scores.shape, np.float64)
+            np.put_along_axis(found, passages, scores.astype(np.float64), axis=1)
+            yield found - logsumexp(found, axis=1, keepdims=True)
+        return
+    for rows in exhaustive.identifier_log_probs(student, tokens):
+        yield of_identifiers(rows, student.table, student.allowed)
+
+
+def of_identifiers(
+    log_probs: np.ndarray, table: IdentifierTable, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """log p(identifier | q) [n, U] -> log p(d | q), f64 [n, P]."""
+    shared = np.diff(table.offsets)
+    each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
+    found = np.full((len(log_probs), table.num_passages), -np.inf)
+    order = np.argsort(table.passages, kind="stable")
+    owners, first = np.unique(table.passages[order], return_index=True)
+    found[:, owners] = np.logaddexp.reduceat(each[:, order], first, axis=1)
+    if allowed is not None:
+        found[:, ~allowed] = -np.inf
+    return found - logsumexp(found, axis=1, keepdims=True)
+
+
+def divergence(log_probs: np.ndarray, relevance: Sequence[Relevance]) -> np.ndarray:
+    """KL(r || p) in nats, f64 [n], from log p f64 [n, P] and r of each query."""
+    found = np.zeros(len(log_probs))
+    for number, (passages, shares) in enumerate(relevance):
+        some = shares > 0
+        r = shares[some]
+        found[number] = (r * (np.log(r) - log_probs[number, passages[some]])).sum()
+    return found
+
+
+def measure(
+    student: Decoder | Searcher, tokens: np.ndarray, relevance: Sequence[Relevance]
+) -> np.ndarray:
+    """The drift of each query, f64 [n]. tokens: int32 [n, Q]."""
+    found, start = [], 0
+    for log_probs in passage_log_probs(student, tokens):
+        end = start + len(log_probs)
+        found.append(divergence(log_probs, relevance[start:end]))
+        start = end
+    return np.concatenate(found)
