@@ -189,6 +189,17 @@ def test_vector_teacher_takes_dot_products(tmp_path):
         [p.score for p in ranked["q1"]], np.sort(scores[1][[0, 1, 2]])[::-1], rtol=1e-5
     )
     assert ranked["q3"] == []
+    more = np.concatenate([passages[::-1], passages[:1]])  # of passages that are elsewhere, too
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"_id": "{pid}", "text": ""}}\n' for pid in "edcbax"))
+    listed = tmp_path / "pids.txt"
+    listed.write_text("\n".join("edcbax"))
+    for path in (corpus, listed):
+        of_more = VectorTeacher(*vector_files(tmp_path, more, vectors, ids), str(path))
+        assert pids(rank(of_more)) == pids(ranked)
+    corpus.write_text('{"_id": "a", "text": ""}\n')
+    with pytest.raises(ValueError, match=r"passage_ids_path = .*: lacks 4 of the 5 .*as 'b'"):
+        rank(VectorTeacher(*files, str(corpus)))
 
 
 @pytest.mark.parametrize(

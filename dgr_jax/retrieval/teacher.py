@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -294,6 +295,8 @@ class VectorTeacher(Teacher):
     """Dot products of vectors computed elsewhere.
 
     passages_path: .npy [P, D], rows in corpus order. queries_path: .npy [queries, D].
+    passage_ids_path: where the vectors are of more passages than the corpus has: a file with their
+      pids in order, BEIR's corpus.jsonl or a text file whose first column holds them.
     query_ids_path: a text file whose first column holds the qids in the order of the query
     vectors (BEIR qrels with their header serve: a qid that comes again counts once).
     Float16 or float32; queries without a vector get an empty list.
@@ -302,16 +305,30 @@ class VectorTeacher(Teacher):
     passages_path: str
     queries_path: str
     query_ids_path: str
+    passage_ids_path: str = ""
 
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
-        passages, vectors, rows = self._open(len(store))
+        row = self._rows(store)
+        passages, vectors, rows = self._open(len(row))
         for qid, pids in pools.items():
             if qid in rows and pids:
-                listed = passages[[store.index_of(pid) for pid in pids]]
+                listed = passages[[row[pid] for pid in pids]]
                 vector = np.asarray(vectors[rows[qid]], np.float32)
                 yield qid, best_first(pids, np.asarray(listed, np.float32) @ vector)
+
+    def _rows(self, store: PassageStore) -> dict[str, int]:
+        """pid -> row of its vector."""
+        if not self.passage_ids_path:
+            return {pid: row for row, pid in enumerate(store.pids)}
+        rows = {pid: row for row, pid in enumerate(_first_column(self.passage_ids_path))}
+        if missing := [pid for pid in store.pids if pid not in rows]:
+            raise ValueError(
+                f"VectorTeacher.passage_ids_path = {self.passage_ids_path!r}: lacks "
+                f"{len(missing)} of the {len(store)} passages, such as {missing[0]!r}"
+            )
+        return rows
 
     def _open(self, num_passages: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         passages = load_vectors(self.passages_path, "VectorTeacher.passages_path")
@@ -435,7 +452,11 @@ def _read_run(path: str) -> Iterator[RankList]:
 
 
 def _first_column(path: str) -> dict[str, None]:
-    """The different values of the first column, in order; a BEIR header is passed over."""
+    """The different values of the first column, in order, or of '_id' in a .jsonl file; a BEIR
+    header is passed over."""
+    if Path(path).suffix == ".jsonl":
+        records = lines.json_objects(Path(path), "'_id'")
+        return dict.fromkeys(str(record.get("_id")) for _, record in records)
     values = (text.split()[0] for _, text in lines.read(path) if text.strip())
     return dict.fromkeys(value for value in values if value not in ("query-id", "qid"))
 
