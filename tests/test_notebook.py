@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval import inspection
 from dgr_jax.retrieval.generative import Hit
 from dgr_jax.retrieval.inspection import Inspection, Table
+from dgr_jax.stages import dense as stages_of_dense
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
@@ -217,12 +219,13 @@ def made(model_dir):
 
 
 def test_stages_are_those_of_the_experiment(made):
-    assert sorted(inspection.STAGES) == sorted(experiment.STAGES)
+    assert sorted(inspection.STAGES) == sorted({*experiment.STAGES, *stages_of_dense.MAKERS})
     table = made.stages()
     assert table.caption == "Stages: 1.5 minutes in all"
-    states = {stage: (status, seconds) for stage, _, status, seconds in table.rows}
-    assert states.pop("evaluate") == ("done", 90)
-    assert set(states.values()) == {("not run", None)}
+    assert [(stage, status, seconds) for stage, _, status, seconds in table.rows] == [
+        ("evaluate", "done", 90)
+    ]
+    assert made.rivals == [("distill", "generate")]
 
 
 def test_counts_of_the_collection(made):
@@ -293,6 +296,31 @@ def test_an_unfinished_experiment_is_told_apart_from_none(tmp_path):
     write_json(tmp_path / "evaluate" / "stage.json", status="running")
     with pytest.raises(FileNotFoundError, match="found stages prepare, evaluate; run"):
         Inspection.load(tmp_path)
+
+
+def test_an_experiment_without_identifiers_or_teacher(model_dir, tmp_path):
+    """Such as a dense retriever; and one with identifiers of several views."""
+    folder = tmp_path / "dense"
+    shutil.copytree(model_dir, folder)
+    shutil.rmtree(folder / "teach")
+    shutil.rmtree(folder / "prepare" / "identifiers")
+    report = json.loads((folder / "prepare" / "report.json").read_text())
+    del report["identifiers"]
+    write_json(folder / "prepare" / "report.json", **report)
+    write_json(folder / "evaluate" / "metrics.json", bm25={"test": {}}, dense={"test": {}})
+    made = Inspection.load(folder)
+    assert made.identifiers is None and made.rivals == [("dense", "bm25")]
+    assert made.identifier_report().caption == "Identifiers: none"
+    assert made.collection().rows and made.rank_lists() == []
+    for table in (made.identifier_report(), made.code_usage(), made.groups(), made.teacher(),
+                  made.rank_list_counts()):  # fmt: skip
+        assert "none" in table._repr_html_()
+    report["identifiers"] = {"title": {"view": "title", "identifiers": 3}, "body": {"tokens": 9}}
+    write_json(folder / "prepare" / "report.json", **report)
+    made = Inspection.load(folder)
+    assert made.identifier_report().caption == "Identifiers: body, title"
+    assert made.identifier_report().rows == [("title: identifiers", 3), ("body: tokens", 9)]
+    assert made.groups().rows == ()
 
 
 class Parrot:

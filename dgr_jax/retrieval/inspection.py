@@ -29,9 +29,13 @@ STAGES = {
     "prepare": "reads the collection; makes vocabulary, identifiers, trie and training examples",
     "generate": "the student learns to write identifiers",
     "candidates": "the student retrieves passages for the training queries",
+    "negatives": "finds passages that are no answers, such as those of BM25",
     "teach": "the teacher orders those passages; rank lists are cut from its order",
     "distill": "the student learns the teacher's order",
     "control": "the student trains on without a teacher, for as many steps as distill",
+    "dense": "the encoder learns to tell answers from other passages",
+    "mine": "the encoder finds the negatives that it learns from next",
+    "refresh": "the encoder trains on with these",
     "evaluate": "every system answers the test queries",
 }
 
@@ -90,15 +94,16 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What one experiment left in its MODEL_DIR.
+    """What one experiment of any kind left in its MODEL_DIR.
 
     measured: system -> split -> measure -> value; systems and splits are in its order.
+    identifiers: one of each passage; None where there are several, or none.
     """
 
     model_dir: Path
     measured: dict[str, dict[str, dict[str, float]]]
     store: PassageStore
-    identifiers: IdentifierTable
+    identifiers: IdentifierTable | None
     vocabulary: Vocabulary
 
     @classmethod
@@ -113,17 +118,25 @@ class Inspection:
                 f"-m dgr_jax.train --gin_file=FILE --model_dir={model_dir}, or set MODEL_DIR"
             )
         prepared = model_dir / "prepare"
+        found = _read(prepared / "report.json").get("identifiers", {})
         return cls(
             model_dir,
             _read(model_dir / "evaluate" / "metrics.json"),
             PassageStore(prepared / "passages"),
-            IdentifierTable.load(prepared / "identifiers"),
+            IdentifierTable.load(prepared / "identifiers") if "view" in found else None,
             Vocabulary.load(prepared),
         )
 
     @property
     def systems(self) -> list[str]:
         return list(self.measured)
+
+    @property
+    def rivals(self) -> list[tuple[str, str]]:
+        """The last system with each other that was trained, or with BM25 where there is none."""
+        *others, last = self.systems
+        trained = [system for system in others if system != "bm25"]
+        return [(last, other) for other in trained or others]
 
     @property
     def splits(self) -> list[str]:
@@ -143,11 +156,12 @@ class Inspection:
         """What each stage did, whether it is done, and how long it took."""
         rows, total = [], 0.0
         for stage, does in STAGES.items():
-            record = _read(self.model_dir / stage / "stage.json")
+            if not (record := _read(self.model_dir / stage / "stage.json")):
+                continue  # of another kind of experiment
             seconds = record.get("seconds")
             total += seconds or 0.0
             shown = None if seconds is None else round(seconds)
-            rows.append((stage, does, record.get("status", "not run"), shown))
+            rows.append((stage, does, record["status"], shown))
         columns = ("stage", "what it does", "status", "seconds")
         return Table(f"Stages: {total / 60:.1f} minutes in all", columns, rows)
 
@@ -161,14 +175,25 @@ class Inspection:
         return Table("Collection", ("what", "how many"), rows)
 
     def identifier_report(self) -> Table:
-        """How many identifiers there are, how long, and how many passages share one."""
-        found = _read(self.model_dir / "prepare" / "report.json")["identifiers"]
-        rows = [(_words(k), v) for k, v in found.items() if not isinstance(v, (str, list))]
-        return Table(f"Identifiers: {found['view']}", ("what", "value"), rows)
+        """How many identifiers there are, how long, and how many passages share one; of several
+        views, of each."""
+        found = self._identifiers
+        rows = [(_words(k), v) for k, v in found.items() if not isinstance(v, (str, list, dict))]
+        for view, part in found.items():
+            if isinstance(part, dict):
+                rows += [
+                    (_words(f"{view}: {k}"), v) for k, v in part.items() if not isinstance(v, str)
+                ]
+        kinds = found.get("view") or ", ".join(sorted(found.keys() & {"title", "body", "query"}))
+        return Table(f"Identifiers: {kinds or 'none'}", ("what", "value"), rows)
+
+    @property
+    def _identifiers(self) -> dict[str, Any]:
+        return _read(self.model_dir / "prepare" / "report.json").get("identifiers", {})
 
     def code_usage(self) -> Table:
         """Codes in use at each position of the identifiers; no rows for identifiers of text."""
-        levels = _read(self.model_dir / "prepare" / "report.json")["identifiers"].get("levels", [])
+        levels = self._identifiers.get("levels", [])
         columns = ("passages", "codes", "entropy", "perplexity", "largest_share")
         rows = [
             (place, *(level[column] for column in columns))
@@ -177,7 +202,14 @@ class Inspection:
         return Table("Use of codes", ("position", *map(_words, columns)), rows)
 
     def groups(self, count: int = 5, titles: int = 6) -> Table:
-        """The identifiers' largest groups with the same first token, and passages in them."""
+        """The identifiers' largest groups with the same first token, and passages in them; no rows
+        where a passage has not just one."""
+        caption, columns = (
+            "Largest groups with one first token",
+            ("first token", "passages", "such as"),
+        )
+        if self.identifiers is None:
+            return Table(caption, columns, ())
         first = np.repeat(self.identifiers.tokens[:, 0], np.diff(self.identifiers.offsets))
         tokens, sizes = np.unique(first, return_counts=True)
         rows = []
@@ -185,26 +217,27 @@ class Inspection:
             members = self.identifiers.passages[first == tokens[place]][:titles]
             names = "; ".join(_name(self.store[int(i)]) for i in members)
             rows.append((self.vocabulary.decode([int(tokens[place])]), int(sizes[place]), names))
-        return Table(
-            "Largest groups with one first token", ("first token", "passages", "such as"), rows
-        )
+        return Table(caption, columns, rows)
 
     def teacher(self) -> Table:
         """How far the teacher covers the candidates and agrees with the judgements, by the source
-        of the queries."""
-        sources = _read(self.model_dir / "teach" / "report.json")["teacher"]
-        names = next(iter(sources.values()))
+        of the queries; no rows where there is none."""
+        sources = _read(self.model_dir / "teach" / "report.json").get("teacher", {})
+        names = next(iter(sources.values()), {})
         rows = [(_words(k), *(found[k] for found in sources.values())) for k in names]
         return Table("Teacher", ("what", *map(_words, sources)), rows)
 
     def rank_list_counts(self) -> Table:
         """How many rank lists were made, and what was left out."""
-        counts = _read(self.model_dir / "teach" / "report.json")["lists"]
+        counts = _read(self.model_dir / "teach" / "report.json").get("lists", {})
         return Table("Rank lists", ("what", "count"), [(_words(k), v) for k, v in counts.items()])
 
     def rank_lists(self, count: int = 3) -> list[Table]:
         """The first rank lists that the student was distilled from, in the teacher's order."""
-        with np.load(self.model_dir / "teach" / "rank_lists.npz") as stored:
+        path = self.model_dir / "teach" / "rank_lists.npz"
+        if not path.is_file():
+            return []
+        with np.load(path) as stored:
             names = ("texts", "passages", "teacher_scores", "positives")
             lists = [stored[name][:count] for name in names]
         return [self._rank_list(*one) for one in zip(*lists, strict=True)]
