@@ -26,7 +26,9 @@ def command(argv: Sequence[str] | None) -> None:
         "--mesh", help="DATA,MODEL or DATA,MODEL,FSDP chips, such as 16,4; default: Mesh of gin"
     )
     parser.add_argument(
-        "--programs", default="generate,distill,decode", help="some of generate,distill,decode"
+        "--programs",
+        default="",
+        help="some of generate,distill,decode, or of a dense retriever dense,search; default: all",
     )
     parser.add_argument(
         "--passages", type=float, default=8.8e6, help="passages of the corpus; default: 8.8e6"
@@ -41,7 +43,7 @@ def command(argv: Sequence[str] | None) -> None:
     )
     args, bindings = cli.parse(parser, argv)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    experiment = cli.load_experiment(args, bindings, ("Experiment",), keep=False)
+    experiment = cli.load_experiment(args, bindings, keep=False)
 
     from dgr_jax import plan_tables
 

@@ -9,22 +9,27 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dgr_jax import planning
+from dgr_jax import dense_planning, planning
+from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.partitioning import Mesh
 from dgr_jax.planning import GIB, PROGRAMS, Plan, Sizes, Topology
 
 
-def show(args: argparse.Namespace, experiment: Experiment) -> None:
+def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> None:
     """Plans what the flags ask for and prints it.
 
     Raises ValueError for a topology, mesh, program or number of passages that cannot be.
     """
     console = Console(highlight=False, soft_wrap=True)
     topology = planning.topology(args.topology)
-    programs = _programs(args.programs)
+    dense = isinstance(experiment, DenseExperiment)
+    programs = _programs(args.programs, dense_planning.PROGRAMS if dense else PROGRAMS)
     if not args.passages >= 2:
         raise ValueError(f"--passages: got {args.passages:g}, expected 2 or more")
+    if dense:
+        _show_dense(console, args, experiment, topology, programs)
+        return
     sizes = planning.estimated_sizes(experiment, int(args.passages))
     console.print(assumptions(experiment, sizes, topology))
     if args.sweep is not None:
@@ -40,11 +45,30 @@ def show(args: argparse.Namespace, experiment: Experiment) -> None:
             console.print(f"{found.program} ({verdict}): {line}")
 
 
-def _programs(text: str) -> list[str]:
-    asked = [name.strip() for name in text.split(",")]
+def _show_dense(
+    console: Console,
+    args: argparse.Namespace,
+    experiment: DenseExperiment,
+    topology: Topology,
+    programs: Sequence[str],
+) -> None:
+    if args.sweep is not None:
+        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
+    passages, mesh = int(args.passages), mesh_of(args.mesh, experiment.mesh)
+    console.print(dense_planning.assumptions(experiment, passages, topology))
+    plans = [dense_planning.plan(name, experiment, passages, topology, mesh) for name in programs]
+    console.print(*(table for table in tables(plans)))
+    for found in plans:
+        for line in dense_planning.advice(found, experiment, passages):
+            verdict = "does not fit" if not found.fits else found.bound
+            console.print(f"{found.program} ({verdict}): {line}")
+
+
+def _programs(text: str, known: Sequence[str]) -> list[str]:
+    asked = [name.strip() for name in text.split(",")] if text else list(known)
     for name in asked:
-        if name not in PROGRAMS:
-            raise ValueError(f"--programs: got {name!r}, expected some of {', '.join(PROGRAMS)}")
+        if name not in known:
+            raise ValueError(f"--programs: got {name!r}, expected some of {', '.join(known)}")
     return asked
 
 
@@ -92,7 +116,7 @@ def _table(title: str, plans: Sequence[Plan]) -> Table:
 
 def _memory(plans: Sequence[Plan]) -> Table:
     table = _table("memory", plans)
-    for name in ("parameters", "optimizer", "trie", "batch", "temporaries"):
+    for name in ("parameters", "optimizer", "trie", "vectors", "batch", "temporaries"):
         if any(name in found.parts for found in plans):
             table.add_row(name, *(_bytes(found.parts.get(name, 0)) for found in plans))
     table.add_row("together", *(_bytes(found.total) for found in plans), style="bold")

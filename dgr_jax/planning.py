@@ -279,7 +279,7 @@ class Program:
     lower: Callable[[], Any]
 
 
-def _held(tree: Any) -> int:
+def held(tree: Any) -> int:
     """Bytes on one chip of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
@@ -287,7 +287,7 @@ def _held(tree: Any) -> int:
     )
 
 
-def _abstract(
+def abstract(
     mesh: Any, shape: tuple[int, ...], dtype: Any, *, sharding: Any = None
 ) -> jax.ShapeDtypeStruct:
     sharding = sharding or partitioning.batch_sharding(mesh)
@@ -296,19 +296,19 @@ def _abstract(
 
 def _generation_batch(mesh: Any, rows: int, query_length: int, length: int) -> dict[str, Any]:
     return {
-        "encoder_input_tokens": _abstract(mesh, (rows, query_length), jnp.int32),
-        "decoder_input_tokens": _abstract(mesh, (rows, length), jnp.int32),
-        "decoder_target_tokens": _abstract(mesh, (rows, length), jnp.int32),
-        "decoder_loss_weights": _abstract(mesh, (rows, length), jnp.float32),
+        "encoder_input_tokens": abstract(mesh, (rows, query_length), jnp.int32),
+        "decoder_input_tokens": abstract(mesh, (rows, length), jnp.int32),
+        "decoder_target_tokens": abstract(mesh, (rows, length), jnp.int32),
+        "decoder_loss_weights": abstract(mesh, (rows, length), jnp.float32),
     }
 
 
 def _list_batch(mesh: Any, rows: int, lists: int, query_length: int, length: int) -> dict[str, Any]:
     return _generation_batch(mesh, rows, query_length, length) | {
-        "identifier_tokens": _abstract(mesh, (rows, lists, 1, length), jnp.int32),
-        "identifier_weights": _abstract(mesh, (rows, lists, 1), jnp.float32),
-        "teacher_scores": _abstract(mesh, (rows, lists), jnp.float32),
-        "passage_mask": _abstract(mesh, (rows, lists), jnp.bool_),
+        "identifier_tokens": abstract(mesh, (rows, lists, 1, length), jnp.int32),
+        "identifier_weights": abstract(mesh, (rows, lists, 1), jnp.float32),
+        "teacher_scores": abstract(mesh, (rows, lists), jnp.float32),
+        "passage_mask": abstract(mesh, (rows, lists), jnp.bool_),
     }
 
 
@@ -345,11 +345,11 @@ def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: A
         targets = (rows * size + settings.examples) / both
         work = Work(both, query_length, targets, sizes.length)
     work = dataclasses.replace(work, microbatches=settings.microbatches)
-    _check_rows(batch, settings, mesh, name)
-    return _step(name, settings, config, batch, work, mesh, rules)
+    check_rows(batch, settings, mesh, name)
+    return step_program(name, settings, Transformer(config), batch, work, mesh, rules)
 
 
-def _check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
+def check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
     shards = partitioning.batch_shards(mesh) * settings.microbatches
     for leaf in jax.tree.leaves(batch):
         if leaf.shape[0] % shards:
@@ -359,16 +359,16 @@ def _check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
             )
 
 
-def _step(
-    name: str, settings: Training, config: T5Config, batch: Any, work: Work, mesh: Any, rules: Any
+def step_program(
+    name: str, settings: Training, model: Any, batch: Any, work: Work, mesh: Any, rules: Any
 ) -> Program:
-    model = Transformer(config)
+    """A train step of a model on batches of these shapes."""
     optimizer = settings.optimizer.transformation(settings.steps)
     state = abstract_state(model, optimizer, mesh, rules)
     parts = {
-        "parameters": _held(state.params),
-        "optimizer": _held(state.opt_state),
-        "batch": _held(batch),
+        "parameters": held(state.params),
+        "optimizer": held(state.opt_state),
+        "batch": held(batch),
     }
 
     def lower() -> Any:
@@ -397,13 +397,13 @@ def _search(
     places = partitioning.index_shardings(
         dict(arrays.items()), mesh, max_replicated_bytes=search.max_replicated_bytes
     )
-    put = {k: _abstract(mesh, a.shape, a.dtype, sharding=places[k]) for k, a in arrays.items()}
+    put = {k: abstract(mesh, a.shape, a.dtype, sharding=places[k]) for k, a in arrays.items()}
     constraint = TrieConstraint(
         **put, layout=layout, vocab_size=sizes.vocab_size, renormalise=search.renormalise
     )
     params = partitioning.abstract_params(Transformer(config), mesh, rules)
-    tokens = _abstract(mesh, (rows, search.query_length), jnp.int32)
-    parts = {"parameters": _held(params), "trie": _held(constraint), "batch": _held(tokens)}
+    tokens = abstract(mesh, (rows, search.query_length), jnp.int32)
+    parts = {"parameters": held(params), "trie": held(constraint), "batch": held(tokens)}
 
     def lower() -> Any:
         decode = decode_fn(config, search.num_beams, layout.max_length, mesh)
@@ -465,11 +465,13 @@ class Plan:
         return self.queries / max(max(self.times.values()), 1e-12)
 
 
-def compiled(made: Program, mesh: Any, topology: Topology, sizes: Sizes, config: T5Config) -> Plan:
-    """Compiles a program and reads what it does."""
+def compiled(made: Program, formula: Plan, *, unknown_trips: int = 1) -> Plan:
+    """Compiles a program and reads what it does.
+
+    formula: the same by formula. unknown_trips: runs of loops that end by their data.
+    """
     start = time.monotonic()
-    formula = analytic(made, mesh, topology, config)
-    logger.info("plan: compiling %s for %s", made.name, topology)
+    logger.info("plan: compiling %s for %s", made.name, formula.topology)
     try:
         program = made.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -477,17 +479,15 @@ def compiled(made: Program, mesh: Any, topology: Topology, sizes: Sizes, config:
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
         total = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)
-        held = sum(made.parts.values())
-        parts = {**made.parts, "temporaries": max(0.0, total - held)}
+        parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
         source = "too large to compile; FLOPs and bytes by formula"
         return dataclasses.replace(formula, parts=parts, source=source)
     memory = program.memory_analysis()
     arguments = memory.argument_size_in_bytes
     total = arguments + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    held = sum(made.parts.values())
-    parts = {**made.parts, "temporaries": max(0.0, total - held)}
-    done = hlo.cost(program.as_text(), unknown_trips=max(1, sizes.length - 1))
+    parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
+    done = hlo.cost(program.as_text(), unknown_trips=unknown_trips)
     return dataclasses.replace(
         formula,
         parts=parts,
@@ -663,7 +663,8 @@ def plan(
         config = model_config(experiment, sizes)
         on = partitioning.make_mesh(mesh, topology.devices())
         made = program(name, experiment, sizes, on, mesh.rules)
-        return compiled(made, on, topology, sizes, config)
+        formula = analytic(made, on, topology, config)
+        return compiled(made, formula, unknown_trips=max(1, sizes.length - 1))
     # The same bytes, and one layer to trace in place of all.
     scanned = dataclasses.replace(experiment.model, scan_layers=True)
     experiment = dataclasses.replace(experiment, model=scanned)

@@ -26,6 +26,7 @@ TOP = {
     "configurables",
     "costs",
     "dense_experiment",
+    "dense_planning",
     "experiment",
     "query_generator",
     "pipeline",

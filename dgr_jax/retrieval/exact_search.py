@@ -310,6 +310,25 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))
 
 
+def abstract_step(
+    mesh: jax.sharding.Mesh, settings: ExactSearch, passages: int, dim: int, k: int
+) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled step of a whole batch of queries, and its arguments without memory."""
+    plan = Plan.of(passages, dim, settings, mesh.size)
+    array = lambda shape, dtype, spec=_WHOLE: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, spec)
+    )
+    rows, size = plan.rows * mesh.size, settings.batch_size
+    block = Block(
+        array((rows, dim), jnp.dtype(settings.storage), _ROWS),
+        array((rows,), np.float32, _ROWS) if settings.storage == "int8" else None,
+        *(array((), np.int32) for _ in range(2)),
+    )
+    queries = array((size, dim), np.float32)
+    best = array((size, k), np.float32), array((size, k), np.int32)
+    return _step(mesh, settings.storage, plan.chunks, k), (block, queries, *best)
+
+
 def _products(queries: jax.Array, vectors: jax.Array, scales: Any, dtype: Any) -> jax.Array:
     """[B, d] and [c, d] -> f32 [B, c]"""
     scores = jnp.einsum(
