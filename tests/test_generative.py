@@ -405,6 +405,7 @@ def test_samples_take_the_same_step():
     np.testing.assert_allclose(drawn.log_probs, np.repeat(greedy.log_probs, 3, 1), atol=1e-4)
 
 
+@slow
 def test_a_search_without_a_constraint_finds_what_is_an_identifier():
     """A beam as wide as all sequences finds the same passages with the same scores."""
     rows = np.unique(students.codes(30, 2, first=86), axis=0)

@@ -68,7 +68,7 @@ def test_the_same_passages_on_every_mesh(kind, data, model, limit):
     expected_passages, expected_scores = compiled(kind, 1, 1, WHOLE)[0].passages(QUERIES)
     assert (expected_passages >= 0).all()
     np.testing.assert_array_equal(passages, expected_passages)
-    np.testing.assert_allclose(scores, expected_scores, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores, expected_scores, rtol=2e-6, atol=1e-5)
 
 
 # what the compiled program moves

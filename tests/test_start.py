@@ -37,6 +37,7 @@ def test_old_tokens_keep_their_rows_and_new_ones_get_some(folder, scan):
     jax.tree.map(np.testing.assert_array_equal, found["encoder"], expected["encoder"])
 
 
+@pytest.mark.slow
 def test_a_prefix_adaptive_decoder_starts_at_random(folder):
     adaptive = dataclasses.replace(CONFIG, prefix_adaptive_layers=1)
     found = Pretrained(str(folder)).params(adaptive)
