@@ -178,6 +178,15 @@ class Experiment:
 
     def __post_init__(self) -> None:
         many = isinstance(self.prepare.identifiers, Multiview)
+        if self.model.prefix_adaptive_layers and not getattr(
+            self.prepare.identifiers, "codes_by_position", False
+        ):
+            raise ValueError(
+                f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers} with "
+                f"{type(self.prepare.identifiers).__name__} identifiers, expected 0, or codes that "
+                "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
+                "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
+            )
         expected = MultiviewSearch if many else Search
         for name in ("candidates", "evaluate"):
             search = getattr(self, name).search
@@ -259,13 +268,14 @@ _RANK_LISTS = ("objective", "list_batch_size")
 def describe(value: Any) -> Any:
     """A setting as JSON: what it is and every field that has an effect on results.
 
-    The folder that a collection lies in is left out, so that data may be moved.
+    The folder that a collection lies in is left out, so that data may be moved; and a setting that
+    came later (metadata "unless default"), where it is not used, so that older stages stay.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: describe(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.metadata.get("fingerprint", True) and f.name != "folder"
+            if f.name != "folder" and _has_effect(f, getattr(value, f.name))
         }
         return {"is": type(value).__qualname__, **fields}
     if isinstance(value, functools.partial):
@@ -283,6 +293,12 @@ def describe(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _has_effect(setting: dataclasses.Field, value: Any) -> bool:
+    """Whether a setting of this value makes results other than they would be without it."""
+    marked = setting.metadata.get("fingerprint", True)
+    return value != setting.default if marked == "unless default" else marked
 
 
 def sizes(config: T5Config) -> str:

@@ -141,11 +141,15 @@ def _examples(experiment: Experiment, corpus: Corpus) -> float:
     """Examples of all sources."""
     sources, mixture = experiment.prepare.sources, experiment.prepare.mixture
     step = max(1, sources.chunk_words // 2)
-    chunks = max(1.0, math.ceil(max(0.0, corpus.words - sources.chunk_words) / step) + 1)
+    last = max(0.0, corpus.words - sources.chunk_words)
+    chunks = min(math.ceil(last / step) + 1, sources.max_chunks or math.inf)
+    if sources.random_chunks:
+        chunks = min(last + 1, sources.random_chunks)
     pairs = {
         "labelled": corpus.queries,
-        "passages": corpus.passages * min(chunks, sources.max_chunks or math.inf),
-        "pseudo_queries": corpus.passages * corpus.pseudo_queries,
+        "passages": corpus.passages * chunks,
+        "pseudo_queries": corpus.passages
+        * min(corpus.pseudo_queries, sources.max_pseudo_queries or math.inf),
     }
     of_each = 1
     if _is_multiview(experiment):

@@ -535,7 +535,11 @@ def forward_flops(config: T5Config, work: Work) -> float:
     decoder = written * (6 * width * heads + mlp + 2 * heads * cached) + read * 2 * width * heads
     logits = written * width * config.vocab_size
     encoder = encoder_flops(config, work.queries, work.query_length)
-    return encoder + 2.0 * (config.num_decoder_layers * decoder + logits)
+    layers = config.num_decoder_layers * decoder
+    if config.prefix_adaptive_layers:
+        block = 4 * width * heads + mlp + 2 * heads * work.target_length
+        layers += written * (config.prefix_adaptive_layers * block + 3 * width * width)
+    return encoder + 2.0 * (layers + logits)
 
 
 def encoder_flops(config: T5Config, texts: int, length: int) -> float:
@@ -572,7 +576,8 @@ def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, 
     scores = config.num_heads / parts
     logits = 3 * written * config.vocab_size / parts * 4
     if work.beams:
-        cache = 2 * written * work.target_length * heads * config.num_decoder_layers
+        caches = config.num_decoder_layers + config.prefix_adaptive_layers
+        cache = 2 * written * work.target_length * heads * caches
         cross = 2 * read * heads * config.num_decoder_layers
         return element * (2 * cache + cross) + logits
     kept = {
@@ -584,9 +589,8 @@ def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, 
             + 3 * scores * (work.query_length + work.target_length),
         ),
     }[config.remat]  # fmt: skip
-    layers = (
-        config.num_encoder_layers * read * kept[0] + config.num_decoder_layers * written * kept[1]
-    )
+    decoders = config.num_decoder_layers + config.prefix_adaptive_layers  # the latter keep less
+    layers = config.num_encoder_layers * read * kept[0] + decoders * written * kept[1]
     return element * layers + logits
 
 
@@ -614,7 +618,9 @@ def _sent(
     ring = lambda n: (n - 1) / n
     runs = work.microbatches if training else 1
     steps = work.target_length if work.beams else 1
-    layers = 2 * config.num_encoder_layers * read + 3 * config.num_decoder_layers * written * steps
+    adaptive = 2 * config.prefix_adaptive_layers + 2 if config.prefix_adaptive_layers else 0
+    reductions = 3 * config.num_decoder_layers + adaptive
+    layers = 2 * config.num_encoder_layers * read + reductions * written * steps
     each_way = {1: 1, 3: 2, 4: 3}[passes]
     reduced = each_way * layers * config.emb_dim * element * 2 * ring(axes["model"]) * runs
     gathered = scattered = 0.0

@@ -55,6 +55,13 @@ class PseudoQueries:
     sample: Sampling
     mesh: Mesh = Mesh()
 
+    def __post_init__(self) -> None:
+        if self.model.prefix_adaptive_layers:
+            raise ValueError(
+                f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers}, "
+                "expected 0: queries are text, whose tokens mean the same at every position"
+            )
+
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""

@@ -256,7 +256,8 @@ class Runner:
                 if system == "bm25":
                     made_of = self._asked(group[0])
                 elif system in states[0]:
-                    made_of = tuple(state[system][1] for state in states)
+                    searched = fingerprint(describe(self.experiment(group[0]).evaluate))
+                    made_of = (searched, *(state[system][1] for state in states))
                 else:
                     continue
                 if made_of in seen:

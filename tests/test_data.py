@@ -125,6 +125,64 @@ def test_pseudo_queries_of_a_file(tmp_path, passages, table):
         list(docid_examples("pseudo_queries", settings, store=passages, table=table))
 
 
+def test_random_chunks_and_the_first_words(passages):
+    text = " ".join(map(str, range(40)))
+    long, short = (Passage(f"p{i}", text[:end], "Title") for i, end in enumerate((None, 9)))
+    settings = examples.Sources(chunk_words=8, random_chunks=5)
+    chunks = list(settings.chunks(long))
+    assert chunks == list(settings.chunks(long))
+    starts = [int(chunk.split()[1]) for chunk in chunks]
+    assert len(set(starts)) == 5 and starts == sorted(starts) and max(starts) <= 32
+    assert all(
+        chunk == " ".join(["Title", *map(str, range(start, start + 8))])
+        for chunk, start in zip(chunks, starts, strict=True)
+    )
+    drawn = Counter()
+    for i in range(300):
+        other = Passage(f"q{i}", text, "")
+        drawn.update(int(chunk.split()[0]) for chunk in settings.chunks(other))
+    assert set(drawn) == set(range(33)) and max(drawn.values()) < 3 * min(drawn.values())
+    assert list(settings.chunks(short)) == ["Title 0 1 2 3 4"]
+    first = examples.Sources(chunk_words=8, max_chunks=1)
+    assert list(first.chunks(long)) == ["Title 0 1 2 3 4 5 6 7"]
+
+
+def test_so_many_pseudo_queries_of_each_passage(tmp_path, passages, table, monkeypatch):
+    monkeypatch.setattr(examples, "LINES_A_PART", 2)
+    path = tmp_path / "pseudo.tsv"
+    path.write_text("p2\ta\np0\tb\np2\tc\np2\td\np0\te\n", encoding="utf-8")
+    read = lambda settings: [
+        (e["pid"], e["inputs"])
+        for part in examples.parts("pseudo_queries", settings, num_passages=len(passages))
+        for e in docid_examples("pseudo_queries", settings, store=passages, table=table, part=part)
+    ]
+    of_file = partial(examples.Sources, pseudo_query_path=str(path))
+    assert read(of_file(max_pseudo_queries=1)) == [("p2", "a"), ("p0", "b")]
+    assert read(of_file(max_pseudo_queries=2)) == [
+        ("p2", "a"), ("p0", "b"), ("p2", "c"), ("p0", "e"),
+    ]  # fmt: skip
+    assert len(read(of_file())) == 5
+    sentences = read(examples.Sources(max_pseudo_queries=1))
+    assert [pid for pid, _ in sentences] == passages.pids
+    assert sentences[0] == ("p0", "Bees make honey in the hive.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"random_chunks": -1}, "Sources.random_chunks: got -1, expected 0 or more"),
+        ({"max_pseudo_queries": -2}, "Sources.max_pseudo_queries: got -2, expected 0 or more"),
+        (
+            {"random_chunks": 3, "max_chunks": 1},
+            "Sources.random_chunks: got 3 with Sources.max_chunks=1, expected one of them",
+        ),
+    ],
+)
+def test_chunks_that_cannot_be_made_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        examples.Sources(**settings)
+
+
 def test_sources_without_a_rate_are_refused():
     with pytest.raises(ValueError, match="every rate is 0"):
         examples.Sources(labelled=0, passages=0, pseudo_queries=0)

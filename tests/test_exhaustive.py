@@ -82,14 +82,18 @@ OF_LENGTHS = np.unique(students.texts(30, 3), axis=0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "renormalise"), [("lengths", False), ("shared", True), ("restricted", True)]
+    ("kind", "renormalise"),
+    [("lengths", False), ("shared", True), ("restricted", True), ("adaptive", False)],
 )
 def test_a_beam_as_wide_as_the_table_is_exhaustive(kind, renormalise):
-    """Identifiers of several lengths; passages with several identifiers; some passages left out."""
+    """Identifiers of several lengths; passages with several identifiers; some passages left out;
+    output weights that depend on the prefix."""
     rows = OF_LENGTHS if kind == "lengths" else CODES
     owners = np.arange(len(rows)) // 3 if kind == "shared" else None
     search = dataclasses.replace(SEARCH, renormalise=renormalise, num_beams=len(rows))
-    decoder = students.decoder(rows, search, passages=owners)
+    layers = 1 if kind == "adaptive" else 0
+    config = dataclasses.replace(students.CONFIG, prefix_adaptive_layers=layers)
+    decoder = students.decoder(rows, search, passages=owners, config=config)
     if kind == "restricted":
         decoder = decoder.restrict(np.arange(decoder.table.num_passages) % 3 == 0)
     found, expected = passages(decoder, QUERIES), decoder.passages(QUERIES)

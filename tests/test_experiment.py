@@ -30,6 +30,9 @@ from dgr_jax.experiment import (
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.identifiers.semantic import KMeansTree
+from dgr_jax.identifiers.string import NaiveString
+from dgr_jax.identifiers.title import Title
 from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
@@ -95,6 +98,7 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
         ("evaluate.measures", ("RR@10",), {"evaluate"}),
         ("evaluate.search.num_beams", 9, {"evaluate"}),
         ("control", False, {"evaluate"}),
+        ("model.emb_dim", 8, LATER),
         ("model_dir", "elsewhere", set()),
         ("mesh", Mesh(model=2), set()),
         ("generate.log_every", 1, set()),
@@ -212,6 +216,32 @@ def test_settings_of_prepare_that_cannot_work(settings, message):
 def test_candidates_of_unknown_sources(sources, message):
     with pytest.raises(ValueError, match=message):
         Candidates(Search(), sources=sources)
+
+
+def with_model(identifiers, layers):
+    prepare = dataclasses.replace(BASE.prepare, identifiers=identifiers)
+    model = T5Config(prefix_adaptive_layers=layers)
+    return dataclasses.replace(BASE, prepare=prepare, model=model)
+
+
+def test_a_prefix_adaptive_decoder_is_for_codes_of_one_position():
+    for identifiers in (Title(), NaiveString(), Atomic()):
+        name = type(identifiers).__name__
+        with pytest.raises(ValueError, match=f"layers: got 4 with {name} identifiers, expected 0"):
+            with_model(identifiers, 4)
+    for identifiers in (ResidualQuantization(), KMeansTree(), NaiveString(by_position=True)):
+        plain, adaptive = with_model(identifiers, 0), with_model(identifiers, 4)
+        assert marks(adaptive)["generate"] != marks(plain)["generate"]
+        assert marks(adaptive)["prepare"] == marks(plain)["prepare"]
+        differs = {k for k, v in adaptive.compared("generate").items()
+                   if v != plain.compared("generate")[k]}  # fmt: skip
+        assert differs == {"model"}
+
+
+def test_settings_that_came_later_leave_older_stages_as_they_were():
+    assert "prefix_adaptive_layers" not in describe(T5Config())
+    assert describe(T5Config(prefix_adaptive_layers=4))["prefix_adaptive_layers"] == 4
+    assert describe(NaiveString()) == {"is": "NaiveString"}
 
 
 def test_candidates_of_a_source_that_is_not_prepared():

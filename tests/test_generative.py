@@ -405,6 +405,22 @@ def test_samples_take_the_same_step():
     np.testing.assert_allclose(drawn.log_probs, np.repeat(greedy.log_probs, 3, 1), atol=1e-4)
 
 
+@slow
+def test_a_search_without_a_constraint_finds_what_is_an_identifier():
+    """A beam as wide as all sequences finds the same passages with the same scores."""
+    rows = np.unique(students.codes(30, 2, first=86), axis=0)
+    bound = Search(num_beams=students.VOCAB**2, depth=20, batch_size=2, query_length=8)
+    free = dataclasses.replace(bound, constrained=False)
+    expected = students.decoder(rows, bound).passages(QUERIES[:2])
+    decoder = students.decoder(rows, free)
+    found = decoder.passages(QUERIES[:2])
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+    assert decoder.counts == {
+        "sequences": 2 * students.VOCAB**2, "unknown": 2 * (students.VOCAB**2 - len(rows))
+    }  # fmt: skip
+
+
 # speed
 
 

@@ -75,6 +75,7 @@ SCHEMES = [
     ResidualQuantization(num_codes=2, codebook_size=4, embeddings=TfidfSvd(dim=8), spread=0),
     KMeansTree(branching=3, leaf_size=5, embeddings=TfidfSvd(dim=8)),
     NaiveString(),
+    NaiveString(by_position=True),
     Atomic(),
     Title(max_tokens=6),
 ]
@@ -314,6 +315,31 @@ def test_string_digits_are_zero_padded():
     assert tokens[100].tolist() == [1, 0, 0]
     assert table.num_code_tokens == 10
     assert build(NaiveString(), corpus(["x"] * 100)).tokens.shape == (100, 2)
+
+
+def test_string_digits_by_position_are_other_tokens():
+    table = build(NaiveString(by_position=True), corpus(["x"] * 101))
+    tokens = rows(table) - FIRST_CODE
+    assert tokens[7].tolist() == [0, 10, 27]
+    assert tokens[100].tolist() == [1, 10, 20]
+    assert table.num_code_tokens == 30
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [scheme for scheme in SCHEMES if getattr(scheme, "codes_by_position", False)],
+    ids=repr,
+)
+def test_a_code_that_another_follows_stands_at_one_position(scheme):
+    tokens = rows(build(scheme, mixed_corpus(60)))
+    followed = tokens[:, :-1] * (tokens[:, 1:] > 1)
+    places = [set(column[column > 0]) for column in followed.T]
+    assert sum(map(len, places)) == len(set().union(*places)) > 2
+
+
+def test_which_schemes_have_codes_by_position():
+    found = [getattr(scheme, "codes_by_position", False) for scheme in SCHEMES]
+    assert found == [True, True, True, False, True, False, False]
 
 
 def test_atomic_tokens_follow_the_corpus():

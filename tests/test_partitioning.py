@@ -1,5 +1,6 @@
 """Meshes, logical axes and the sharding of batches."""
 
+import dataclasses
 import functools
 import math
 
@@ -182,6 +183,7 @@ SCANNED = T5Config(
     vocab_size=32, emb_dim=16, num_heads=8, head_dim=4, mlp_dim=24, num_encoder_layers=1,
     num_decoder_layers=1, dropout_rate=0.0, relpos_buckets=4, scan_layers=True,
 )  # fmt: skip
+ADAPTIVE = dataclasses.replace(STUDENT, prefix_adaptive_layers=1)
 OBJECTIVES = {
     "generation": (Generation(), toy.generation_examples(8)),
     "distillation": (
@@ -209,7 +211,7 @@ def _program(kind, settings, config=STUDENT):
 
 def _one_step(kind, settings, config=STUDENT):
     mesh, _, step = _program(kind, settings, config)
-    params = students.parameters(STUDENT)
+    params = students.parameters(dataclasses.replace(config, scan_layers=False))
     state = init_state(
         Transformer(config),
         optax.sgd(0.1),
@@ -244,6 +246,13 @@ def test_a_step_of_the_scanned_student_is_the_same_on_a_mesh():
     got, metrics = _one_step("generation", Mesh(2, 4), SCANNED)
     expected, expected_metrics = _one_step("generation", Mesh(1, 1))
     jax.tree.map(same, (got, metrics), (stack_layers(expected), expected_metrics))
+
+
+@slow
+def test_a_step_of_the_prefix_adaptive_student_is_the_same_on_a_mesh():
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    got = _one_step("distillation", Mesh(2, 4), ADAPTIVE)
+    jax.tree.map(same, got, _one_step("distillation", Mesh(1, 1), ADAPTIVE))
 
 
 def _gathered(kind, settings, config=STUDENT):

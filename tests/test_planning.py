@@ -162,9 +162,9 @@ SMALL = (
 
 
 @functools.cache
-def _small(name):
+def _small(name, adaptive=0):
     """A plan by the compiler, of host devices, and the same by formula."""
-    small = experiment(*SMALL)
+    small = experiment(*SMALL, f"--gin.T5Config.prefix_adaptive_layers={adaptive}")
     sizes = dataclasses.replace(planning.estimated_sizes(small, 5000), vocab_size=2304)
     config = planning.model_config(small, sizes)
     made = planning.program(name, small, sizes, _mesh(), small.mesh.rules)
@@ -173,9 +173,11 @@ def _small(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", planning.PROGRAMS)
-def test_the_formula_counts_what_the_program_does(name):
-    found, formula = _small(name)
+@pytest.mark.parametrize(
+    ("name", "adaptive"), [*((name, 0) for name in planning.PROGRAMS), ("decode", 2)]
+)
+def test_the_formula_counts_what_the_program_does(name, adaptive):
+    found, formula = _small(name, adaptive)
     assert found.source == "compiled" and formula.source == "formula"
     assert found.flops == pytest.approx(formula.flops, rel=0.15)
     assert {**found.parts, "temporaries": 0} == {**formula.parts, "temporaries": 0}

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from dgr_jax.models import pretrained, tensor_files
 from dgr_jax.models.t5 import T5Config, Transformer
+from tests import students
 
 V, D, H, K, F, BUCKETS = 11, 8, 2, 3, 10, 6
 DESCRIBED = {
@@ -396,3 +397,11 @@ def test_new_rows_depend_on_the_key_alone():
     same(pretrained.extend_vocabulary(T5_1_1, params, V, jax.random.key(0))[1], params)
     with pytest.raises(ValueError, match="extend_vocabulary.vocab_size: got 10, expected at least"):
         pretrained.extend_vocabulary(T5_1_1, params, 10, jax.random.key(0))
+
+
+@pytest.mark.parametrize("write", [pretrained.write_hf, pretrained.write_t5x])
+def test_a_prefix_adaptive_student_has_no_place_in_their_formats(write, tmp_path):
+    config = dataclasses.replace(students.CONFIG, prefix_adaptive_layers=1)
+    with pytest.raises(ValueError, match="prefix_adaptive_layers: got 1, expected 0: neither t5x"):
+        write(tmp_path, config, students.parameters(config))
+    assert not list(tmp_path.iterdir())

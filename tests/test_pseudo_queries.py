@@ -269,6 +269,11 @@ def test_the_shipped_experiment_is_read_and_read_again(load):
     assert bound - used - restated == set()
 
 
+def test_queries_are_written_without_a_prefix_adaptive_decoder(load):
+    with pytest.raises(ValueError, match="prefix_adaptive_layers: got 4, expected 0: queries are"):
+        load(GIN, "--model_dir=m", "--data_dir=d", "--gin.T5Config.prefix_adaptive_layers=4")
+
+
 def test_another_collection_and_size(load):
     found = load(GIN, "--gin_file=models/tiny.gin", "--model_dir=m",
                  "--gin.COLLECTION=@QuickstartCollection()")  # fmt: skip

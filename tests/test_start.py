@@ -37,6 +37,21 @@ def test_old_tokens_keep_their_rows_and_new_ones_get_some(folder, scan):
     jax.tree.map(np.testing.assert_array_equal, found["encoder"], expected["encoder"])
 
 
+@pytest.mark.slow
+def test_a_prefix_adaptive_decoder_starts_at_random(folder):
+    adaptive = dataclasses.replace(CONFIG, prefix_adaptive_layers=1)
+    found = Pretrained(str(folder)).params(adaptive)
+    shapes = lambda tree: jax.tree.map(np.shape, tree)
+    assert shapes(found) == shapes(students.parameters(adaptive))
+    jax.tree.map(
+        np.testing.assert_array_equal, found["encoder"], students.parameters(CONFIG)["encoder"]
+    )
+    other = Pretrained(str(folder), seed=1).params(adaptive)["prefix_adaptation"]
+    assert (
+        np.abs(other["gate"]["kernel"] - found["prefix_adaptation"]["gate"]["kernel"]).max() > 0.1
+    )
+
+
 def test_weights_of_another_size_are_refused(folder):
     other = dataclasses.replace(CONFIG, emb_dim=32, num_heads=2)
     with pytest.raises(ValueError) as refused:

@@ -95,8 +95,8 @@ def test_rows_of_axes_apart_are_not_compared():
         study(apart=("y",))
 
 
-def shipped(name, tmp_path):
-    flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d")
+def shipped(name, tmp_path, *more):
+    flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d", *more)
     args, bindings = cli.parse(cli.parser("study", ""), flags)
     own = cli.load_experiment(args, [], ("Study",), keep=False)
     return Runner(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
@@ -130,6 +130,45 @@ def test_positives_and_losses_of_the_shipped_study(tmp_path):
     experiment = runner.experiment(run)
     assert experiment.lists == Lists(positives=8)
     assert experiment.train.objective.loss.func is contrastive.lse_pair
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "varied"),
+    [
+        ("scaling", 3 * 5 * 2, "identifiers"),
+        ("scaling_documents", 3 * 6 * 2, "documents"),
+        ("scaling_models", 3 * 4 * 2 * 2, "identifiers"),
+        ("scaling_search", 3 * 3 * 2 * 2, "search"),
+    ],
+)
+def test_rows_of_the_shipped_scaling_studies_differ_in_what_they_vary(
+    name, number, varied, tmp_path
+):
+    file = "--gin.Sources.pseudo_query_path=queries.tsv"
+    runner = shipped(name, tmp_path, *([file] if name == "scaling_documents" else []))
+    assert len(runner.runs) == number
+    usual = {"Subset.size": "4000", "model": "mini"}
+    usual |= {"identifiers": "rq"} if varied == "search" else {}
+    found = {
+        run.labels[varied]: runner.experiment(run)
+        for run in runner.runs
+        if run.seed == 1 and all(run.labels.get(axis, v) == v for axis, v in usual.items())
+    }
+    compared = [one.compared("generate") for one in found.values()]
+    differs = {k for one in compared for k, v in one.items() if v != compared[0][k]}
+    assert differs == set(runner.study.may_differ)
+    assert {one.prepare.query_length for one in found.values()} == {64}
+    settings = {
+        json.dumps(describe((one.prepare, one.model, one.evaluate))) for one in found.values()
+    }
+    assert len(settings) == len(found)
+    if name == "scaling_documents":
+        assert [one.prepare.sources.max_pseudo_queries for one in found.values()] == [
+            0, 0, 0, 10, 40, 100,
+        ]  # fmt: skip
+        with pytest.raises(cli.Mistake, match="needs --gin.Sources.pseudo_query_path="):
+            bare = shipped(name, tmp_path)
+            bare.experiment(next(r for r in bare.runs if r.labels["documents"] == "10 queries"))
 
 
 def test_intervals_hold_their_mean():

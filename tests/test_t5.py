@@ -10,6 +10,7 @@ import pytest
 
 from dgr_jax.models.t5 import T5Config, Transformer, stack_layers
 from tests import students
+from tests.reference import prefix_adaptation as reference
 
 SMALL = T5Config(
     vocab_size=50, emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32,
@@ -27,11 +28,19 @@ def make(config=SMALL):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scan"),
-    [("float32", False), ("bfloat16", True), pytest.param("float32", True, marks=pytest.mark.slow)],
+    ("dtype", "scan", "adaptive"),
+    [
+        ("float32", False, 0),
+        ("float32", False, 2),
+        ("bfloat16", True, 0),
+        pytest.param("float32", True, 1, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_decoding_step_by_step_equals_one_pass(dtype, scan):
-    config = dataclasses.replace(SMALL, num_encoder_layers=1, num_decoder_layers=3)
+def test_decoding_step_by_step_equals_one_pass(dtype, scan, adaptive):
+    config = dataclasses.replace(
+        SMALL, num_encoder_layers=1, num_decoder_layers=3, prefix_adaptive_layers=adaptive
+    )
     _, params, queries, targets = make(config)
     if scan:
         params = stack_layers(params)
@@ -42,14 +51,39 @@ def test_decoding_step_by_step_equals_one_pass(dtype, scan):
     encoded = apply(queries, method="encode")
     cross = apply(encoded, method="cross")
     cache = apply(encoded, num_beams=4, length=5, method="init_cache")
-    shape = (3, 4, 3, 5, 2, 8) if scan else (3, 4, 5, 2, 8)
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {shape}
+    shapes = {(3, 4, 3, 5, 2, 8)} if scan else {(3, 4, 5, 2, 8)}
+    shapes |= {(3, 4, 5, 2, 8)} if adaptive else set()
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == shapes
     steps = []
     for t in range(5):
         logits, cache = apply(targets[:, :, t], cache, t, cross, queries, method="step")
         steps.append(logits)
     assert whole.dtype == jnp.float32
-    np.testing.assert_allclose(np.stack(steps, 2), whole, atol=1e-5 if dtype == "float32" else 0.05)
+    np.testing.assert_allclose(np.stack(steps, 2), whole, atol=3e-5 if dtype == "float32" else 0.05)
+
+
+def test_output_weights_of_each_prefix_against_the_twin():
+    config = dataclasses.replace(
+        SMALL, num_encoder_layers=1, num_decoder_layers=1, prefix_adaptive_layers=2
+    )
+    model, params, queries, targets = make(config)
+
+    def parts(model, queries, targets):
+        prefix, encoded = model._embed(targets), model.encode(queries)
+        return prefix, encoded, model.decoder(prefix, encoded, queries > 0, True)
+
+    targets[..., 0] = 0  # the start, in whose place the query's vector stands
+    apply = jax.jit(model.apply, static_argnames="method")
+    logits = apply({"params": params}, queries, targets)
+    prefix, encoded, hidden = apply({"params": params}, queries, targets, method=parts)
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    for b, r, t in [(0, 0, 0), (0, 1, 2), (1, 3, 4), (2, 2, 1)]:
+        weights = reference.output_weights(
+            params["prefix_adaptation"], kernel,
+            np.asarray(encoded)[b, queries[b] > 0].mean(0), np.asarray(prefix)[b, r, 1 : t + 1], 2,
+        )  # fmt: skip
+        assert np.abs(weights - kernel).max() > 0.1
+        np.testing.assert_allclose(logits[b, r, t], hidden[b, r, t] @ weights, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -139,3 +173,8 @@ def test_wrong_settings_are_refused_by_name():
         Transformer(T5Config()).init(
             jax.random.key(0), jnp.ones((1, 2), int), jnp.ones((1, 2), int)
         )
+
+
+def test_prefix_adaptive_layers_are_not_below_0():
+    with pytest.raises(ValueError, match="T5Config.prefix_adaptive_layers: got -1, expected 0 or"):
+        T5Config(prefix_adaptive_layers=-1)

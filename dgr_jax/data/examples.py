@@ -8,8 +8,10 @@ be read, and its examples be made, without those before it.
 from __future__ import annotations
 
 import re
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +36,12 @@ class Sources:
 
     labelled, passages, pseudo_queries: relative rates; 0 leaves a source out.
     chunk_words: words of a passage chunk; the title stands before each chunk.
-    max_chunks: chunks of a passage at most (0: all); neighbours share half their words.
+    max_chunks: chunks of a passage at most (0: all), from its beginning on; neighbours share half
+      their words. 1: the first words alone (DSI).
+    random_chunks: instead, so many chunks of a passage, each from a random word on, as long as
+      there are as many places; drawn by the pid. 0: those of max_chunks.
     pseudo_query_path: TSV of pid and text, one pseudo-query a line; blank: sentences.
+    max_pseudo_queries: of a passage at most (0: all), the first of the file or of the text.
     min_sentence_words, max_sentence_words: shorter sentences are left out, longer ones cut.
     """
 
@@ -47,6 +53,8 @@ class Sources:
     pseudo_query_path: str = ""
     min_sentence_words: int = 4
     max_sentence_words: int = 40
+    random_chunks: int = field(default=0, metadata={"fingerprint": "unless default"})
+    max_pseudo_queries: int = field(default=0, metadata={"fingerprint": "unless default"})
 
     def __post_init__(self) -> None:
         rates = self.rates()
@@ -59,21 +67,35 @@ class Sources:
             raise ValueError(f"Sources: rates must not be negative, got {rates}")
         if self.chunk_words < 2:
             raise ValueError(f"Sources.chunk_words: got {self.chunk_words}, expected at least 2")
+        for name in ("max_chunks", "random_chunks", "max_pseudo_queries"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Sources.{name}: got {getattr(self, name)}, expected 0 or more")
+        if self.max_chunks and self.random_chunks:
+            raise ValueError(
+                f"Sources.random_chunks: got {self.random_chunks} with "
+                f"Sources.max_chunks={self.max_chunks}, expected one of them"
+            )
 
     def rates(self) -> dict[str, float]:
         """Rate of every source that is used."""
         return {name: getattr(self, name) for name in SOURCES if getattr(self, name)}
 
     def chunks(self, passage: Passage) -> Iterator[str]:
-        """Windows of `chunk_words` words, each half a window further, with the title before."""
+        """Windows of `chunk_words` words, each half a window further or at random places, with the
+        title before."""
         words = passage.text.split()
-        step = max(1, self.chunk_words // 2)
-        last = max(0, len(words) - self.chunk_words)
-        starts = [*range(0, last, step), last] if last else [0]
-        for start in starts[: self.max_chunks or None]:
+        for start in self._starts(passage.pid, max(0, len(words) - self.chunk_words)):
             chunk = " ".join(words[start : start + self.chunk_words])
             if text := f"{passage.title} {chunk}".strip():
                 yield text
+
+    def _starts(self, pid: str, last: int) -> list[int]:
+        """First words of the chunks, each once; the last chunk starts at `last`."""
+        if self.random_chunks:
+            drawn = np.random.default_rng(zlib.crc32(pid.encode()))
+            return sorted(drawn.permutation(last + 1)[: self.random_chunks].tolist())
+        step = max(1, self.chunk_words // 2)
+        return [*range(0, last, step), last][: self.max_chunks or None]
 
     def sentences(self, passage: Passage) -> Iterator[str]:
         """Sentences of the text, as pseudo-queries."""
@@ -100,10 +122,12 @@ class Part:
 def parts(source: str, settings: Sources, *, num_passages: int, num_qrels: int = 0) -> list[Part]:
     """The parts of a source in its order: 50,000 passages each, or 500,000 lines or qrels.
 
-    A packed file of pseudo-queries is one part.
+    A file of pseudo-queries is one part where it is packed, and with `max_pseudo_queries`: which
+    are the first of a passage is known from all lines before.
     """
     if source == "pseudo_queries" and settings.pseudo_query_path:
-        runs = lines.places(settings.pseudo_query_path, LINES_A_PART)
+        together = sys.maxsize if settings.max_pseudo_queries else LINES_A_PART
+        runs = lines.places(settings.pseudo_query_path, together)
         return [
             Part(source, number, start, start + count, offset)
             for number, (start, offset, count) in enumerate(runs)
@@ -165,14 +189,29 @@ def pairs(
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        for index, text in pseudo_queries(settings.pseudo_query_path, store, part):
+        found = pseudo_queries(settings.pseudo_query_path, store, part)
+        for index, text in _first(found, settings.max_pseudo_queries, len(store)):
             yield text, index, ""
     elif source == "pseudo_queries":
         for index, passage in _passages(store, part):
-            for text in settings.sentences(passage):
+            most = settings.max_pseudo_queries or None
+            for text in islice(settings.sentences(passage), most):
                 yield text, index, ""
     else:
         raise ValueError(f"unknown source {source!r}, expected one of {SOURCES}")
+
+
+def _first(
+    pairs: Iterable[tuple[int, str]], most: int, num_passages: int
+) -> Iterator[tuple[int, str]]:
+    """The first `most` (passage index, text) pairs of each passage; 0: all."""
+    counts = np.zeros(num_passages if most else 0, np.int32)
+    for index, text in pairs:
+        if most and counts[index] == most:
+            continue
+        if most:
+            counts[index] += 1
+        yield index, text
 
 
 def _passages(store: PassageStore, part: Part | None) -> Iterator[tuple[int, Passage]]:

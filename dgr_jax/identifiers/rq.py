@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class ResidualQuantization:
     train_passages: codebooks are trained on a sample of this size; then all passages are coded
     in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
     """
+
+    codes_by_position: ClassVar[bool] = True  # a code of another level is another token
 
     num_codes: int = 3
     codebook_size: int = 64

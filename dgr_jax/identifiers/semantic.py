@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,10 @@ class KMeansTree:
     leaf the passages are numbered in corpus order. train_passages: a larger cluster is split by
     centroids trained on a sample of this size. full_batch: as in `ResidualQuantization`.
     """
+
+    # A cluster of another level is another token. The places in leaves of different depth share
+    # theirs, but no code follows them, and the prefix before one tells its position.
+    codes_by_position: ClassVar[bool] = True
 
     branching: int = 10
     leaf_size: int = 100

@@ -299,7 +299,16 @@ def write_hf(
 
 
 def _layer_by_layer(config: T5Config, params: Any) -> tuple[T5Config, dict[str, np.ndarray]]:
-    """The config without scan and the parameters by name, on the host; see `_tree` for errors."""
+    """The config without scan and the parameters by name, on the host.
+
+    Raises ValueError as `_tree`, and for parameters that these formats have no place for.
+    """
+    if config.prefix_adaptive_layers:
+        raise ValueError(
+            f"T5Config.prefix_adaptive_layers: got {config.prefix_adaptive_layers}, expected 0: "
+            "neither t5x nor transformers has a place for the parameters of a prefix-adaptive "
+            "decoder; keep this student's own checkpoints"
+        )
     flat = flax.traverse_util.flatten_dict(nn.unbox(params), sep="/")
     flat = {name: np.asarray(leaf) for name, leaf in flat.items()}
     if config.scan_layers:

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
 
 from dgr_jax.models import pretrained
-from dgr_jax.models.t5 import T5Config, stack_layers, unstack_layers
+from dgr_jax.models.t5 import T5Config, Transformer, stack_layers, unstack_layers
 
 # Of the student, not of the weights.
-_OWN = ("vocab_size", "dropout_rate", "dtype", "remat", "scan_layers")
+_OWN = ("vocab_size", "dropout_rate", "dtype", "remat", "scan_layers", "prefix_adaptive_layers")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Pretrained:
     """A published T5, T5 1.1 or FLAN-T5.
 
     source: a Hugging Face folder or hub id, or a t5x checkpoint, which may be in a bucket.
-    seed: of the rows that the student's vocabulary has beyond that of the weights.
+    seed: of the rows that the student's vocabulary has beyond that of the weights, and of its
+      prefix-adaptive layers, which no weights have.
     """
 
     source: str
@@ -47,4 +50,18 @@ class Pretrained:
         )
         if config.scan_layers and not found.scan_layers:
             params = stack_layers(params)
-        return params
+        return params | _prefix_adaptation(config, self.seed)
+
+
+def _prefix_adaptation(config: T5Config, seed: int) -> dict[str, Any]:
+    """New parameters of the prefix-adaptive decoder, where the student has one."""
+    if not config.prefix_adaptive_layers:
+        return {}
+
+    @jax.jit  # makes these parameters alone
+    def draw() -> dict[str, Any]:
+        tokens = jnp.ones((1, 2), jnp.int32)
+        params = Transformer(config).init(jax.random.key(seed), tokens, tokens)["params"]
+        return {"prefix_adaptation": nn.unbox(params["prefix_adaptation"])}
+
+    return jax.device_get(draw())

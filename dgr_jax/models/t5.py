@@ -41,6 +41,8 @@ class T5Config:
     remat: what a layer computes again in the backward pass: 'none', 'minimal', 'full', see REMAT.
     scan_layers: one layer is compiled and run for all; the parameters of a stack lie in arrays
       with an axis of layers, as t5x's scanned checkpoints. See `stack_layers`.
+    prefix_adaptive_layers: of the decoder that adapts the output weights to the prefix, see
+      `PrefixAdaptation` (4 in the published model); 0: the output weights of a T5.
     """
 
     vocab_size: int = 0
@@ -58,6 +60,9 @@ class T5Config:
     dtype: str = "float32"
     remat: str = dataclasses.field(default="none", metadata={"fingerprint": False})
     scan_layers: bool = False
+    prefix_adaptive_layers: int = dataclasses.field(
+        default=0, metadata={"fingerprint": "unless default"}
+    )
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -69,6 +74,11 @@ class T5Config:
         for name in ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"T5Config.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.prefix_adaptive_layers < 0:
+            raise ValueError(
+                f"T5Config.prefix_adaptive_layers: got {self.prefix_adaptive_layers}, expected 0 "
+                "or more"
+            )
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
 
 
@@ -199,6 +209,24 @@ class DecoderLayer(nn.Module):
         return (self._rest(x + y, cross, cross_bias, True), cache), None
 
 
+class PrefixLayer(DecoderLayer):
+    """A decoder layer that sees no query: self-attention and feed-forward."""
+
+    def setup(self) -> None:
+        self.pre_self_attention_layer_norm = _norm(self.config)
+        self.self_attention = _attention(self.config)
+        self.pre_mlp_layer_norm = _norm(self.config)
+        self.mlp = _mlp(self.config)
+        self.dropout = _dropout(self.config)
+
+    def _rest(self, x, cross, cross_bias, deterministic):
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic)
+
+    def cross(self, encoded: jax.Array) -> None:
+        return None
+
+
 def _rematerialised(config: T5Config, layer: type[nn.Module], deterministic: int) -> Any:
     """The class of a layer under T5Config.remat; deterministic: the place of that argument."""
     if config.remat == "none":
@@ -274,9 +302,7 @@ class Decoder(nn.Module):
 
     def __call__(self, x, encoded, valid, deterministic: bool) -> jax.Array:
         """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] or [B, R, Q] -> [B, R, T, D]"""
-        length = x.shape[2]
-        causal = jnp.tril(jnp.ones((length, length), bool))
-        bias = self.relpos_bias(length, length, False) + jnp.where(causal, 0.0, layers.NEGATIVE)
+        bias = _causal_bias(self.relpos_bias, x.shape[2])
         x = self.dropout(x, deterministic)
         if self.config.scan_layers:
             x, _ = self.layers.scan(x, bias, encoded, _cross_bias(valid), deterministic)
@@ -292,11 +318,7 @@ class Decoder(nn.Module):
 
     def step(self, x, cache, position, cross, valid):
         """x [B, R, 1, D] -> ([B, R, 1, D], cache)"""
-        length = jax.tree.leaves(cache)[0].shape[-3]
-        bias = jax.lax.dynamic_slice_in_dim(
-            self.relpos_bias(length, length, False), position, 1, axis=1
-        )
-        bias = bias + jnp.where(jnp.arange(length) <= position, 0.0, layers.NEGATIVE)
+        bias = _step_bias(self.relpos_bias, cache, position)
         if self.config.scan_layers:
             numbers = jnp.arange(self.config.num_decoder_layers, dtype=jnp.int32)
             (x, cache), _ = self.layers.scan_step(
@@ -312,10 +334,83 @@ class Decoder(nn.Module):
         return self.decoder_norm(x), new_cache
 
 
+def _causal_bias(relpos_bias: Any, length: int) -> jax.Array:
+    """[H, T, T]"""
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return relpos_bias(length, length, False) + jnp.where(causal, 0.0, layers.NEGATIVE)
+
+
+def _step_bias(relpos_bias: Any, cache: Any, position: jax.Array) -> jax.Array:
+    """The row of `_causal_bias` at a position, [H, 1, S]."""
+    length = jax.tree.leaves(cache)[0].shape[-3]
+    bias = jax.lax.dynamic_slice_in_dim(relpos_bias(length, length, False), position, 1, axis=1)
+    return bias + jnp.where(jnp.arange(length) <= position, 0.0, layers.NEGATIVE)
+
+
 def _cross_bias(valid: jax.Array) -> jax.Array:
     """bool [B, Q] or [B, R, Q] -> additive bias [B, 1, 1 or R, 1, Q]"""
     valid = valid[:, None] if valid.ndim == 2 else valid
     return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, :, None, :]
+
+
+class PrefixAdaptation(nn.Module):
+    """Output weights that depend on the prefix: the prefix-aware weight-adaptive decoder of NCI
+    (Wang et al. 2022), for identifiers whose codes are other tokens at every position.
+
+    There p(r_i | r_<i, x) = softmax(h_i W_i'), W_i' = A(e, r_1 ... r_{i-1}) W_i: a small decoder A
+    reads the query's vector e in place of the start token, then the codes before the i-th, and
+    gives a D x D matrix. Here W_i are the columns of position i of the output weights, as every
+    position has codes of its own; h_i A is computed, and no W_i' of a prefix is ever made; and the
+    linear map from the decoder's output a [D] to the matrix, D^3 parameters, is a sum of D terms of
+    rank one (a CP decomposition), beside the identity:
+
+        h A = h + ((h P) * (a G)) R,   P, G and R [D, D].
+
+    e is the mean of the encoder's output over the query.
+    """
+
+    config: T5Config
+
+    def setup(self) -> None:
+        config = self.config
+        layer = _rematerialised(config, PrefixLayer, 5)
+        project = functools.partial(layers.Dense, config.emb_dim, dtype=jnp.dtype(config.dtype))
+        self.relpos_bias = _relpos(config)
+        self.blocks = [layer(config) for _ in range(config.prefix_adaptive_layers)]
+        self.norm = _norm(config)
+        self.dropout = _dropout(config)
+        self.hidden, self.gate = project(("embed", "mlp")), project(("embed", "mlp"))
+        self.out = project(("mlp", "embed"))
+
+    def __call__(self, x, prefix, encoded, valid, deterministic: bool) -> jax.Array:
+        """x, prefix (embedded decoder inputs) [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] or
+        [B, R, Q] -> [B, R, T, D]"""
+        query = jnp.broadcast_to(_mean(encoded, valid), prefix[:, :, :1].shape)
+        y = self.dropout(jnp.concatenate([query, prefix[:, :, 1:]], axis=2), deterministic)
+        bias = _causal_bias(self.relpos_bias, x.shape[2])
+        for block in self.blocks:
+            y = block(y, bias, None, None, deterministic)
+        return self._adapted(x, self.dropout(self.norm(y), deterministic))
+
+    def step(self, x, prefix, cache, position, encoded, valid):
+        """x, prefix [B, R, 1, D] at a position -> ([B, R, 1, D], cache)"""
+        y = jnp.where(position == 0, _mean(encoded, valid), prefix)
+        bias, new_cache = _step_bias(self.relpos_bias, cache, position), []
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            y, block_cache = block.step(y, block_cache, position, bias, None, None)
+            new_cache.append(block_cache)
+        return self._adapted(x, self.norm(y)), new_cache
+
+    def _adapted(self, x: jax.Array, adaptive: jax.Array) -> jax.Array:
+        return x + self.out(self.hidden(x) * self.gate(adaptive))
+
+
+def _mean(encoded: jax.Array, valid: jax.Array) -> jax.Array:
+    """encoded [B, Q, D], valid bool [B, Q] or [B, R, Q] -> [B, 1 or R, 1, D]"""
+    weights = (valid[:, None] if valid.ndim == 2 else valid).astype(jnp.float32)
+    weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+    mean = jnp.einsum("brq,bqd->brd", weights, encoded.astype(jnp.float32))
+    return mean[:, :, None].astype(encoded.dtype)
 
 
 class Transformer(nn.Module):
@@ -332,6 +427,8 @@ class Transformer(nn.Module):
         self.token_embedder = _Embedder(config.vocab_size, config.emb_dim)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.prefix_adaptive_layers:
+            self.prefix_adaptation = PrefixAdaptation(config)
 
     def __call__(
         self,
@@ -362,25 +459,32 @@ class Transformer(nn.Module):
 
         encoder_input_tokens may be int32 [B, R, Q], 0 where a target must not look.
         """
-        x = self._embed(decoder_input_tokens)
-        x = self.decoder(x, encoded, encoder_input_tokens > 0, deterministic)
+        prefix, valid = self._embed(decoder_input_tokens), encoder_input_tokens > 0
+        x = self.decoder(prefix, encoded, valid, deterministic)
+        if self.config.prefix_adaptive_layers:
+            x = self.prefix_adaptation(x, prefix, encoded, valid, deterministic)
         return self.logits(x)
 
     def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> Any:
         """Empty self-attention cache: a layer's key and value, [B, R, length, H, K] each; of
-        scanned layers one key and value, [B, R, layers, length, H, K] each."""
+        scanned layers one key and value, [B, R, layers, length, H, K] each. With prefix-adaptive
+        layers (that cache, that of these layers)."""
         config = self.config
         rows, width = (encoded.shape[0], num_beams), (length, config.num_heads, config.head_dim)
-        if config.scan_layers:
-            empty = jnp.zeros((*rows, config.num_decoder_layers, *width), config.dtype)
+
+        def of(*layers: int) -> dict[str, jax.Array]:
+            empty = jnp.zeros((*rows, *layers, *width), config.dtype)
             return {"key": empty, "value": empty}
-        empty = jnp.zeros((*rows, *width), config.dtype)
-        return [{"key": empty, "value": empty} for _ in range(config.num_decoder_layers)]
+
+        stack, adaptive = config.num_decoder_layers, config.prefix_adaptive_layers
+        own = of(stack) if config.scan_layers else [of() for _ in range(stack)]
+        return (own, [of() for _ in range(adaptive)]) if adaptive else own
 
     def cross(self, encoded: jax.Array) -> Any:
         """Every layer's cross-attention keys and values of the queries, [B, Q, H, K] each; of
-        scanned layers [layers, B, Q, H, K] each."""
-        return self.decoder.cross(encoded)
+        scanned layers [layers, B, Q, H, K] each. With prefix-adaptive layers (those, encoded)."""
+        cross = self.decoder.cross(encoded)
+        return (cross, encoded) if self.config.prefix_adaptive_layers else cross
 
     def step(
         self,
@@ -391,9 +495,14 @@ class Transformer(nn.Module):
         encoder_input_tokens: jax.Array,
     ) -> tuple[jax.Array, Any]:
         """One decoding step: tokens int32 [B, R] at `position` -> f32 logits [B, R, V], cache."""
-        x = self._embed(tokens[:, :, None])
-        x, cache = self.decoder.step(x, cache, position, cross, encoder_input_tokens > 0)
-        return self.logits(x[:, :, 0]), cache
+        prefix, valid = self._embed(tokens[:, :, None]), encoder_input_tokens > 0
+        if not self.config.prefix_adaptive_layers:
+            x, cache = self.decoder.step(prefix, cache, position, cross, valid)
+            return self.logits(x[:, :, 0]), cache
+        (cross, encoded), (cache, adaptive) = cross, cache
+        x, cache = self.decoder.step(prefix, cache, position, cross, valid)
+        x, adaptive = self.prefix_adaptation.step(x, prefix, adaptive, position, encoded, valid)
+        return self.logits(x[:, :, 0]), (cache, adaptive)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]"""

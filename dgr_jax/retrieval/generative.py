@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,13 +24,17 @@ from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search
-from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 
 if TYPE_CHECKING:
+    from dgr_jax.decoding.trie_expand import TrieConstraint
     from dgr_jax.models.dual_encoder import DualEncoderConfig
     from dgr_jax.retrieval.dense import DenseSearch, Searcher
     from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
+
+logger = logging.getLogger(__name__)
 
 SYSTEMS = ("distill", "control", "generate", "refresh", "dense")
 BLOCK = 4096  # queries tokenised, and sorted by length, together
@@ -51,6 +57,8 @@ class Search:
     depth: passages a query in a run.
     query_length: tokens of a query, EOS counted; longer ones are cut.
     renormalise: log-probabilities over the legal tokens instead of the whole vocabulary.
+    constrained: only identifiers of passages are written. Otherwise any tokens may be; what is no
+      identifier finds nothing, and is counted (`Decoder.counts`).
     min_query_length, queries_per_shape: a query is padded to query_length or, where at least
       `queries_per_shape` of those retrieved together fit, to its half, quarter ... of at least
       `min_query_length` tokens. Decoding compiles once for each length that is used.
@@ -62,6 +70,7 @@ class Search:
     depth: int = 100
     query_length: int = 32
     renormalise: bool = False
+    constrained: bool = field(default=True, metadata={"fingerprint": "unless default"})
     min_query_length: int = _without_effect(8)
     queries_per_shape: int = _without_effect(2048)
     max_replicated_bytes: int = _without_effect(4 << 30)
@@ -70,6 +79,11 @@ class Search:
         for name in ("num_beams", "batch_size", "depth", "query_length", "min_query_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Search.{name}: got {getattr(self, name)}, expected at least 1")
+        if self.renormalise and not self.constrained:
+            raise ValueError(
+                "Search.renormalise: got True with Search.constrained=False, expected False: "
+                "without a constraint all tokens are legal"
+            )
 
     @property
     def padded_lengths(self) -> tuple[int, ...]:
@@ -205,6 +219,8 @@ class Decoder:
     params: placed on the mesh as `partitioning.abstract_params` says.
     index: built from the rows of the table, in their order.
     allowed: bool [P], passages that may be returned; None: all. See `restrict`.
+    counts: of `sequences` found by searches without a constraint, and of `unknown` ones among them,
+      which are no identifiers.
     """
 
     config: T5Config
@@ -214,9 +230,16 @@ class Decoder:
     search: Search
     mesh: jax.sharding.Mesh
     allowed: np.ndarray | None = None
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._constraint = self.index.constraint(
+        self._constraint = self._trie() if self.search.constrained else self._anything()
+        self._decode = decode_fn(
+            self.config, self.search.num_beams, self.index.layout.max_length, self.mesh
+        )
+
+    def _trie(self) -> TrieConstraint:
+        return self.index.constraint(
             renormalise=self.search.renormalise,
             shardings=functools.partial(
                 partitioning.index_shardings,
@@ -224,9 +247,11 @@ class Decoder:
                 max_replicated_bytes=self.search.max_replicated_bytes,
             ),
         )
-        self._decode = decode_fn(
-            self.config, self.search.num_beams, self.index.layout.max_length, self.mesh
-        )
+
+    def _anything(self) -> Unconstrained:
+        """Sequences as long as the identifiers: ended by EOS, where these differ in length."""
+        layout = self.index.layout
+        return Unconstrained(layout.max_length, None if layout.ends == "fixed" else EOS_ID)
 
     @property
     def query_length(self) -> int:
@@ -299,6 +324,9 @@ class Decoder:
                 if before.last:
                     yield before.found
             before = batch
+        if self.counts:
+            counted = "of %(sequences)d sequences found, %(unknown)d are no identifier"
+            logger.info(counted, self.counts)
 
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
         shards = partitioning.batch_shards(self.mesh)
@@ -333,11 +361,20 @@ class Decoder:
         if batch.result is None:
             return
         count = len(batch.places)
-        rows = self.index.table_rows(np.asarray(batch.result.rows)[:count])
+        rows = self._found(batch.result, count)
         log_probs = np.asarray(batch.result.log_probs)[:count]
         ranked = rank_passages(rows, log_probs, self.table, self.search.depth, self.allowed)
         for whole, part in zip(batch.found, ranked, strict=True):
             whole[batch.places] = part
+
+    def _found(self, result: BeamResult, count: int) -> np.ndarray:
+        """Rows of the table that the first `count` queries found, int [count, M], -1: none."""
+        if self.search.constrained:
+            return self.index.table_rows(np.asarray(result.rows)[:count])
+        rows = self.table.lookup(np.asarray(result.tokens)[:count])
+        valid = np.asarray(result.valid)[:count]
+        self.counts.update(sequences=int(valid.sum()), unknown=int((valid & (rows < 0)).sum()))
+        return rows
 
 
 @dataclass(frozen=True)
