@@ -310,7 +310,7 @@ def test_gin_files_name_what_there_is(adapter, file):
             settings.append((statement.selector, statement.arg_name))
     checked = 0
     for name, setting in [*settings, *((name, None) for name in names.used)]:
-        module, _, component = name.partition(".")
+        module, _, component = name.rpartition("/")[2].partition(".")
         if module in modules:
             found = getattr(modules[module], component)
             parameters = inspect.signature(found).parameters
