@@ -224,7 +224,9 @@ def test_tasks_and_converter(adapter, prepared, tiny_model_dir):
     answered = examples("quickstart_test", "test", prepared.lengths())
     assert len(answered) == len(queries) == 240
     assert "identifier_tokens" not in answered[0]
-    expected = prepared.made.vocabulary.encode_inputs([next(iter(queries.values())).text], 12)
+    expected = prepared.made.vocabulary.encode_inputs(
+        [next(iter(queries.values())).text], lengths["inputs"]
+    )
     np.testing.assert_array_equal(answered[0]["encoder_input_tokens"], expected[0])
     targets = np.stack([e["decoder_target_tokens"] for e in answered])
     assert (prepared.made.table.lookup(targets) >= 0).all()
