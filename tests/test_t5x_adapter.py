@@ -2,6 +2,7 @@
 needs its own training loop is skipped."""
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -120,14 +121,13 @@ def check_loss(student, objective, params, batch, given):
         (RNG, student.config),
         (None, dataclasses.replace(student.config, dropout_rate=0.0)),
     ):
-        expected = objective.loss_fn(Transformer(config))(params, given, RNG)
-        loss, metrics = student.loss_fn(params, batch, rng)
+        expected = jax.jit(objective.loss_fn(Transformer(config)))(params, given, RNG)
+        loss, metrics = jax.jit(student.loss_fn)(params, batch, rng)
         close(loss, expected[0] / expected[1])
         close(metrics["loss"].compute(), loss)
         for name, (total, weight) in expected[2].items():
             close(metrics[name].compute(), total / weight)
         assert {"timing/seqs_per_second", "timing/steps_per_second"} <= set(metrics)
-    close(student.eval_fn(params, batch)[0], loss)
 
 
 def test_the_generation_loss_is_that_of_the_objective(generating, params, batch):
@@ -145,10 +145,12 @@ def test_the_distillation_loss_is_that_of_the_objective(
         generating.loss_fn(params, lists, RNG)
 
 
-def test_a_loss_normalizing_factor_takes_the_place_of_the_weight(adapter, prepared, params, batch):
-    mean = adapter.Student(prepared, CONFIG, None).eval_fn(params, batch)[0]
-    settings = {"loss_normalizing_factor": 24.0}
-    fixed = adapter.Student(prepared, CONFIG, None, **settings).eval_fn(params, batch)[0]
+def test_a_loss_normalizing_factor_takes_the_place_of_the_weight(
+    adapter, prepared, generating, params, batch
+):
+    mean = jax.jit(generating.eval_fn)(params, batch)[0]
+    student = adapter.Student(prepared, CONFIG, None, loss_normalizing_factor=24.0)
+    fixed = jax.jit(student.eval_fn)(params, batch)[0]
     close(fixed * 24, mean * batch["decoder_loss_weights"].sum())
 
 
@@ -156,17 +158,21 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     generating, prepared, params, batch
 ):
     decodes, aux = jax.jit(generating.predict_batch_with_aux)(params, batch)
-    apply = lambda *given, **more: generating.module.apply({"params": params}, *given, **more)
     tokens = jnp.asarray(batch["encoder_input_tokens"])
-    encoded = apply(tokens, method="encode")
-    cross = apply(encoded, method="cross")
-    expected = beam_search.beam_search(
-        lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
-        prepared.index.constraint(),
-        apply(encoded, 4, decodes.shape[-1], method="init_cache"),
-        batch_size=3,
-        num_beams=4,
-    )
+
+    def search(params):
+        apply = functools.partial(generating.module.apply, {"params": params})
+        encoded = apply(tokens, method="encode")
+        cross = apply(encoded, method="cross")
+        return beam_search.beam_search(
+            lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
+            prepared.index.constraint(),
+            apply(encoded, 4, decodes.shape[-1], method="init_cache"),
+            batch_size=3,
+            num_beams=4,
+        )
+
+    expected = jax.jit(search)(params)
     np.testing.assert_array_equal(decodes[:, ::-1], expected.tokens)
     np.testing.assert_allclose(aux["scores"][:, ::-1], expected.log_probs, rtol=1e-5)
     assert (prepared.made.table.lookup(np.asarray(decodes)) >= 0).all()
@@ -179,8 +185,9 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
         "decoder_input_tokens": np.pad(best[:, :-1], ((0, 0), (1, 0))),
         "decoder_loss_weights": np.ones(best.shape, np.float32),
     }
-    np.testing.assert_allclose(generating.score_batch(params, answered), aux["scores"], rtol=1e-4)
-    scores, more = generating.score_batch(params, answered, return_intermediates=True)
+    score = jax.jit(functools.partial(generating.score_batch, return_intermediates=True))
+    scores, more = score(params, answered)
+    np.testing.assert_allclose(scores, aux["scores"], rtol=1e-4)
     np.testing.assert_allclose(more["decoder"]["token_scores"][0].sum(-1), scores, rtol=1e-5)
 
 
