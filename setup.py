@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     # gin files and tasks live at the top of the repository and inside the package when installed.
     packages=find_packages(include=["dgr_jax", "dgr_jax.*"])
-    + [f"dgr_jax.gin_configs{part}" for part in ("", ".models", ".runs", ".studies")]
+    + [f"dgr_jax.gin_configs{part}" for part in ("", ".models", ".runs", ".studies", ".t5x")]
     + ["dgr_jax.tasks"],
     package_dir={"dgr_jax.gin_configs": "gin_configs", "dgr_jax.tasks": "tasks"},
     package_data={
@@ -26,6 +26,7 @@ setup(
         "dgr_jax.gin_configs.models": ["*.gin"],
         "dgr_jax.gin_configs.runs": ["*.gin"],
         "dgr_jax.gin_configs.studies": ["*.gin"],
+        "dgr_jax.gin_configs.t5x": ["*.gin"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[

@@ -46,6 +46,7 @@ TOP = {
     "planning",
     "studies",
     "study",
+    "t5x_adapter",
 }
 
 
@@ -90,6 +91,8 @@ def test_tensorflow_and_gin_stay_in_their_rooms(path):
         assert not outside & {"tensorflow", "tensorflow_datasets", "seqio"}
     if room(path) != "cli":
         assert "gin" not in outside
+    if room(path) != "t5x_adapter":
+        assert "t5x" not in outside
 
 
 def test_the_package_itself_imports_nothing_heavy():

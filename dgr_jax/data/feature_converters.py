@@ -222,3 +222,35 @@ class ViewListConverter(RankListConverter):
         lengths = super().get_model_feature_lengths(task_feature_lengths)
         passed = (*VIEW_FEATURES, "corpus_tokens")
         return lengths | {name: task_feature_lengths[name] for name in passed}
+
+
+class TaskConverter(seqio.FeatureConverter):
+    """Rank lists or generation examples, whichever a task holds: for programs with one converter
+    for all tasks of a model. Its arguments are those that t5x gives.
+
+    Raises ValueError for pack=True: a query and its identifier stand alone.
+    """
+
+    TASK_FEATURES = GenerationConverter.TASK_FEATURES
+    MODEL_FEATURES = GenerationConverter.MODEL_FEATURES
+    PACKING_FEATURE_DTYPES = {}
+
+    def __init__(self, pack: bool = False, use_custom_packing_ops: bool = False) -> None:
+        if pack or use_custom_packing_ops:
+            raise ValueError(
+                "DatasetConfig.pack: got True, expected False: an example is one query and its "
+                "identifiers"
+            )
+        super().__init__(pack=False)
+
+    def __call__(self, ds, task_feature_lengths):
+        return self._of(ds.element_spec)(ds, task_feature_lengths)
+
+    def _convert_features(self, ds, task_feature_lengths):
+        return self._of(ds.element_spec)._convert_features(ds, task_feature_lengths)
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        return self._of(task_feature_lengths).get_model_feature_lengths(task_feature_lengths)
+
+    def _of(self, features: Mapping[str, object]) -> seqio.FeatureConverter:
+        return RankListConverter() if "identifiers" in features else GenerationConverter()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -150,9 +151,146 @@ def _register_rank_lists(name, made, text, identifier) -> None:
     )
 
 
-def _features(vocabulary: Vocabulary) -> tuple[seqio.Feature, seqio.Feature]:
+def register_token_lists(
+    name: str, vocabulary: Vocabulary, lists: Mapping[str, np.ndarray]
+) -> None:
+    """Add (or replace) `<name>_rank_lists` from the token arrays of the teach stage: what
+    RankListConverter makes of it is those arrays, in their order.
+
+    lists: model features [n, ...] of `rank_lists.features`, memory mapped or not.
+    """
+    text, identifier = _features(vocabulary)
+    scores = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)
+    features = {
+        "inputs": seqio.Feature(text.vocabulary, add_eos=False),
+        "targets": identifier,
+        "identifiers": _ranked(identifier, 3),
+        "identifier_weights": _ranked(scores, 2),
+        "teacher_scores": scores,
+    }
+    places = {
+        "inputs": "encoder_input_tokens",
+        "targets": "decoder_target_tokens",
+        "identifiers": "identifier_tokens",
+        "identifier_weights": "identifier_weights",
+        "teacher_scores": "teacher_scores",
+    }
+    columns = {feature: lists[place] for feature, place in places.items()}
+    signature = {
+        feature: tf.TensorSpec(rows.shape[1:], features[feature].dtype)
+        for feature, rows in columns.items()
+    }
+
+    def rows() -> Iterator[dict[str, np.ndarray]]:
+        for row in range(len(columns["inputs"])):
+            yield {feature: column[row] for feature, column in columns.items()}
+
+    _register_function(f"{name}_rank_lists", rows, signature, features, split="train")
+
+
+def register_questions(
+    name: str,
+    vocabulary: Vocabulary,
+    questions: Sequence[tuple[str, np.ndarray]],
+    known: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Add (or replace) task `name`, split `test`: queries to be answered, measured by
+    `answer_measures`.
+
+    questions: (text, identifiers of its positives int32 [n, T], the best first); the first is the
+    target. known: int32 [..., T] -> bool [...], whether these are identifiers.
+    """
+    text, identifier = _features(vocabulary)
+    signature = {
+        "inputs": tf.TensorSpec((), tf.string),
+        "targets": tf.TensorSpec((None,), tf.int32),
+        "positives": tf.TensorSpec((None, None), tf.int32),
+    }
+
+    def rows() -> Iterator[dict[str, object]]:
+        for query, positives in questions:
+            yield {"inputs": query, "targets": positives[0], "positives": positives}
+
+    def postprocess(output: Sequence, *, example: Mapping[str, np.ndarray], is_target: bool):
+        positives = example["positives"]
+        return positives if is_target else _answers(output, positives.shape[-1])
+
+    def measures(targets: Sequence[np.ndarray], predictions: Sequence[np.ndarray]):
+        return answer_measures(targets, predictions, known)
+
+    _register_function(
+        name,
+        rows,
+        signature,
+        {"inputs": text, "targets": identifier},
+        split="test",
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        postprocess_fn=postprocess,
+        metric_fns=[measures],
+    )
+
+
+def _answers(output: Sequence, length: int) -> np.ndarray:
+    """One sequence of tokens, or several of which the best is the last -> int32 [M, length], the
+    best first; sequences are cut behind EOS, and padded here."""
+    several = output if len(output) and np.ndim(output[0]) else [output]
+    rows = np.zeros((len(several), length), np.int32)
+    for row, tokens in zip(rows, reversed(several), strict=True):
+        row[: len(tokens)] = tokens[:length]
+    return rows
+
+
+def answer_measures(
+    targets: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    known: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, float]:
+    """Success@1, Success@10, RR@10 and the share of legal identifiers among all that were written.
+
+    targets: positives of each query int32 [n, T]; predictions int32 [M, T], the best first, rows of
+    0 where there was none; known: int32 [..., T] -> bool [...].
+    """
+    places, legal, written = [], 0, 0
+    for positives, answers in zip(targets, predictions, strict=True):
+        same = (answers[:, None] == positives[None]).all(-1).any(-1)
+        places.append(int(same.argmax()) if same.any() else 10)
+        there = answers.any(-1)
+        written += int(there.sum())
+        legal += int(known(answers[there]).sum())
+    found = np.array(places)
+    return {
+        "Success@1": float((found < 1).mean()),
+        "Success@10": float((found < 10).mean()),
+        "RR@10": float(np.where(found < 10, 1 / (found + 1), 0.0).mean()),
+        "legal": legal / max(1, written),
+    }
+
+
+def _register_function(name, rows, signature, features, split, preprocessors=(), **more) -> None:
+    """A task over a generator of examples."""
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed
+        return tf.data.Dataset.from_generator(rows, output_signature=signature)
+
+    _replace(seqio.TaskRegistry, name)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset, splits=[split]),
+        preprocessors=list(preprocessors),
+        output_features=features,
+        **more,
+    )
+
+
+def vocabularies(vocabulary: Vocabulary) -> tuple[seqio.Vocabulary, seqio.Vocabulary]:
+    """SeqIO's vocabularies of the texts and of the identifiers in all tasks."""
     pieces = seqio.SentencePieceVocabulary(str(vocabulary.folder / "spiece.model"))
-    codes = seqio.PassThroughVocabulary(vocabulary.size, eos_id=EOS_ID)
+    return pieces, seqio.PassThroughVocabulary(vocabulary.size, eos_id=EOS_ID)
+
+
+def _features(vocabulary: Vocabulary) -> tuple[seqio.Feature, seqio.Feature]:
+    pieces, codes = vocabularies(vocabulary)
     return seqio.Feature(pieces, add_eos=True), seqio.Feature(codes, add_eos=False)
 
 

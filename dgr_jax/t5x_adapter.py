@@ -1,0 +1,311 @@
+"""The student as a model of t5x (Roberts et al. 2022), for `python -m t5x.train`; see docs/t5x.md.
+
+t5x brings the loop, the mesh, the optimizer and the checkpoints; from here come the student, the
+objectives, and a decoder that writes only identifiers that exist. Parameters have t5x's names, so
+checkpoints go both ways: t5x's are read by `dgr_jax.models.pretrained`, and
+`initial_checkpoint` makes one of published weights for a collection's vocabulary.
+
+Axis letters: B queries, Q query length, M beams, T target length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.core
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+from flax import linen as nn
+from flax.linen import partitioning as flax_partitioning
+
+from dgr_jax import partitioning
+from dgr_jax.decoding import trie
+from dgr_jax.losses import generation
+from dgr_jax.models import pretrained
+from dgr_jax.models.start import Pretrained
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.pipeline import read_record
+from dgr_jax.retrieval import generative
+from dgr_jax.stages.prepare import Prepared, task_file
+from dgr_jax.stages.students import with_vocabulary
+from dgr_jax.training import arrays
+from dgr_jax.training.objectives import Distillation, Generation
+
+try:
+    from t5x import metrics as t5x_metrics
+    from t5x import models as t5x_models
+except ImportError as error:
+    raise ImportError(
+        "dgr_jax.t5x_adapter needs t5x, which is installed from its repository: "
+        f"pip install git+https://github.com/google-research/t5x ({error})"
+    ) from error
+
+from dgr_jax.data import tasks
+from dgr_jax.data.feature_converters import TaskConverter
+
+Batch = Mapping[str, jax.Array]
+
+
+class Collection:
+    """A MODEL_DIR whose prepare stage is done; its SeqIO tasks are registered when it is opened.
+
+    Those of its file in tasks/ (`squad_generation` and its parts), `squad_rank_lists` where the
+    teach stage is done as well, and `squad_test` (and so on) for each test split: its queries, with
+    Success@k, RR@10, and the share of legal identifiers as metrics.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.folder = Path(model_dir)
+        settings = read_record(self.folder / "prepare").get("settings", {}).get("prepare")
+        if settings is None:
+            raise FileNotFoundError(
+                f"PREPARED: no prepared collection in {self.folder}; make one with "
+                "python -m dgr_jax.prepare --model_dir=DIR"
+            )
+        self.settings: dict[str, Any] = settings
+        self.made = Prepared.load(self.folder)
+        if self.made.table is None:
+            raise ValueError(
+                f"PREPARED: {self.folder} has identifiers of several views; expected one a "
+                "passage, such as Prepare.identifiers = @ResidualQuantization()"
+            )
+        self.index = trie.load(self.made.folder / "trie")
+        self._register()
+
+    def _register(self) -> None:
+        made, settings = self.made, self.settings
+        name = settings["tasks"]
+        rates = {part: settings["sources"][part] for part in self._parts()}
+        task_file(name).register(tasks.Prepared(made.folder / "tfds", made.vocabulary, rates))
+        if (lists := self._rank_lists()) is not None:
+            tasks.register_token_lists(name, made.vocabulary, lists)
+        for split in settings["test_splits"]:
+            tasks.register_questions(
+                f"{name}_{split}",
+                made.vocabulary,
+                list(self._questions(split)),
+                known=lambda tokens: made.table.lookup(tokens) >= 0,
+            )
+
+    def _parts(self) -> list[str]:
+        return sorted(path.name for path in (self.made.folder / "arrays").iterdir())
+
+    def _rank_lists(self) -> Mapping[str, Any] | None:
+        folder = self.folder / "teach"
+        done = read_record(folder).get("status") == "done"
+        return arrays.read_arrays(folder / "rank_lists") if done else None
+
+    def _questions(self, split: str) -> Any:
+        """(text, identifiers of its positives int32 [n, T], best first) of each judged query."""
+        table, store = self.made.table, self.made.store
+        rows, qrels = table.rows_of_passages(), self.made.qrels(split)
+        for qid, query in self.made.queries(split).items():
+            judged = sorted(qrels.get(qid, {}).items(), key=lambda item: -item[1])
+            good = [pid for pid, grade in judged if grade >= self.settings["min_relevance"]]
+            found = [row for pid in good if (row := rows[store.index_of(pid)]) >= 0]
+            if found:
+                yield query.text, table.tokens[found]
+
+    def lengths(self, *, rank_lists: bool = False) -> dict[str, int | tuple[int, ...]]:
+        """Task feature lengths of the generation tasks, or of the rank lists."""
+        target = self.made.table.tokens.shape[1]
+        lengths = {"inputs": self.settings["query_length"], "targets": target}
+        if not rank_lists:
+            return lengths
+        if (lists := self._rank_lists()) is None:
+            raise FileNotFoundError(
+                f"PREPARED: no rank lists in {self.folder}; make them with python -m dgr_jax.teach"
+            )
+        names = {"identifiers": "identifier_tokens", "identifier_weights": "identifier_weights"}
+        names["teacher_scores"] = "teacher_scores"
+        return lengths | {feature: lists[name].shape[1:] for feature, name in names.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(model_dir: Path) -> Collection:
+    return Collection(model_dir)
+
+
+def collection(model_dir: str) -> Collection:
+    """The collection in a MODEL_DIR, opened once: what gin files refer to."""
+    return _opened(Path(model_dir).resolve())
+
+
+def task_feature_lengths(
+    prepared: Collection, rank_lists: bool = False
+) -> dict[str, int | tuple[int, ...]]:
+    """TASK_FEATURE_LENGTHS of gin files."""
+    return prepared.lengths(rank_lists=rank_lists)
+
+
+def variables(model: Transformer, rng: jax.Array) -> flax.core.FrozenDict:
+    """New parameters as t5x wants them: arrays, and their logical axes in `params_axes`."""
+    boxed = partitioning.boxed_params(model, rng)
+    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    named = flax.traverse_util.flatten_dict(
+        jax.tree.map(lambda box: flax_partitioning.AxisMetadata(box.names), boxed, is_leaf=is_box),
+        is_leaf=lambda _, leaf: isinstance(leaf, flax_partitioning.AxisMetadata),
+    )
+    axes = {(*path[:-1], f"{path[-1]}_axes"): names for path, names in named.items()}
+    return flax.core.freeze(
+        {"params": nn.unbox(boxed), "params_axes": flax.traverse_util.unflatten_dict(axes)}
+    )
+
+
+class Student(t5x_models.BaseTransformerModel):
+    """The student, its objective, and search over the identifiers of a collection.
+
+    config: of the student; vocab_size 0 is that of the collection.
+    objective: Generation or Distillation; with rank lists, the generation target is the best
+      positive of each.
+    num_decodes: beams M, and answers a query. return_all_decodes: all of them, not the best alone.
+    renormalise: see Search.
+    loss_normalizing_factor: divides the objective's sum; None: its weight in the batch, so that the
+      loss is a mean. t5x adds the gradients of microbatches, which makes them as many times larger;
+      Adafactor does not feel that.
+    """
+
+    FEATURE_CONVERTER_CLS = TaskConverter
+
+    def __init__(
+        self,
+        prepared: Collection,
+        config: T5Config,
+        optimizer_def: Any,
+        objective: Generation | Distillation = Generation(),
+        num_decodes: int = 10,
+        return_all_decodes: bool = False,
+        renormalise: bool = False,
+        loss_normalizing_factor: float | None = None,
+    ) -> None:
+        self.config = with_vocabulary(config, prepared.made.vocabulary.size)
+        inputs, targets = tasks.vocabularies(prepared.made.vocabulary)
+        self._objective = objective
+        self._num_decodes, self._return_all = num_decodes, return_all_decodes
+        self._constraint = prepared.index.constraint(renormalise=renormalise)
+        super().__init__(
+            module=Transformer(self.config),
+            input_vocabulary=inputs,
+            output_vocabulary=targets,
+            optimizer_def=optimizer_def,
+            decode_fn=self._search,
+            loss_normalizing_factor=loss_normalizing_factor,
+        )
+
+    def get_initial_variables(
+        self,
+        rng: jax.Array,
+        input_shapes: Mapping[str, Any],
+        input_types: Mapping[str, Any] | None = None,
+    ) -> flax.core.FrozenDict:
+        """{"params", "params_axes"}; no shape of the inputs matters."""
+        return variables(self.module, rng)
+
+    def loss_fn(
+        self, params: Any, batch: Batch, dropout_rng: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """The objective on generation examples or on rank lists; dropout_rng None: no dropout."""
+        lists = "identifier_tokens" in batch
+        if lists != isinstance(self._objective, Distillation):
+            raise ValueError(
+                f"MIXTURE_OR_TASK_NAME: got {'rank lists' if lists else 'no rank lists'} for "
+                f"Student.objective {type(self._objective).__name__}; expected rank lists for "
+                "Distillation and generation examples for Generation"
+            )
+        model, rng = self.module, dropout_rng
+        if rng is None:
+            model, rng = _without_dropout(self.config), jax.random.PRNGKey(0)
+        loss_fn = self._objective.loss_fn(model)
+        loss_sum, weight_sum, found = loss_fn(params, {"rank_list": batch} if lists else batch, rng)
+        loss = loss_sum / (self._loss_normalizing_factor or jnp.maximum(weight_sum, 1.0))
+        return loss, _metrics(found | {"loss": (loss_sum, weight_sum)}, batch)
+
+    def _compute_logits(
+        self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
+    ) -> jax.Array:
+        """f32 [B, T, V] of the generation targets."""
+        return self.module.apply(
+            {"params": params},
+            batch["encoder_input_tokens"],
+            batch["decoder_input_tokens"],
+            deterministic=dropout_rng is None,
+            rngs={} if dropout_rng is None else {"dropout": dropout_rng},
+        )
+
+    def predict_batch_with_aux(
+        self,
+        params: Any,
+        batch: Batch,
+        rng: jax.Array | None = None,
+        decoder_params: Mapping[str, Any] | None = None,
+        return_all_decodes: bool | None = None,
+        num_decodes: int | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The most likely identifiers: int32 [B, M, T] with {"scores": f32 [B, M]}, or of the best
+        alone [B, T] and [B].
+
+        As in t5x, the best stands last; a place for which no identifier is left holds 0, and -inf.
+        rng, decoder_params: search draws nothing and has no parameters.
+        """
+        every = self._return_all if return_all_decodes is None else return_all_decodes
+        found = self._decode_fn(
+            params, batch["encoder_input_tokens"], num_decodes or self._num_decodes
+        )
+        decodes, scores = found.tokens[:, ::-1], found.log_probs[:, ::-1]
+        if every:
+            return decodes, {"scores": scores}
+        return decodes[:, -1], {"scores": scores[:, -1]}
+
+    def _search(self, params: Any, encoder_input_tokens: jax.Array, num_decodes: int) -> Any:
+        """int32 [B, Q] -> BeamResult, best first."""
+        decode = generative.decode_fn(self.config, num_decodes, self._constraint.max_length)
+        return decode(params, self._constraint, encoder_input_tokens)
+
+    def score_batch(
+        self, params: Any, batch: Batch, return_intermediates: bool = False
+    ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
+        """Log-probability of each target, f32 [B]."""
+        logits = self._compute_logits(params, batch)
+        tokens = generation.token_log_probs(logits, batch["decoder_target_tokens"])
+        tokens = tokens * batch["decoder_loss_weights"]
+        scores = jnp.sum(tokens, axis=-1)
+        if return_intermediates:
+            return scores, {"decoder": {"token_scores": (tokens,)}}
+        return scores
+
+
+def _without_dropout(config: T5Config) -> Transformer:
+    return Transformer(dataclasses.replace(config, dropout_rate=0.0))
+
+
+def _metrics(found: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """(sum, weight) pairs as t5x's metrics, and its speeds."""
+    queries = jnp.float32(batch["encoder_input_tokens"].shape[0])
+    means = {name: clu_metrics.Average(total=s, count=w) for name, (s, w) in found.items()}
+    return means | {
+        "timing/seqs_per_second": t5x_metrics.TimeRate.from_model_output(numerator=queries),
+        "timing/steps_per_second": t5x_metrics.StepsPerTime.from_model_output(),
+    }
+
+
+def initial_checkpoint(
+    prepared: str, source: str, target: str, *, config: T5Config, seed: int = 0
+) -> str:
+    """Writes INITIAL_CHECKPOINT_PATH: published weights with rows for a collection's docid codes.
+
+    t5x restores arrays of the model's own shapes only.
+    prepared: MODEL_DIR of the collection. source: a t5x checkpoint, also in a bucket, or a Hugging
+    Face folder or id. target: folder to write checkpoint_0 into. config: the student's sizes.
+
+    Returns target/checkpoint_0. Raises ValueError for weights of another size.
+    """
+    config = with_vocabulary(config, collection(prepared).made.vocabulary.size)
+    params = Pretrained(source, seed).params(config)
+    pretrained.write_t5x(target, config, params)
+    return str(Path(target) / "checkpoint_0")
