@@ -129,10 +129,12 @@ def check_loss(student, objective, params, batch, given, rngs):
         assert {"timing/seqs_per_second", "timing/steps_per_second"} <= set(metrics)
 
 
+@pytest.mark.slow
 def test_the_generation_loss_is_that_of_the_objective(generating, params, batch):
     check_loss(generating, Generation(), params, batch, batch, (RNG, None))
 
 
+@pytest.mark.slow
 def test_the_distillation_loss_is_that_of_the_objective(
     adapter, prepared, generating, params, tiny_model_dir
 ):
@@ -144,6 +146,7 @@ def test_the_distillation_loss_is_that_of_the_objective(
         generating.loss_fn(params, lists, RNG)
 
 
+@pytest.mark.slow
 def test_a_loss_normalizing_factor_takes_the_place_of_the_weight(
     adapter, prepared, generating, params, batch
 ):
@@ -153,6 +156,7 @@ def test_a_loss_normalizing_factor_takes_the_place_of_the_weight(
     close(fixed * 24, mean * batch["decoder_loss_weights"].sum())
 
 
+@pytest.mark.slow
 def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     generating, prepared, params, batch
 ):
@@ -190,6 +194,7 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     np.testing.assert_allclose(more["decoder"]["token_scores"][0].sum(-1), scores, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_parameter_has_its_logical_axes(adapter, generating, scan):
     model = Transformer(dataclasses.replace(generating.config, scan_layers=scan))
@@ -207,6 +212,7 @@ def test_every_parameter_has_its_logical_axes(adapter, generating, scan):
     assert set(same) == {"params", "params_axes"}
 
 
+@pytest.mark.slow
 def test_tasks_and_converter(adapter, prepared, tiny_model_dir):
     import seqio
 
