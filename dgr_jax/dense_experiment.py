@@ -229,6 +229,7 @@ class DenseExperiment:
         return {
             "examples": sum(run.steps * run.batch_size for run in runs),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
+            "decoder": 0,  # it has none
             "data": (splits if len(splits) > 1 else splits[0], *texts(self.prepare)),
         }
 

@@ -217,11 +217,12 @@ class Experiment:
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
-        for its vocabulary), and the data to learn from."""
+        for its vocabulary), the kind of its decoder, and the data to learn from."""
         later = self.distill.steps * self.distill.examples if system != "generate" else 0
         return {
             "examples": self.generate.steps * self.generate.batch_size + later,
             "model": sizes(self.model),
+            "decoder": self.model.prefix_adaptive_layers,
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
@@ -302,8 +303,9 @@ def _has_effect(setting: dataclasses.Field, value: Any) -> bool:
 
 
 def sizes(config: T5Config) -> str:
-    """The settings of a model, but for its vocabulary, as JSON."""
-    described = {k: v for k, v in describe(config).items() if k != "vocab_size"}
+    """The settings of a model, but for its vocabulary and prefix-adaptive layers, as JSON."""
+    apart = ("vocab_size", "prefix_adaptive_layers")
+    described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
 
 

@@ -51,8 +51,9 @@ class Study:
     measures: columns, of Evaluate.measures. split: '' is the first test split.
     baseline: labels of the row that the others are tested against, such as {'system': 'control'};
       what it leaves out is that of the row itself.
-    may_differ: of 'examples', 'model', 'vocabulary', 'data' (to learn from) and 'split', what rows
-      may differ in; a study whose rows differ in anything else fails.
+    may_differ: of 'examples', 'model', 'decoder' (prefix-adaptive layers), 'vocabulary', 'data' (to
+      learn from) and 'split', what rows may differ in; a study whose rows differ in anything else
+      fails.
     apart: axes whose labels are not compared with one another in this, such as the corpus size.
     beams: widths of beam search to compare with scoring every identifier, for every row of docids.
     costs: also training FLOPs, bytes of the index and milliseconds a query, see `dgr_jax.costs`.
@@ -105,7 +106,7 @@ class Study:
             yield labels, bound
 
 
-_FAIR = ("examples", "model", "vocabulary", "data", "split")
+_FAIR = ("examples", "model", "decoder", "vocabulary", "data", "split")
 
 
 def _choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:

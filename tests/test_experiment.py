@@ -235,7 +235,7 @@ def test_a_prefix_adaptive_decoder_is_for_codes_of_one_position():
         assert marks(adaptive)["prepare"] == marks(plain)["prepare"]
         differs = {k for k, v in adaptive.compared("generate").items()
                    if v != plain.compared("generate")[k]}  # fmt: skip
-        assert differs == {"model"}
+        assert differs == {"decoder"}
 
 
 def test_settings_that_came_later_leave_older_stages_as_they_were():
