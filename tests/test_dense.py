@@ -98,7 +98,7 @@ def test_short_texts_have_a_shape_of_their_own(embedded):
     store, path = embedded
     tokens = tokens_of(store)
     search = dataclasses.replace(SEARCH, min_length=4, texts_per_shape=4)
-    planned = list(encoder()._batches((tokens > 0).sum(1), 8, search))
+    planned = list(encoder()._batches((tokens > 0).sum(1), 8, search, 8))
     assert {length for length, _ in planned} == {4, 8}
     found = encoder().passages(tokens, search)
     np.testing.assert_allclose(found, np.load(path), rtol=1e-4, atol=1e-6)
@@ -119,8 +119,11 @@ def test_passages_found(embedded):
         assert passages.dtype == np.int32 and scores.dtype == np.float32
         parts = list(searcher.passages_of_blocks(iter([queries[:8], queries[8:]])))
         assert [len(part) for part, _ in parts] == [8, 5]
+        alone = searcher.passages(queries[:1])  # which does not wait for a whole batch
+        np.testing.assert_array_equal(alone[0], passages[:1])
         np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), passages)
         assert list(searcher.passages_of_blocks(iter([]))) == []
+    assert [one.encoder._size(n, SEARCH) for n in (1, 2, 13)] == [1, 8, 8]
 
 
 def test_scores_are_those_of_training(embedded):

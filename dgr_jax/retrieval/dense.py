@@ -114,34 +114,35 @@ class Encoder:
         method = "encode_queries" if kind == "query" else "encode_passages"
         encode = encode_fn(self.config, method, self.mesh)
         vectors = np.zeros((len(tokens), self.config.dim), np.float32)
-        before = None
-        planned = self._batches(lengths, longest, search)
+        size, before = self._size(len(tokens), search), None
+        planned = self._batches(lengths, longest, search, size)
         for length, places in itertools.chain(planned, [(0, None)]):
             after = None
             if places is not None:
-                after = places, encode(self.params, self._placed(tokens[places], length, search))
+                after = places, encode(self.params, self._placed(tokens[places], (size, length)))
             if before is not None:
                 vectors[before[0]] = np.asarray(before[1])[: len(before[0])]
             before = after
         return vectors
 
     def _batches(
-        self, lengths: np.ndarray, longest: int, search: DenseSearch
+        self, lengths: np.ndarray, longest: int, search: DenseSearch, size: int
     ) -> Iterator[tuple[int, np.ndarray]]:
         shapes = generative.Search(
             query_length=longest,
             min_query_length=search.min_length,
             queries_per_shape=search.texts_per_shape,
         )
-        return generative.batches(lengths, shapes, self._size(search))
+        return generative.batches(lengths, shapes, size)
 
-    def _size(self, search: DenseSearch) -> int:
+    def _size(self, texts: int, search: DenseSearch) -> int:
+        """Texts of a batch: one that comes alone does not wait for a whole one."""
         shards = partitioning.batch_shards(self.mesh)
-        return -(-search.batch_size // shards) * shards
+        return -(-(1 if texts == 1 else search.batch_size) // shards) * shards
 
-    def _placed(self, tokens: np.ndarray, length: int, search: DenseSearch) -> jax.Array:
-        padded = np.zeros((self._size(search), length), np.int32)
-        tokens = tokens[:, :length]
+    def _placed(self, tokens: np.ndarray, shape: tuple[int, int]) -> jax.Array:
+        padded = np.zeros(shape, np.int32)
+        tokens = tokens[:, : shape[1]]
         padded[: len(tokens), : tokens.shape[1]] = tokens
         return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
