@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -35,7 +30,7 @@ from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.dense import Dense
 from dgr_jax.training.optimizers import Adafactor
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
 
 LOSS = contrastive.single_lh
 BASE = DenseExperiment(
@@ -353,24 +348,3 @@ def test_a_teachers_lists(finished, command, tmp_path):
     rows = [json.loads(row) for row in (again / "dense/metrics.jsonl").read_text().splitlines()]
     assert all(row["valid_lists"] > 0.9 and row["teacher_loss"] > 0 for row in rows)
     assert list(json.loads((again / "evaluate/metrics.json").read_text())) == ["bm25", "dense"]
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_as_one_that_was_not(finished, tmp_path):
-    folder, _ = finished
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    again = tmp_path / "model"
-    (tmp_path / "data").symlink_to(folder.parent / "data")
-    asked = [sys.executable, "-m", "dgr_jax.train", *flags(tmp_path), "--gin.Negatives.count=2",
-             "--gin.Training.checkpoint_every=1"]  # fmt: skip
-    process = subprocess.Popen(asked, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
-    while not list((again / "dense" / "checkpoints").glob("[2-5]")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (again / "dense" / "student.json").exists()
-    done = subprocess.run(asked, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "dense: goes on from step" in done.stderr, done.stderr
-    for system in ("dense", "refresh"):
-        run = (folder / "evaluate" / f"{system}.test.trec").read_text()
-        assert (again / "evaluate" / f"{system}.test.trec").read_text() == run

@@ -52,11 +52,9 @@ def compiled(kind: str, data: int, model: int, limit: int) -> tuple[Decoder, str
     ("kind", "data", "model", "limit"),
     [
         pytest.param("rq", 2, 4, CUT, marks=slow),
-        pytest.param("text", 4, 2, WHOLE, marks=slow),
         pytest.param("rq", 8, 1, WHOLE, marks=slow),
         pytest.param("rq", 1, 8, WHOLE, marks=slow),
         pytest.param("text", 4, 2, CUT, marks=slow),
-        pytest.param("text", 1, 8, CUT, marks=slow),
         pytest.param("adaptive", 2, 4, CUT, marks=slow),
     ],
 )
