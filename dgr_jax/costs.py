@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from dgr_jax import planning
 from dgr_jax.corpora import trec
 from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment, Training
+from dgr_jax.experiment import Experiment
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import drift, speed
 from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.retrieval.multiview_search import MultiviewDecoder
 from dgr_jax.stages import dense, students
 from dgr_jax.stages.evaluate import chosen_queries
 from dgr_jax.stages.prepare import Prepared
@@ -70,19 +71,11 @@ def opened(experiment: Experiment | DenseExperiment, system: str, made: Prepared
 
 def training_flops(experiment: Experiment | DenseExperiment, system: str) -> float:
     """FLOPs of all training stages of a system, whose data is there."""
+    config = _config(experiment)
     return sum(
-        settings.steps * step_flops(_config(experiment), _first_batch(experiment, stage))
-        for stage, settings in _runs(experiment, system)
+        settings.steps * step_flops(config, _first_batch(experiment, stage))
+        for stage, settings in experiment.training(system).items()
     )
-
-
-def _runs(experiment: Experiment | DenseExperiment, system: str) -> list[tuple[str, Training]]:
-    """Training stages of a system, in order; the steps of `control` are those of `distill`."""
-    if isinstance(experiment, DenseExperiment):
-        runs = [("dense", experiment.train)]
-        return runs + ([("refresh", experiment.refresh)] if system == "refresh" else [])
-    runs = [("generate", experiment.generate)]
-    return runs + ([(system, experiment.distill)] if system != "generate" else [])
 
 
 def _config(experiment: Experiment | DenseExperiment) -> T5Config:
@@ -93,10 +86,8 @@ def _config(experiment: Experiment | DenseExperiment) -> T5Config:
 
 
 def _first_batch(experiment: Experiment | DenseExperiment, stage: str) -> Mapping[str, Any]:
-    of: Callable[..., Any] = students.batches
-    if isinstance(experiment, DenseExperiment):
-        of = dense.batches
-    return of(experiment, stage).batch(0)
+    of = dense if isinstance(experiment, DenseExperiment) else students
+    return of.batches(experiment, stage).batch(0)
 
 
 def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
@@ -149,7 +140,7 @@ def _drift(
 ) -> float:
     if not texts:
         raise ValueError("Study.drift: got the relevance of none of the queries, expected some")
-    if made.table is None and hasattr(student, "tries"):
+    if isinstance(student, MultiviewDecoder):
         raise ValueError(
             "Study.drift: got identifiers of several views, whose spans cannot all be scored; "
             "expected one identifier a passage (Prepare.identifiers), or a dense retriever"

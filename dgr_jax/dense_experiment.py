@@ -221,13 +221,16 @@ class DenseExperiment:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
 
+    def training(self, system: str) -> dict[str, Training]:
+        """The training stages of a system, in order."""
+        return {"dense": self.train} | ({"refresh": self.refresh} if system == "refresh" else {})
+
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: see `experiment.Experiment`. A student
         that writes identifiers has one encoder, of these sizes."""
-        runs = [self.train] + ([self.refresh] if system == "refresh" else [])
         splits = self.prepare.train_splits
         return {
-            "examples": sum(run.steps * run.batch_size for run in runs),
+            "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
             "data": (splits if len(splits) > 1 else splits[0], *texts(self.prepare)),

@@ -24,9 +24,7 @@ PROGRAMS = ("dense", "search")
 
 def vocabulary_size(experiment: DenseExperiment) -> int:
     """Tokens, from the settings: a text vocabulary is taken to be full."""
-    pieces = experiment.prepare.vocabulary
-    text = (32_000 if pieces.path else pieces.size) + pieces.extra_ids
-    return experiment.model.t5.vocab_size or -(-text // 128) * 128
+    return experiment.model.t5.vocab_size or planning.text_size(experiment.prepare.vocabulary)
 
 
 def plan(

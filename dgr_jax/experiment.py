@@ -215,12 +215,18 @@ class Experiment:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
 
+    def training(self, system: str) -> dict[str, Training]:
+        """The training stages of a system, in order; the steps of `control` are those of
+        `distill`."""
+        return {"generate": self.generate} | (
+            {system: self.distill} if system != "generate" else {}
+        )
+
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
         for its vocabulary), the kind of its decoder, and the data to learn from."""
-        later = self.distill.steps * self.distill.examples if system != "generate" else 0
         return {
-            "examples": self.generate.steps * self.generate.batch_size + later,
+            "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
             "data": (self.prepare.train_split, *texts(self.prepare)),

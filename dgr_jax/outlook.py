@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, planning
 from dgr_jax.experiment import Experiment
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -160,11 +160,10 @@ def _examples(experiment: Experiment, corpus: Corpus) -> float:
 def _parameters(experiment: Experiment, corpus: Corpus) -> int:
     config = experiment.model
     if not config.vocab_size:
-        pieces = experiment.prepare.vocabulary
-        text = (32_000 if pieces.path else pieces.size) + pieces.extra_ids
+        text = planning.text_size(experiment.prepare.vocabulary)
         scheme = experiment.prepare.identifiers
         codes = getattr(scheme, "num_codes", 0) * getattr(scheme, "codebook_size", 0)
-        size = -(-text // 128) * 128 + -(-max(codes, 128) // 128) * 128
+        size = text + -(-max(codes, 128) // 128) * 128
         config = T5Config(**{**vars(config), "vocab_size": size})
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     leaves = jax.tree.leaves(partitioning.abstract_params(Transformer(config), mesh))

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import hlo, partitioning
+from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.decoding import trie_arrays, trie_build
 from dgr_jax.decoding.trie_expand import TrieConstraint
 from dgr_jax.experiment import Experiment, Training
@@ -158,11 +159,18 @@ class Sizes:
 def estimated_sizes(experiment: Experiment, passages: int) -> Sizes:
     """Sizes from the settings. Codes are taken to be used evenly, text vocabularies to be full."""
     levels, codes, closing = _levels(experiment.prepare.identifiers, passages)
-    pieces = experiment.prepare.vocabulary
-    text = (32_000 if pieces.path else pieces.size) + pieces.extra_ids
-    rounded = lambda n: -(-n // 128) * 128
-    size = experiment.model.vocab_size or rounded(rounded(text) + codes)
+    text = text_size(experiment.prepare.vocabulary)
+    size = experiment.model.vocab_size or _rounded(text + codes)
     return Sizes(passages, size, levels, closing)
+
+
+def text_size(pieces: SentencePiece) -> int:
+    """Tokens of a text vocabulary before any code, full; one that is given has T5's 32,000."""
+    return _rounded((32_000 if pieces.path else pieces.size) + pieces.extra_ids)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // 128) * 128
 
 
 def _levels(scheme: Any, passages: int) -> tuple[tuple[int, ...], int, bool]:
@@ -279,7 +287,7 @@ class Program:
     lower: Callable[[], Any]
 
 
-def held(tree: Any) -> int:
+def _held(tree: Any) -> int:
     """Bytes on one chip of abstract arrays with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
@@ -366,9 +374,9 @@ def step_program(
     optimizer = settings.optimizer.transformation(settings.steps)
     state = abstract_state(model, optimizer, mesh, rules)
     parts = {
-        "parameters": held(state.params),
-        "optimizer": held(state.opt_state),
-        "batch": held(batch),
+        "parameters": _held(state.params),
+        "optimizer": _held(state.opt_state),
+        "batch": _held(batch),
     }
 
     def lower() -> Any:
@@ -403,7 +411,7 @@ def _search(
     )
     params = partitioning.abstract_params(Transformer(config), mesh, rules)
     tokens = abstract(mesh, (rows, search.query_length), jnp.int32)
-    parts = {"parameters": held(params), "trie": held(constraint), "batch": held(tokens)}
+    parts = {"parameters": _held(params), "trie": _held(constraint), "batch": _held(tokens)}
 
     def lower() -> Any:
         decode = decode_fn(config, search.num_beams, layout.max_length, mesh)
