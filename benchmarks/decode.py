@@ -8,15 +8,15 @@ Systems, all on the same random weights (T5 1.1 sizes) and the same queries, in 
   hf             transformers' generate, with a trie of Python dicts through
                  prefix_allowed_tokens_fn (extra `interop`; left out, and said so, without it)
 
-Identifiers are random rows of --codes codes of --codebook, a block of tokens each, and EOS; as all
-are 9 tokens long, all systems take 9 steps.  Every sequence that is returned is looked up in the
-sorted rows; an illegal one stops the run.  A time is that of a batch, from tokens on the host to
-sequences and scores on the host; median and spread (the middle half) over the turns.  CPU seconds
-are those of all threads of this process: on a machine that others use too they say more about two
-systems on the CPU than the clock does.
+Identifiers are random rows of --codes codes of --codebook, a block of tokens each, and EOS, so that
+all systems write 9 tokens; `ours` scores those at which nothing is left to choose in one pass.
+Every sequence that is returned is looked up in the sorted rows; an illegal one stops the run.  A
+time is that of a batch, from tokens on the host to sequences and scores on the host; median and
+spread (the middle half) over the turns.  CPU seconds are those of all threads of this process: on a
+machine that others use too they say more about two systems on the CPU than the clock does.
 
-A step is the time of the batch less that of encoding it, by the number of steps.  Its floor is
-the time to read the weights of the decoder once and to do the step's arithmetic, one after the
+A step is the time of the batch less that of encoding it, by the number of tokens.  Its floor is
+the time to read the weights of the decoder once and to do one token's arithmetic, one after the
 other, at the peak rates of the device: known for some GPUs, else --peak_tflops and
 --bandwidth_gbs.
 """

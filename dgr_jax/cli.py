@@ -214,6 +214,7 @@ def load_experiment(
     gin.clear_config()
     paths = [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
     _check_files(files, paths)
+    _without_packages()
     for path in paths:
         _add_search_path(path)
     gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
@@ -269,6 +270,15 @@ def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
             raise Mistake(
                 f"--gin_file={file}: not found in {', '.join(paths)}{_nearest(file, names)}"
             )
+
+
+def _without_packages() -> None:
+    """gin also looks into Python packages, and breaks off where a folder of the working directory
+    (models/, runs/) has the name of one of our folders: only files are read here."""
+    import gin
+
+    readers = gin.config._FILE_READERS
+    readers[:] = [pair for pair in readers if pair[1].__module__ != "gin.resource_reader"]
 
 
 @functools.cache

@@ -321,6 +321,9 @@ def paths(value: Any) -> dict[str, str]:
     A file is named by a field `path` or `..._path`.
     """
     found: dict[str, str] = {}
+    if isinstance(value, tuple):
+        for part in value:
+            found |= paths(part)
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             inside = getattr(value, f.name)

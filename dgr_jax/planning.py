@@ -267,7 +267,8 @@ def _unreal(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 @dataclass(frozen=True)
 class Work:
     """What the formulas need to know of a program. queries of Q tokens are encoded; each has
-    `targets` sequences of T tokens. beams: of a search, 0: training."""
+    `targets` sequences of T tokens. beams: of a search, 0: training; ahead: tokens at the end of a
+    search that one pass scores (TrieConstraint.completion_width)."""
 
     queries: int
     query_length: int
@@ -275,6 +276,12 @@ class Work:
     target_length: int
     beams: int = 0
     microbatches: int = 1
+    ahead: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Passes of the decoder that a search makes, the first, of one beam, among them."""
+        return self.target_length - self.ahead + 1
 
 
 @dataclass(frozen=True)
@@ -417,7 +424,10 @@ def _search(
         decode = decode_fn(config, search.num_beams, layout.max_length, mesh)
         return decode.lower(params, constraint, tokens)
 
-    work = Work(rows, search.query_length, search.num_beams, sizes.length, search.num_beams)
+    work = Work(
+        *(rows, search.query_length, search.num_beams, sizes.length, search.num_beams),
+        ahead=max(1, constraint.completion_width),
+    )
     return Program("decode", work, parts, lower)
 
 
@@ -608,7 +618,7 @@ def _moved(config: T5Config, made: Program, temporaries: float, passes: int) -> 
     parameters = made.parts["parameters"]
     if made.work.beams:
         half = 2 if config.dtype == "bfloat16" else 1
-        return (parameters / half + temporaries) * made.work.target_length
+        return (parameters / half + temporaries) * made.work.steps
     update = 5 * parameters + 2 * made.parts["optimizer"]
     return passes * parameters * made.work.microbatches + update + 2 * temporaries
 
@@ -678,7 +688,9 @@ def plan(
         on = partitioning.make_mesh(mesh, topology.devices())
         made = program(name, experiment, sizes, on, mesh.rules)
         formula = analytic(made, on, topology, config)
-        return compiled(made, formula, unknown_trips=max(1, sizes.length - 1))
+        # of a search: steps after the first, and without the pass that scores the rest
+        looped = made.work.steps - 1 - (made.work.ahead > 1)
+        return compiled(made, formula, unknown_trips=max(1, looped))
     # The same bytes, and one layer to trace in place of all.
     scanned = dataclasses.replace(experiment.model, scan_layers=True)
     experiment = dataclasses.replace(experiment, model=scanned)

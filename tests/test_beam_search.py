@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
-from dgr_jax.decoding.beam_search import beam_search, sample
+from dgr_jax.decoding.beam_search import beam_search, sample, target_log_probs
 from tests.reference import decoding as reference
 
 VOCAB = 12
@@ -39,6 +39,15 @@ def step_fn(tokens, cache, position):
     return memory @ _OUT, {"memory": memory}
 
 
+def score_fn(inputs, targets, cache, position):
+    """Log-probabilities of several tokens of every beam, step by step."""
+    scores = []
+    for t in range(inputs.shape[-1]):
+        logits, cache = step_fn(inputs[..., t], cache, position + t)
+        scores.append(target_log_probs(logits, targets[..., t]))
+    return jnp.stack(scores, -1)
+
+
 def start(batch, beams):
     return {"memory": jnp.repeat(jnp.asarray(_QUERY[:batch])[:, None], beams, 1)}
 
@@ -49,10 +58,18 @@ compiled = functools.partial(  # quick to compile, slow to run
 
 
 @functools.partial(
-    compiled, static_argnames=("step", "batch_size", "num_beams", "length_penalty", "max_length")
+    compiled,
+    static_argnames=("step", "score", "batch_size", "num_beams", "length_penalty", "max_length"),
 )
 def search(
-    constraint, *, step=step_fn, batch_size=2, num_beams, length_penalty=0.0, max_length=None
+    constraint,
+    *,
+    step=step_fn,
+    score=None,
+    batch_size=2,
+    num_beams,
+    length_penalty=0.0,
+    max_length=None,
 ):
     return beam_search(
         step,
@@ -62,6 +79,7 @@ def search(
         num_beams=num_beams,
         max_length=max_length,
         length_penalty=length_penalty,
+        score_fn=score,
     )
 
 
@@ -239,6 +257,69 @@ def test_stops_when_no_live_beam_can_reach_the_finished_ones():
     result = search(build(rows, eos_id=EOS).constraint(), step=step, num_beams=2)
     assert result.tokens[0, :, 0].tolist() == [5, 6]
     assert np.isfinite(result.log_probs).all()
+
+
+ANCHORS = [[2] * 7, [11] * 7, [11] * 3 + [2]]
+
+
+@pytest.mark.parametrize(
+    ("ends", "penalty", "renormalise"),
+    [
+        ("token", 1.0, False),
+        slow("fixed", 0.0, False),
+        slow("mixed", 0.0, True),
+        slow("token", 0.0, False),
+    ],
+)
+@many
+@given(data=st.data())
+def test_what_is_decided_is_scored_at_once(ends, penalty, renormalise, data):
+    lengths = st.just(7) if ends == "fixed" else st.integers(1, 7)
+    rows = data.draw(st.lists(lengths.flatmap(tokens), max_size=9))
+    if ends == "mixed":  # none is a prefix of another
+        rows = [row for row in rows if row[0] not in (2, 11)]
+        rows = [row for row in rows if not any(row[: len(r)] == r != row for r in rows)]
+    rows += ANCHORS[: 2 if ends == "fixed" else 3]
+    index = build(rows, 1, eos_id=EOS if ends == "token" else None)
+    assert index.layout.ends == ends
+    constraint = index.constraint(renormalise=renormalise)
+    assert constraint.completion_width > 2
+    settings = dict(num_beams=3, length_penalty=penalty)
+    result = search(constraint, score=score_fn, **settings)
+    by_steps = search(constraint, **settings)
+    for name in ("tokens", "rows", "valid"):
+        assert getattr(result, name).tolist() == getattr(by_steps, name).tolist()
+    np.testing.assert_allclose(result.log_probs, by_steps.log_probs, atol=1e-5)
+    np.testing.assert_array_equal(index.table_rows(result.rows) >= 0, result.valid)
+
+
+def test_no_step_is_taken_where_nothing_is_left_to_choose():
+    """Of seven tokens the first decides; logits of the last steps are NaN."""
+    rows = [[a] + [2 + (a + i) % 9 for i in range(6)] for a in range(2, 9)]
+    constraint = build(rows, 1).constraint()
+
+    def step(tokens, cache, position):
+        logits, cache = step_fn(tokens, cache, position)
+        return jnp.where(position < 7 - constraint.completion_width, logits, jnp.nan), cache
+
+    result = search(constraint, step=step, score=score_fn, num_beams=4)
+    expected = search(constraint, num_beams=4)
+    assert result.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(result.log_probs, expected.log_probs, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_length", [4, 6])
+def test_rest_beyond_the_longest_sequence_is_dropped(max_length):
+    rows = [[a] + [5] * (a % 4 + 1) for a in range(2, 9)]
+    constraint = build(rows, 1, eos_id=EOS).constraint()
+    settings = dict(num_beams=5, max_length=max_length)
+    result, expected = (
+        search(constraint, score=score_fn, **settings),
+        search(constraint, **settings),
+    )
+    assert result.valid.tolist() == expected.valid.tolist()
+    assert result.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_unconstrained_with_and_without_closing_token():

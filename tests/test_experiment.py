@@ -39,7 +39,7 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview_search import MultiviewSearch
 from dgr_jax.retrieval.recipes import TopM
-from dgr_jax.retrieval.teacher import Bm25Teacher, RunTeacher, VectorTeacher
+from dgr_jax.retrieval.teacher import Bm25Teacher, FusionTeacher, RunTeacher, VectorTeacher
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor, Constant
 
@@ -191,6 +191,8 @@ def test_paths_of_settings():
         "VectorTeacher.queries_path",
         "VectorTeacher.query_ids_path",
     }
+    of_a_fusion = FusionTeacher((Bm25Teacher(), RunTeacher("run.trec")))
+    assert paths(of_a_fusion) == {"RunTeacher.path": "run.trec"}
     assert paths(BASE) == {}
 
 

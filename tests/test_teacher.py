@@ -17,6 +17,7 @@ from dgr_jax.retrieval.teacher import (
     Bm25Teacher,
     Coverage,
     CrossEncoderTeacher,
+    FusionTeacher,
     RunTeacher,
     VectorTeacher,
 )
@@ -200,6 +201,24 @@ def test_vector_teacher_takes_dot_products(tmp_path):
     corpus.write_text('{"_id": "a", "text": ""}\n')
     with pytest.raises(ValueError, match=r"passage_ids_path = .*: lacks 4 of the 5 .*as 'b'"):
         rank(VectorTeacher(*files, str(corpus)))
+
+
+def test_fusion_adds_the_weighted_scores_of_passages_that_all_teachers_know(tmp_path):
+    """The run is in an order of its own, and knows less."""
+    rows = [("q2", "d", 1, 4.0), ("q2", "a", 2, 3.0), ("q1", "b", 1, 2.0), ("q1", "a", 2, 1.0)]
+    run = RunTeacher(write_run(tmp_path / "run.txt", rows))
+    bm25 = Bm25Teacher(judged_first=False)
+    ranked = rank(FusionTeacher((bm25, run), (0.5, 2.0)))
+    alone = {qid: {p.pid: p.score for p in listed} for qid, listed in rank(bm25).items()}
+    assert ranked["q1"] == scored(
+        ("b", 4.0 + alone["q1"]["b"] / 2), ("a", 2.0 + alone["q1"]["a"] / 2)
+    )
+    assert pids(ranked) == {"q1": ["b", "a"], "q2": ["d", "a"], "q3": []}
+    assert pids(rank(FusionTeacher((bm25, run), judged_first=True)))["q2"] == ["c", "b", "d", "a"]
+    with pytest.raises(ValueError, match="FusionTeacher.teachers: got 1, expected 2 or more"):
+        FusionTeacher((bm25,))
+    with pytest.raises(ValueError, match="FusionTeacher.weights: got 1, expected 2, one a teacher"):
+        FusionTeacher((bm25, run), (1.0,))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,10 @@ this is exhaustive.  The loop ends when no live beam can reach the finished plac
 
 Ties go to the beam that ranks higher, then to the smaller token; a sequence that was finished
 earlier stays before an equal one.
+
+Where a constraint knows that nothing is left to choose (a trie, whose live beams all stand on
+tails) and a score_fn is given, the loop stops: the rest of all sequences is scored in one pass,
+which reads the parameters once and reorders nothing.  The outcome is the same.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from dgr_jax.decoding.constraint import Candidates, Constraint, State
 from dgr_jax.decoding.selection import top_k
 
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+ScoreFn = Callable[[jax.Array, jax.Array, Any, jax.Array], jax.Array]
 
 
 class Prefixes(NamedTuple):
@@ -70,6 +75,7 @@ class _Loop(NamedTuple):
     finished: _Beams
     cache: Any
     prefixes: Prefixes | None
+    decided: jax.Array  # nothing is left to choose
 
 
 def beam_search(
@@ -83,6 +89,7 @@ def beam_search(
     start_id: int = 0,
     length_penalty: float = 0.0,
     record: bool = False,
+    score_fn: ScoreFn | None = None,
 ) -> BeamResult:
     """The most likely legal sequences of each query.
 
@@ -93,21 +100,29 @@ def beam_search(
     length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
       counting every token of the sequence.
     record: also returns the prefixes of every step.
+    score_fn: (inputs int32 [B, M, W], targets int32 [B, M, W], cache, position int32) -> f32
+      [B, M, W], the log-probabilities of the targets; the inputs are the tokens at `position` and
+      after.  None: every token takes a step.
 
     Raises ValueError for num_beams or max_length below 1.
     """
     length = constraint.max_length if max_length is None else max_length
     _check("beam_search", num_beams=num_beams, max_length=length, batch_size=batch_size)
     loop = _start(constraint, cache, (batch_size, num_beams, length), start_id, record)
+    asks = score_fn is not None and not record
+    width = min(getattr(constraint, "completion_width", 0), length) if asks else 0
     together = constraint.fixed_length == length  # all sequences end in the last step
 
     def penalised(log_probs, tokens):
         return log_probs / tokens**length_penalty if length_penalty else log_probs
 
-    def unfinished(loop):
+    def open_(loop):
         ahead = length if length_penalty > 0 else loop.position + 1
         reachable = penalised(loop.live.log_probs[:, 0], jnp.float32(ahead))
         return (loop.position < length) & (reachable > loop.finished.scores[:, -1]).any()
+
+    def unfinished(loop):
+        return open_(loop) & ~loop.decided
 
     def advance(loop, searched=num_beams):
         """One step, of the first `searched` beams: the others are dead."""
@@ -123,15 +138,33 @@ def beam_search(
         cache = jax.tree.map(lambda x: _select(x, parent), cache)
         last = lax.dynamic_index_in_dim(live.tokens, loop.position, axis=2, keepdims=False)
         prefixes = _noted(loop.prefixes, live, loop.position)
-        return _Loop(loop.position + 1, last, live, finished, cache, prefixes)
+        decided = _decided(constraint, live.state, width)
+        return _Loop(loop.position + 1, last, live, finished, cache, prefixes, decided)
 
     loop = advance(loop, searched=1)  # nothing is written yet: every query has one beam
     loop = lax.while_loop(unfinished, advance, loop)
     finished = loop.live if together else loop.finished
+    if width > 1:
+
+        def complete():
+            completed = _completed(loop, constraint, width, score_fn, penalised)
+            return _best_of(completed, None if together else loop.finished)
+
+        finished = lax.cond(open_(loop) & loop.decided, complete, lambda: finished)
     valid = finished.log_probs > -jnp.inf
     tokens = jnp.where(valid[..., None], finished.tokens, 0)
     rows = constraint.rows(finished.state)
     return BeamResult(tokens, finished.log_probs, valid, rows, loop.prefixes)
+
+
+def target_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities of int32 [B, M] under logits of any float dtype [B, M, V], f32 [B, M]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return chosen.astype(jnp.float32) - _log_normaliser(logits)
+
+
+def _log_normaliser(logits):
+    return jax.nn.logsumexp(logits.astype(jnp.float32), -1)
 
 
 def _check(function, **sizes):
@@ -162,7 +195,47 @@ def _start(constraint, cache, shape, start_id, record):
         finished=_Beams(none, none, tokens, dead),
         cache=cache,
         prefixes=jax.tree.map(every_step, nothing) if record else None,
+        decided=jnp.bool_(False),
     )
+
+
+def _decided(constraint, state, width):
+    """Whether all live states have one continuation of at most `width` tokens, and some of more
+    than half: to score `width` tokens costs more than the few steps that are left otherwise."""
+    if width < 2:
+        return jnp.bool_(False)
+    lengths = constraint.completions(state, width).lengths
+    return (lengths >= 0).all() & (2 * lengths.max() > width)
+
+
+def _completed(loop, constraint, width, score_fn, penalised):
+    """The live beams with the rest of their sequences, in the order in which they would end."""
+    live, position = loop.live, loop.position
+    rest = constraint.completions(live.state, width)
+    inputs = jnp.concatenate([loop.last[..., None], rest.tokens[..., :-1]], -1)
+    log_probs = live.log_probs
+    if not constraint.renormalise:
+        gained = score_fn(inputs, rest.tokens, loop.cache, position).astype(jnp.float32)
+        written = jnp.arange(width) < rest.lengths[..., None]
+        log_probs += jnp.where(written, gained, 0.0).sum(-1)
+    length, ends = live.tokens.shape[-1], position + rest.lengths
+    log_probs = jnp.where((rest.lengths > 0) & (ends <= length), log_probs, -jnp.inf)
+    place = jnp.broadcast_to(jnp.arange(length) - position, live.tokens.shape)
+    added = jnp.take_along_axis(rest.tokens, jnp.clip(place, 0, width - 1), -1)
+    tokens = jnp.where((place >= 0) & (place < rest.lengths[..., None]), added, live.tokens)
+    state = jax.tree.map(lambda leaf: _alive(leaf, log_probs), rest.state)
+    beams = _Beams(penalised(log_probs, ends.astype(jnp.float32)), log_probs, tokens, state)
+    order = jnp.argsort(rest.lengths, axis=-1, stable=True)
+    return jax.tree.map(lambda leaf: _select(leaf, order), beams)
+
+
+def _best_of(beams, before):
+    """The best M of _Beams and of those `before`, which win ties; None: there are none."""
+    size = beams.scores.shape[1]
+    if before is not None:
+        beams = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), before, beams)
+    _, index = top_k(beams.scores, size)
+    return jax.tree.map(lambda leaf: _select(leaf, index), beams)
 
 
 def _noted(prefixes, live, position):
@@ -178,7 +251,7 @@ def _noted(prefixes, live, position):
 def _expand(constraint, state, prior, logits, width):
     """Candidates of beams whose log-probability is `prior`; theirs is of the whole sequence."""
     if not constraint.renormalise:
-        prior -= jax.nn.logsumexp(logits.astype(jnp.float32), -1)
+        prior -= _log_normaliser(logits)
     return _filled(constraint.expand(state, logits, prior, width=width), width)
 
 

@@ -36,8 +36,25 @@ class Candidates(NamedTuple):
     complete: jax.Array
 
 
+class Completions(NamedTuple):
+    """What is left to write after states that have one continuation only.
+
+    tokens int32 [B, M, W], 0 after the end; lengths int32 [B, M]: how many of them, 0 for dead
+    states, -1 where there are other continuations or more than W tokens are left;
+    state: leaves [B, M, ...], after the last token; dead where lengths is not above 0.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    state: State
+
+
 class Constraint(Protocol):
     """A set of legal sequences; a pytree, so that jitted functions take it as an argument.
+
+    One that knows where nothing is left to choose may also have `completion_width` (static), the
+    W that its method `completions(state, W) -> Completions` is worth asking for: beam_search then
+    has the rest of all beams scored at once.
 
     max_length: tokens of the longest sequence, or a bound (static).
     fixed_length: tokens of every sequence when all have the same number, else None (static).

@@ -11,6 +11,7 @@ the branches of one lax.switch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dgr_jax.decoding.constraint import Candidates
+from dgr_jax.decoding.constraint import Candidates, Completions
 from dgr_jax.decoding.selection import mask, masked_top_k, top_k
 from dgr_jax.decoding.trie_build import Layout
 
@@ -128,6 +129,17 @@ class TrieConstraint:
         """Bytes on the device, padding included."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
+    @property
+    def completion_width(self) -> int:
+        """Tokens left from the depth on at which every beam would stand on a tail, were the
+        identifiers spread evenly; at most 4 where they differ in length: most have fewer left.
+        0 for less than 3, which would not pay for compiling it."""
+        span = max(2, 32 * self.layout.bitmap_words or self.layout.gathers[-1])
+        spread = math.ceil(math.log(max(2, self.edge_tokens.shape[0]), span)) + 1
+        left = max(0, self.layout.max_length - spread)
+        left = left if self.layout.ends == "fixed" else min(left, 4)
+        return left if left > 2 else 0
+
     def init(self, batch_size: int) -> TrieState:
         zeros = jnp.zeros(batch_size, jnp.int32)
         return TrieState(zeros, zeros)
@@ -162,6 +174,25 @@ class TrieConstraint:
         which = (jnp.max(step.count) > jnp.asarray(limits, jnp.int32)).sum()
         return self._finish(state, lax.switch(which, branches, step))
 
+    def completions(self, state: TrieState, width: int) -> Completions:
+        """The tails that the states stand on; see Completions."""
+        node, live = jnp.maximum(state.node, 0), state.node >= 0
+        internal, before = self._rank(node)
+        row, level = node - before, jnp.max(state.depth)
+        steps = jnp.arange(width, dtype=jnp.int32)
+        tokens = self._tail_tokens(node[..., None], row[..., None], level + steps)
+        if self.layout.ends == "fixed":
+            left = self.ends_at - level
+        elif self.layout.ends == "token":
+            closes = tokens == self.ends_at
+            left = jnp.where(closes.any(-1), closes.argmax(-1) + 1, width + 1)
+        else:
+            left = self.row_length.at[row].get(mode="clip").astype(jnp.int32) - level
+        lengths = jnp.where(live, jnp.where(internal | (left > width), -1, left), 0)
+        tokens = jnp.where(steps < lengths[..., None], tokens, 0)
+        node = jnp.where(lengths > 0, -2 - node, _DEAD)
+        return Completions(tokens, lengths, TrieState(node, state.depth + lengths))
+
     def _rank(self, node):
         """(is the node internal, internal nodes before it int32)."""
         entry = self.directory.at[node >> 5].get(mode="clip")
@@ -185,16 +216,18 @@ class TrieConstraint:
             first=first,
             count=jnp.where(live & internal, count, 0),
             is_tail=live & ~internal,
-            tail_token=self._tail_token(node, node - before, level),
+            tail_token=self._tail_tokens(node, node - before, level),
         )
 
-    def _tail_token(self, node, row, level):
+    def _tail_tokens(self, node, row, level):
+        """The tokens that tails have after `level` tokens; the shapes are broadcast."""
         if self.layout.ends == "fixed":
             depth = (node[..., None] >= self.level_start[1:]).sum(-1)
             start = self.tail_bias[depth] + row * (self.layout.max_length - depth)
         else:
             start = self.tail_start.at[row].get(mode="clip")
-        return self.tails.at[start + level].get(mode="clip").astype(jnp.int32) + self.base[level]
+        tokens = self.tails.at[start + level].get(mode="clip").astype(jnp.int32)
+        return tokens + self.base.at[level].get(mode="clip")
 
     def _finish(self, state, found):
         valid = found.log_probs > -jnp.inf

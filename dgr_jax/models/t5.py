@@ -181,6 +181,25 @@ class DecoderLayer(nn.Module):
         x = self._rest(x + y, cross, cross_bias, True)
         return x, {"key": k, "value": v}
 
+    def ahead(self, x, cache, bias, cross, cross_bias):
+        """Tokens after those in the cache, which stays as it is: x [B, R, W, D], cache k and v
+        [B, R, S, H, K], bias [H, W, S + W]."""
+        y = self.pre_self_attention_layer_norm(x)
+        k, v = (
+            jnp.concatenate(pair, axis=2)
+            for pair in zip(
+                (cache["key"], cache["value"]), self.self_attention.keys_values(y), strict=True
+            )
+        )
+        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        return self._rest(x + y, cross, cross_bias, True)
+
+    def scan_ahead(self, x, index_and_cross, cache, bias, cross_bias):
+        """`ahead` as a step of a scan over layers: cache [B, R, layers, S, H, K]."""
+        index, cross = index_and_cross
+        own = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=2, keepdims=False)
+        return self.ahead(x, jax.tree.map(own, cache), bias, cross, cross_bias), None
+
     def scan(self, x, bias, encoded, cross_bias, deterministic: bool):
         """`__call__` as a step of a scan over layers."""
         return self(x, bias, encoded, cross_bias, deterministic), None
@@ -292,6 +311,7 @@ class Decoder(nn.Module):
             whole = nn.broadcast
             methods = {"scan": (whole,) * 4, "scan_cross": (whole,)}
             methods["scan_step"] = (0, whole, whole, whole)
+            methods["scan_ahead"] = (0, whole, whole, whole)
             self.layers = _scanned(layer, config, length, methods)
         else:
             self.layers = [layer(config) for _ in range(length)]
@@ -333,6 +353,17 @@ class Decoder(nn.Module):
             new_cache.append(layer_cache)
         return self.decoder_norm(x), new_cache
 
+    def ahead(self, x, cache, position, cross, valid):
+        """x [B, R, W, D], the tokens at `position` and after -> [B, R, W, D]"""
+        bias = _ahead_bias(self.relpos_bias, cache, position, x.shape[2])
+        if self.config.scan_layers:
+            numbers = jnp.arange(self.config.num_decoder_layers, dtype=jnp.int32)
+            x, _ = self.layers.scan_ahead(x, (numbers, cross), cache, bias, _cross_bias(valid))
+            return self.decoder_norm(x)
+        for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
+            x = layer.ahead(x, layer_cache, bias, layer_cross, _cross_bias(valid))
+        return self.decoder_norm(x)
+
 
 def _causal_bias(relpos_bias: Any, length: int) -> jax.Array:
     """[H, T, T]"""
@@ -345,6 +376,16 @@ def _step_bias(relpos_bias: Any, cache: Any, position: jax.Array) -> jax.Array:
     length = jax.tree.leaves(cache)[0].shape[-3]
     bias = jax.lax.dynamic_slice_in_dim(relpos_bias(length, length, False), position, 1, axis=1)
     return bias + jnp.where(jnp.arange(length) <= position, 0.0, layers.NEGATIVE)
+
+
+def _ahead_bias(relpos_bias: Any, cache: Any, position: jax.Array, width: int) -> jax.Array:
+    """The rows of `_causal_bias` at `width` positions: [H, W, S + W], the keys of the cache, of
+    which those before `position` count, and those of the positions themselves."""
+    length = jax.tree.leaves(cache)[0].shape[-3]
+    far = relpos_bias(length + width, length, False)
+    far = jax.lax.dynamic_slice_in_dim(far, position, width, axis=1)
+    far = far + jnp.where(jnp.arange(length) < position, 0.0, layers.NEGATIVE)
+    return jnp.concatenate([far, _causal_bias(relpos_bias, width)], axis=-1)
 
 
 def _cross_bias(valid: jax.Array) -> jax.Array:
@@ -400,6 +441,13 @@ class PrefixAdaptation(nn.Module):
             y, block_cache = block.step(y, block_cache, position, bias, None, None)
             new_cache.append(block_cache)
         return self._adapted(x, self.norm(y)), new_cache
+
+    def ahead(self, x, prefix, cache, position):
+        """x, prefix [B, R, W, D] at `position`, which is not the first, and after"""
+        y, bias = prefix, _ahead_bias(self.relpos_bias, cache, position, x.shape[2])
+        for block, block_cache in zip(self.blocks, cache, strict=True):
+            y = block.ahead(y, block_cache, bias, None, None)
+        return self._adapted(x, self.norm(y))
 
     def _adapted(self, x: jax.Array, adaptive: jax.Array) -> jax.Array:
         return x + self.out(self.hidden(x) * self.gate(adaptive))
@@ -503,6 +551,23 @@ class Transformer(nn.Module):
         x, cache = self.decoder.step(prefix, cache, position, cross, valid)
         x, adaptive = self.prefix_adaptation.step(x, prefix, adaptive, position, encoded, valid)
         return self.logits(x[:, :, 0]), (cache, adaptive)
+
+    def ahead(
+        self,
+        tokens: jax.Array,
+        cache: Any,
+        position: jax.Array,
+        cross: Any,
+        encoder_input_tokens: jax.Array,
+    ) -> jax.Array:
+        """Tokens that are known before they are decoded: int32 [B, R, W] at `position` (not 0) and
+        after -> [B, R, W, D], of which `logits` are those of W steps. The cache is only read."""
+        prefix, valid = self._embed(tokens), encoder_input_tokens > 0
+        if not self.config.prefix_adaptive_layers:
+            return self.decoder.ahead(prefix, cache, position, cross, valid)
+        (cross, _), (cache, adaptive) = cross, cache
+        x = self.decoder.ahead(prefix, cache, position, cross, valid)
+        return self.prefix_adaptation.ahead(x, prefix, adaptive, position)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]"""

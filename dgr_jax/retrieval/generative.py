@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import checkpoints, partitioning
@@ -23,7 +24,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
-from dgr_jax.decoding.beam_search import BeamResult, beam_search
+from dgr_jax.decoding.beam_search import BeamResult, beam_search, target_log_probs
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -120,6 +121,14 @@ def decode_fn(
         def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
             return apply(last, cache, position, cross, tokens, method="step")
 
+        def score(
+            inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array
+        ) -> jax.Array:
+            x = apply(inputs, cache, position, cross, tokens, method="ahead")
+            one = lambda pair: target_log_probs(apply(pair[0], method="logits"), pair[1])
+            by_token = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 2, 0), (x, targets))
+            return jnp.moveaxis(jax.lax.map(one, by_token), 0, 2)  # no logits [B, M, W, V]
+
         return beam_search(
             step,
             constraint,
@@ -128,6 +137,7 @@ def decode_fn(
             num_beams=num_beams,
             max_length=length,
             record=record,
+            score_fn=score,
         )
 
     if mesh is None:

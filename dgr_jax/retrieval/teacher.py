@@ -352,6 +352,60 @@ class VectorTeacher(Teacher):
         return passages, vectors, rows
 
 
+@dataclass(frozen=True)
+class FusionTeacher(Teacher):
+    """A weighted sum of the scores of several teachers.
+
+    A passage has a score where every teacher has one; a query that one of them does not know gets
+    an empty list. judged_first of the teachers themselves is not looked at.
+
+    weights: one a teacher; None: 1 each. Scores are taken as they are, so the weights must also
+    bring them to one scale.
+    """
+
+    teachers: tuple[Teacher, ...]
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.teachers) < 2:
+            raise ValueError(
+                f"FusionTeacher.teachers: got {len(self.teachers)}, expected 2 or more"
+            )
+        if self.weights is not None and len(self.weights) != len(self.teachers):
+            raise ValueError(
+                f"FusionTeacher.weights: got {len(self.weights)}, expected {len(self.teachers)}, "
+                "one a teacher"
+            )
+
+    def _order(
+        self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
+    ) -> Iterator[tuple[str, list[ScoredPassage]]]:
+        weights = self.weights or (1.0,) * len(self.teachers)
+        waiting: dict[str, list[dict[str, float]]] = {}  # few: teachers that keep step fill no more
+        streams = [self._weighted(t, w, queries, pools, store) for t, w in zip(
+            self.teachers, weights, strict=True)]  # fmt: skip
+        for told in itertools.zip_longest(*streams):
+            for qid, scores in filter(None, told):
+                parts = waiting.setdefault(qid, [])
+                parts.append(scores)
+                if len(parts) == len(streams):
+                    del waiting[qid]
+                    pids = [pid for pid in pools[qid] if all(pid in part for part in parts)]
+                    sums = [sum(part[pid] for part in parts) for pid in pids]
+                    yield qid, best_first(pids, np.array(sums, np.float64))
+
+    @staticmethod
+    def _weighted(
+        teacher: Teacher,
+        weight: float,
+        queries: Queries,
+        pools: Mapping[str, list[str]],
+        store: PassageStore,
+    ) -> Iterator[tuple[str, dict[str, float]]]:
+        for qid, listed in teacher._order(queries, pools, store):
+            yield qid, {passage.pid: weight * passage.score for passage in listed}
+
+
 def best_first(pids: Sequence[str], scores: np.ndarray) -> list[ScoredPassage]:
     """Passages by falling score, ties by pid; those with a score of nan are left out."""
     listed = [
