@@ -225,6 +225,8 @@ def _completed(loop, constraint, width, score_fn, penalised):
     tokens = jnp.where((place >= 0) & (place < rest.lengths[..., None]), added, live.tokens)
     state = jax.tree.map(lambda leaf: _alive(leaf, log_probs), rest.state)
     beams = _Beams(penalised(log_probs, ends.astype(jnp.float32)), log_probs, tokens, state)
+    if constraint.fixed_length is not None:  # they end together
+        return beams
     order = jnp.argsort(rest.lengths, axis=-1, stable=True)
     return jax.tree.map(lambda leaf: _select(leaf, order), beams)
 
