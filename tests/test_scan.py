@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 from dgr_jax import partitioning
-from dgr_jax.models.t5 import REMAT, T5Config, Transformer, stack_layers, unstack_layers
+from dgr_jax.models.stacking import stack_layers, unstack_layers
+from dgr_jax.models.t5 import REMAT, T5Config, Transformer
 from dgr_jax.training.optimizers import Adafactor, Constant
 from tests import students
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax.models.t5 import T5Config, Transformer, stack_layers
+from dgr_jax.models.stacking import stack_layers
+from dgr_jax.models.t5 import T5Config, Transformer
 from tests import students
 from tests.reference import prefix_adaptation as reference
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dgr_jax.models import pretrained, t5, t5x_checkpoints
+from dgr_jax.models import pretrained, stacking, t5x_checkpoints
 from dgr_jax.training.optimizers import Adafactor
 from tests.test_pretrained import T5_1_0, T5_1_1, D, F, flat, random_params, same, unboxed
 
@@ -133,7 +133,7 @@ def test_scanned_layers_become_single_ones(tmp_path):
     config, params = pretrained.read_t5x(by_hand(tmp_path, stacked))
     assert config == silent(T5_1_1)
     same(params, nested(expected))
-    ours = flat(t5.stack_layers(params))  # our own names of scanned layers are read too
+    ours = flat(stacking.stack_layers(params))  # our own names of scanned layers are read too
     same(nested(t5x_checkpoints.unscanned(ours)), params)
 
 
@@ -282,7 +282,7 @@ def test_errors_about_the_optimizer(tmp_path):
 
 def test_a_student_with_scanned_layers_is_written(tmp_path):
     scan = dataclasses.replace(T5_1_1, scan_layers=True)
-    params = t5.stack_layers(unboxed(T5_1_1))
+    params = stacking.stack_layers(unboxed(T5_1_1))
     pretrained.write_t5x(tmp_path / "t5x", scan, params, scanned=True)
     pretrained.write_hf(tmp_path / "hf", scan, params)
     same(pretrained.read(tmp_path / "t5x")[1], unboxed(T5_1_1))

@@ -350,7 +350,7 @@ def read_t5x(
     source: the folder of a run (its newest step, or `step`), or of a step; a bucket (gs://) too.
     activations: of the projections. The checkpoint holds no setting that is not a shape; by default
       two projections are T5 1.1's ("gelu", "linear"), and one is T5's ("relu",).
-    params: as of `read_hf`: layers one by one; `t5.stack_layers` stacks them for scan_layers.
+    params: as of `read_hf`: layers one by one; `stacking.stack_layers` stacks them for scan_layers.
 
     Raises FileNotFoundError where there is no checkpoint, ValueError for one that cannot be read
     and with all names that are missing, left over or of another shape.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dgr_jax.models import pretrained
-from dgr_jax.models.t5 import T5Config, Transformer, stack_layers, unstack_layers
+from dgr_jax.models.stacking import stack_layers, unstack_layers
+from dgr_jax.models.t5 import T5Config, Transformer
 
 # Of the student, not of the weights.
 _OWN = ("vocab_size", "dropout_rate", "dtype", "remat", "scan_layers", "prefix_adaptive_layers")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgr_jax.models.t5 import LAYERS, LAYERS_AXIS
+from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
 
 NOT_DECAYED = ("scale", "bias", "rel_embedding")
 
