@@ -130,6 +130,25 @@ def test_search_paths(tmp_path):
     assert found.generate.seed == 7
 
 
+def test_folders_of_the_working_directory_may_have_the_names_of_ours(tmp_path, monkeypatch):
+    """They look like Python packages, which gin would read files from."""
+    for name in ("models", "runs"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load(QUICKSTART, "--model_dir=m").model.emb_dim == 128
+
+
+def test_a_teacher_of_several():
+    found = load(
+        *(QUICKSTART, "--model_dir=m", "--gin.TEACHER=@FusionTeacher()"),
+        "--gin.FusionTeacher.teachers=(@Bm25Teacher(), @RunTeacher())",
+        *("--gin.FusionTeacher.weights=(0.7, 12)", f"--gin.RunTeacher.path={__file__}"),
+    )
+    assert [type(t).__name__ for t in found.teach.teacher.teachers] == ["Bm25Teacher", "RunTeacher"]
+    assert found.teach.teacher.weights == (0.7, 12)
+
+
 @pytest.mark.parametrize(
     ("binding", "read", "expected"),
     [
