@@ -18,17 +18,18 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from dgr_jax import cli, costs, evaluation, limits, pipeline, plots
+from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes
 from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe, fingerprint
 
@@ -179,7 +180,8 @@ class Runner:
     def run(self) -> None:
         """Runs what has not been run.
 
-        Raises ChildProcessError naming the logs of experiments that failed, once all have run.
+        Raises RuntimeError naming the logs of experiments that failed, once all have run. SIGTERM
+        stops the experiment that runs, and ends this process with the status of one told to stop.
         """
         failed = []
         for number, run in enumerate(self.runs, start=1):
@@ -190,10 +192,10 @@ class Runner:
             log = run.folder / "log.txt"
             command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
             with log.open("a", encoding="utf-8") as output:
-                done = subprocess.run(
-                    [*command, f"--model_dir={run.folder}"], stdout=output, stderr=output
-                )
-            if done.returncode:
+                status = _status([*command, f"--model_dir={run.folder}"], output)
+            if status == processes.EXIT_STOPPED:
+                sys.exit(status)
+            if status:
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
                 logger.error("study: %s failed: %s", run.folder.name, *last)
                 failed.append(log)
@@ -391,6 +393,23 @@ class Runner:
             for name, of_line in lines.items()
         }
         plots.measures_over(series, axis, self.study.measures, self.folder / f"{_slug(axis)}.png")
+
+
+def _status(command: Sequence[str], output: IO[str]) -> int:
+    """Runs a command to its end. SIGTERM is handed on to it, and makes the status EXIT_STOPPED."""
+    told = []
+    with subprocess.Popen(command, stdout=output, stderr=output) as child:
+
+        def stop(*_: Any) -> None:
+            told.append(True)
+            child.terminate()
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            status = child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return processes.EXIT_STOPPED if told else status
 
 
 def _interval(row: Row, measure: str) -> tuple[float, float, float]:

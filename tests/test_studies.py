@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -268,6 +272,25 @@ def test_what_beam_search_loses_and_what_rows_cost(finished, command, tmp_path):
     drift = Study(finished.study.gin_files, finished.study.axes, drift="qrels")
     row = Runner(drift, str(finished.folder), SETTINGS).rows()[0]
     assert row.costs == [{"drift": pytest.approx(float(distill[-1]), rel=1e-3)}]
+
+
+def test_a_study_that_is_stopped_stops_what_it_runs(tmp_path):
+    """The child would end by itself after a minute."""
+    ran = tmp_path / "log.txt"
+    child = "import os; print(os.getpid(), flush=True); import time; time.sleep(60)"
+    study = (
+        "import sys; from dgr_jax import studies; output = open(sys.argv[1], 'w');"
+        f"sys.exit(studies._status([sys.executable, '-c', {child!r}], output))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", study, str(ran)])
+    begun = time.monotonic()
+    while not (ran.is_file() and ran.read_text().strip()):
+        assert running.poll() is None and time.monotonic() < begun + 60
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(30) == 75
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ran.read_text()), 0)
 
 
 def test_a_study_of_nothing_has_no_table(tmp_path):
