@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
 from dgr_jax.decoding.beam_search import beam_search, sample, target_log_probs
+from dgr_jax.decoding.trie_expand import TrieConstraint
 from tests.reference import decoding as reference
 
 VOCAB = 12
@@ -259,6 +260,13 @@ def test_stops_when_no_live_beam_can_reach_the_finished_ones():
     assert np.isfinite(result.log_probs).all()
 
 
+def search_ahead(constraint, **settings):
+    """A search that scores up to 4 tokens at once, which so small an index would not be worth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrieConstraint, "completion_width", 4)
+        return search(constraint, score=score_fn, **settings)
+
+
 ANCHORS = [[2] * 7, [11] * 7, [11] * 3 + [2]]
 
 
@@ -283,14 +291,24 @@ def test_what_is_decided_is_scored_at_once(ends, penalty, renormalise, data):
     index = build(rows, 1, eos_id=EOS if ends == "token" else None)
     assert index.layout.ends == ends
     constraint = index.constraint(renormalise=renormalise)
-    assert constraint.completion_width > 2
     settings = dict(num_beams=3, length_penalty=penalty)
-    result = search(constraint, score=score_fn, **settings)
+    result = search_ahead(constraint, **settings)
     by_steps = search(constraint, **settings)
     for name in ("tokens", "rows", "valid"):
         assert getattr(result, name).tolist() == getattr(by_steps, name).tolist()
     np.testing.assert_allclose(result.log_probs, by_steps.log_probs, atol=1e-5)
     np.testing.assert_array_equal(index.table_rows(result.rows) >= 0, result.valid)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "fixed", "mixed"), [(7, 7, 4, 0), (2000, 12, 9, 11), (7, 4, 0, 0)]
+)
+def test_how_many_tokens_one_pass_scores(count, length, fixed, mixed):
+    rows = np.random.default_rng(0).integers(2, VOCAB, (count, length))
+    assert trie.build(rows, vocab_size=VOCAB).constraint().completion_width == fixed
+    lengths = np.resize([2, length], count)
+    text = trie.build(rows, lengths, eos_id=EOS, vocab_size=VOCAB).constraint()
+    assert (text.max_length > length, text.completion_width) == (True, mixed)
 
 
 def test_no_step_is_taken_where_nothing_is_left_to_choose():

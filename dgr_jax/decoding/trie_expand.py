@@ -132,12 +132,17 @@ class TrieConstraint:
     @property
     def completion_width(self) -> int:
         """Tokens left from the depth on at which every beam would stand on a tail, were the
-        identifiers spread evenly; at most 4 where they differ in length: most have fewer left.
-        0 for less than 3, which would not pay for compiling it."""
+        identifiers spread evenly; where they differ in length, half more than a tail has on
+        average, if that is less. 0 for less than 3, which would not pay for compiling it.
+
+        Shapes alone decide, so that indexes of one size class share it.
+        """
         span = max(2, 32 * self.layout.bitmap_words or self.layout.gathers[-1])
         spread = math.ceil(math.log(max(2, self.edge_tokens.shape[0]), span)) + 1
-        left = max(0, self.layout.max_length - spread)
-        left = left if self.layout.ends == "fixed" else min(left, 4)
+        left = self.layout.max_length - spread
+        if self.layout.ends != "fixed":
+            mean = self.tails.shape[0] / max(1, self.tail_start.shape[0])
+            left = min(left, math.ceil(1.5 * mean))
         return left if left > 2 else 0
 
     def init(self, batch_size: int) -> TrieState:
