@@ -270,14 +270,10 @@ def search_ahead(constraint, **settings):
 ANCHORS = [[2] * 7, [11] * 7, [11] * 3 + [2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ends", "penalty", "renormalise"),
-    [
-        ("token", 1.0, False),
-        slow("fixed", 0.0, False),
-        slow("mixed", 0.0, True),
-        slow("token", 0.0, False),
-    ],
+    [("token", 1.0, False), ("fixed", 0.0, False), ("mixed", 0.0, True), ("token", 0.0, False)],
 )
 @many
 @given(data=st.data())
@@ -452,7 +448,8 @@ def test_bad_settings_are_refused(call, settings, message):
         call(build([[3]]).constraint(), *first, **settings)
 
 
-@pytest.mark.parametrize("axis", [None, slow("model")])
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [None, "model"])
 def test_sharded_gives_the_same(axis):
     """Queries over data; the index on every device, or its long arrays over model."""
     if jax.device_count() < 4:

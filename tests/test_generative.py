@@ -183,6 +183,7 @@ def test_with_more_beams_than_identifiers_all_are_found_in_order(decoder):
     assert (np.diff(scores[:, :40]) <= 0).all()
 
 
+@slow
 def test_lengths_are_mixed_and_padding_changes_nothing(decoder):
     """Two shapes compile, once each; the results are those of one shape, in the order asked."""
     passages, scores = decoder.passages(QUERIES)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 
 from dgr_jax import hlo, partitioning
 from dgr_jax.losses import ranking
-from dgr_jax.models.t5 import T5Config, Transformer, stack_layers
+from dgr_jax.models.stacking import stack_layers
+from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.step import abstract_state, init_state, make_train_step

@@ -32,7 +32,7 @@ def make(config=SMALL):
     ("dtype", "scan", "adaptive"),
     [
         ("float32", False, 0),
-        ("float32", False, 2),
+        pytest.param("float32", False, 2, marks=pytest.mark.slow),
         ("bfloat16", True, 0),
         pytest.param("float32", True, 1, marks=pytest.mark.slow),
         pytest.param("bfloat16", False, 1, marks=pytest.mark.slow),

@@ -37,7 +37,7 @@ class T5Config:
     vocab_size 0 means: as large as the experiment's vocabulary (text pieces and docid codes).
     remat: what a layer computes again in the backward pass: 'none', 'minimal', 'full', see REMAT.
     scan_layers: one layer is compiled and run for all; the parameters of a stack lie in arrays
-      with an axis of layers, as t5x's scanned checkpoints. See `stack_layers`.
+      with an axis of layers, as t5x's scanned checkpoints. See `stacking`.
     prefix_adaptive_layers: of the decoder that adapts the output weights to the prefix, see
       `PrefixAdaptation` (4 in the published model); 0: the output weights of a T5.
     """
