@@ -116,13 +116,14 @@ def beam_search(
     def penalised(log_probs, tokens):
         return log_probs / tokens**length_penalty if length_penalty else log_probs
 
-    def open_(loop):
+    def reaches(loop):
+        """Whether a live beam may still reach the finished places."""
         ahead = length if length_penalty > 0 else loop.position + 1
         reachable = penalised(loop.live.log_probs[:, 0], jnp.float32(ahead))
         return (loop.position < length) & (reachable > loop.finished.scores[:, -1]).any()
 
     def unfinished(loop):
-        return open_(loop) & ~loop.decided
+        return reaches(loop) & ~loop.decided
 
     def advance(loop, searched=num_beams):
         """One step, of the first `searched` beams: the others are dead."""
@@ -150,7 +151,7 @@ def beam_search(
             completed = _completed(loop, constraint, width, score_fn, penalised)
             return _best_of(completed, None if together else loop.finished)
 
-        finished = lax.cond(open_(loop) & loop.decided, complete, lambda: finished)
+        finished = lax.cond(reaches(loop) & loop.decided, complete, lambda: finished)
     valid = finished.log_probs > -jnp.inf
     tokens = jnp.where(valid[..., None], finished.tokens, 0)
     rows = constraint.rows(finished.state)

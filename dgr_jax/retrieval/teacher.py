@@ -381,9 +381,9 @@ class FusionTeacher(Teacher):
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         weights = self.weights or (1.0,) * len(self.teachers)
-        waiting: dict[str, list[dict[str, float]]] = {}  # few: teachers that keep step fill no more
-        streams = [self._weighted(t, w, queries, pools, store) for t, w in zip(
-            self.teachers, weights, strict=True)]  # fmt: skip
+        members = zip(self.teachers, weights, strict=True)
+        streams = [self._weighted(*member, queries, pools, store) for member in members]
+        waiting: dict[str, list[dict[str, float]]] = {}  # few, where teachers keep step
         for told in itertools.zip_longest(*streams):
             for qid, scores in filter(None, told):
                 parts = waiting.setdefault(qid, [])
