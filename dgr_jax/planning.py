@@ -283,6 +283,11 @@ class Work:
         """Passes of the decoder that a search makes, the first, of one beam, among them."""
         return self.target_length - self.ahead + 1
 
+    @property
+    def looped(self) -> int:
+        """Those of them that are runs of its loop: not the first, nor the one that scores ahead."""
+        return max(1, self.steps - 1 - (self.ahead > 1))
+
 
 @dataclass(frozen=True)
 class Program:
@@ -483,11 +488,8 @@ class Plan:
         return self.queries / max(max(self.times.values()), 1e-12)
 
 
-def compiled(made: Program, formula: Plan, *, unknown_trips: int = 1) -> Plan:
-    """Compiles a program and reads what it does.
-
-    formula: the same by formula. unknown_trips: runs of loops that end by their data.
-    """
+def compiled(made: Program, formula: Plan) -> Plan:
+    """Compiles a program and reads what it does; formula: the same by formula."""
     start = time.monotonic()
     logger.info("plan: compiling %s for %s", made.name, formula.topology)
     try:
@@ -505,7 +507,7 @@ def compiled(made: Program, formula: Plan, *, unknown_trips: int = 1) -> Plan:
     total = arguments + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
-    done = hlo.cost(program.as_text(), unknown_trips=unknown_trips)
+    done = hlo.cost(program.as_text(), unknown_trips=made.work.looped)
     return dataclasses.replace(
         formula,
         parts=parts,
@@ -688,9 +690,7 @@ def plan(
         on = partitioning.make_mesh(mesh, topology.devices())
         made = program(name, experiment, sizes, on, mesh.rules)
         formula = analytic(made, on, topology, config)
-        # of a search: steps after the first, and without the pass that scores the rest
-        looped = made.work.steps - 1 - (made.work.ahead > 1)
-        return compiled(made, formula, unknown_trips=max(1, looped))
+        return compiled(made, formula)
     # The same bytes, and one layer to trace in place of all.
     scanned = dataclasses.replace(experiment.model, scan_layers=True)
     experiment = dataclasses.replace(experiment, model=scanned)

@@ -169,7 +169,7 @@ def _small(name, adaptive=0):
     config = planning.model_config(small, sizes)
     made = planning.program(name, small, sizes, _mesh(), small.mesh.rules)
     formula = planning.analytic(made, _mesh(), Topology("v5e", (2, 4)), config)
-    return planning.compiled(made, formula, unknown_trips=sizes.length - 1), formula
+    return planning.compiled(made, formula), formula
 
 
 @pytest.mark.slow
