@@ -43,7 +43,7 @@ import numpy as np
 from benchmarks import index as index_sizes
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
-from dgr_jax.decoding.beam_search import beam_search, target_log_probs
+from dgr_jax.decoding.beam_search import beam_search, score_by_token
 from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.selection import joint_top_k
 from dgr_jax.retrieval.speed import device_name
@@ -65,13 +65,8 @@ def search(constraint, table, salt, *, batch: int, beams: int):
     step_fn = lambda tokens, cache, position: (read(tokens, position), cache)
 
     def score_fn(inputs, targets, cache, position):
-        def one(token):
-            logits = read(token[0], token[2])
-            return target_log_probs(logits, token[1])
-
-        positions = position + jnp.arange(inputs.shape[-1])
-        by_token = (jnp.moveaxis(inputs, 2, 0), jnp.moveaxis(targets, 2, 0), positions)
-        return jnp.moveaxis(jax.lax.map(one, by_token), 0, 2)
+        positions = jnp.broadcast_to(position + jnp.arange(inputs.shape[-1]), inputs.shape)
+        return score_by_token(lambda token: read(*token), (inputs, positions), targets)
 
     return beam_search(
         step_fn, constraint, None, batch_size=batch, num_beams=beams, score_fn=score_fn

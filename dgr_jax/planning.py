@@ -616,11 +616,11 @@ def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, 
 
 def _moved(config: T5Config, made: Program, temporaries: float, passes: int) -> float:
     """Bytes of memory read and written, at least: parameters in every pass or step of a search, the
-    optimizer, and temporaries once each way."""
+    optimizer, and temporaries once each way (of a search for every token, in whatever pass)."""
     parameters = made.parts["parameters"]
     if made.work.beams:
         half = 2 if config.dtype == "bfloat16" else 1
-        return (parameters / half + temporaries) * made.work.steps
+        return parameters / half * made.work.steps + temporaries * made.work.target_length
     update = 5 * parameters + 2 * made.parts["optimizer"]
     return passes * parameters * made.work.microbatches + update + 2 * temporaries
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
-from dgr_jax.decoding.beam_search import beam_search, sample, target_log_probs
+from dgr_jax.decoding.beam_search import beam_search, sample, score_by_token
 from dgr_jax.decoding.trie_expand import TrieConstraint
 from tests.reference import decoding as reference
 
@@ -42,11 +42,11 @@ def step_fn(tokens, cache, position):
 
 def score_fn(inputs, targets, cache, position):
     """Log-probabilities of several tokens of every beam, step by step."""
-    scores = []
+    found = []
     for t in range(inputs.shape[-1]):
         logits, cache = step_fn(inputs[..., t], cache, position + t)
-        scores.append(target_log_probs(logits, targets[..., t]))
-    return jnp.stack(scores, -1)
+        found.append(logits)
+    return score_by_token(lambda logits: logits, jnp.stack(found, 2), targets)
 
 
 def start(batch, beams):

@@ -28,6 +28,8 @@ from dgr_jax.decoding.selection import top_k
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 ScoreFn = Callable[[jax.Array, jax.Array, Any, jax.Array], jax.Array]
 
+LOGITS_TOGETHER = 64  # rows [V] of logits, where sequences are scored ahead
+
 
 class Prefixes(NamedTuple):
     """The live beams after every step: all prefixes that were searched, each once.
@@ -158,10 +160,25 @@ def beam_search(
     return BeamResult(tokens, finished.log_probs, valid, rows, loop.prefixes)
 
 
-def target_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-probabilities of int32 [B, M] under logits of any float dtype [B, M, V], f32 [B, M]."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return chosen.astype(jnp.float32) - _log_normaliser(logits)
+def score_by_token(
+    logits_fn: Callable[[Any], jax.Array], inputs: Any, targets: jax.Array
+) -> jax.Array:
+    """Log-probabilities f32 [B, M, W] of targets int32 [B, M, W], for a ScoreFn.
+
+    logits_fn: what is known of a token, leaves [B, M, ...] -> logits [B, M, V] of any float dtype.
+    inputs: leaves [B, M, W, ...]. Logits of few sequences are made together (up to LOGITS_TOGETHER rows),
+      so that the output matrix is read once; those of many token by token, as they are large.
+    """
+
+    def one(token):
+        logits = logits_fn(token[0])
+        chosen = jnp.take_along_axis(logits, token[1][..., None], -1)[..., 0]
+        return chosen.astype(jnp.float32) - _log_normaliser(logits)
+
+    first = lambda leaf: jnp.moveaxis(leaf, 2, 0)
+    together = max(1, LOGITS_TOGETHER // (targets.shape[0] * targets.shape[1]))
+    scores = lax.map(one, jax.tree.map(first, (inputs, targets)), batch_size=together)
+    return jnp.moveaxis(scores, 0, 2)
 
 
 def _log_normaliser(logits):

@@ -182,12 +182,9 @@ class DecoderLayer(nn.Module):
         """Tokens after those in the cache, which stays as it is: x [B, R, W, D], cache k and v
         [B, R, S, H, K], bias [H, W, S + W]."""
         y = self.pre_self_attention_layer_norm(x)
-        k, v = (
-            jnp.concatenate(pair, axis=2)
-            for pair in zip(
-                (cache["key"], cache["value"]), self.self_attention.keys_values(y), strict=True
-            )
-        )
+        k, v = self.self_attention.keys_values(y)
+        k = jnp.concatenate([cache["key"], k], axis=2)
+        v = jnp.concatenate([cache["value"], v], axis=2)
         y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
         return self._rest(x + y, cross, cross_bias, True)
 

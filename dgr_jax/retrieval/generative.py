@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import checkpoints, partitioning
@@ -24,7 +23,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
-from dgr_jax.decoding.beam_search import BeamResult, beam_search, target_log_probs
+from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -125,9 +124,7 @@ def decode_fn(
             inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array
         ) -> jax.Array:
             x = apply(inputs, cache, position, cross, tokens, method="ahead")
-            one = lambda pair: target_log_probs(apply(pair[0], method="logits"), pair[1])
-            by_token = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 2, 0), (x, targets))
-            return jnp.moveaxis(jax.lax.map(one, by_token), 0, 2)  # no logits [B, M, W, V]
+            return score_by_token(functools.partial(apply, method="logits"), x, targets)
 
         return beam_search(
             step,
