@@ -166,8 +166,8 @@ def score_by_token(
     """Log-probabilities f32 [B, M, W] of targets int32 [B, M, W], for a ScoreFn.
 
     logits_fn: what is known of a token, leaves [B, M, ...] -> logits [B, M, V] of any float dtype.
-    inputs: leaves [B, M, W, ...]. Logits of few sequences are made together (up to LOGITS_TOGETHER rows),
-      so that the output matrix is read once; those of many token by token, as they are large.
+    inputs: leaves [B, M, W, ...]. Logits of few sequences are made together (LOGITS_TOGETHER rows
+      at most), so that the output matrix is read once; those of many one by one: they are large.
     """
 
     def one(token):
