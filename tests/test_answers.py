@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from dgr_jax import evaluation, pipeline
-from dgr_jax.corpora import store
+from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.stages.evaluate import _compare, _measurer, _run, chosen_queries
+from dgr_jax.stages.evaluate import _compare, _measure, chosen_queries
 from tests import test_experiment
 
 TEXTS = {"a": "It is Paris.", "b": "It is Rome.", "c": "Bern"}
@@ -187,12 +187,8 @@ def test_answers_are_measured_beside_judgements(data, tmp_path, judged):
     experiment = experiment_on(data, tmp_path, splits=("test",), measures=measures)
     made = Made(data, tmp_path / "passages", judged)
     queries = chosen_queries(experiment, made, "test")
-    measure = _measurer(experiment, made, queries, "test")
-    values = _run(
-        lambda texts: iter([run_of(**dict.fromkeys(texts, "ab"))]),
-        queries, measure, tmp_path / "x.trec", "x",
-    )  # fmt: skip
-    assert (tmp_path / "x.trec").read_text().startswith("q Q0 a 1 ")
+    trec.write_run(tmp_path / "x.trec", trec.rank_lists(run_of(q="ab")), tag="x")
+    values = _measure(experiment, made, queries, "test", tmp_path / "x.trec")
     means = evaluation.means(values)
     assert {k: v for k, v in means.items() if k in measures} == {
         "AnswerHits@1": 0.0,

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
 
 from dgr_jax import evaluation, plots, processes
 from dgr_jax.corpora import trec
-from dgr_jax.corpora.types import Query, RankList, ScoredPassage
+from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment
+from dgr_jax.experiment import Experiment, describe, fingerprint
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics
 
+Item = TypeVar("Item")
 Run = dict[str, list[ScoredPassage]]
 Values = dict[str, dict[str, float]]  # measure -> qid -> value
 COMPARED = ("Success@1", "Success@10", "RR@10")
@@ -43,7 +47,8 @@ def measure(
     success_at_k.png and training_curves.png, and prints the table.
 
     One system is in memory at a time, and of its runs one block of queries. Several processes
-    search together; the first does the rest.
+    search together; the first does the rest. A run is kept beside its student, which is not
+    searched again by an evaluation that differs in other settings or in another student.
 
     opened: a system -> what retrieves, such as a `Decoder`.
     """
@@ -51,19 +56,19 @@ def measure(
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
     for split, asked in queries.items():
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
-    if not processes.first():
-        _take_part(experiment, made, queries, opened)
-        return
-    measurers = {split: _measurer(experiment, made, queries[split], split) for split in splits}
     values: dict[str, dict[str, Values]] = {}
     for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
-        search = _search(experiment, made, system, opened)
-        values[system] = {
-            split: _run(search, queries[split], measurers[split],
-                        folder / f"{system}.{split}.trec", f"dgr_jax-{system}")
-            for split in splits
-        }  # fmt: skip
-        del search
+        runs = {split: _kept_run(experiment, system, split) for split in splits}
+        _search(experiment, made, system, opened, queries, runs)
+        if processes.first():
+            values[system] = {
+                split: _measure(experiment, made, queries[split], split, path)
+                for split, path in runs.items()
+            }
+            for split, path in runs.items():
+                _share(path, folder / f"{system}.{split}.trec")
+    if not processes.first():
+        return
     measured = {
         system: {
             split: evaluation.means(
@@ -84,21 +89,6 @@ def measure(
     _show(measured, compared)
 
 
-def _take_part(
-    experiment: Experiment | DenseExperiment,
-    made: Prepared,
-    queries: dict[str, dict[str, Query]],
-    opened: Callable[[str], Any],
-) -> None:
-    """Searches together with the first process, which has the runs."""
-    for system in experiment.systems:
-        search = _search(experiment, made, system, opened)
-        for asked in queries.values():
-            for _ in search({qid: query.text for qid, query in asked.items()}):
-                pass
-        del search
-
-
 def chosen_queries(
     experiment: Experiment | DenseExperiment, made: Prepared, split: str
 ) -> dict[str, Query]:
@@ -113,23 +103,55 @@ def chosen_queries(
     return {qids[i]: queries[qids[i]] for i in keep}
 
 
+def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str) -> Path:
+    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus."""
+    settings = experiment.evaluate
+    student = system != "bm25"
+    asked = (settings.search if student else settings.search.depth, settings.max_queries)
+    mark = fingerprint(describe([*asked, settings.seed if settings.max_queries else 0]))
+    folder = Path(experiment.model_dir) / (system if student else "prepare") / "runs"
+    return folder / f"{system}.{split}-{mark}.trec"
+
+
 def _search(
+    experiment: Experiment | DenseExperiment,
+    made: Prepared,
+    system: str,
+    opened: Callable[[str], Any],
+    queries: dict[str, dict[str, Query]],
+    runs: dict[str, Path],
+) -> None:
+    """Writes the runs (by split) that are not there yet."""
+    absent = [split for split, path in runs.items() if not path.is_file()]
+    absent = processes.agree(absent if processes.first() else None)
+    if not absent or system == "bm25" and not processes.first():
+        return
+    search = _searcher(experiment, made, system, opened)
+    for split in absent:
+        found = search({qid: query.text for qid, query in queries[split].items()})
+        if processes.first():
+            runs[split].parent.mkdir(exist_ok=True)
+            lists = (rank_list for run in found for rank_list in trec.rank_lists(run))
+            trec.write_run(runs[split], lists, tag=f"dgr_jax-{system}")
+        else:
+            collections.deque(found, maxlen=0)
+
+
+def _searcher(
     experiment: Experiment | DenseExperiment,
     made: Prepared,
     system: str,
     opened: Callable[[str], Any],
 ) -> Callable[[dict[str, str]], Iterator[Run]]:
     """queries -> the run of a system in blocks."""
-    settings = experiment.evaluate.search
     if system == "bm25":
-        index = Bm25().fit(made.store)
-        return lambda queries: (index.search(b, settings.depth) for b in _blocks(queries))
-    processes.wait()  # the first may have been busy with another system
+        index, depth = Bm25().fit(made.store), experiment.evaluate.search.depth
+        return lambda queries: (index.search(b, depth) for b in _blocks(queries))
     student = opened(system)
     return lambda queries: _retrieve(student, made, queries)
 
 
-def _blocks(queries: dict[str, str]) -> Iterator[dict[str, str]]:
+def _blocks(queries: dict[str, Item]) -> Iterator[dict[str, Item]]:
     items = list(queries.items())
     return (dict(items[start : start + BLOCK]) for start in range(0, len(items), BLOCK))
 
@@ -142,11 +164,15 @@ def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator
         yield scored_passages(list(block), *passages, made.store.pids)
 
 
-def _measurer(
-    experiment: Experiment | DenseExperiment, made: Prepared, queries: dict[str, Query], split: str
-) -> Callable[[Run], Values]:
-    """What a run of some of the queries is worth: run -> every measure that is asked for, compared
-    or plotted; of a split without judgements, those of answers."""
+def _measure(
+    experiment: Experiment | DenseExperiment,
+    made: Prepared,
+    queries: dict[str, Query],
+    split: str,
+    path: Path,
+) -> Values:
+    """What a run is worth: every measure that is asked for, compared or plotted; of a split without
+    judgements, those of answers."""
     settings, judged = experiment.evaluate, made.qrels(split)
     names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search)))
     of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
@@ -155,7 +181,8 @@ def _measurer(
     def text(pid: str) -> str:
         return made.store[made.store.index_of(pid)].text
 
-    def measure(run: Run) -> Values:
+    values: Values = {}
+    for run in _read(path, queries):
         found: Values = {}
         if of_answers:
             asked = [queries[qid] for qid in run]
@@ -165,29 +192,32 @@ def _measurer(
             found |= evaluation.per_query(
                 run, grades, of_judgements, min_relevance=settings.min_relevance
             )
-        return found
-
-    return measure
-
-
-def _run(
-    search: Callable[[dict[str, str]], Iterator[Run]],
-    queries: dict[str, Query],
-    measure: Callable[[Run], Values],
-    path: Path,
-    tag: str,
-) -> Values:
-    """Writes a system's run; -> its measures."""
-    values: Values = {}
-
-    def lists() -> Iterator[RankList]:
-        for run in search({qid: query.text for qid, query in queries.items()}):
-            for name, found in measure(run).items():
-                values.setdefault(name, {}).update(found)
-            yield from trec.rank_lists(run)
-
-    trec.write_run(path, lists(), tag=tag)
+        for name, by_query in found.items():
+            values.setdefault(name, {}).update(by_query)
     return values
+
+
+def _read(path: Path, queries: dict[str, Query]) -> Iterator[Run]:
+    """A run in blocks of the queries that it was made for; those without passages have no line."""
+    lists = trec.runs(path)
+    following = next(lists, None)
+    for block in _blocks(queries):
+        run: Run = {}
+        for qid in block:
+            run[qid] = []
+            if following is not None and following.qid == qid:
+                run[qid] = list(following.passages)
+                following = next(lists, None)
+        yield run
+
+
+def _share(kept: Path, path: Path) -> None:
+    """The same file under another name; a copy, where the file system has no links."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(kept, path)
+    except OSError:
+        shutil.copyfile(kept, path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,135 @@
+"""Stage evaluate: what is searched, and what is read again."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dgr_jax.corpora import store
+from dgr_jax.corpora.types import Passage, Query
+from dgr_jax.experiment import Evaluate
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.stages.evaluate import measure as measure_systems
+from tests import test_experiment
+
+BLOCK = 8  # queries that are searched and measured together
+PASSAGES = [Passage(f"p{i}", f"word{i}") for i in range(4)]
+QUERIES = {f"q{i}": Query(f"q{i}", f"word{i % 4}") for i in range(BLOCK + 3)}
+SYSTEMS = ["generate", "control", "distill"]
+
+
+class Student:
+    """Ranks the passage that a query was made of second; of the first passage it finds nothing."""
+
+    query_length = 1
+
+    def __init__(self, depth):
+        self.depth = depth
+
+    def passages_of_blocks(self, blocks):
+        for tokens in blocks:
+            right = tokens[:, :1] % 4
+            found = np.concatenate([(right + 1) % 4, right, (right + 2) % 4], axis=1)
+            scores = np.broadcast_to(np.array([3.0, 2.0, 1.0]), found.shape).copy()
+            found[tokens[:, 0] == 0] = -1
+            yield found[:, : self.depth], scores[:, : self.depth]
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """settings -> (metrics of an evaluation, the systems that were searched)."""
+    monkeypatch.setattr(sys.modules[measure_systems.__module__], "BLOCK", BLOCK)
+    tokens = {query.text: i for i, query in enumerate(PASSAGES)}
+    made = SimpleNamespace(
+        store=store.write(PASSAGES, tmp_path / "passages"),
+        vocabulary=SimpleNamespace(
+            encode_inputs=lambda texts, _: np.array([[tokens[text]] for text in texts])
+        ),
+        queries=lambda split: QUERIES,
+        qrels=lambda split: {qid: {f"p{tokens[q.text]}": 1} for qid, q in QUERIES.items()},
+    )
+    model_dir = tmp_path / "model"
+    for stage in ("prepare", "evaluate", *SYSTEMS):
+        (model_dir / stage).mkdir(parents=True)
+        (model_dir / stage / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+    def measure(failing="", depth=3, **settings):
+        opened = []
+
+        def open_student(system):
+            if system == failing:
+                raise OSError("lost")
+            opened.append(system)
+            return Student(depth)
+
+        experiment = dataclasses.replace(
+            test_experiment.BASE,
+            model_dir=str(model_dir),
+            evaluate=Evaluate(Search(depth=depth), **{"bm25": False, **settings}),
+        )
+        measure_systems(experiment, model_dir / "evaluate", made, open_student)
+        metrics = json.loads((model_dir / "evaluate/metrics.json").read_text())
+        return metrics["generate"]["test"], opened
+
+    measure.model_dir = model_dir
+    return measure
+
+
+def test_a_student_is_searched_once_for_what_is_asked(measured):
+    found = sum(i % len(PASSAGES) != 0 for i in range(len(QUERIES)))
+    metrics, opened = measured(measures=("RR@10",))
+    assert opened == SYSTEMS
+    assert metrics == {"RR@10": pytest.approx(found / 2 / len(QUERIES))}
+    again, opened = measured(measures=("RR@10", "Success@5"))
+    assert opened == []
+    assert again == {**metrics, "Success@5": pytest.approx(found / len(QUERIES))}
+    runs = measured.model_dir / "generate/runs"
+    kept, shown = next(runs.iterdir()), measured.model_dir / "evaluate/generate.test.trec"
+    assert kept.read_text() == shown.read_text()
+    assert kept.read_text().startswith("q1 Q0 p2 1 3.0 dgr_jax-generate\n")
+
+    assert measured(depth=2)[1] == SYSTEMS
+    assert measured(max_queries=5)[1] == SYSTEMS
+    assert measured(max_queries=5, seed=1)[1] == SYSTEMS
+    assert measured(seed=1)[1] == []  # all queries are asked: none are drawn
+    assert len(list(runs.iterdir())) == 4
+
+
+def test_an_evaluation_that_failed_goes_on_with_what_it_lacks(measured):
+    with pytest.raises(OSError, match="lost"):
+        measured(failing="distill")
+    assert measured()[1] == ["distill"]
+
+
+def test_a_student_that_was_trained_again_is_searched_again(measured, tmp_path):
+    measured()
+    (measured.model_dir / "distill").rename(tmp_path / "previous")
+    shutil.copytree(tmp_path / "previous", measured.model_dir / "distill")
+    shutil.rmtree(measured.model_dir / "distill/runs")
+    assert measured()[1] == ["distill"]
+
+
+def test_bm25_is_asked_once_whatever_the_students_search(measured):
+    measured(bm25=True)
+    runs = measured.model_dir / "prepare/runs"
+    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert len(before) == 1
+    measured(bm25=True, min_relevance=2)
+    assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == before
+    measured(bm25=True, depth=2)
+    assert len(list(runs.iterdir())) == 2
+
+
+def test_a_file_system_without_links_has_copies(measured, monkeypatch):
+    def link(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", link)
+    measured()
+    runs = measured.model_dir / "generate/runs"
+    shown = measured.model_dir / "evaluate/generate.test.trec"
+    assert next(runs.iterdir()).read_text() == shown.read_text()
