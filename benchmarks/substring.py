@@ -21,6 +21,7 @@ for ours and wavelet, and the same 15 best.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -185,12 +186,8 @@ def chosen_of(candidates, query):
 def compare(index, tokens, queries, rounds, with_strings):
     """Milliseconds a query and step of each, by depth; raises AssertionError where they differ."""
     constraint = index.constraint(max_length=LENGTH)
-    wavelet, sizes = weighed(Wavelet, tokens)
-    sizes = {"ours": constraint.nbytes, "wavelet": sizes}
-    strings = None
-    if with_strings:
-        strings, sizes["fm_index"] = weighed(FmIndex, tokens)
-    print(json.dumps(sizes), flush=True)
+    wavelet = Wavelet(tokens)
+    strings = FmIndex(tokens) if with_strings else None
     expand = jax.jit(lambda *arguments: constraint.expand(*arguments, width=BEAMS))
     ranges = [[wavelet.root] + [(0, 0)] * (BEAMS - 1)] * queries
     spans = np.zeros((queries, BEAMS, 0), np.int64)
@@ -225,7 +222,10 @@ def compare(index, tokens, queries, rounds, with_strings):
         spans = np.take_along_axis(spans, parent[..., None], 1)
         spans = np.concatenate([spans, token[..., None]], -1)
         state, prior = found.next_state, np.array(found.log_probs)
-    return sizes, steps
+    indexes = {"wavelet": wavelet, "fm_index": strings}
+    del wavelet, strings
+    sizes = {name: released(indexes, name) for name in list(indexes) if indexes[name]}
+    return {"ours": constraint.nbytes, **sizes}, steps
 
 
 def check_legal(index, wavelet, state, ranges, prior):
@@ -248,13 +248,16 @@ def check_strings(index, strings, state, spans, prior):
         np.testing.assert_array_equal(strings.legal(spans[beam]), tokens)
 
 
-def weighed(kind, tokens):
-    """(index, bytes that it adds to the process): the packages do not tell."""
+def released(indexes, name):
+    """Bytes that the process gives back with an index (glibc): the packages do not tell."""
+    trim = ctypes.CDLL(None).malloc_trim
     gc.collect()
+    trim(0)
     before = resident()
-    index = kind(tokens)
+    del indexes[name]
     gc.collect()
-    return index, resident() - before
+    trim(0)
+    return before - resident()
 
 
 def resident():
