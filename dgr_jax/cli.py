@@ -229,8 +229,7 @@ def load_experiment(
     _check_effects(bindings)
     if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
-        _check_folder("DATA_DIR", getattr(experiment.collection, "folder", ""))
-    _check_folder("MODEL_DIR", getattr(experiment, "model_dir", ""))
+    _check_model_dir(getattr(experiment, "model_dir", ""))
     if keep and processes.first():
         _keep(experiment)
     return experiment
@@ -418,11 +417,11 @@ def _check_tasks(name: str) -> None:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
 
 
-def _check_folder(name: str, folder: str) -> None:
+def _check_model_dir(folder: str) -> None:
     if "://" in folder:
         raise Mistake(
-            f"{name}: got {folder}, expected a folder: a bucket must be mounted, as by gcsfuse or "
-            "mount-s3"
+            f"MODEL_DIR: got {folder}, expected a folder: its files are mapped into memory and "
+            "renamed, so a bucket must be mounted, as by gcsfuse or mount-s3"
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from dgr_jax import evaluation, processes
 from dgr_jax import experiment as experiments
+from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, fingerprint, stage_settings
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,8 @@ def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
         signed["collection"] = now if whole else read.get("collection")
     for owner in experiment.stages[stage].settings:
         for name, path in experiments.paths(getattr(experiment, owner)).items():
-            there = Path(path).is_file()
-            signed[name] = _signature(Path(path)) if there else read.get(name)
+            there = lines.place(path)
+            signed[name] = _signature(there) if there.is_file() else read.get(name)
     return {name: value for name, value in signed.items() if value}
 
 
@@ -151,7 +152,7 @@ def _check(experiment: Experiment, stage: str) -> None:
         experiment.collection.check(experiment.prepare.splits)
     for owner in experiment.stages[stage].settings if stage in READING else ():
         for name, path in experiments.paths(getattr(experiment, owner)).items():
-            if not Path(path).is_file():
+            if not lines.place(path).is_file():
                 raise FileNotFoundError(
                     f"{name}: no file at {path!r}; name another with --gin.{name}=FILE"
                 )

@@ -373,7 +373,7 @@ def test_an_experiment_that_is_not_read_leaves_nothing():
         ((QUICKSTART, "--gin.TASKS=3"), "Prepare.tasks: got 3, expected a string"),
         (
             (QUICKSTART, "--model_dir=gs://a/b"),
-            "MODEL_DIR: got gs://a/b, expected a folder: a bucket must be mounted",
+            "MODEL_DIR: got gs://a/b, expected a folder: its files are mapped into memory",
         ),
         (
             (QUICKSTART, "--gin.TASKS=quick"),

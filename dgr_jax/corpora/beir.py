@@ -76,7 +76,7 @@ class BeirCollection:
 
     @property
     def _root(self) -> Path:
-        return Path(self.folder).expanduser()
+        return lines.place(self.folder)
 
     def _path(self, source: checks.Source) -> Path:
         return source.require(self._root, "BeirCollection.folder")

@@ -73,7 +73,7 @@ class DprCollection:
 
     @property
     def _root(self) -> Path:
-        return Path(self.folder).expanduser()
+        return lines.place(self.folder)
 
     @property
     def _corpus(self) -> checks.Source:

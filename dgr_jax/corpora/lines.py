@@ -1,8 +1,8 @@
 """Plain and gzip text, read as numbered lines and written whole or not at all.
 
 Every reader of this package goes through here, so that each of them removes a byte order mark,
-reads .gz (recognised by its first bytes, not by its name) and names file, line and byte when a
-file is not what it should be.
+reads .gz (recognised by its first bytes, not by its name), reads a bucket as it reads a folder, and
+names file, line and byte when a file is not what it should be.
 """
 
 from __future__ import annotations
@@ -25,9 +25,33 @@ _BUFFER = 1 << 20
 _LONGEST_CUT_TOKEN = 16
 
 
+def place(path: str | os.PathLike) -> Path:
+    """A file or folder that is read: local, with `~` resolved, or in a bucket (gs://, s3://).
+
+    Raises ModuleNotFoundError naming what to install for a bucket, ValueError for another scheme.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return path  # in a bucket, found before
+    text = os.fspath(path)
+    if "://" not in text:
+        return Path(text).expanduser()
+    try:
+        import upath
+
+        found = upath.UPath(text)
+        found.fs  # noqa: B018 - asks for the library of this scheme
+    except ImportError as err:
+        raise ModuleNotFoundError(
+            f"{text}: a bucket needs more libraries ({err}): pip install 'dgr_jax[buckets]'"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{text}: got this scheme, expected gs://, s3:// or a folder") from None
+    return found
+
+
 def error(path: str | os.PathLike, line: int, found: str, expected: str) -> ValueError:
     """The one form of every complaint about a file's contents."""
-    return ValueError(f"{os.fspath(path)}, line {line}: found {found}; expected {expected}")
+    return ValueError(f"{path}, line {line}: found {found}; expected {expected}")
 
 
 def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterator[tuple[int, str]]:
@@ -163,7 +187,8 @@ def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    with open(path, "rb", _BUFFER) as raw:
+    opened = place(path).open("rb", _BUFFER)
+    with opened if hasattr(opened, "peek") else io.BufferedReader(opened, _BUFFER) as raw:
         if raw.peek(2)[:2] == _GZIP_MAGIC:
             with gzip.GzipFile(fileobj=raw) as packed:
                 yield io.BufferedReader(packed, _BUFFER)
@@ -186,7 +211,7 @@ def _invalid_utf8(
 
 def _damaged_gzip(path: str | os.PathLike, line: int, err: Exception) -> ValueError:
     return ValueError(
-        f"{os.fspath(path)}: found damaged gzip data after line {line} ({err}); "
+        f"{path}: found damaged gzip data after line {line} ({err}); "
         f"expected a whole .gz file: fetch or write it again"
     )
 

@@ -65,7 +65,7 @@ class MsmarcoCollection:
 
     @property
     def _root(self) -> Path:
-        return Path(self.folder).expanduser()
+        return lines.place(self.folder)
 
     @property
     def _corpus(self) -> checks.Source:

@@ -52,7 +52,7 @@ def qrels(path: str | os.PathLike) -> Iterator[Qrel]:
     first judgement decides the number of columns. Raises ValueError at another number of columns
     and at a relevance that is no whole number.
     """
-    path = Path(path)
+    path = lines.place(path)
     width = 0
     for line, fields in _fields(path):
         if line == 1 and fields[-1].lower() in _RELEVANCE_HEADERS | {"corpus-id", "pid"}:
@@ -80,7 +80,7 @@ def runs(path: str | os.PathLike, *, ties: str = "pid") -> Iterator[RankList]:
     """
     if ties not in ("pid", "rank"):
         raise ValueError(f"found ties={ties!r}; expected 'pid' or 'rank' (gin: runs.ties)")
-    path = Path(path)
+    path = lines.place(path)
     grouped, scored = _survey(path)
     for rows in _by_query(_run_rows(path), path, grouped):
         if scored:
@@ -94,7 +94,7 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
 
     A header that ends in "score" is passed over. Equal scores by pid; errors as for `runs`.
     """
-    path = Path(path)
+    path = lines.place(path)
     for rows in _by_query(_score_rows(path), path, _is_grouped(path)):
         yield _by_score(rows, path, "pid")
 

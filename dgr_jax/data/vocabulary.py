@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from dgr_jax.corpora import lines
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 VIEWS = ("title", "body", "query")
@@ -62,21 +63,23 @@ class SentencePiece:
         if not self.path:
             target.write_bytes(self._train(texts))
             return target
-        if not Path(self.path).is_file():
+        given = lines.place(self.path)
+        if not given.is_file():
             raise FileNotFoundError(
                 f"SentencePiece.path: no file at {self.path!r}; expected a SentencePiece model, "
                 "such as T5's spiece.model, or '' to train one on the corpus"
             )
         import sentencepiece
 
+        model = given.read_bytes()
         try:
-            sentencepiece.SentencePieceProcessor(model_file=self.path)
+            sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(
                 f"SentencePiece.path: {self.path!r} is no SentencePiece model, such as T5's "
                 f"spiece.model ({error})"
             ) from error
-        shutil.copyfile(self.path, target)
+        target.write_bytes(model)
         return target
 
     def _train(self, texts: Iterable[str]) -> bytes:

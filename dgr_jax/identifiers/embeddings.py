@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dgr_jax.corpora import lines
 from dgr_jax.identifiers import kmeans
 
 if TYPE_CHECKING:
@@ -149,9 +150,14 @@ class FromFile:
 
 
 def load_vectors(path: str, name: str) -> np.ndarray:
-    """A memory-mapped float16 or float32 [rows, D] array; `name` is the setting to blame."""
+    """A float16 or float32 [rows, D] array, memory-mapped, or read whole where it lies in a bucket;
+    `name` is the setting to blame."""
     try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+        if "://" in path:
+            with lines.place(path).open("rb") as file:
+                vectors = np.load(file, allow_pickle=False)
+        else:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} = {path!r}: no such file; expected a .npy array") from None
     except (ValueError, EOFError) as error:

@@ -509,7 +509,7 @@ def _first_column(path: str) -> dict[str, None]:
     """The different values of the first column, in order, or of '_id' in a .jsonl file; a BEIR
     header is passed over."""
     if Path(path).suffix == ".jsonl":
-        records = lines.json_objects(Path(path), "'_id'")
+        records = lines.json_objects(path, "'_id'")
         return dict.fromkeys(str(record.get("_id")) for _, record in records)
     values = (text.split()[0] for _, text in lines.read(path) if text.strip())
     return dict.fromkeys(value for value in values if value not in ("query-id", "qid"))

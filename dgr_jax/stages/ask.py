@@ -91,7 +91,7 @@ def read_queries(path: str) -> dict[str, str]:
 
     Raises ValueError naming file and line for a missing column, a repeated qid, an empty file.
     """
-    if not Path(path).is_file():
+    if not lines.place(path).is_file():
         raise FileNotFoundError(f"--queries={path}: no such file; expected a TSV of qid and text")
     queries: dict[str, str] = {}
     for number, qid, text in _records(path):
