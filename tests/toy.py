@@ -34,7 +34,7 @@ class Toy(nn.Module):
         self.embedding = self.param("embedding", boxed("vocab", "embed"), shape)
         self.position = self.param("position", boxed("length", "embed"), (8, self.width))
         self.kernel = self.param("kernel", boxed("embed", "mlp"), (self.width, 2 * self.width))
-        self.logits = self.param("logits", boxed("mlp", "vocab"), (2 * self.width, VOCABULARY))
+        self.output = self.param("logits", boxed("mlp", "vocab"), (2 * self.width, VOCABULARY))
         self.scale = self.param("scale", boxed("embed"), (self.width,))
         self.dropout = nn.Dropout(self.dropout_rate)
 
@@ -44,18 +44,21 @@ class Toy(nn.Module):
         encoded = jnp.where(valid, self.embedding[encoder_input_tokens], 0.0)
         return self.dropout(encoded, deterministic)
 
-    def decode(self, encoded, encoder_input_tokens, decoder_input_tokens, deterministic=True):
+    def decoded(self, encoded, encoder_input_tokens, decoder_input_tokens, deterministic=True):
         length = decoder_input_tokens.shape[-1]
         x = self.embedding[decoder_input_tokens] + self.position[:length]
         x = (x + encoded.sum(axis=1)[:, None, None]) * (1 + self.scale)
-        return jnp.tanh(x @ self.kernel) @ self.logits
+        return jnp.tanh(x @ self.kernel)
+
+    def logits(self, x):
+        return x @ self.output
 
     def __call__(self, encoder_input_tokens, decoder_input_tokens, deterministic=True):
         encoded = self.encode(encoder_input_tokens, deterministic)
         targets = decoder_input_tokens
         if targets.ndim == 2:
             targets = targets[:, None]
-        logits = self.decode(encoded, encoder_input_tokens, targets, deterministic)
+        logits = self.logits(self.decoded(encoded, encoder_input_tokens, targets, deterministic))
         return logits if decoder_input_tokens.ndim == 3 else logits[:, 0]
 
 

@@ -501,11 +501,22 @@ class Transformer(nn.Module):
 
         encoder_input_tokens may be int32 [B, R, Q], 0 where a target must not look.
         """
+        x = self.decoded(encoded, encoder_input_tokens, decoder_input_tokens, deterministic)
+        return self.logits(x)
+
+    def decoded(
+        self,
+        encoded: jax.Array,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """What `decode` takes the `logits` of, [B, R, T, D]."""
         prefix, valid = self._embed(decoder_input_tokens), encoder_input_tokens > 0
         x = self.decoder(prefix, encoded, valid, deterministic)
         if self.config.prefix_adaptive_layers:
             x = self.prefix_adaptation(x, prefix, encoded, valid, deterministic)
-        return self.logits(x)
+        return x
 
     def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> Any:
         """Empty self-attention cache: a layer's key and value, [B, R, length, H, K] each; of

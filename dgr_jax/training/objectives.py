@@ -7,6 +7,7 @@ name to a pair (sum, weight), added up the same way; its value is sum / weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -333,18 +334,20 @@ def _logits_of_lists(
     if queries.ndim == 3:
         seen = _of_view(queries, lists["identifier_views"].reshape(batch, -1))
         encoded = encoded.reshape(batch, -1, encoded.shape[-1])
-    logits = model.apply(
+    x = model.apply(
         {"params": params},
         encoded,
         seen,
         inputs,
         deterministic=False,
-        method="decode",
+        method="decoded",
         rngs={"dropout": decode_rng},
     )
+    logits = functools.partial(model.apply, {"params": params}, method="logits")
     if not with_target:
-        return logits, None
-    return logits[:, :-1, :length], logits[:, -1, :target_length]
+        return logits(x), None
+    # Parts of x and not of the logits, whose gradients would be put together again: they are large.
+    return logits(x[:, :-1, :length]), logits(x[:, -1, :target_length])
 
 
 def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:
