@@ -51,6 +51,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "filelock>=3.12",
             "hypothesis>=6.100",
             "ipykernel>=6",
             "nbclient>=0.10",

@@ -62,16 +62,24 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory) -> Command:
+def together(tmp_path_factory) -> Path:
+    """A folder that the workers of pytest-xdist share: their own folders lie in it side by side."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory, together) -> Command:
     """command(module, *arguments, env={}) runs `python -m module` in an empty folder.
 
     XLA compiles with little care here, and what one command compiled the next one finds.
     """
-    shared = tmp_path_factory.mktemp("commands")
+    folder = tmp_path_factory.mktemp("commands")
     settings = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
@@ -81,7 +89,7 @@ def command(tmp_path_factory) -> Command:
     def run(module: str, *arguments: str, env: dict[str, str] | None = None, check: bool = True):
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
-            cwd=shared,
+            cwd=folder,
             env={**inherited, **settings, **(env or {})},
             capture_output=True,
             text=True,
@@ -95,14 +103,10 @@ def command(tmp_path_factory) -> Command:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(command, tmp_path_factory) -> Finished:
-    """A whole experiment of a few steps, from its one command; the workers of pytest-xdist, whose
-    temporary folders lie side by side, share one."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder, log = shared / "tiny" / "model", shared / "tiny.log"
-    with open(shared / "tiny.lock", "w") as lock:
+def tiny_run(command, together) -> Finished:
+    """A whole experiment of a few steps, from its one command, once for all workers."""
+    folder, log = together / "tiny" / "model", together / "tiny.log"
+    with open(together / "tiny.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             logged = {"JAX_LOG_COMPILES": "1"}
