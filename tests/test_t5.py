@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dgr_jax.models.layers import product
 from dgr_jax.models.stacking import stack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
 from tests import students
@@ -183,3 +184,20 @@ def test_wrong_settings_are_refused_by_name():
 def test_prefix_adaptive_layers_are_not_below_0():
     with pytest.raises(ValueError, match="T5Config.prefix_adaptive_layers: got -1, expected 0 or"):
         T5Config(prefix_adaptive_layers=-1)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 1, 3, 5)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_product_and_its_gradients(shape, dtype):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), dtype) for s in (shape, (5, 4)))
+    gradient = jnp.asarray(rng.standard_normal((*shape[:-1], 4)), dtype)
+    found, expected = (
+        (y, *pull(gradient)) for y, pull in (jax.vjp(f, x, kernel) for f in (product, jnp.dot))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        rtol = 1e-5 if dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(
+            one.astype(jnp.float32), other.astype(jnp.float32), rtol=rtol, atol=rtol
+        )

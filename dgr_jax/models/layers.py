@@ -37,6 +37,30 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [I, F] -> [..., F], whose gradients are products of matrices too.
+
+    The kernel's gradient, by JAX's own rule, is a product over all leading axes that is transposed
+    afterwards. XLA for CPUs then copies its operands transposed, and computes again in these copies
+    what made them: norms, dropout, activations.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> Any:
+    return jnp.dot(x, kernel), (x, kernel)
+
+
+def _product_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    rows = lambda y: y.reshape(-1, y.shape[-1])
+    return jnp.dot(gradient, kernel.T), jnp.dot(rows(x).T, rows(gradient))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Dense(nn.Module):
     """x [..., I] @ kernel [I, F] -> [..., F], no bias; the kernel is float32, cast to dtype."""
 
@@ -49,7 +73,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        return product(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class MlpBlock(nn.Module):
