@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.views import ViewMixture
@@ -21,6 +20,7 @@ from dgr_jax.decoding.passage_scoring import BODY
 from dgr_jax.losses import ranking
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
+from dgr_jax.retrieval.generative import Retriever
 from dgr_jax.retrieval.multiview import MultiviewIndex, Written
 from dgr_jax.retrieval.multiview_keys import keys
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
@@ -264,13 +264,13 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
     assert taught["keys"]["passages"] >= taught["keys"]["passages_without_keys"] > 0
     measured = json.loads((folder / "evaluate" / "metrics.json").read_text())
     assert set(measured) == {"bm25", "generate", "distill"}
-    run = tmp_path / "bees.trec"
-    (tmp_path / "queries.tsv").write_text("b\teverything about bees\ns\tsalt\n", encoding="utf-8")
-    asked = f"--queries={tmp_path / 'queries.tsv'}", f"--output={run}"
-    command("dgr_jax.retrieve", f"--model_dir={folder}", *asked, "--k=3")
-    found = {one.qid: [p.pid for p in one.passages] for one in trec.runs(run)}
-    assert set(found) == {"b", "s"} and all(1 <= len(pids) <= 3 for pids in found.values())
-    assert not {"blank"} & {pid for pids in found.values() for pid in pids}
+    retriever = Retriever.load(folder)
+    (hits,) = retriever.search(["everything about bees"], k=3)
+    assert 1 <= len(hits) <= 3 and all(hit.identifier for hit in hits)
+    assert {hit.pid for hit in hits} <= set(retriever.store.pids) - {"blank"}
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    done = command("dgr_jax.retrieve", f"--model_dir={folder}", "--query", "salt", "--k=2")
+    assert "salt" in done.stdout
 
 
 def test_titles_and_pseudo_queries_without_the_text(tmp_path):

@@ -44,7 +44,7 @@ class Toy(nn.Module):
         encoded = jnp.where(valid, self.embedding[encoder_input_tokens], 0.0)
         return self.dropout(encoded, deterministic)
 
-    def decoded(self, encoded, encoder_input_tokens, decoder_input_tokens, deterministic=True):
+    def decode(self, encoded, encoder_input_tokens, decoder_input_tokens, deterministic=True):
         length = decoder_input_tokens.shape[-1]
         x = self.embedding[decoder_input_tokens] + self.position[:length]
         x = (x + encoded.sum(axis=1)[:, None, None]) * (1 + self.scale)
@@ -58,7 +58,7 @@ class Toy(nn.Module):
         targets = decoder_input_tokens
         if targets.ndim == 2:
             targets = targets[:, None]
-        logits = self.logits(self.decoded(encoded, encoder_input_tokens, targets, deterministic))
+        logits = self.logits(self.decode(encoded, encoder_input_tokens, targets, deterministic))
         return logits if decoder_input_tokens.ndim == 3 else logits[:, 0]
 
 

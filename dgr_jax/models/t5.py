@@ -480,10 +480,11 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """int32 [B, Q] and [B, T] or [B, R, T] -> float32 logits [B, T, V] or [B, R, T, V]."""
         encoded = self.encode(encoder_input_tokens, deterministic)
-        if decoder_input_tokens.ndim == 3:
-            return self.decode(encoded, encoder_input_tokens, decoder_input_tokens, deterministic)
-        targets = decoder_input_tokens[:, None]
-        return self.decode(encoded, encoder_input_tokens, targets, deterministic)[:, 0]
+        targets = decoder_input_tokens
+        if one := targets.ndim == 2:
+            targets = targets[:, None]
+        logits = self.logits(self.decode(encoded, encoder_input_tokens, targets, deterministic))
+        return logits[:, 0] if one else logits
 
     def encode(self, encoder_input_tokens: jax.Array, deterministic: bool = True) -> jax.Array:
         """int32 [B, Q] -> [B, Q, D] in the activation dtype."""
@@ -497,21 +498,10 @@ class Transformer(nn.Module):
         decoder_input_tokens: jax.Array,
         deterministic: bool = True,
     ) -> jax.Array:
-        """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> float32 logits [B, R, T, V].
+        """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> [B, R, T, D], which has `logits`.
 
         encoder_input_tokens may be int32 [B, R, Q], 0 where a target must not look.
         """
-        x = self.decoded(encoded, encoder_input_tokens, decoder_input_tokens, deterministic)
-        return self.logits(x)
-
-    def decoded(
-        self,
-        encoded: jax.Array,
-        encoder_input_tokens: jax.Array,
-        decoder_input_tokens: jax.Array,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """What `decode` takes the `logits` of, [B, R, T, D]."""
         prefix, valid = self._embed(decoder_input_tokens), encoder_input_tokens > 0
         x = self.decoder(prefix, encoded, valid, deterministic)
         if self.config.prefix_adaptive_layers:

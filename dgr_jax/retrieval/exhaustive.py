@@ -43,7 +43,7 @@ def score_fn(
         def of_block(rows: jax.Array) -> jax.Array:
             targets = jnp.broadcast_to(rows, (tokens.shape[0], *rows.shape))
             inputs = jnp.pad(targets[..., :-1], ((0, 0), (0, 0), (1, 0)))
-            logits = apply(encoded, tokens, inputs, method="decode")
+            logits = apply(apply(encoded, tokens, inputs, method="decode"), method="logits")
             return jnp.where(targets > 0, generation.token_log_probs(logits, targets), 0.0)
 
         found = lax.map(of_block, identifiers)

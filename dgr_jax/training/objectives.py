@@ -340,7 +340,7 @@ def _logits_of_lists(
         seen,
         inputs,
         deterministic=False,
-        method="decoded",
+        method="decode",
         rngs={"dropout": decode_rng},
     )
     logits = functools.partial(model.apply, {"params": params}, method="logits")
