@@ -2,6 +2,7 @@
 
     MODEL_DIR/stages/<stage>-<fingerprint>   every stage that any experiment needs, made once
     MODEL_DIR/runs/<experiment>/<stage>      links to its stages, so that it is a MODEL_DIR itself
+    MODEL_DIR/compiled                       programs that several experiments run, compiled once
     MODEL_DIR/table.csv table.md *.png       what came out
     MODEL_DIR/beams.csv beams.md beams.png   with Study.beams, what beam search loses
 
@@ -183,7 +184,7 @@ class Runner:
         Raises RuntimeError naming the logs of experiments that failed, once all have run. SIGTERM
         stops the experiment that runs, and ends this process with the status of one told to stop.
         """
-        failed = []
+        failed, shared = [], {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
         for number, run in enumerate(self.runs, start=1):
             state = self._link(run)
             if all(done for done, _ in state.values()):
@@ -192,7 +193,7 @@ class Runner:
             log = run.folder / "log.txt"
             command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
             with log.open("a", encoding="utf-8") as output:
-                status = _status([*command, f"--model_dir={run.folder}"], output)
+                status = _status([*command, f"--model_dir={run.folder}"], output, shared)
             if status == processes.EXIT_STOPPED:
                 sys.exit(status)
             if status:
@@ -395,10 +396,14 @@ class Runner:
         plots.measures_over(series, axis, self.study.measures, self.folder / f"{_slug(axis)}.png")
 
 
-def _status(command: Sequence[str], output: IO[str]) -> int:
-    """Runs a command to its end. SIGTERM is handed on to it, and makes the status EXIT_STOPPED."""
+def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]) -> int:
+    """Runs a command to its end, with environment variables that this process does not set.
+
+    SIGTERM is handed on to it, and makes the status EXIT_STOPPED.
+    """
     told = []
-    with subprocess.Popen(command, stdout=output, stderr=output) as child:
+    environment = {**settings, **os.environ}
+    with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:
 
         def stop(*_: Any) -> None:
             told.append(True)

@@ -21,6 +21,7 @@ CASES = [
     ("ranknet", {"temperature": 2.0}),
     ("listnet", {"temperature": 0.5, "teacher_temperature": 3.0}),
     ("listmle", {}),
+    ("listmle", {"temperature": 2.5}),
     ("lambda_loss", {"gains": "rank"}),
     ("lambda_loss", {"gains": "exponential", "temperature": 0.7}),
     ("kl_divergence", {"temperature": 1.5}),
@@ -274,8 +275,8 @@ def test_exponential_gains_do_not_overflow():
             "ranknet has no setting 'margin': expected some of: temperature",
         ),
         (
-            lambda s, t, m: ranking.bind("listmle", margin=1.0),
-            "listmle has no setting 'margin': expected some of: none",
+            lambda s, t, m: ranking.listmle(s, t, m, temperature=0.0),
+            "temperature must be above 0; got 0.0",
         ),
     ],
 )

@@ -136,6 +136,32 @@ def test_positives_and_losses_of_the_shipped_study(tmp_path):
     assert experiment.train.objective.loss.func is contrastive.lse_pair
 
 
+def test_the_small_studies_of_distillation_share_their_generation(tmp_path):
+    """Losses, teachers, margins, lengths of lists: all students learn to generate once a seed."""
+    files = [f"--gin.VectorTeacher.{name}_path={name}" for name in
+             ("passages", "queries", "query_ids", "passage_ids")]  # fmt: skip
+    made = {}
+    for name, number in (("dgr_cpu", 8), ("dgr_teachers_cpu", 3), ("margins_cpu", 9)):
+        runner = shipped(name, tmp_path, *(files if "teachers" in name else ()))
+        assert len(runner.runs) == 2 * number
+        for run in runner.runs:
+            made |= {(name, *run.labels.values(), run.seed): runner.experiment(run)}
+    generated = {
+        (key[-1], pipeline.fingerprint(pipeline.settings_of(one)["generate"]))
+        for key, one in made.items()
+    }
+    assert len(generated) == 2
+    with pytest.raises(cli.Mistake, match="needs --gin.VectorTeacher"):
+        bare = shipped("dgr_teachers_cpu", tmp_path)
+        bare.experiment(next(run for run in bare.runs if run.labels["teacher"] == "vectors"))
+    fusion = made["dgr_teachers_cpu", "BM25 and vectors", 0].teach.teacher
+    assert fusion.judged_first and fusion.weights == (0.7, 12.0)
+    assert fusion.teachers[1].passage_ids_path == "passage_ids"
+    assert made["margins_cpu", "300.0", "8", 1].teach.lists.negatives == 8
+    rate = made["dgr_cpu", "ListMLE", 0].distill.objective
+    assert rate.loss.keywords == {"temperature": 100.0} and rate.generation_weight == 5.0
+
+
 @pytest.mark.parametrize(
     ("name", "number", "varied"),
     [
@@ -275,22 +301,29 @@ def test_what_beam_search_loses_and_what_rows_cost(finished, command, tmp_path):
 
 
 def test_a_study_that_is_stopped_stops_what_it_runs(tmp_path):
-    """The child would end by itself after a minute."""
+    """The child would end by itself after a minute. What the user sets, the study does not."""
     ran = tmp_path / "log.txt"
-    child = "import os; print(os.getpid(), flush=True); import time; time.sleep(60)"
+    child = (
+        "import os; print(os.getpid(), os.environ['GIVEN'], os.environ['SET'], flush=True);"
+        "import time; time.sleep(60)"
+    )
+    settings = {"GIVEN": "by the study", "SET": "by the study"}
     study = (
         "import sys; from dgr_jax import studies; output = open(sys.argv[1], 'w');"
-        f"sys.exit(studies._status([sys.executable, '-c', {child!r}], output))"
+        f"sys.exit(studies._status([sys.executable, '-c', {child!r}], output, {settings}))"
     )
-    running = subprocess.Popen([sys.executable, "-c", study, str(ran)])
+    environment = {**os.environ, "SET": "by the user"}
+    running = subprocess.Popen([sys.executable, "-c", study, str(ran)], env=environment)
     begun = time.monotonic()
     while not (ran.is_file() and ran.read_text().strip()):
         assert running.poll() is None and time.monotonic() < begun + 60
         time.sleep(0.05)
     running.terminate()
     assert running.wait(30) == 75
+    number, _, told = ran.read_text().partition(" ")
+    assert told == "by the study by the user\n"
     with pytest.raises(ProcessLookupError):
-        os.kill(int(ran.read_text()), 0)
+        os.kill(int(number), 0)
 
 
 def test_a_study_of_nothing_has_no_table(tmp_path):

@@ -203,10 +203,12 @@ def kl_divergence(
     return jnp.sum(_probabilities(log_p, mask) * (log_p - log_q), -1)
 
 
-def listmle(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Array:
+def listmle(
+    student: jax.Array, teacher: jax.Array, mask: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
     """ListMLE (Xia et al. 2008): -log probability of the teacher's order under Plackett-Luce.
 
-        sum over i of   log(sum over j not above i of exp(s_j)) - s_i
+        sum over i of   log(sum over j not above i of exp(s_j / temperature)) - s_i / temperature
 
     Passages tied in the teacher stand in each other's sums (Breslow's rule for ties), which draws
     their scores together; the loss of a list with ties does not reach 0. It is a sum: it grows with
@@ -214,11 +216,14 @@ def listmle(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> jax.Arra
 
     Args:
       student, teacher, mask: [..., L], see the module.
+      temperature: divides the student's scores.
 
     Returns:
       f32 [...].
     """
+    _positive("temperature", temperature)
     student, teacher, mask = _clean(student, teacher, mask)
+    student = student / temperature
     left = (
         mask[..., :, None] & mask[..., None, :] & (teacher[..., None, :] <= teacher[..., :, None])
     )
@@ -388,7 +393,7 @@ def bind(name: str, **settings: float | str | None) -> Loss:
     known = [p for p in inspect.signature(LOSSES[name]).parameters.values()][3:]
     unknown = sorted(settings.keys() - {p.name for p in known})
     if unknown:
-        has = ", ".join(p.name for p in known) or "none"
+        has = ", ".join(p.name for p in known)
         raise ValueError(f"{name} has no setting {unknown[0]!r}: expected some of: {has}")
     return partial(LOSSES[name], **settings)
 

@@ -98,8 +98,9 @@ def kl_divergence(student, teacher, mask, *, temperature=1.0, teacher_temperatur
     return sum(p[i] * (np.log(p[i]) - np.log(q[i])) for i in range(len(s)))
 
 
-def listmle(student, teacher, mask):
+def listmle(student, teacher, mask, *, temperature=1.0):
     s, t = real_passages(student, teacher, mask)
+    s = [x / temperature for x in s]
     loss = 0.0
     for i in range(len(s)):
         left = [s[j] for j in range(len(s)) if t[j] <= t[i]]
