@@ -136,6 +136,24 @@ def test_positives_and_losses_of_the_shipped_study(tmp_path):
     assert experiment.train.objective.loss.func is contrastive.lse_pair
 
 
+@pytest.mark.parametrize("name", ["positives_labels", "positives_labels_cpu"])
+def test_label_mixtures_share_what_is_prepared(name, tmp_path):
+    runner = shipped(name, tmp_path)
+    found = [runner.experiment(run) for run in runner.runs if run.seed == 0]
+    assert len(runner.runs) == 2 * 5 * 4
+    assert len({pipeline.fingerprint(pipeline.settings_of(one)["prepare"]) for one in found}) == 1
+    compared = [one.compared("dense") for one in found]
+    assert all(one == compared[0] for one in compared) and found[0].lists.positives == 4
+    phases = {
+        run.labels["labels"]: one.lists.phases(2)
+        for run, one in zip(runner.runs[::2], found, strict=True)
+    }
+    assert phases == {
+        "human": [(1.0, (1.0, 0.0))], "weak": [(1.0, (0.0, 1.0))], "both": [(1.0, (1.0, 1.0))],
+        "weak, then human": [(0.5, (0.0, 1.0)), (0.5, (1.0, 0.0))],
+    }  # fmt: skip
+
+
 def test_the_small_studies_of_distillation_share_their_generation(tmp_path):
     """Losses, teachers, margins, lengths of lists: all students learn to generate once a seed."""
     files = [f"--gin.VectorTeacher.{name}_path={name}" for name in
