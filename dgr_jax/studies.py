@@ -47,6 +47,8 @@ class Study:
     bindings: NAME -> value, over these files, for all of them.
     axes: what varies. NAME -> values of this binding, or any name -> {label: {NAME: value, ...}};
       a label may name gin_files of its own, such as those of a dense retriever.
+    cells: what single points of the grid have over this: their labels, in the order of the axes ->
+      {NAME: value, ...}, such as more steps over a larger corpus, under each retriever's own name.
     seeds: values of SEED; rows are means over them.
     systems: the rows of each experiment, those of them that it has: 'bm25', 'generate', 'control',
       'distill', 'dense', 'refresh'.
@@ -66,6 +68,7 @@ class Study:
     gin_files: tuple[str, ...]
     axes: dict[str, Any] = field(default_factory=dict)
     bindings: dict[str, Any] = field(default_factory=dict)
+    cells: dict[tuple[str, ...], dict[str, Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     systems: tuple[str, ...] = ("distill",)
     measures: tuple[str, ...] = ("Success@1", "Success@5", "Success@10", "RR@10")
@@ -96,6 +99,12 @@ class Study:
                 raise ValueError(
                     f"Study.{name}: got {sorted(strange)}, expected some of {sorted(labels)}"
                 )
+        for cell in self.cells:
+            if cell not in (points := [tuple(labels.values()) for labels, _ in self.points()]):
+                raise ValueError(
+                    f"Study.cells: got {cell!r}, expected labels of all axes in their order, such "
+                    f"as {points[0]!r}"
+                )
 
     def points(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """(axis -> label, NAME -> value) of every point of the grid."""
@@ -105,7 +114,7 @@ class Study:
             bound = dict(self.bindings)
             for _, bindings in chosen:
                 bound |= bindings
-            yield labels, bound
+            yield labels, bound | self.cells.get(tuple(labels.values()), {})
 
 
 _FAIR = ("examples", "model", "decoder", "vocabulary", "data", "split")

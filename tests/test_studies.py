@@ -44,6 +44,11 @@ def test_points_of_a_grid():
     ]  # fmt: skip
     assert points[2][1] == {"DEPTH": 8, "SEED_OF_X": 2, "LOSS": "@listnet()"}
     assert list(study().points()) == [({}, {})]
+    own = dataclasses.replace(grid, cells={("1", "b"): {"LOSS": "@y()", "STEPS": 3}})
+    assert [bound for _, bound in own.points()] == [
+        points[0][1], {"DEPTH": 8, "SEED_OF_X": 1, "LOSS": "@y()", "STEPS": 3},
+        points[2][1], points[3][1],
+    ]  # fmt: skip
 
 
 def test_runs_have_a_folder_and_flags_each(tmp_path):
@@ -69,6 +74,10 @@ def test_wrong_grids_are_refused():
         study(may_differ=("date",))
     with pytest.raises(ValueError, match=r"Study.baseline: got \['loss'\], expected some of"):
         study(baseline={"loss": "a"})
+    with pytest.raises(
+        ValueError, match=r"Study.cells: got \('b', '1'\), expected .* \('1', 'a'\)"
+    ):
+        study(axes={"x": (1,), "y": {"a": {}, "b": {}}}, cells={("b", "1"): {}})
 
 
 def row(value, **fair):
