@@ -105,12 +105,18 @@ def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
 
 
 def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives: bool) -> float:
-    rows, length = batch["encoder_input_tokens"].shape
+    """With identifiers of several views, a query is read once a view, and all of it is seen."""
+    rows, *views, length = batch["encoder_input_tokens"].shape
     targets, longest = 1, batch["decoder_target_tokens"].shape[-1]
-    if "identifier_tokens" in batch:
+    if "packed_tokens" in batch:
+        _, targets, longest = batch["packed_tokens"].shape
+    elif "identifier_tokens" in batch:
         listed = batch["identifier_tokens"].shape
         targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]
-    return planning.forward_flops(config, planning.Work(rows, length, targets, longest))
+    seen = int(np.prod(views)) * length
+    written = planning.forward_flops(config, planning.Work(rows, seen, targets, longest))
+    written -= planning.encoder_flops(config, rows, seen)
+    return written + planning.encoder_flops(config, rows * seen // length, length)
 
 
 def _relevance(

@@ -104,6 +104,13 @@ def test_flops_of_a_step_are_those_of_its_shapes():
     alone = costs.step_flops(CONFIG, {"rank_list": lists})
     assert alone > both - one > 0  # the best positive is learned with the list
     assert alone - (both - one) == pytest.approx(3 * 2 * written)
+    views = {"encoder_input_tokens": tokens(6, 3, 8), "packed_tokens": tokens(6, 2, 16)}
+    several = costs.step_flops(CONFIG, {"rank_list": lists | views, "generation": examples})
+    written = (
+        6 * 2 * 16 * (6 * width * heads + 3 * width * mlp + 2 * heads * (16 + 24) + width * 96)
+    )
+    read = planning.encoder_flops(CONFIG, 18, 8) + 2 * 18 * 8 * 2 * width * heads
+    assert several - one == pytest.approx(3 * (read + 2 * written))
 
 
 @pytest.mark.slow

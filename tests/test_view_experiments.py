@@ -24,6 +24,7 @@ from dgr_jax.retrieval.generative import Retriever
 from dgr_jax.retrieval.multiview import MultiviewIndex, Written
 from dgr_jax.retrieval.multiview_keys import keys
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.training import packing
 from dgr_jax.training.objectives import Distillation, multiview_scores
 from tests import students
 from tests.conftest import TINY
@@ -146,6 +147,15 @@ def test_a_target_sees_the_input_of_its_view_alone(made, lists):
     scores = multiview_scores(jnp.asarray(log_probs), lists, SCORING)
     assert np.any(scores)
     np.testing.assert_allclose(value, np.sum(scores * weights), rtol=1e-3)
+
+    # Side by side in few rows, they have the same scores and gradients.
+    side_by_side = packing.packed(tokens, views, 4, packing.width_for(tokens.shape[-1]))
+    longest = sum(len(np.unique(of_list)) - 1 for of_list in side_by_side["packed_segments"])
+    assert 3 < longest < (tokens > 0).any(-1).sum()
+    again, its_gradient = compute(params, lists | side_by_side)
+    np.testing.assert_allclose(again, value, rtol=1e-4)
+    for a, b in zip(*map(jax.tree.leaves, (gradient, its_gradient)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()))
 
 
 def test_lists_of_several_views_need_generation_examples(made, lists):

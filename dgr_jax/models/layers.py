@@ -206,7 +206,8 @@ class Attention(nn.Module):
     def shared(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, deterministic: bool
     ) -> jax.Array:
-        """q [B, R, T, H, K], k and v [B, S, H, K], bias [B, 1, 1, 1, S] -> [B, R, T, D]."""
+        """q [B, R, T, H, K], k and v [B, S, H, K], bias [B, 1, 1 or R, 1 or T, S] ->
+        [B, R, T, D]."""
         logits = jnp.einsum("brthd,bshd->bhrts", q, k) + bias
         weights = self._weights(logits, deterministic)
         return self._output(jnp.einsum("bhrts,bshd->brthd", weights, v))

@@ -156,7 +156,8 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(y, deterministic)
 
     def __call__(self, x, bias, encoded, cross_bias, deterministic: bool) -> jax.Array:
-        """x [B, R, T, D], bias [H, T, T], encoded [B, Q, D], cross_bias [B, 1, 1, 1, Q]."""
+        """x [B, R, T, D], bias [H, T, T] or [B, R, H, T, T], encoded [B, Q, D], cross_bias as
+        `_cross_bias` makes it."""
         y = self.pre_self_attention_layer_norm(x)
         k, v = self.self_attention.keys_values(y)
         y = self.self_attention(self.self_attention.queries(y), k, v, bias, deterministic)
@@ -314,9 +315,13 @@ class Decoder(nn.Module):
         if not config.logits_via_embedding:
             self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"))
 
-    def __call__(self, x, encoded, valid, deterministic: bool) -> jax.Array:
-        """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q] or [B, R, Q] -> [B, R, T, D]"""
+    def __call__(self, x, encoded, valid, deterministic: bool, segments=None) -> jax.Array:
+        """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q], [B, R, Q] or [B, R, T, Q], segments
+        int32 [B, R, T] or None -> [B, R, T, D]"""
         bias = _causal_bias(self.relpos_bias, x.shape[2])
+        if segments is not None:
+            same = segments[..., :, None] == segments[..., None, :]
+            bias = bias + jnp.where(same, 0.0, layers.NEGATIVE)[:, :, None]
         x = self.dropout(x, deterministic)
         if self.config.scan_layers:
             x, _ = self.layers.scan(x, bias, encoded, _cross_bias(valid), deterministic)
@@ -383,9 +388,10 @@ def _ahead_bias(relpos_bias: Any, cache: Any, position: jax.Array, width: int) -
 
 
 def _cross_bias(valid: jax.Array) -> jax.Array:
-    """bool [B, Q] or [B, R, Q] -> additive bias [B, 1, 1 or R, 1, Q]"""
+    """bool [B, Q], [B, R, Q] or [B, R, T, Q] -> additive bias [B, 1, 1 or R, 1 or T, Q]"""
     valid = valid[:, None] if valid.ndim == 2 else valid
-    return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, :, None, :]
+    valid = valid[:, :, None] if valid.ndim == 3 else valid
+    return jnp.where(valid, 0.0, layers.NEGATIVE)[:, None]
 
 
 class PrefixAdaptation(nn.Module):
@@ -497,13 +503,17 @@ class Transformer(nn.Module):
         encoder_input_tokens: jax.Array,
         decoder_input_tokens: jax.Array,
         deterministic: bool = True,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
         """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> [B, R, T, D], which has `logits`.
 
-        encoder_input_tokens may be int32 [B, R, Q], 0 where a target must not look.
+        encoder_input_tokens may be int32 [B, R, Q] or [B, R, T, Q], 0 where a target, or a token of
+        it, must not look. segments, int32 [B, R, T]: a token sees those of its own segment before
+        it, so that a row holds several targets, each with a start token of its own; not with
+        prefix-adaptive layers, which tell positions apart.
         """
         prefix, valid = self._embed(decoder_input_tokens), encoder_input_tokens > 0
-        x = self.decoder(prefix, encoded, valid, deterministic)
+        x = self.decoder(prefix, encoded, valid, deterministic, segments)
         if self.config.prefix_adaptive_layers:
             x = self.prefix_adaptation(x, prefix, encoded, valid, deterministic)
         return x

@@ -17,6 +17,7 @@ from dgr_jax.retrieval.generative import Decoder, Search, write_student
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import loop
+from dgr_jax.training.packing import PackedLists
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
 
 
@@ -63,7 +64,10 @@ def batches(experiment: Experiment, stage: str) -> Source:
         settings.list_batch_size,
         settings.seed,
     )
-    parts: dict[str, Source] = {"rank_list": lists}
+    several = "identifier_views" in lists.features
+    parts: dict[str, Source] = {
+        "rank_list": PackedLists(lists, lists.features) if several else lists
+    }
     if settings.batch_size:
         parts["generation"] = Later(_mixture(experiment, settings), before)
     return _Together(parts)

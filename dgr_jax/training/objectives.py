@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,10 +218,10 @@ class Distillation:
             lists = batch["rank_list"]
             encode_rng, decode_rng, generation_rng = jax.random.split(rng, 3)
             shared = "generation" not in batch
-            list_logits, logits = _logits_of_lists(
+            log_probs, logits = _decoded_lists(
                 model, params, lists, shared and self.generation_weight != 0, encode_rng, decode_rng
             )
-            rank_loss, metrics = self._rank_loss(list_logits, lists)
+            rank_loss, metrics = self._rank_loss(log_probs, lists)
             queries = rank_loss.shape[0]
             loss_sum = jnp.sum(rank_loss)
             if self.generation_weight:
@@ -235,11 +235,10 @@ class Distillation:
 
         return loss
 
-    def _rank_loss(self, logits: jax.Array, lists: Batch) -> tuple[jax.Array, Metrics]:
-        """Logits [B, L*K, T, V] -> rank loss of each query [B]."""
+    def _rank_loss(self, log_probs: jax.Array, lists: Batch) -> tuple[jax.Array, Metrics]:
+        """Log-probabilities [B, L, K, T] of the identifiers' tokens -> rank loss of a query [B]."""
         tokens, weights = lists["identifier_tokens"], lists["identifier_weights"]
         teacher = lists["teacher_scores"]
-        log_probs = generation.token_log_probs(logits.reshape(*tokens.shape, -1), tokens)
         if "identifier_views" in lists:
             student = multiview_scores(log_probs, lists, self.scoring)
         else:
@@ -294,7 +293,7 @@ def _logits_of_generation(model: Any, params: Any, batch: Batch, rng: jax.Array)
     )
 
 
-def _logits_of_lists(
+def _decoded_lists(
     model: Any,
     params: Any,
     lists: Batch,
@@ -305,12 +304,13 @@ def _logits_of_lists(
     """Encodes each query once, or once a view, and decodes its L*K identifiers, and its target if
     asked.
 
-    Returns logits [B, L*K, T, V] and, of the target, [B, T', V] or None.
+    Returns log-probabilities [B, L, K, T] of the identifiers' tokens and, of the target, logits
+    [B, T', V] or None.
     """
     queries, tokens = lists["encoder_input_tokens"], lists["identifier_tokens"]
-    batch, length = tokens.shape[0], tokens.shape[-1]
-    inputs = shift_right(tokens).reshape(batch, -1, length)
-    target_length = 0
+    batch = tokens.shape[0]
+    rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
+    inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
     if queries.ndim == 3 and with_target:
         raise ValueError(
             "Distillation: got rank lists of several views without generation examples; expected "
@@ -332,7 +332,7 @@ def _logits_of_lists(
     )
     seen = queries
     if queries.ndim == 3:
-        seen = _of_view(queries, lists["identifier_views"].reshape(batch, -1))
+        seen = _of_view(queries, rows.views)
         encoded = encoded.reshape(batch, -1, encoded.shape[-1])
     x = model.apply(
         {"params": params},
@@ -342,19 +342,63 @@ def _logits_of_lists(
         deterministic=False,
         method="decode",
         rngs={"dropout": decode_rng},
+        **({} if rows.segments is None else {"segments": rows.segments}),
     )
     logits = functools.partial(model.apply, {"params": params}, method="logits")
-    if not with_target:
-        return logits(x), None
     # Parts of x and not of the logits, whose gradients would be put together again: they are large.
-    return logits(x[:, :-1, :length]), logits(x[:, -1, :target_length])
+    own = x[:, :-1, :length] if with_target else x
+    log_probs = generation.token_log_probs(logits(own), rows.targets)
+    if rows.segments is None:
+        log_probs = log_probs.reshape(tokens.shape)
+    else:
+        log_probs = _unpacked(log_probs, lists)
+    return log_probs, logits(x[:, -1, :target_length]) if with_target else None
+
+
+class _Rows(NamedTuple):
+    """What the decoder reads of the lists, int32 [B, R, T] each; views of a row, [B, R], or of a
+    token; views and segments None where there are none."""
+
+    targets: jax.Array
+    inputs: jax.Array
+    views: jax.Array | None
+    segments: jax.Array | None
+
+
+def _rows(lists: Batch) -> _Rows:
+    """A row for each identifier."""
+    tokens, views = lists["identifier_tokens"], lists.get("identifier_views")
+    targets = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+    of_row = None if views is None else views.reshape(targets.shape[:2])
+    return _Rows(targets, shift_right(targets), of_row, None)
+
+
+def _packed_rows(lists: Batch) -> _Rows:
+    """The rows of `training.packing`: an identifier begins where the segment is another one."""
+    targets, segments = lists["packed_tokens"], lists["packed_segments"]
+    views = lists["identifier_views"]
+    inputs = jnp.where(segments == shift_right(segments), shift_right(targets), PAD_ID)
+    identifier = jnp.maximum(segments - 1, 0).reshape(segments.shape[0], -1)
+    of_token = jnp.take_along_axis(views.reshape(views.shape[0], -1), identifier, axis=-1)
+    return _Rows(targets, inputs, of_token.reshape(segments.shape), segments)
+
+
+def _unpacked(log_probs: jax.Array, lists: Batch) -> jax.Array:
+    """[B, R, W] of packed rows -> those of each identifier's tokens [B, L, K, T], 0 at padding."""
+    tokens, starts = lists["identifier_tokens"], lists["packed_starts"]
+    flat = log_probs.reshape(log_probs.shape[0], -1)
+    places = jnp.minimum(starts[..., None] + jnp.arange(tokens.shape[-1]), flat.shape[-1] - 1)
+    found = jnp.take_along_axis(flat, places.reshape(places.shape[0], -1), axis=-1)
+    return jnp.where(tokens != PAD_ID, found.reshape(tokens.shape), 0.0)
 
 
 def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:
-    """What each target may look at, of a query's inputs [B, 3, Q] side by side: int32 [B, R, 3*Q].
+    """What each target, or each token of it, may look at of a query's inputs [B, 3, Q] side by
+    side: int32 [B, R, 3*Q] or [B, R, T, 3*Q].
 
-    views: int32 [B, R], places of the inputs.
+    views: int32 [B, R] or [B, R, T], places of the inputs.
     """
     own = views[..., None] == jnp.arange(queries.shape[1])
-    shown = jnp.where(own[..., None], queries[:, None], PAD_ID)
+    inputs = queries.reshape(queries.shape[0], *(1,) * (views.ndim - 1), *queries.shape[1:])
+    shown = jnp.where(own[..., None], inputs, PAD_ID)
     return shown.reshape(*views.shape, -1)
