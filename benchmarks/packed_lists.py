@@ -1,0 +1,73 @@
+"""A distillation step on identifiers of several views: side by side in rows, and each padded.
+
+    python -m benchmarks.packed_lists --model_dir=DIR
+
+DIR: an experiment with such identifiers (dgr.gin, studies/dgr_cpu.gin) whose `teach` stage is done.
+Both steps are the experiment's own, from parameters at random, on the same batches, and take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgr_jax import cli, partitioning
+from dgr_jax.models.t5 import Transformer
+from dgr_jax.retrieval.speed import device_name
+from dgr_jax.stages import students
+from dgr_jax.stages.prepare import Prepared
+from dgr_jax.training.step import init_state, make_train_step
+
+
+def padded(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without rows: each identifier is decoded alone, padded to the longest."""
+    lists = {k: v for k, v in batch["rank_list"].items() if not k.startswith("packed_")}
+    return {**batch, "rank_list": lists}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_dir", required=True)
+    parser.add_argument("--steps", type=int, default=15)
+    args = parser.parse_args()
+    flags = cli.parse(cli.parser("train", ""), [f"--model_dir={args.model_dir}"])
+    experiment = cli.load_experiment(*flags, keep=False)
+    settings = experiment.distill
+    vocabulary = Prepared.load(experiment.model_dir).vocabulary
+    model = Transformer(students.model_config(experiment, vocabulary.size))
+    mesh = partitioning.make_mesh(experiment.mesh)
+    optimizer = settings.optimizer.transformation(settings.steps)
+    source = students.batches(experiment, "distill")
+    steps, states, seconds = {}, {}, {"side by side": [], "padded": []}
+    print(device_name(jax.devices()[0]))
+    for name in seconds:
+        states[name] = init_state(model, optimizer, mesh, seed=0)
+        step = make_train_step(settings.objective, model, optimizer, mesh, states[name])
+        first = source.batch(0) if name != "padded" else padded(source.batch(0))
+        steps[name] = step.lower(states[name], first).compile()
+        held = steps[name].memory_analysis().temp_size_in_bytes / 2**30
+        shapes = {k: v.shape for k, v in first["rank_list"].items() if "_tokens" in k}
+        print(f"{name}: {held:.2f} GiB of temporaries; {shapes}")
+    for number in range(args.steps + 1):
+        whole = source.batch(number)
+        for name, found in seconds.items():
+            batch = whole if name != "padded" else padded(whole)
+            start = time.perf_counter()
+            states[name], metrics = steps[name](states[name], batch)
+            jax.block_until_ready((states[name], metrics))
+            found.append(time.perf_counter() - start)
+    ratios = np.divide(seconds["padded"][1:], seconds["side by side"][1:])
+    for name, found in seconds.items():
+        low, median, high = 1e3 * np.quantile(found[1:], (0.25, 0.5, 0.75))
+        print(f"{name}: {median:.0f} ms a step ({low:.0f} to {high:.0f})")
+    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    print(f"padded / side by side: {median:.2f} ({low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
