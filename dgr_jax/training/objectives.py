@@ -194,7 +194,8 @@ class Distillation:
         `losses.ranking.prefix_loss`); rising, below the identifier length.
       prefix_weights: weight of each; the whole identifier has weight 1.
       scoring: how search scores passages of identifiers of several views; such lists also have
-        the features of `data.rank_lists.view_features`, and the query once a view.
+        the features of `data.rank_lists.view_features`, and the query once a view. With those of
+        `training.packing` beside them the identifiers are decoded side by side.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
