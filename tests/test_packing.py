@@ -98,16 +98,17 @@ def test_batches_have_the_rows_of_the_largest_list(caplog, monkeypatch):
     monkeypatch.setattr(packing, "_BLOCK", 4)
     lists = lists_of(1, count=11, passages=8, identifiers=9, symbols=4)
     lists["identifier_tokens"][7, :, 3:] = 0
+    tokens, views = lists["identifier_tokens"], lists["identifier_views"]
+    rows = packing.rows_needed(tokens, views)
+    assert rows == packing.places(tokens.reshape(11, -1, T), views.reshape(11, -1), 64).rows.max()
+    assert rows > packing.rows_needed(tokens[7:8], views[7:8])
     with caplog.at_level(logging.INFO):
-        source = PackedLists(ArraySource(lists, 3, seed=0), lists)
-    flat = lists["identifier_tokens"].reshape(11, -1, T), lists["identifier_views"].reshape(11, -1)
-    assert source.width == 64
-    assert source.rows == packing.places(*flat, 64).rows.max() > 1
-    share = round(100 * source.rows * 64 / (8 * 9 * T))
-    assert f"in {source.rows} rows of 64 tokens, {share}% of what they take apart" in caplog.text
+        source = PackedLists(ArraySource(lists, 3, seed=0), tokens.shape[1:], rows)
+    share = round(100 * rows * 64 / (8 * 9 * T))
+    assert f"in {rows} rows of 64 tokens, {share}% of what they take apart" in caplog.text
     for step in range(5):
         batch = source.batch(step)
-        assert batch["packed_tokens"].shape == (3, source.rows, 64)
+        assert batch["packed_tokens"].shape == (3, rows, 64)
         check(batch, batch)
     parts = [source._lists.batch(4, i, 3) for i in range(3)]
     whole = np.concatenate([part["identifier_tokens"] for part in parts])

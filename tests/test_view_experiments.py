@@ -254,7 +254,7 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
     data, folder = tmp_path / "data", tmp_path / "model"
     odd_collection(data)
     sizes = [flag for flag in TINY[1:] if "TfidfSvd" not in flag and "Residual" not in flag]
-    command(
+    made = command(
         "dgr_jax.train", "--gin_file=dgr.gin", *sizes, f"--data_dir={data}",
         f"--model_dir={folder}", "--gin.SentencePiece.size=200", "--gin.QUERY_LENGTH=16",
         "--gin.TRAIN_DEPTH=14", "--gin.TwoLists.depth=14", "--gin.TwoLists.negatives=1",
@@ -272,6 +272,8 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
     assert taught["teacher"]["labelled"]["candidates_scored"] < 1
     assert taught["lists"]["positive_not_scored"] == 2  # q8 and q9, which the teacher does not know
     assert taught["keys"]["passages"] >= taught["keys"]["passages_without_keys"] > 0
+    rows = taught["keys"]["packed_rows"]
+    assert rows > 0 and f"rank lists: identifiers in {rows} rows of 64 tokens" in made.stderr
     measured = json.loads((folder / "evaluate" / "metrics.json").read_text())
     assert set(measured) == {"bm25", "generate", "distill"}
     retriever = Retriever.load(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepare import Prepared
-from dgr_jax.training import loop
-from dgr_jax.training.packing import PackedLists
+from dgr_jax.training import loop, packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
 
 
@@ -59,18 +59,22 @@ def batches(experiment: Experiment, stage: str) -> Source:
     if stage == "control":
         return Later(_mixture(experiment, _control(experiment)), before)
     settings = experiment.distill
-    lists = ArraySource(
-        Path(experiment.model_dir) / "teach" / "rank_lists",
-        settings.list_batch_size,
-        settings.seed,
-    )
-    several = "identifier_views" in lists.features
-    parts: dict[str, Source] = {
-        "rank_list": PackedLists(lists, lists.features) if several else lists
-    }
+    parts = {"rank_list": _rank_lists(experiment, settings)}
     if settings.batch_size:
         parts["generation"] = Later(_mixture(experiment, settings), before)
     return _Together(parts)
+
+
+def _rank_lists(experiment: Experiment, settings: Training) -> Source:
+    folder = Path(experiment.model_dir) / "teach"
+    lists = ArraySource(folder / "rank_lists", settings.list_batch_size, settings.seed)
+    if "identifier_views" not in lists.features:
+        return lists
+    tokens, views = (lists.features[f"identifier_{name}"] for name in ("tokens", "views"))
+    keys = json.loads((folder / "report.json").read_text(encoding="utf-8"))["keys"]
+    # The teach stage of an older version did not count them.
+    rows = keys.get("packed_rows") or packing.rows_needed(tokens, views)
+    return packing.PackedLists(lists, tokens.shape[1:], rows)
 
 
 @dataclasses.dataclass(frozen=True)

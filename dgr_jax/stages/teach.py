@@ -19,7 +19,7 @@ from dgr_jax.retrieval.recipes import RankLists
 from dgr_jax.retrieval.teacher import Coverage
 from dgr_jax.stages.candidates import training_queries
 from dgr_jax.stages.prepare import Prepared
-from dgr_jax.training import arrays
+from dgr_jax.training import arrays, packing
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,12 @@ def _view_features(
         block = slice(start, start + _KEYED)
         rows = lists.query_rows[block]
         asked = [texts[row] for row in rows]
+        named = keyed.of(rows, asked, lists.passages[block], counts)
+        needed = packing.rows_needed(named.tokens, named.views)
+        counts["packed_rows"] = max(counts["packed_rows"], needed)
         yield rank_lists.view_features(
             asked,
-            keyed.of(rows, asked, lists.passages[block], counts),
+            named,
             lists.teacher_scores[block],
             lists.positives[block],
             indexes.num_tokens,

@@ -113,34 +113,39 @@ def packed(tokens: np.ndarray, views: np.ndarray, rows: int, width: int) -> Feat
     }
 
 
+def rows_needed(tokens: np.ndarray, views: np.ndarray) -> int:
+    """R: the most rows of `width_for` tokens that any list fills, at least 1.
+
+    tokens: int32 [n, L, K, T]; views: int32 [n, L, K]; mapped or not.
+    """
+    rows, width = 1, width_for(tokens.shape[-1])
+    for start in range(0, len(tokens), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        flat = tokens[block].reshape(len(tokens[block]), -1, tokens.shape[-1])
+        found = places(flat, views[block].reshape(flat.shape[:2]), width)
+        rows = max(rows, int(found.rows.max()))
+    return rows
+
+
 class PackedLists:
     """Rank lists of identifiers of several views with the features of `packed`."""
 
-    def __init__(self, lists: Source, features: Features) -> None:
+    def __init__(self, lists: Source, shape: tuple[int, ...], rows: int) -> None:
         """Args:
         lists: gives batches of the lists.
-        features: of all of them, [n, ...] each, mapped or not; they are read once, for the rows.
+        shape: (L, K, T) of their identifier_tokens.
+        rows: those that `rows_needed` finds for all of them.
         """
-        self._lists = lists
-        tokens, views = features["identifier_tokens"], features["identifier_views"]
-        self.width = width_for(tokens.shape[-1])
-        self.rows = 1
-        for start in range(0, len(tokens), _BLOCK):
-            block = np.asarray(tokens[start : start + _BLOCK])
-            block = block.reshape(len(block), -1, block.shape[-1])
-            of_view = np.asarray(views[start : start + _BLOCK]).reshape(block.shape[:2])
-            found = places(block, of_view, self.width)
-            self.rows = max(self.rows, int(found.rows.max()))
-        share = self.rows * self.width / np.prod(tokens.shape[1:])
+        self._lists, self._rows, self._width = lists, rows, width_for(shape[-1])
         logger.info(
             "rank lists: identifiers in %d rows of %d tokens, %.0f%% of what they take apart",
-            self.rows,
-            self.width,
-            100 * share,
+            rows,
+            self._width,
+            100 * rows * self._width / np.prod(shape),
         )
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
         found = self._lists.batch(step, process_index, process_count)
         names = ("identifier_tokens", "identifier_views")
-        return {**found, **packed(*(found[name] for name in names), self.rows, self.width)}
+        return {**found, **packed(*(found[name] for name in names), self._rows, self._width)}
