@@ -108,7 +108,7 @@ def test_examples_of_each_source(passages, table):
     ]
 
 
-def test_pseudo_queries_of_a_file(tmp_path, passages, table):
+def test_pseudo_queries_of_a_file(tmp_path, passages, table, caplog):
     path = tmp_path / "pseudo.tsv"
     path.write_text("p2\twhich bird hunts at night\np0\twho makes honey\n", encoding="utf-8")
     settings = examples.Sources(pseudo_query_path=str(path))
@@ -117,9 +117,11 @@ def test_pseudo_queries_of_a_file(tmp_path, passages, table):
         ("p2", "which bird hunts at night"),
         ("p0", "who makes honey"),
     ]
-    path.write_text("p2\twhich bird\np9\twhich bee\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"pseudo.tsv:2: got the pid 'p9', expected that of a"):
-        list(docid_examples("pseudo_queries", settings, store=passages, table=table))
+    assert not caplog.text
+    path.write_text("p8\twhat\np2\twhich bird\np9\twhich bee\n", encoding="utf-8")
+    made = list(docid_examples("pseudo_queries", settings, store=passages, table=table))
+    assert [(e["pid"], e["inputs"]) for e in made] == [("p2", "which bird")]
+    assert "left out 2 of 3 pseudo-queries: their passages, such as 'p8', are not" in caplog.text
     path.write_text("p2 which bird\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pseudo.tsv:1: got 'p2 which bird', expected two tab"):
         list(docid_examples("pseudo_queries", settings, store=passages, table=table))

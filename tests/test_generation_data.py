@@ -123,10 +123,10 @@ def test_places_of_lines(tmp_path):
 def test_an_error_in_a_part_names_its_line(tmp_path, small_parts):
     made = store.write(passages(3), tmp_path / "passages")
     path = tmp_path / "pseudo.tsv"
-    path.write_text("p1\tabout bees\n" * 6 + "p9\tabout owls\n")
+    path.write_text("p1\tabout bees\n" * 6 + "p2 about owls\n")
     settings = examples.Sources(pseudo_query_path=str(path))
     last = examples.parts("pseudo_queries", settings, num_passages=3)[-1]
-    with pytest.raises(ValueError, match=r"pseudo.tsv:7: got the pid 'p9'"):
+    with pytest.raises(ValueError, match=r"pseudo.tsv:7: got 'p2 about owls', expected two"):
         list(examples.pairs("pseudo_queries", settings, store=made, part=last))
 
 

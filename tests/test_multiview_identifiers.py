@@ -537,8 +537,9 @@ def test_copies_of_test_queries_are_left_out_and_counted(tmp_path, store):
     assert kept == [(2, "Which  bird hunts at night?"), (1, "who makes honey now")]
     assert counts == {"pseudo_queries": 2, "copies_of_test_queries": 2}
     path.write_text("p2\twhich bird\np99\twhich bee\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"pseudo.tsv:2: got the pid 'p99', expected that of a"):
-        list(data_views.pseudo_queries(str(path), store, counts=Counter()))
+    counts = Counter()
+    kept = list(data_views.pseudo_queries(str(path), store, counts=counts))
+    assert kept == [(2, "which bird")] and counts == {"pseudo_queries": 1}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ be read, and its examples be made, without those before it.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import zlib
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
     from dgr_jax.data.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
+
 SOURCES = ("labelled", "passages", "pseudo_queries")
 PASSAGES_A_PART = 50_000
 LINES_A_PART = 500_000
@@ -40,7 +43,8 @@ class Sources:
       their words. 1: the first words alone (DSI).
     random_chunks: instead, so many chunks of a passage, each from a random word on, as long as
       there are as many places; drawn by the pid. 0: those of max_chunks.
-    pseudo_query_path: TSV of pid and text, one pseudo-query a line; blank: sentences.
+    pseudo_query_path: TSV of pid and text, one pseudo-query a line, of these passages or of more;
+      blank: sentences.
     max_pseudo_queries: of a passage at most (0: all), the first of the file or of the text.
     min_sentence_words, max_sentence_words: shorter sentences are left out, longer ones cut.
     """
@@ -145,8 +149,10 @@ def pseudo_queries(
 ) -> Iterator[tuple[int, str]]:
     """(passage index, text) of a pseudo-query file, or of a part of it.
 
-    Raises ValueError naming file and line of a line that is no pair, or a pid not in the store.
+    Those of passages that the store lacks, of which it may hold a part, are left out; at the end
+    their number is logged. Raises ValueError naming file and line of a line that is no pair.
     """
+    unknown, total, one = 0, 0, ""
     found = lines.read(path)
     if part is not None:
         found = lines.read(path, after=part.start, offset=part.offset)
@@ -157,12 +163,17 @@ def pseudo_queries(
             raise ValueError(
                 f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
             )
-        if pid not in store:
-            raise ValueError(
-                f"{path}:{number}: got the pid {pid!r}, expected that of a passage of the "
-                "collection"
-            )
-        yield store.index_of(pid), text.strip()
+        total += 1
+        if pid in store:
+            yield store.index_of(pid), text.strip()
+        else:
+            unknown, one = unknown + 1, one or pid
+    if unknown:
+        logger.warning(
+            "%s: left out %s of %s pseudo-queries: their passages, such as %r, are not in the "
+            "collection (Sources.pseudo_query_path)",
+            *(path, f"{unknown:,}", f"{total:,}", one),
+        )
 
 
 def pairs(

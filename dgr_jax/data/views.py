@@ -381,7 +381,7 @@ def pseudo_queries(
     counts, filled while the stream is read: pseudo_queries (kept), copies_of_test_queries (left
     out).
 
-    Raises ValueError naming file and line of a pid that is not in the store.
+    What the file must hold, and what else is left out: see `examples.pseudo_queries`.
     """
     forbidden = set(map(normalised, copies_of))
     for index, text in texts_of.pseudo_queries(path, store):
