@@ -2,7 +2,7 @@
 
     MODEL_DIR/stages/<stage>-<fingerprint>   every stage that any experiment needs, made once
     MODEL_DIR/runs/<experiment>/<stage>      links to its stages, so that it is a MODEL_DIR itself
-    MODEL_DIR/compiled                       programs that several experiments run, compiled once
+    MODEL_DIR/compiled/<host>                programs that several experiments run, compiled once
     MODEL_DIR/table.csv table.md *.png       what came out
     MODEL_DIR/beams.csv beams.md beams.png   with Study.beams, what beam search loses
 
@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -193,7 +194,9 @@ class Runner:
         Raises RuntimeError naming the logs of experiments that failed, once all have run. SIGTERM
         stops the experiment that runs, and ends this process with the status of one told to stop.
         """
-        failed, shared = [], {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled")}
+        # Of a host: another's processor may lack instructions of what was compiled here.
+        compiled = self.folder / "compiled" / platform.node()
+        failed, shared = [], {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
         for number, run in enumerate(self.runs, start=1):
             state = self._link(run)
             if all(done for done, _ in state.values()):
