@@ -392,12 +392,17 @@ class Runner:
         means = {name: [found[name] for found in row.costs if found] for name in names}
         return {n: float(f"{np.mean(found):.4g}") if found else "" for n, found in means.items()}
 
+    def _named(self, axis: str, label: str) -> str:
+        """A label that says what it is of: values do not, names do."""
+        is_value = axis in self.study.axes and not isinstance(self.study.axes[axis], Mapping)
+        return f"{axis.rpartition('.')[-1]} {label}" if is_value else label
+
     def _plot(self, axis: str, rows: Sequence[Row]) -> None:
         """One panel a measure: its mean over an axis of numbers, a line for each of the others."""
         lines: dict[str, list[Row]] = {}
         for row in rows:
-            rest = ", ".join(v for k, v in row.labels.items() if k != axis)
-            lines.setdefault(rest, []).append(row)
+            rest = (self._named(k, v) for k, v in row.labels.items() if k != axis)
+            lines.setdefault(", ".join(rest), []).append(row)
         series = {
             name: [
                 (float(row.labels[axis]), {m: _interval(row, m) for m in self.study.measures})

@@ -238,6 +238,22 @@ def test_markdown():
     )
 
 
+def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
+    grid = study(axes={"x.gap": (0.0, 9.0), "TopM.size": (4, 8), "loss": {"a": {}}})
+    values = {name: np.ones(2) for name in grid.measures}
+    rows = [
+        Row({"x.gap": gap, "TopM.size": size, "loss": "a", "system": "distill"}, [values], {})
+        for gap in ("0.0", "9.0")
+        for size in ("4", "8")
+    ]
+    drawn = []
+    monkeypatch.setattr(plots, "measures_over", lambda *given: drawn.append(given))
+    Runner(grid, str(tmp_path))._plot("x.gap", rows)
+    ((series, axis, *_),) = drawn
+    assert axis == "x.gap" and list(series) == ["size 4, a, distill", "size 8, a, distill"]
+    assert [x for x, _ in series["size 4, a, distill"]] == [0.0, 9.0]
+
+
 def test_a_plot_of_measures(tmp_path):
     points = [(x, {"RR@10": (x / 9, x / 9 - 0.1, x / 9 + 0.1)}) for x in (4, 2, 8)]
     path = plots.measures_over({"a": points, "b": points}, "margin", ("RR@10",), tmp_path / "x.png")
