@@ -100,8 +100,9 @@ class Study:
                 raise ValueError(
                     f"Study.{name}: got {sorted(strange)}, expected some of {sorted(labels)}"
                 )
+        points = [tuple(labels.values()) for labels, _ in self.points()] if self.cells else []
         for cell in self.cells:
-            if cell not in (points := [tuple(labels.values()) for labels, _ in self.points()]):
+            if cell not in points:
                 raise ValueError(
                     f"Study.cells: got {cell!r}, expected labels of all axes in their order, such "
                     f"as {points[0]!r}"

@@ -59,7 +59,7 @@ def main() -> None:
     runs = trec.runs(args.run) if args.run else ranked_by_bm25(collection, args.split, args.depth)
     made = labels(runs, qids, args.depth)
     if not made:
-        parser.error(f"--run: {args.run} has no query of the split {args.split!r}")
+        parser.error(f"--run: {args.run or 'BM25'} has no query of the split {args.split!r}")
     write_beir(args.out, collection.passages(), collection.all_queries(), qrels | {args.name: made})
     shared = sum((qrel.qid, qrel.pid) in known for qrel in made)
     queries = len({qrel.qid for qrel in made})

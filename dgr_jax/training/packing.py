@@ -120,9 +120,9 @@ def rows_needed(tokens: np.ndarray, views: np.ndarray) -> int:
     """
     rows, width = 1, width_for(tokens.shape[-1])
     for start in range(0, len(tokens), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        flat = tokens[block].reshape(len(tokens[block]), -1, tokens.shape[-1])
-        found = places(flat, views[block].reshape(flat.shape[:2]), width)
+        block, of_view = tokens[start : start + _BLOCK], views[start : start + _BLOCK]
+        flat = block.reshape(len(block), -1, block.shape[-1])
+        found = places(flat, of_view.reshape(flat.shape[:2]), width)
         rows = max(rows, int(found.rows.max()))
     return rows
 
