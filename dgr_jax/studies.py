@@ -47,7 +47,7 @@ class Study:
     gin_files: of every experiment, as given to `python -m dgr_jax.train`.
     bindings: NAME -> value, over these files, for all of them.
     axes: what varies. NAME -> values of this binding, or any name -> {label: {NAME: value, ...}};
-      a label may name gin_files of its own, such as those of a dense retriever.
+      a label may name gin_files of its own, such as those of a dense retriever, and systems.
     cells: what single points of the grid have over this: their labels, in the order of the axes ->
       {NAME: value, ...}, such as more steps over a larger corpus, under each retriever's own name.
     seeds: values of SEED; rows are means over them.
@@ -136,6 +136,7 @@ class Run:
     seed: int
     flags: tuple[str, ...]
     folder: Path
+    systems: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,18 @@ class Runner:
         made = []
         for labels, bindings in self.study.points():
             for seed in self.study.seeds:
-                bound = {"gin_files": self.study.gin_files, **bindings, "SEED": seed}
-                files = (f"--gin_file={file}" for file in bound.pop("gin_files"))
+                of_all = {"gin_files": self.study.gin_files, "systems": self.study.systems}
+                bound = {**of_all, **bindings, "SEED": seed}
+                files, systems = (bound.pop(name) for name in of_all)
                 flags = (
-                    *files,
+                    *(f"--gin_file={file}" for file in files),
                     *self._paths,
                     *(f"--gin.{k}={_written(v)}" for k, v in bound.items()),
                     *self._given,
                 )
                 name = "-".join([*(_slug(f"{k}={v}") for k, v in labels.items()), f"seed={seed}"])
                 folder = self.folder / "runs" / name
-                made.append(Run(labels, seed, flags, folder))
+                made.append(Run(labels, seed, flags, folder, systems))
         if len({run.folder for run in made}) < len(made):
             raise ValueError("Study.axes: got labels that make the same name, expected others")
         return made
@@ -269,7 +271,7 @@ class Runner:
             states = [self._link(run) for run in group]
             if not all(state["evaluate"][0] for state in states):
                 continue
-            for system in self.study.systems:
+            for system in group[0].systems:
                 if system == "bm25":
                     made_of = self._asked(group[0])
                 elif system in states[0]:
@@ -340,7 +342,7 @@ class Runner:
             runs = [run for run in group if self._link(run)["evaluate"][0]]
             made = [self.experiment(run) for run in runs]
             made = [one for one in made if isinstance(one, Experiment)]
-            systems = [s for s in self.study.systems if made and s in made[0].systems]
+            systems = [s for s in runs[0].systems if s in made[0].systems] if made else []
             for system in systems:
                 row = {**labels, "system": system}
                 measure = functools.partial(limits.measure, system=system, split=self.study.split)

@@ -136,6 +136,35 @@ def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path)
     assert len(vocabularies) == 1
 
 
+@pytest.mark.parametrize("name", ["dense_negatives", "dense_negatives_cpu"])
+def test_rows_of_every_kind_of_negatives_are_comparable(name, tmp_path):
+    runner = shipped(name, tmp_path)
+    found = {run.labels["negatives"]: run for run in runner.runs if run.seed == 0}
+    made = {label: runner.experiment(run) for label, run in found.items()}
+    compared = [one.compared(found[label].systems[0]) for label, one in made.items()]
+    assert all(one == compared[0] for one in compared)
+    assert [run.systems for run in found.values()] == [
+        ("refresh",) if label == "own" else ("dense", "bm25") for label in found
+    ]
+    taught = [made[f"bm25, {loss}"].train.objective for loss in ("kl", "margin_mse")]
+    losses = [json.dumps(describe(one.teacher_loss)) for one in taught]
+    assert "kl_divergence" in losses[0] and "margin_mse" in losses[1]
+
+
+def test_sizes_of_both_retrievers_are_comparable(tmp_path):
+    runner = shipped("gr_vs_dr_models_cpu", tmp_path)
+    of_size = {}
+    for run in runner.runs:
+        system = "dense" if "dense" in run.labels["retriever"] else "distill"
+        compared = runner.experiment(run).compared(system)
+        of_size.setdefault(run.labels["T5Config.emb_dim"], []).append(compared)
+    for compared in of_size.values():
+        assert len(compared) == 6 and all(one == compared[0] for one in compared)
+    models = [compared[0].pop("model") for compared in of_size.values()]
+    assert len({json.dumps(model) for model in models}) == 3
+    assert len({json.dumps(compared[0]) for compared in of_size.values()}) == 1
+
+
 def test_positives_and_losses_of_the_shipped_study(tmp_path):
     runner = shipped("positives", tmp_path)
     assert len(runner.runs) == 5 * 4 * 2
