@@ -141,12 +141,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One system of one point of the grid, over all seeds."""
+    """One system of one point of the grid, over all seeds.
+
+    again: labels of other points whose stages are the same, such as those of a control.
+    """
 
     labels: dict[str, str]
     values: list[Values]
     fair: dict[str, Any]
     costs: list[Mapping[str, float]] = field(default_factory=list)
+    again: list[dict[str, str]] = field(default_factory=list)
 
     def of(self, measure: str) -> np.ndarray:
         """f64 [seeds]: the mean over the queries."""
@@ -264,7 +268,7 @@ class Runner:
 
     def rows(self) -> list[Row]:
         """The rows that are finished under every seed, each stage of a system once."""
-        rows, seen = [], set()
+        rows: dict[Any, Row] = {}
         points = itertools.groupby(self.runs, key=lambda run: run.labels)
         for labels, group in points:
             group = list(group)
@@ -279,11 +283,12 @@ class Runner:
                     made_of = (searched, *(state[system][1] for state in states))
                 else:
                     continue
-                if made_of in seen:
-                    continue
-                seen.add(made_of)
-                rows.append(self._row({**labels, "system": system}, group))
-        return rows
+                named = {**labels, "system": system}
+                if made_of in rows:
+                    rows[made_of].again.append(named)
+                else:
+                    rows[made_of] = self._row(named, group)
+        return list(rows.values())
 
     def _asked(self, run: Run) -> str:
         """What BM25 is asked, and of what: the same in experiments of every kind."""
@@ -373,7 +378,7 @@ class Runner:
         wanted = row.labels | self.study.baseline
         if not self.study.baseline or wanted == row.labels:
             return None
-        return next((other for other in rows if other.labels == wanted), None)
+        return next((other for other in rows if wanted in (other.labels, *other.again)), None)
 
     def _cells(self, row: Row, baseline: Row | None) -> dict[str, Any]:
         cells: dict[str, Any] = {**row.labels, "seeds": len(row.values)}
@@ -402,17 +407,14 @@ class Runner:
 
     def _plot(self, axis: str, rows: Sequence[Row]) -> None:
         """One panel a measure: its mean over an axis of numbers, a line for each of the others."""
-        lines: dict[str, list[Row]] = {}
+        series: dict[str, list[tuple[float, dict[str, plots.Interval]]]] = {}
         for row in rows:
-            rest = (self._named(k, v) for k, v in row.labels.items() if k != axis)
-            lines.setdefault(", ".join(rest), []).append(row)
-        series = {
-            name: [
-                (float(row.labels[axis]), {m: _interval(row, m) for m in self.study.measures})
-                for row in of_line
-            ]
-            for name, of_line in lines.items()
-        }
+            alike = [row.labels, *row.again]
+            rest = [(k, v) for k, v in row.labels.items() if k != axis]
+            told = (self._named(k, v) for k, v in rest if all(one[k] == v for one in alike))
+            found = {measure: _interval(row, measure) for measure in self.study.measures}
+            line = series.setdefault(", ".join(told), [])
+            line.extend((float(value), found) for value in dict.fromkeys(o[axis] for o in alike))
         plots.measures_over(series, axis, self.study.measures, self.folder / f"{_slug(axis)}.png")
 
 

@@ -281,6 +281,10 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     ((series, axis, *_),) = drawn
     assert axis == "x.gap" and list(series) == ["size 4, a, distill", "size 8, a, distill"]
     assert [x for x, _ in series["size 4, a, distill"]] == [0.0, 9.0]
+    control = {"x.gap": "0.0", "TopM.size": "4", "loss": "a", "system": "control"}
+    same = [{**control, "TopM.size": "8"}, {**control, "x.gap": "9.0"}]
+    Runner(grid, str(tmp_path))._plot("x.gap", [Row(control, [values], {}, again=same)])
+    assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
 def test_a_plot_of_measures(tmp_path):
@@ -406,7 +410,8 @@ def test_a_study_runs_what_is_missing(finished, command):
     gin = folder.parent / "grid.gin"
     gin.write_text(
         "Study.gin_files = ('quickstart.gin',)\nStudy.axes = {'TopM.size': (16, 1, 3)}\n"
-        "Study.systems = ('control', 'distill')\n",
+        "Study.systems = ('control', 'distill')\nStudy.baseline = {'system': 'control'}\n"
+        "Study.measures = ('RR@10',)\n",
         encoding="utf-8",
     )
     asked = ["dgr_jax.study", f"--gin_file={gin}", f"--model_dir={folder}", *flags]
@@ -415,6 +420,9 @@ def test_a_study_runs_what_is_missing(finished, command):
     gin.write_text(gin.read_text().replace("16, 1, 3", "16, 3"), encoding="utf-8")
     done = command(*asked)
     assert done.stdout.count("\n") == 2 + 3, done.stdout  # one control, two distilled
+    with (folder / "table.csv").open(encoding="utf-8") as file:
+        tested = [bool(line["RR@10 p"]) for line in csv.DictReader(file)]
+    assert tested == [False, True, True]  # each against this one
     assert "2/2 TopM.size=3-seed=0" in done.stderr and "1/2" not in done.stderr
     log = (folder / "runs" / "TopM.size=3-seed=0" / "log.txt").read_text()
     assert "generate: done already" in log and "distill: done in" in log
