@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from dgr_jax import planning
+from dgr_jax import dense_planning, partitioning, planning
 from dgr_jax.corpora import trec
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
+from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import drift, speed
 from dgr_jax.retrieval.generative import Retriever
@@ -20,6 +23,7 @@ from dgr_jax.stages import dense, students
 from dgr_jax.stages.evaluate import chosen_queries
 from dgr_jax.stages.prepare import Prepared
 
+_MANY = 100_000  # passages, where the settings do not tell
 QUERIES = 200  # at most, that are timed, and whose drift is measured
 
 COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
@@ -76,6 +80,30 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
         settings.steps * step_flops(config, _first_batch(experiment, stage))
         for stage, settings in experiment.training(system).items()
     )
+
+
+def expected_flops(experiment: Experiment | DenseExperiment) -> dict[str, float]:
+    """Training stage -> FLOPs as in `training_flops`, from the settings alone, before any data is
+    there: every text is as long as it may be, identifiers are what `planning` takes them to be.
+
+    Empty with identifiers of several views: what they are is known once they are made.
+    """
+    stages = {k: v for system in experiment.systems for k, v in experiment.training(system).items()}
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    if isinstance(experiment, DenseExperiment):
+        size = dense_planning.vocabulary_size(experiment)
+        config = dataclasses.replace(experiment.model.t5, vocab_size=size)
+        batch = lambda stage: dense_planning.abstract_batch(experiment, mesh, stage)
+    elif isinstance(experiment.prepare.identifiers, Multiview):
+        return {}
+    else:
+        sizes = planning.estimated_sizes(experiment, getattr(experiment.collection, "size", _MANY))
+        config = planning.model_config(experiment, sizes)
+        batch = lambda stage: planning.abstract_batch(stage, experiment, sizes, mesh)
+    return {
+        stage: float(settings.steps * step_flops(config, batch(stage)))
+        for stage, settings in stages.items()
+    }
 
 
 def _config(experiment: Experiment | DenseExperiment) -> T5Config:

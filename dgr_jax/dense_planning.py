@@ -56,8 +56,10 @@ def _training(
         changed["scan_layers"] = True
     t5 = dataclasses.replace(sizes, **changed)
     model = DualEncoder(dataclasses.replace(experiment.model, t5=t5))
-    batch, tokens = _batch(experiment, mesh)
+    batch = abstract_batch(experiment, mesh)
     planning.check_rows(batch, settings, mesh, "dense")
+    tokens = math.prod(batch["encoder_input_tokens"].shape)
+    tokens += math.prod(batch["passage_tokens"].shape)
     texts = settings.batch_size * (1 + batch["passages"].shape[1])
     work = Work(texts, round(tokens / texts), 0, 0, microbatches=settings.microbatches)
     made = planning.step_program("dense", settings, model, batch, work, mesh, rules)
@@ -73,14 +75,17 @@ def _training(
     return planning.compiled(made, formula) if compile else formula
 
 
-def _batch(experiment: DenseExperiment, mesh: Any) -> tuple[dict[str, Any], int]:
-    """A batch of `training.dense` in shape, and its tokens."""
-    settings, prepare = experiment.train, experiment.prepare
-    rows, length = settings.batch_size, experiment.lists.positives
-    if experiment.teach is not None:
+def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense") -> dict[str, Any]:
+    """A batch of `training.dense` in shape, of the stage 'dense' or 'refresh'."""
+    prepare, is_refresh = experiment.prepare, stage == "refresh"
+    rows = experiment.training(stage)[stage].batch_size
+    negatives = experiment.mined if is_refresh else experiment.negatives
+    taught = experiment.teach is not None and not is_refresh
+    length = experiment.lists.positives
+    if taught:
         length = planning.list_size(experiment.teach.lists)
-    elif experiment.negatives.source != "in_batch":
-        length += experiment.negatives.count
+    elif negatives.source != "in_batch":
+        length += negatives.count
     read = {
         "encoder_input_tokens": ((rows, prepare.query_length), jnp.int32),
         "passage_tokens": ((rows, length, prepare.passage_length), jnp.int32),
@@ -88,10 +93,9 @@ def _batch(experiment: DenseExperiment, mesh: Any) -> tuple[dict[str, Any], int]
         "positive_mask": ((rows, length), jnp.bool_),
         "passages": ((rows, length), jnp.int32),
     }
-    if experiment.teach is not None:
+    if taught:
         read["teacher_scores"] = ((rows, length), jnp.float32)
-    batch = {name: abstract(mesh, *found) for name, found in read.items()}
-    return batch, rows * (prepare.query_length + length * prepare.passage_length)
+    return {name: abstract(mesh, *found) for name, found in read.items()}
 
 
 def _search(

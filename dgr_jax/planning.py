@@ -332,6 +332,20 @@ def _list_batch(mesh: Any, rows: int, lists: int, query_length: int, length: int
     }
 
 
+def abstract_batch(name: str, experiment: Experiment, sizes: Sizes, mesh: Any) -> dict[str, Any]:
+    """A batch of the stage 'generate', 'control' or 'distill' in shape, of one identifier a
+    passage."""
+    settings = experiment.generate if name == "generate" else experiment.distill
+    shape = experiment.prepare.query_length, sizes.length
+    generation = _generation_batch(mesh, settings.examples, *shape)
+    if name != "distill":
+        return generation
+    size = list_size(experiment.teach.lists)
+    lists = {"rank_list": _list_batch(mesh, settings.list_batch_size, size, *shape)}
+    # Without examples of their own, the target of each list's query.
+    return lists | ({"generation": generation} if settings.batch_size else {})
+
+
 def list_size(lists: Any) -> int:
     """Passages of a rank list of a recipe."""
     return getattr(lists, "size", 0) or lists.negatives + 1
@@ -352,15 +366,10 @@ def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: A
         return _search(experiment, config, sizes, mesh, rules)
     settings = getattr(experiment, name)
     query_length = experiment.prepare.query_length
-    batch = _generation_batch(mesh, settings.examples, query_length, sizes.length)
+    batch = abstract_batch(name, experiment, sizes, mesh)
     work = Work(settings.batch_size, query_length, 1, sizes.length)
     if name == "distill":
         rows, size = settings.list_batch_size, list_size(experiment.teach.lists)
-        lists = _list_batch(mesh, rows, size, query_length, sizes.length)
-        if settings.batch_size:
-            batch = {"rank_list": lists, "generation": batch}
-        else:  # the target of each list's query
-            batch = {"rank_list": lists}
         both = rows + settings.batch_size
         targets = (rows * size + settings.examples) / both
         work = Work(both, query_length, targets, sizes.length)

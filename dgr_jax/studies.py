@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -157,6 +157,22 @@ class Row:
         return np.array([values[measure].mean() for values in self.values])
 
 
+class _Planned(NamedTuple):
+    """A stage of a run, where it is kept, its training FLOPs where they are known, and whether it
+    is done."""
+
+    run: Run
+    stage: str
+    kept: Path
+    flops: float | None
+    done: bool
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Stages of one kind take times in proportion to their FLOPs, or the same."""
+        return self.stage, self.flops is not None
+
+
 class Runner:
     """A study and where it is written; `bindings` are over those of the study."""
 
@@ -241,30 +257,46 @@ class Runner:
         return state
 
     def show_plan(self) -> None:
-        """Prints the experiments, what of them is still to be made, and for how long.
+        """Prints the experiments, what of them is still to be made, and what that costs.
 
-        Times are those of finished stages of the same kind in this study; '?' where there is none.
+        PFLOP: of training, by `costs.expected_flops`. Times are those of finished stages of the
+        same kind in this study, of training for as many FLOPs; '?' where there is none.
         """
-        seconds: dict[str, list[float]] = {}
-        for folder in sorted((self.folder / "stages").glob("*")):
-            record = pipeline.read_record(folder)
-            if record.get("status") == "done":
-                seconds.setdefault(folder.name.rpartition("-")[0], []).append(record["seconds"])
-        planned, total, unknown = set(), 0.0, 0
-        for run in self.runs:
-            missing = []
-            for stage, settings in pipeline.settings_of(self.experiment(run)).items():
-                kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
-                if kept in planned or pipeline.is_done(kept, settings):
-                    continue
-                planned.add(kept)
-                took = seconds.get(stage)
-                missing.append(f"{stage} {np.mean(took):.0f} s" if took else f"{stage} ?")
-                total += np.mean(took) if took else 0.0
-                unknown += not took
-            sys.stdout.write(f"{run.folder.name}: {', '.join(missing) or 'done'}\n")
+        stages = list(self._stages())
+        seconds: dict[tuple[str, bool], list[float]] = {}
+        for one in stages:
+            if one.done:
+                took = pipeline.read_record(one.kept)["seconds"]
+                seconds.setdefault(one.kind, []).append(took / (one.flops or 1))
+        total, unknown, missing = 0.0, 0, {run.folder: [] for run in self.runs}
+        for one in (one for one in stages if not one.done):
+            rates = seconds.get(one.kind)
+            took = np.mean(rates) * (one.flops or 1) if rates else None
+            work = [f"{one.flops / 1e15:.3g} PFLOP"] if one.flops else []
+            told = [one.stage, *work, f"{took:.0f} s" if rates else "?"]
+            missing[one.run.folder].append(" ".join(told))
+            total, unknown = total + (took or 0.0), unknown + (not rates)
+        for folder, told in missing.items():
+            sys.stdout.write(f"{folder.name}: {', '.join(told) or 'done'}\n")
+        flops = sum(one.flops or 0.0 for one in stages if not one.done)
         more = f" and {unknown} stages of unknown time" if unknown else ""
-        sys.stdout.write(f"{len(self.runs)} experiments; {total / 60:.0f} minutes{more} to go\n")
+        sys.stdout.write(
+            f"{len(self.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, "
+            f"{total / 60:.0f} minutes{more} to go\n"
+        )
+
+    def _stages(self) -> Iterator[_Planned]:
+        """Every stage, once, with the first run that needs it."""
+        seen = set()
+        for run in self.runs:
+            experiment = self.experiment(run)
+            flops = costs.expected_flops(experiment)
+            for stage, settings in pipeline.settings_of(experiment).items():
+                kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
+                if kept not in seen:
+                    seen.add(kept)
+                    done = pipeline.is_done(kept, settings)
+                    yield _Planned(run, stage, kept, flops.get(stage), done)
 
     def rows(self) -> list[Row]:
         """The rows that are finished under every seed, each stage of a system once."""

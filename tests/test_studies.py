@@ -320,7 +320,10 @@ def test_what_is_left_to_do(finished, capsys):
     assert said[0] == "TopM.size=16-seed=0: done"
     assert said[1].startswith("TopM.size=3-seed=0: teach ") and "distill" in said[1]
     assert "prepare" not in said[1] and "control" not in said[1]
-    assert said[2].startswith("2 experiments; ")
+    expected = costs.expected_flops(finished.experiment(finished.runs[1]))["distill"]
+    assert f"distill {expected / 1e15:.3g} PFLOP " in said[1] and " s" in said[1].split("PFLOP")[1]
+    assert said[2].startswith(f"2 experiments; {expected / 1e15:.3g} PFLOP of training, ")
+    assert said[2].endswith(" minutes to go")  # the times of the stages that are done
 
 
 def test_the_table_of_what_is_finished(finished):
