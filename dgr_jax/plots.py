@@ -128,6 +128,8 @@ def measures_over(
 ) -> Path:
     """Draws measures over a setting, a panel each: a line a system, its interval in a lighter band.
 
+    Values that are positive, and the largest of them eight times the smallest, lie on a log scale.
+
     series: {name: [(value of the setting, {measure: (mean, low, high)}), ...]}; a name may be blank
       where there is but one. axis: what to write below.
 
@@ -147,15 +149,22 @@ def measures_over(
             axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=name)
         axes.set_title(measure, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(axis)
+        values = sorted({value for points in series.values() for value, _ in points})
+        if 0 < 8 * values[0] <= values[-1]:
+            _log_scale(axes, values)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
 
-def _success_axes(axes: Axes, ks: Sequence[int]) -> None:
+def _log_scale(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(ks, labels=[str(k) for k in ks])
+    axes.set_xticks(values, labels=[f"{value:g}" for value in values])
     axes.set_xticks([], minor=True)
+
+
+def _success_axes(axes: Axes, ks: Sequence[int]) -> None:
+    _log_scale(axes, ks)
     axes.set_xlim(ks[0] * 0.93, ks[-1])
     lowest = min(min(line.get_ydata()) for line in axes.get_lines())
     axes.set_ylim(max(0.0, math.floor(lowest * 10 - 0.5) / 10), 1.0)

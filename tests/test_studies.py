@@ -287,6 +287,18 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
+@pytest.mark.parametrize("values, scale", [((1, 8), "log"), ((0, 8), "linear"), ((2, 8), "linear")])
+def test_wide_ranges_lie_on_a_log_scale(values, scale, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    points = [(value, {"RR@10": (0.5, 0.4, 0.6)}) for value in values]
+    plots.measures_over({"a": points}, "size", ("RR@10",), tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == scale
+    if scale == "log":
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "8"]
+
+
 def test_a_plot_of_measures(tmp_path):
     points = [(x, {"RR@10": (x / 9, x / 9 - 0.1, x / 9 + 0.1)}) for x in (4, 2, 8)]
     path = plots.measures_over({"a": points, "b": points}, "margin", ("RR@10",), tmp_path / "x.png")
