@@ -37,6 +37,8 @@ from dgr_jax.experiment import Experiment, describe, fingerprint
 
 logger = logging.getLogger(__name__)
 
+SYSTEMS = ("bm25", "generate", "control", "distill", "dense", "refresh")
+
 Values = Mapping[str, np.ndarray]  # measure -> value of each query
 
 
@@ -51,8 +53,7 @@ class Study:
     cells: what single points of the grid have over this: their labels, in the order of the axes ->
       {NAME: value, ...}, such as more steps over a larger corpus, under each retriever's own name.
     seeds: values of SEED; rows are means over them.
-    systems: the rows of each experiment, those of them that it has: 'bm25', 'generate', 'control',
-      'distill', 'dense', 'refresh'.
+    systems: the rows of each experiment, those of SYSTEMS that it has; one or more.
     measures: columns, of Evaluate.measures. split: '' is the first test split.
     baseline: labels of the row that the others are tested against, such as {'system': 'control'};
       what it leaves out is that of the row itself.
@@ -91,6 +92,12 @@ class Study:
         for name in ("gin_files", "seeds", "systems", "measures"):
             if not getattr(self, name):
                 raise ValueError(f"Study.{name}: got (), expected one or more")
+        for _, bound in self.points():
+            asked = bound.get("systems", self.systems)
+            if not isinstance(asked, (tuple, list)) or not asked or set(asked) - set(SYSTEMS):
+                raise ValueError(
+                    f"Study.systems: got {asked!r}, expected some of {SYSTEMS}, in a tuple"
+                )
         unknown = set(self.may_differ) - set(_FAIR)
         if unknown:
             raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {_FAIR}")
@@ -209,7 +216,13 @@ class Runner:
         """What the gin files and bindings of a run describe."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         args, bindings = cli.parse(cli.parser("train", ""), flags)
-        return cli.load_experiment(args, bindings)
+        made = cli.load_experiment(args, bindings)
+        if not {"bm25", *made.systems} & set(run.systems):
+            raise ValueError(
+                f"Study.systems: got {run.systems} for {run.labels}, expected some of "
+                f"{('bm25', *made.systems)}"
+            )
+        return made
 
     def run(self) -> None:
         """Runs what has not been run.
@@ -363,7 +376,10 @@ class Runner:
         if not rows:
             raise ValueError(f"{self.folder}: no experiment of the study is finished")
         check_fair(rows, self.study.may_differ, self.study.apart)
-        table = [self._cells(row, self._baseline(row, rows)) for row in rows]
+        baselines = [self._baseline(row, rows) for row in rows]
+        if self.study.baseline and not any(baselines):
+            logger.warning("study: no row to test against, Study.baseline %s", self.study.baseline)
+        table = [self._cells(*pair) for pair in zip(rows, baselines, strict=True)]
         self._write_table("table", table)
         for axis, values in self.study.axes.items():
             if not isinstance(values, Mapping) and all(isinstance(v, (int, float)) for v in values):

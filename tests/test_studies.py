@@ -65,6 +65,12 @@ def test_runs_have_a_folder_and_flags_each(tmp_path):
         Runner(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
 
 
+def test_systems_that_no_row_has_are_refused(tmp_path):
+    runner = Runner(study(systems=("dense", "refresh")), str(tmp_path), ["MODEL_DIR = x"])
+    with pytest.raises(ValueError, match=r"got \('dense', 'refresh'\) for .*\('bm25', 'generate'"):
+        runner.show_plan()
+
+
 def test_wrong_grids_are_refused():
     with pytest.raises(ValueError, match="Study.axes: got 3 for 'x', expected values"):
         study(axes={"x": 3})
@@ -72,6 +78,15 @@ def test_wrong_grids_are_refused():
         study(seeds=())
     with pytest.raises(ValueError, match=r"Study.may_differ: got \['date'\], expected some of"):
         study(may_differ=("date",))
+    for systems in ("distill", ("distil",)):
+        with pytest.raises(
+            ValueError, match=r"Study.systems: got .*, expected some of \('bm25', 'g"
+        ):
+            study(systems=systems)
+        with pytest.raises(
+            ValueError, match=r"Study.systems: got .*, expected some of \('bm25', 'g"
+        ):
+            study(axes={"x": {"a": {}, "b": {"systems": systems}}})
     with pytest.raises(ValueError, match=r"Study.baseline: got \['loss'\], expected some of"):
         study(baseline={"loss": "a"})
     with pytest.raises(
