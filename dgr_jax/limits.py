@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.exhaustive import Lost
+from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.stages.evaluate import chosen_queries
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
@@ -15,11 +16,16 @@ TOP = 10  # passages that are compared
 
 
 def measure(
-    experiment: Experiment, system: str, beams: Sequence[int], split: str = ""
+    experiment: Experiment,
+    system: str,
+    beams: Sequence[int],
+    split: str = "",
+    spread: float = SPREAD,
 ) -> list[Lost]:
     """Each width of beam search against all identifiers scored, on the judged queries of a split.
 
-    split: '' is the first test split. Queries are those of the evaluate stage.
+    split: '' is the first test split. Queries are those of the evaluate stage. spread: of the
+    ceiling, see `PrefixCeiling`.
 
     Raises ValueError for an experiment with several identifiers a passage.
     """
@@ -40,4 +46,4 @@ def measure(
     student = decoder(experiment, system, search, made)
     tokens = made.vocabulary.encode_inputs(texts, student.query_length)
     k = min(TOP, search.depth)
-    return exhaustive.recall_lost(student, tokens, beams, k=k, positives=positives)
+    return exhaustive.recall_lost(student, tokens, beams, k=k, positives=positives, spread=spread)

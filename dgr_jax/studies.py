@@ -12,7 +12,6 @@ Experiments run one after another, each in a process of its own.
 from __future__ import annotations
 
 import csv
-import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +33,7 @@ import numpy as np
 from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes
 from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe, fingerprint
+from dgr_jax.retrieval.prefix_ceiling import SPREAD
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Study:
       fails.
     apart: axes whose labels are not compared with one another in this, such as the corpus size.
     beams: widths of beam search to compare with scoring every identifier, for every row of docids.
+    spread: share of the probability that a student which knows the positives gives to all other
+      passages, in the ceiling beside them, see `dgr_jax.retrieval.prefix_ceiling`.
     costs: also training FLOPs, bytes of the index and milliseconds a query, see `dgr_jax.costs`.
     drift: also how far a row's distribution over the whole corpus is from this one, see
       `dgr_jax.retrieval.drift`: 'qrels', or the path of a TREC run with a teacher's scores.
@@ -78,6 +80,7 @@ class Study:
     baseline: dict[str, str] = field(default_factory=dict)
     may_differ: tuple[str, ...] = ()
     beams: tuple[int, ...] = ()
+    spread: float = SPREAD
     apart: tuple[str, ...] = ()
     costs: bool = False
     drift: str = ""
@@ -98,6 +101,8 @@ class Study:
                 raise ValueError(
                     f"Study.systems: got {asked!r}, expected some of {SYSTEMS}, in a tuple"
                 )
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"Study.spread: got {self.spread}, expected 0 or more, below 1")
         unknown = set(self.may_differ) - set(_FAIR)
         if unknown:
             raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {_FAIR}")
@@ -398,8 +403,8 @@ class Runner:
             systems = [s for s in runs[0].systems if s in made[0].systems] if made else []
             for system in systems:
                 row = {**labels, "system": system}
-                measure = functools.partial(limits.measure, system=system, split=self.study.split)
-                found = [measure(one, beams=self.study.beams) for one in made]
+                asked = (system, self.study.beams, self.study.split, self.study.spread)
+                found = [limits.measure(one, *asked) for one in made]
                 for losses in zip(*found, strict=True):
                     values = [loss.values() for loss in losses]
                     means = {name: _interval(Row(row, values, {}), name) for name in values[0]}

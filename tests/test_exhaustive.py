@@ -15,13 +15,14 @@ from dgr_jax import partitioning
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.exhaustive import (
+    _ceilings,
     identifier_log_probs,
     lost,
     passages,
-    prefix_ceiling,
     recall_lost,
 )
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.prefix_ceiling import PrefixCeiling
 from tests import students
 from tests.reference import exhaustive as reference
 from tests.reference.retrieval import rank_passages
@@ -161,17 +162,6 @@ def test_what_is_lost_is_counted(found, recall):
     assert list(lost(7, EXACT, np.array(found)).values()) == ["passages", "first"]
 
 
-def test_the_ceiling_of_positives_that_share_prefixes():
-    """The first code of three is 1; that of the others is their own: a beam of 2 keeps 1 and 2,
-    and in the end two of them."""
-    codes = np.array([[1, 4], [1, 5], [1, 6], [2, 4], [3, 4]])
-    assert [prefix_ceiling(codes, width) for width in (1, 2, 3, 5)] == [0.2, 0.4, 0.6, 1.0]
-    several = np.array([[1, 4], [1, 4], [2, 5], [3, 6]])  # two passages, one identifier
-    assert prefix_ceiling(several, 1) == 0.5
-    early = np.array([[1, 1, 1], [1, 2, 1], [2, 1, 1], [2, 1, 2], [2, 1, 3]])
-    assert prefix_ceiling(early, 2) == 0.4
-
-
 @pytest.mark.slow
 def test_a_narrow_beam_loses_something_and_a_wide_one_nothing(decoder):
     exact = passages(decoder, QUERIES)[0][:, :5]
@@ -187,6 +177,17 @@ def test_a_narrow_beam_loses_something_and_a_wide_one_nothing(decoder):
     np.testing.assert_array_equal(wide.recall, wide.exhaustive_recall)
     np.testing.assert_array_equal(wide.recall, narrow.exhaustive_recall)
     assert (wide.ceiling == 1.0).all()
+    ceiling = PrefixCeiling(decoder.table.tokens[decoder.table.rows_of_passages()])
+    for spread in (0.9, 0.5):
+        (narrow,) = recall_lost(decoder, QUERIES, [1], k=5, positives=positives, spread=spread)
+        assert narrow.ceiling.tolist() == [ceiling(right, 1, 5, spread) for right in positives]
+
+
+def test_the_ceiling_is_among_passages_that_may_be_returned(decoder):
+    allowed = np.arange(40) != 9
+    some = dataclasses.replace(decoder, allowed=allowed)
+    found = _ceilings(some, [[0, 9], [9], [1, 1]], [40], 5, 0.9)
+    assert found.tolist() == [[0.5, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from dgr_jax import partitioning
 from dgr_jax.losses import generation
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Decoder, Found, rank_passages
+from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling
 
 _LOGITS = 1 << 26  # of a block: 256 MB
 
@@ -144,7 +145,8 @@ class Lost:
 
     passages: share of the best k passages that it does not find among its own best k; first: 1
     where it does not find the best one. With positives: recall, exhaustive_recall: share of them
-    among the best k of either; ceiling: `prefix_ceiling`. Empty without.
+    among the best k of either; ceiling: that of a student that knows them, see `PrefixCeiling`.
+    Empty without.
     """
 
     num_beams: int
@@ -167,22 +169,23 @@ def recall_lost(
     *,
     k: int = 10,
     positives: Sequence[Sequence[int]] = (),
+    spread: float = SPREAD,
 ) -> list[Lost]:
     """What beam search of each width loses, against the same student without a search.
 
-    tokens: queries int32 [n, Q]; positives: passage indices of each query, one or more.
+    tokens: queries int32 [n, Q]; positives: passage indices of each query, one or more; spread: of
+    `PrefixCeiling`.
 
     Raises ValueError for no queries, a k above Search.depth, a query without positives, and
     positives of another number of queries.
     """
     _check(decoder, tokens, k, positives)
     exact = passages(decoder, tokens)[0][:, :k]
-    identifiers = _identifiers(decoder, positives)
+    ceilings = _ceilings(decoder, positives, widths, k, spread)
     losses = []
-    for width in widths:
+    for width, ceiling in zip(widths, ceilings, strict=True):
         narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
         found = narrow.passages(tokens)[0][:, :k]
-        ceiling = np.array([prefix_ceiling(rows, width) for rows in identifiers])
         losses.append(lost(width, exact, found, positives, ceiling))
     return losses
 
@@ -207,28 +210,29 @@ def lost(
     )
 
 
-def prefix_ceiling(identifiers: np.ndarray, width: int) -> float:
-    """The share of a query's positives that a beam of `width` keeps if the student is perfect.
+def _ceilings(
+    decoder: Decoder,
+    positives: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    k: int,
+    spread: float,
+) -> np.ndarray:
+    """`PrefixCeiling` among the passages that may be returned, f64 [widths, n]; the other positives
+    are not found."""
+    if not len(positives):
+        return np.zeros((len(widths), 0))
+    rows = decoder.table.rows_of_passages()
+    there = rows >= 0 if decoder.allowed is None else (rows >= 0) & decoder.allowed
+    at_best = PrefixCeiling(decoder.table.tokens[rows[there]])
+    number = there.cumsum() - 1
 
-    A perfect student gives every positive the same probability, so a prefix has that of the
-    positives below it, and a step keeps the `width` prefixes that most positives share: those with
-    a prefix of their own are lost where many others share theirs, whatever the student learns.
-    Of equally good prefixes the smaller one is kept.
+    def of(right: Sequence[int], width: int) -> float:
+        asked = np.unique(right)
+        left = number[asked[there[asked]]]
+        share = at_best(left, width, k, spread) if len(left) else 0.0
+        return share * len(left) / len(asked)
 
-    identifiers: int [n, T], one of each positive, right-padded with 0. Returns 0 .. 1.
-    """
-    left = np.asarray(identifiers)
-    for t in range(1, left.shape[1] + 1):
-        _, prefix, sharing = np.unique(left[:, :t], axis=0, return_inverse=True, return_counts=True)
-        kept = np.argsort(-sharing, kind="stable")[:width]
-        left = left[np.isin(prefix.ravel(), kept)]
-    return len(left) / len(identifiers)
-
-
-def _identifiers(decoder: Decoder, positives: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """An identifier of each of a query's positives, int [n, T]."""
-    rows = decoder.table.rows_of_passages() if len(positives) else None
-    return [decoder.table.tokens[rows[list(right)]] for right in positives]
+    return np.array([[of(right, width) for right in positives] for width in widths])
 
 
 def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None:
