@@ -140,6 +140,14 @@ def _choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(str(value), {axis: value}) for value in values]
 
 
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Run:
     """One experiment of a study."""
@@ -387,7 +395,7 @@ class Runner:
         table = [self._cells(*pair) for pair in zip(rows, baselines, strict=True)]
         self._write_table("table", table)
         for axis, values in self.study.axes.items():
-            if not isinstance(values, Mapping) and all(isinstance(v, (int, float)) for v in values):
+            if all(_is_number(label) for label, _ in _choices(axis, values)):
                 self._plot(axis, rows)
         if self.study.beams:
             self._report_limits()

@@ -302,6 +302,19 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
+def test_axes_of_numbers_are_plotted(tmp_path, monkeypatch):
+    sizes = {"64": {"T5Config.emb_dim": 64}, "128": {}}
+    axes = {"TopM.size": (4, 8), "T5Config.emb_dim": sizes, "loss": {"a": {}, "8 b": {}}}
+    runner = Runner(study(axes=axes), str(tmp_path))
+    values = {name: np.ones(2) for name in runner.study.measures}
+    labels = [{**labels, "system": "distill"} for labels, _ in runner.study.points()]
+    monkeypatch.setattr(Runner, "rows", lambda _: [Row(one, [values], {}) for one in labels])
+    runner.report()
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [
+        "T5Config.emb_dim.png", "TopM.size.png",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("values, scale", [((1, 8), "log"), ((0, 8), "linear"), ((2, 8), "linear")])
 def test_wide_ranges_lie_on_a_log_scale(values, scale, tmp_path, monkeypatch):
     drawn = []
