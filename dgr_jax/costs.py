@@ -15,6 +15,7 @@ from dgr_jax.corpora import trec
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import drift, speed
 from dgr_jax.retrieval.generative import Retriever
@@ -97,13 +98,21 @@ def expected_flops(experiment: Experiment | DenseExperiment) -> dict[str, float]
     elif isinstance(experiment.prepare.identifiers, Multiview):
         return {}
     else:
-        sizes = planning.estimated_sizes(experiment, getattr(experiment.collection, "size", _MANY))
+        sizes = planning.estimated_sizes(experiment, _passages(experiment))
         config = planning.model_config(experiment, sizes)
         batch = lambda stage: planning.abstract_batch(stage, experiment, sizes, mesh)
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
         for stage, settings in stages.items()
     }
+
+
+def _passages(experiment: Experiment) -> int:
+    """Of the collection, where its settings tell; otherwise so many as its codes tell apart."""
+    scheme, known = experiment.prepare.identifiers, getattr(experiment.collection, "size", 0)
+    if known or not isinstance(scheme, ResidualQuantization):
+        return known or _MANY
+    return max(1, min(_MANY, scheme.codebook_size**scheme.num_codes // 2))
 
 
 def _config(experiment: Experiment | DenseExperiment) -> T5Config:

@@ -19,8 +19,9 @@ class PrefixCeiling:
     it. This student gives each of n positives (1 - spread) / n, and every other passage the same
     part of the rest. Scored one by one, all positives come first; by prefixes, a positive that is
     alone below its own is lost where so many other passages share another that these are more
-    probable together. (That beam search may keep the best and lose the rest is proved for sparse
-    relevance in "Constrained Auto-Regressive Decoding Constrains Generative Retrieval", 2025.)
+    probable together. That beam search keeps the best and may lose the others, where few are
+    relevant, is proved by Wu et al. 2025 (Constrained Auto-Regressive Decoding Constrains
+    Generative Retrieval); this number is our own.
     With spread 0 prefixes cost nothing: a beam of W keeps W of the positives, or all.
     """
 
