@@ -108,11 +108,12 @@ def expected_flops(experiment: Experiment | DenseExperiment) -> dict[str, float]
 
 
 def _passages(experiment: Experiment) -> int:
-    """Of the collection, where its settings tell; otherwise so many as its codes tell apart."""
+    """Of the collection, where its settings tell; otherwise so many that codes for ties are needed,
+    or _MANY."""
     scheme, known = experiment.prepare.identifiers, getattr(experiment.collection, "size", 0)
     if known or not isinstance(scheme, ResidualQuantization):
         return known or _MANY
-    return max(1, min(_MANY, scheme.codebook_size**scheme.num_codes // 2))
+    return min(_MANY, scheme.codebook_size**scheme.num_codes // 2 + 1)
 
 
 def _config(experiment: Experiment | DenseExperiment) -> T5Config:
