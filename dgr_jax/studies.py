@@ -12,7 +12,6 @@ Experiments run one after another, each in a process of its own.
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import json
 import logging
@@ -31,15 +30,13 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes
-from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe, fingerprint
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
+from dgr_jax.study_rows import FAIR, Row, check_fair, fairness, interval, markdown, values_of
 
 logger = logging.getLogger(__name__)
 
 SYSTEMS = ("bm25", "generate", "control", "distill", "dense", "refresh")
-
-Values = Mapping[str, np.ndarray]  # measure -> value of each query
 
 
 @dataclass(frozen=True)
@@ -103,9 +100,9 @@ class Study:
                 )
         if not 0 <= self.spread < 1:
             raise ValueError(f"Study.spread: got {self.spread}, expected 0 or more, below 1")
-        unknown = set(self.may_differ) - set(_FAIR)
+        unknown = set(self.may_differ) - set(FAIR)
         if unknown:
-            raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {_FAIR}")
+            raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {FAIR}")
         labels = set(self.axes) | {"system"}
         for name in ("baseline", "apart"):
             if strange := set(getattr(self, name)) - labels:
@@ -131,9 +128,6 @@ class Study:
             yield labels, bound | self.cells.get(tuple(labels.values()), {})
 
 
-_FAIR = ("examples", "model", "decoder", "vocabulary", "data", "split")
-
-
 def _choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if isinstance(values, Mapping):
         return [(label, dict(bindings)) for label, bindings in values.items()]
@@ -157,24 +151,6 @@ class Run:
     flags: tuple[str, ...]
     folder: Path
     systems: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One system of one point of the grid, over all seeds.
-
-    again: labels of other points whose stages are the same, such as those of a control.
-    """
-
-    labels: dict[str, str]
-    values: list[Values]
-    fair: dict[str, Any]
-    costs: list[Mapping[str, float]] = field(default_factory=list)
-    again: list[dict[str, str]] = field(default_factory=list)
-
-    def of(self, measure: str) -> np.ndarray:
-        """f64 [seeds]: the mean over the queries."""
-        return np.array([values[measure].mean() for values in self.values])
 
 
 class _Planned(NamedTuple):
@@ -357,11 +333,12 @@ class Runner:
 
     def _row(self, labels: dict[str, str], runs: Sequence[Run]) -> Row:
         values, fair, cost = [], {}, []
+        measures = self.study.measures
         for run in runs:
             experiment = self.experiment(run)
             split = self.study.split or experiment.prepare.test_splits[0]
-            values.append(_values(experiment, run.folder, labels["system"], split, self.study))
-            fair = _fairness(experiment, run.folder, labels["system"], split)
+            values.append(values_of(experiment, run.folder, labels["system"], split, measures))
+            fair = fairness(experiment, run.folder, labels["system"], split)
             cost.append(self._costs(experiment, run.folder, labels["system"]))
         return Row(labels, values, fair, cost)
 
@@ -415,7 +392,7 @@ class Runner:
                 found = [limits.measure(one, *asked) for one in made]
                 for losses in zip(*found, strict=True):
                     values = [loss.values() for loss in losses]
-                    means = {name: _interval(Row(row, values, {}), name) for name in values[0]}
+                    means = {name: interval(Row(row, values, {}), name) for name in values[0]}
                     cells = {name: round(mean, 4) for name, (mean, _, _) in means.items()}
                     table.append({**row, "beams": losses[0].num_beams, **cells})
                     line = series.setdefault(", ".join(row.values()), [])
@@ -473,7 +450,7 @@ class Runner:
             alike = [row.labels, *row.again]
             rest = [(k, v) for k, v in row.labels.items() if k != axis]
             told = (self._named(k, v) for k, v in rest if all(one[k] == v for one in alike))
-            found = {measure: _interval(row, measure) for measure in self.study.measures}
+            found = {measure: interval(row, measure) for measure in self.study.measures}
             line = series.setdefault(", ".join(told), [])
             line.extend((float(value), found) for value in dict.fromkeys(o[axis] for o in alike))
         plots.measures_over(series, axis, self.study.measures, self.folder / f"{_slug(axis)}.png")
@@ -498,75 +475,6 @@ def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]
         finally:
             signal.signal(signal.SIGTERM, before)
     return processes.EXIT_STOPPED if told else status
-
-
-def _interval(row: Row, measure: str) -> tuple[float, float, float]:
-    """(mean, low, high): 95% of the bootstrap over queries, each with its mean over the seeds."""
-    values = np.mean([v[measure] for v in row.values], axis=0)
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(values), size=(1000, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
-
-
-def _values(
-    experiment: Experiment, folder: Path, system: str, split: str, study: Study
-) -> dict[str, np.ndarray]:
-    """Every measure of each query, in the order of the qids."""
-    path = folder / "evaluate" / f"{system}.{split}.trec"
-    run = trec.run_in_memory(trec.runs(path))
-    judged = beir.BeirCollection(str(folder / "prepare" / "collection"))
-    grades = trec.qrels_in_memory(judged.qrels(split))
-    least, asked = experiment.evaluate.min_relevance, experiment.evaluate.max_queries
-    if asked:
-        grades = {qid: found for qid, found in grades.items() if qid in run}
-    found = evaluation.per_query(run, grades, study.measures, min_relevance=least)
-    return {name: np.array([found[name][qid] for qid in sorted(grades)]) for name in study.measures}
-
-
-def _fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
-    """What rows of a table must have in common, see Study.may_differ."""
-    collection = json.dumps(describe(experiment.collection), sort_keys=True)
-    fair = {"split": (split, experiment.evaluate.max_queries, collection)}
-    if system == "bm25":
-        return fair
-    prepared = folder / "prepare"
-    vocabulary = json.loads((prepared / "vocabulary.json").read_text(encoding="utf-8"))
-    pieces = hashlib.sha256((prepared / "spiece.model").read_bytes()).hexdigest()[:8]
-    return fair | experiment.compared(system) | {"vocabulary": (vocabulary["text_size"], pieces)}
-
-
-def check_fair(
-    rows: Sequence[Row], may_differ: Sequence[str] = (), apart: Sequence[str] = ()
-) -> None:
-    """Raises ValueError where rows to be compared differ in what nobody asked to vary; those of
-    other labels of the axes `apart` are not compared."""
-    groups: dict[tuple[str | None, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.labels.get(axis) for axis in apart), []).append(row)
-    for group in groups.values():
-        _check_group(group, may_differ)
-
-
-def _check_group(rows: Sequence[Row], may_differ: Sequence[str]) -> None:
-    for name in _FAIR:
-        found: dict[Any, dict[str, str]] = {}
-        for row in rows:
-            if name in row.fair:
-                found.setdefault(row.fair[name], row.labels)
-        if len(found) > 1 and name not in may_differ:
-            (a, first), (b, second) = list(found.items())[:2]
-            raise ValueError(
-                f"Study.may_differ: the {name} of {first} is {a}, that of {second} is {b}; "
-                f"expected the same in all rows, or {name!r} among what may differ"
-            )
-
-
-def markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as a Markdown table."""
-    names = list(table[0])
-    lines = [names, ["---"] * len(names), *([str(row[n]) for n in names] for row in table)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _written(value: Any) -> str:

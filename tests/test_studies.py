@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, costs, pipeline, plots, studies
+from dgr_jax import cli, costs, pipeline, plots
 from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
-from dgr_jax.studies import Row, Runner, Study, check_fair, markdown
+from dgr_jax.studies import Runner, Study
+from dgr_jax.study_rows import Row, check_fair, interval, markdown
 from tests.conftest import TINY
 
 SETTINGS = tuple(
@@ -271,7 +272,7 @@ def test_rows_of_the_shipped_scaling_studies_differ_in_what_they_vary(
 
 def test_intervals_hold_their_mean():
     values = np.random.default_rng(0).uniform(size=400)
-    mean, low, high = studies._interval(Row({}, [{"RR@10": values}], {}), "RR@10")
+    mean, low, high = interval(Row({}, [{"RR@10": values}], {}), "RR@10")
     assert low < mean == values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
 
