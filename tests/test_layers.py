@@ -46,6 +46,7 @@ TOP = {
     "planning",
     "studies",
     "study",
+    "study_rows",
     "t5x_adapter",
 }
 
