@@ -137,6 +137,7 @@ def measures_over(
     """
     if not any(series.values()):
         raise ValueError("expected {name: [(value, {measure: (mean, low, high)})]}; got no point")
+    values = sorted({value for points in series.values() for value, _ in points})
     figure = _figure(width=3.6 * len(measures), height=3.4)
     for panel, measure in enumerate(measures, start=1):
         axes = figure.add_subplot(1, len(measures), panel)
@@ -149,7 +150,6 @@ def measures_over(
             axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=name)
         axes.set_title(measure, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(axis)
-        values = sorted({value for points in series.values() for value, _ in points})
         if 0 < 8 * values[0] <= values[-1]:
             _log_scale(axes, values)
     if len(series) > 1:

@@ -413,10 +413,11 @@ class Runner:
         sys.stdout.write(text)
 
     def _baseline(self, row: Row, rows: Sequence[Row]) -> Row | None:
-        wanted = row.labels | self.study.baseline
-        if not self.study.baseline or wanted == row.labels:
+        if not self.study.baseline:
             return None
-        return next((other for other in rows if wanted in (other.labels, *other.again)), None)
+        wanted = row.labels | self.study.baseline
+        found = next((one for one in rows if wanted in (one.labels, *one.again)), None)
+        return None if found is row else found
 
     def _cells(self, row: Row, baseline: Row | None) -> dict[str, Any]:
         cells: dict[str, Any] = {**row.labels, "seeds": len(row.values)}

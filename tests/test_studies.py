@@ -303,6 +303,17 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
+def test_a_shared_baseline_is_not_tested_against_itself(tmp_path):
+    grid = study(axes={"loss": {"a": {}, "b": {}}}, baseline={"system": "control", "loss": "b"})
+    values = {name: np.ones(2) for name in grid.measures}
+    labels = {"loss": "a", "system": "control"}
+    control = Row(labels, [values], {}, again=[labels | {"loss": "b"}])
+    distill = Row({"loss": "b", "system": "distill"}, [values], {})
+    runner, rows = Runner(grid, str(tmp_path)), [control, distill]
+    assert runner._baseline(control, rows) is None
+    assert runner._baseline(distill, rows) is control
+
+
 def test_axes_of_numbers_are_plotted(tmp_path, monkeypatch):
     sizes = {"64": {"T5Config.emb_dim": 64}, "128": {}}
     axes = {"TopM.size": (4, 8), "T5Config.emb_dim": sizes, "loss": {"a": {}, "8 b": {}}}

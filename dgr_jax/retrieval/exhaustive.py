@@ -20,7 +20,7 @@ from dgr_jax import partitioning
 from dgr_jax.losses import generation
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Decoder, Found, rank_passages
-from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling
+from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling, prefix_starts
 
 _LOGITS = 1 << 26  # of a block: 256 MB
 
@@ -111,8 +111,7 @@ def renormalised(log_probs: np.ndarray, rows: np.ndarray) -> np.ndarray:
     log_probs: f32 [B, U, T], 0 at padding; rows: int [U, T], sorted, no one a prefix of another.
     """
     found = log_probs.copy()
-    changed = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)  # the prefix of t + 1 tokens
-    starts = np.concatenate([np.ones((1, rows.shape[1]), bool), changed])
+    starts = prefix_starts(rows)
     node = np.zeros(len(rows), bool)
     node[0] = True
     for t in range(rows.shape[1]):

@@ -1,6 +1,6 @@
 """What beam search finds at best where passages share prefixes, whatever a student has learned.
 
-Axis letters: P passages, T identifier length.
+Axis letters: P passages, U identifiers, T identifier length.
 """
 
 from __future__ import annotations
@@ -10,6 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 
 SPREAD = 0.9
+
+
+def prefix_starts(rows: np.ndarray) -> np.ndarray:
+    """bool [U, T]: whether a row is the first with its prefix of t + 1 tokens.
+
+    rows: int [U, T], one or more, sorted, right-padded.
+    """
+    changed = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
+    return np.concatenate([np.ones((1, rows.shape[1]), bool), changed])
 
 
 class PrefixCeiling:
@@ -29,9 +38,7 @@ class PrefixCeiling:
         """identifiers: int [P, T], one of each passage, right-padded with 0."""
         rows, row_of = np.unique(np.asarray(identifiers), axis=0, return_inverse=True)
         self._row_of = row_of.ravel()
-        changed = np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1)
-        # Number of each row's prefix of t + 1 tokens, int [rows, T].
-        self._prefixes = np.concatenate([np.zeros((1, rows.shape[1]), int), changed.cumsum(0)])
+        self._prefixes = prefix_starts(rows).cumsum(0) - 1  # the number of each, int [rows, T]
 
     def __call__(
         self, positives: Sequence[int], width: int, k: int, spread: float = SPREAD
