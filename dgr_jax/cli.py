@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import processes
+from dgr_jax import processes, writer_lock
+from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).resolve().parent
 EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
 FLAGS = {"MODEL_DIR": "--model_dir", "DATA_DIR": "--data_dir"}
 
@@ -40,12 +40,6 @@ _PLACE = re.compile(r'\n  In file "([^"]+)", line (\d+)')
 
 class Mistake(ValueError):
     """What was asked for cannot be: the message says what is wrong, and what to give instead."""
-
-
-def resources(name: str) -> Path:
-    """Folder `gin_configs` or `tasks`: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / name
-    return inside if inside.is_dir() else PACKAGE.parent / name
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -131,6 +125,12 @@ def _quoted(binding: str) -> str:
         except (ValueError, SyntaxError):
             value = repr(value)
     return f"{name.strip()} = {value}"
+
+
+def named(bindings: Iterable[str]) -> set[str]:
+    """The strings that bindings set something to: where they are files, these must be there."""
+    values = (binding.partition(" = ")[2] for binding in bindings)
+    return {ast.literal_eval(value) for value in values if value[:1] in ("'", '"')}
 
 
 def _configure_logging(verbose: bool) -> None:
@@ -426,7 +426,8 @@ def _check_model_dir(folder: str) -> None:
 
 
 def _keep(experiment: Any) -> None:
-    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made.
+    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made. From
+    here on no other process writes into MODEL_DIR, see `writer_lock`.
 
     So the file alone says what is done, and bindings are as general as they were: any of them can
     be overridden when the experiment goes on.
@@ -444,15 +445,24 @@ def _keep(experiment: Any) -> None:
                 lines[f"{name}.{key} = {default!r}"] = None
     folder = Path(experiment.model_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        writer_lock.take(folder)
     except OSError as error:
         raise Mistake(f"MODEL_DIR {folder} cannot be made: {error.strerror}") from error
-    partial = folder / "config.gin.partial"
     rule = "# " + "=" * 78
-    partial.write_text(
-        f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n", encoding="utf-8"
-    )
+    kept = f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n"
+    if _read(folder / "config.gin") == kept:
+        return
+    partial = folder / "config.gin.partial"
+    partial.write_text(kept, encoding="utf-8")
     partial.replace(folder / "config.gin")
+
+
+def _read(file: Path) -> str:
+    """Blank where the file is missing or no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
 
 
 def _is_literal(value: object) -> bool:

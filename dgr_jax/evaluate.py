@@ -27,7 +27,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.makers(experiment), ["evaluate"])
+    pipeline.run(experiment, stages.makers(experiment), ["evaluate"], named=cli.named(bindings))
 
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -352,9 +351,3 @@ def stage_settings(
     if files and files.get(stage):
         own["files"] = files[stage]
     return own | {up: stage_settings(experiment, up, files) for up in upstream(experiment, stage)}
-
-
-def fingerprint(settings: Any) -> str:
-    """Hash of settings as JSON."""
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

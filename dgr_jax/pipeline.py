@@ -9,80 +9,84 @@ their contents do, or size and time of change where they are large.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation, processes
+from dgr_jax import evaluation, processes, shipped, versions, writer_lock
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
-from dgr_jax.experiment import Experiment, fingerprint, stage_settings
+from dgr_jax.experiment import Experiment, stage_settings
+from dgr_jax.records import (
+    PREVIOUS,
+    changed_settings,
+    is_done,
+    is_made_from,
+    read_record,
+    write_record,
+)
+from dgr_jax.settings import fingerprint
 
 logger = logging.getLogger(__name__)
 
-RECORD = "stage.json"
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """stage.json of a folder, {} when it has none or an unreadable one."""
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return {}
-
-
-def write_record(folder: Path, **values: Any) -> None:
-    """Replace stage.json whole."""
-    temporary = folder / f"{RECORD}.partial"
-    temporary.write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")
-    temporary.replace(folder / RECORD)
-
-
-def is_done(folder: Path, settings: Any) -> bool:
-    """Whether the folder holds the finished output of these settings."""
-    record = read_record(folder)
-    return record.get("status") == "done" and record.get("fingerprint") == fingerprint(settings)
-
-
-def changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
-    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [at]
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        path = f"{at}.{key}" if at else key
-        found += changed_settings(old.get(key), new.get(key), path)
-    return found
 
 
 def run(
     experiment: Experiment,
     makers: dict[str, Callable[[Experiment, Path], None]],
     stages: Iterable[str] = ("evaluate",),
+    *,
+    named: Container[str] = (),
 ) -> None:
     """Run `stages` and every stage that they read, in order.
 
     makers: stage -> function(experiment, folder) that makes the stage's output, or completes what
     an earlier call with the same settings began.
+    named: files and folders that must be there also where what is read of them is made already.
     Raises FileNotFoundError or ValueError, before any stage starts, where one of them could only
-    fail: it would lack a file, or not know a measure.
+    fail: it would lack a file, or not know a measure; writer_lock.Locked where another process
+    writes into MODEL_DIR.
     """
-    settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
-    wanted = list(settings)
-    for stage in wanted if processes.first() else ():
-        if not _is_made(experiment, stage, settings[stage]):
-            _check(experiment, stage)
-    for stage in experiment.stages:
-        if stage in wanted:
-            _run_stage(experiment, stage, settings[stage], makers[stage])
+    alone = writer_lock.held(experiment.model_dir)
+    with alone if processes.first() else contextlib.nullcontext():
+        settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
+        wanted = list(settings)
+        if processes.first():
+            for stage in wanted:
+                made = _is_made(experiment, stage, settings[stage])
+                _check_files(experiment, stage, named if made else None)
+                if not made and stage == "evaluate":
+                    _check_measures(experiment)
+            _say_other_versions(experiment, settings)
+        for stage in experiment.stages:
+            if stage in wanted:
+                _run_stage(experiment, stage, settings[stage], makers[stage])
+
+
+def _say_other_versions(experiment: Experiment, settings: dict[str, Any]) -> None:
+    """Says which finished stages were made by other versions of this package or its libraries; they
+    are used as they are."""
+    others: dict[str, list[str]] = {}
+    for stage, asked in settings.items():
+        folder = Path(experiment.model_dir) / stage
+        if is_done(folder, asked):
+            changes = versions.changes(read_record(folder).get("versions", {}))
+            others.setdefault(", ".join(changes), []).append(stage)
+    others.pop("", None)
+    for changes, made in others.items():
+        logger.warning(
+            "%s: made by %s, and used as they are; remove their folders to make them again",
+            ", ".join(made),
+            changes,
+        )
 
 
 def settings_of(
@@ -123,6 +127,9 @@ def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
         whole = all(found.values())
         now = {name: _signature(path) for name, path in found.items() if whole and path}
         signed["collection"] = now if whole else read.get("collection")
+        tasks = getattr(experiment.prepare, "tasks", "")
+        if (file := shipped.resources("tasks") / f"{tasks}.py").is_file():
+            signed[f"tasks/{file.name}"] = _signature(file)
     for owner in experiment.stages[stage].settings:
         for name, path in experiments.paths(getattr(experiment, owner)).items():
             there = lines.place(path)
@@ -142,24 +149,38 @@ def _signature(path: Path) -> dict[str, Any]:
 def _is_made(experiment: Experiment, stage: str, settings: Any) -> bool:
     """Whether the stage need not run: it is done, in its place or aside."""
     folder = Path(experiment.model_dir)
-    return is_done(folder / stage, settings) or is_done(folder / "previous" / stage, settings)
+    return is_done(folder / stage, settings) or is_done(folder / PREVIOUS / stage, settings)
 
 
-def _check(experiment: Experiment, stage: str) -> None:
-    """Raises FileNotFoundError naming the files that a stage would lack, ValueError for measures
-    that evaluation does not know, or cannot take of these queries."""
-    if stage == "prepare":
+def _check_files(experiment: Experiment, stage: str, named: Container[str] | None) -> None:
+    """Raises FileNotFoundError naming the files that a stage would lack.
+
+    named: only those of them that are named are looked for; None: all.
+    """
+    asked = lambda path: named is None or path in named
+    if stage == "prepare" and asked(_folder(experiment.collection)):
         experiment.collection.check(experiment.prepare.splits)
     for owner in experiment.stages[stage].settings if stage in READING else ():
         for name, path in experiments.paths(getattr(experiment, owner)).items():
-            if not lines.place(path).is_file():
+            if asked(path) and not lines.place(path).is_file():
                 raise FileNotFoundError(
                     f"{name}: no file at {path!r}; name another with --gin.{name}=FILE"
                 )
-    if stage == "evaluate":
-        settings = experiment.evaluate
-        evaluation.check(settings.measures, min_relevance=settings.min_relevance)
-        _check_answers(experiment)
+
+
+def _folder(collection: Any) -> str | None:
+    """Where a collection lies, which may be a part of another one; None: in no folder."""
+    while hasattr(collection, "collection"):
+        collection = collection.collection
+    return getattr(collection, "folder", None)
+
+
+def _check_measures(experiment: Experiment) -> None:
+    """Raises ValueError for measures that evaluation does not know, or cannot take of these
+    queries."""
+    settings = experiment.evaluate
+    evaluation.check(settings.measures, min_relevance=settings.min_relevance)
+    _check_answers(experiment)
 
 
 def _check_answers(experiment: Experiment) -> None:
@@ -189,7 +210,12 @@ def _run_stage(
     if first:
         mark = fingerprint(settings)
         write_record(
-            folder, status="done", fingerprint=mark, settings=settings, seconds=round(seconds, 1)
+            folder,
+            status="done",
+            fingerprint=mark,
+            settings=settings,
+            seconds=round(seconds, 1),
+            versions=versions.here(),
         )
     logger.info("%s: done in %.1f s", stage, seconds)
 
@@ -212,16 +238,16 @@ def _begin(folder: Path, stage: str, settings: Any) -> bool:
 def _make_room(folder: Path, stage: str, settings: Any) -> None:
     """Put the output of other settings aside, and take back what these settings made before."""
     record = read_record(folder)
-    if record.get("fingerprint") == fingerprint(settings):
+    if is_made_from(record, settings):
         logger.info("%s: was cut off; goes on", stage)
         return
-    aside = folder.parent / "previous" / stage
-    back = read_record(aside).get("fingerprint") == fingerprint(settings)
+    aside = folder.parent / PREVIOUS / stage
+    back = is_made_from(read_record(aside), settings)
     if folder.exists():
         if record:
             names = changed_settings(record.get("settings"), settings)
             logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))
-        swap = folder.parent / "previous" / f"{stage}.swap"
+        swap = folder.parent / PREVIOUS / f"{stage}.swap"
         swap.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(swap, ignore_errors=True)
         folder.rename(swap)

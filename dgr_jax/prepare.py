@@ -38,7 +38,7 @@ def command(argv: Sequence[str] | None) -> None:
         beam.check()
         everywhere = partial(beam.write_parts, options=args.beam_options)
         makers = makers | {"prepare": partial(makers["prepare"], everywhere=everywhere)}
-    pipeline.run(experiment, makers, ["prepare"])
+    pipeline.run(experiment, makers, ["prepare"], named=cli.named(bindings))
     if args.export:
         from dgr_jax.stages.prepare import export
 

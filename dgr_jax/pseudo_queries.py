@@ -27,7 +27,12 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax import pipeline
     from dgr_jax.stages.pseudo_queries import MAKERS
 
-    pipeline.run(experiment, MAKERS, [stage.strip() for stage in args.stages.split(",")])
+    pipeline.run(
+        experiment,
+        MAKERS,
+        [stage.strip() for stage in args.stages.split(",")],
+        named=cli.named(bindings),
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.makers(experiment), ["candidates"])
+    pipeline.run(experiment, stages.makers(experiment), ["candidates"], named=cli.named(bindings))
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:

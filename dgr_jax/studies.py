@@ -29,9 +29,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes
-from dgr_jax.experiment import Experiment, describe, fingerprint
+from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes, records
+from dgr_jax.experiment import Experiment, describe
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
+from dgr_jax.settings import fingerprint
 from dgr_jax.study_rows import FAIR, Row, check_fair, fairness, interval, markdown, values_of
 
 logger = logging.getLogger(__name__)
@@ -251,11 +252,11 @@ class Runner:
             kept, link = self.folder / "stages" / f"{stage}-{mark}", run.folder / stage
             if not kept.exists():
                 kept.mkdir(parents=True)
-                pipeline.write_record(kept, status="running", fingerprint=mark, settings=settings)
+                records.write_record(kept, status="running", fingerprint=mark, settings=settings)
             if link.is_symlink():
                 link.unlink()
             link.symlink_to(os.path.relpath(kept, run.folder), target_is_directory=True)
-            state[stage] = pipeline.is_done(kept, settings), kept
+            state[stage] = records.is_done(kept, settings), kept
         return state
 
     def show_plan(self) -> None:
@@ -268,7 +269,7 @@ class Runner:
         seconds: dict[tuple[str, bool], list[float]] = {}
         for one in stages:
             if one.done:
-                took = pipeline.read_record(one.kept)["seconds"]
+                took = records.read_record(one.kept)["seconds"]
                 seconds.setdefault(one.kind, []).append(took / (one.flops or 1))
         total, unknown, missing = 0.0, 0, {run.folder: [] for run in self.runs}
         for one in (one for one in stages if not one.done):
@@ -297,7 +298,7 @@ class Runner:
                 kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
                 if kept not in seen:
                     seen.add(kept)
-                    done = pipeline.is_done(kept, settings)
+                    done = records.is_done(kept, settings)
                     yield _Planned(run, stage, kept, flops.get(stage), done)
 
     def rows(self) -> list[Row]:

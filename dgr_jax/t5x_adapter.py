@@ -30,7 +30,7 @@ from dgr_jax.losses import generation
 from dgr_jax.models import pretrained
 from dgr_jax.models.start import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.pipeline import read_record
+from dgr_jax.records import read_record
 from dgr_jax.retrieval import generative
 from dgr_jax.stages.prepare import Prepared, task_file
 from dgr_jax.stages.students import with_vocabulary

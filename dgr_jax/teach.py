@@ -20,7 +20,7 @@ def command(argv: Sequence[str] | None) -> None:
 
     from dgr_jax import pipeline, stages
 
-    pipeline.run(experiment, stages.makers(experiment), ["teach"])
+    pipeline.run(experiment, stages.makers(experiment), ["teach"], named=cli.named(bindings))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax import pipeline, stages
 
     asked = [stage.strip() for stage in args.stages.split(",")]
-    pipeline.run(experiment, stages.makers(experiment), asked)
+    pipeline.run(experiment, stages.makers(experiment), asked, named=cli.named(bindings))
 
 
 if __name__ == "__main__":

@@ -18,16 +18,18 @@ from dgr_jax import (
     prepare,
     pseudo_queries,
     retrieve,
+    shipped,
     teach,
     train,
 )
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
-from dgr_jax.experiment import fingerprint, stage_settings
+from dgr_jax.experiment import stage_settings
 from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.losses import ranking
 from dgr_jax.retrieval import generative
 from dgr_jax.retrieval.teacher import RunTeacher
+from dgr_jax.settings import fingerprint
 from tests.conftest import ROOT
 
 COMMANDS = {"train": train, "prepare": prepare, "retrieve": retrieve, "teach": teach,
@@ -693,6 +695,6 @@ def test_nested_defaults_restate_what_is_so_anyway():
 
 def test_resources_lie_in_the_checkout_or_the_package(tmp_path, monkeypatch):
     assert cli.resources("gin_configs") == GIN
-    monkeypatch.setattr(cli, "PACKAGE", tmp_path)
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
     (tmp_path / "tasks").mkdir()
     assert cli.resources("tasks") == tmp_path / "tasks"

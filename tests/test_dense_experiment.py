@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, pipeline, retrieve, stages, train
+from dgr_jax import cli, pipeline, records, retrieve, stages, train
 from dgr_jax.corpora import store
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
@@ -18,7 +18,7 @@ from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples
 from dgr_jax.data.examples import Sources
 from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Lists, Negatives
-from dgr_jax.experiment import Evaluate, Teach, Training, describe, fingerprint, stage_settings
+from dgr_jax.experiment import Evaluate, Teach, Training, describe, stage_settings
 from dgr_jax.losses import contrastive, ranking
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.partitioning import Mesh
@@ -26,6 +26,7 @@ from dgr_jax.retrieval.dense import DenseSearch, Searcher
 from dgr_jax.retrieval.generative import Retriever, Search
 from dgr_jax.retrieval.recipes import TopM
 from dgr_jax.retrieval.teacher import Bm25Teacher
+from dgr_jax.settings import fingerprint
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.dense import Dense
@@ -274,7 +275,7 @@ def test_pools_are_negatives_of_their_query(finished):
         *cli.parse(cli.parser("train", ""), (f"--model_dir={folder}",))
     )
     assert isinstance(experiment, DenseExperiment)
-    assert pipeline.is_done(folder / "mine", pipeline.settings_of(experiment)["mine"])
+    assert records.is_done(folder / "mine", pipeline.settings_of(experiment)["mine"])
     for stage in ("negatives", "mine"):
         for name in ("labelled_train", "labelled_llm", "pseudo_queries"):
             held = np.load(folder / "prepare/arrays" / name / "positives.npy")

@@ -23,7 +23,6 @@ from dgr_jax.experiment import (
     Teach,
     Training,
     describe,
-    fingerprint,
     paths,
     stage_settings,
 )
@@ -40,6 +39,7 @@ from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview_search import MultiviewSearch
 from dgr_jax.retrieval.recipes import TopM
 from dgr_jax.retrieval.teacher import Bm25Teacher, FusionTeacher, RunTeacher, VectorTeacher
+from dgr_jax.settings import fingerprint
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor, Constant
 

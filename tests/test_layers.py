@@ -12,9 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dgr_jax"
 
 L0 = {"corpora", "losses"}
-ALONE = {"decoding", "models", "partitioning", "checkpoints", "processes"}
+ALONE = {"decoding", "models", "partitioning", "checkpoints", "processes", "records"}
 ALLOWED = {
     **{room: set() for room in L0 | ALONE},
+    **{room: set() for room in ("settings", "shipped", "versions", "writer_lock")},
+    "records": {"settings", "writer_lock"},
     "identifiers": {"corpora"},
     "data": {"corpora"},
     "evaluation": {"corpora"},

@@ -9,10 +9,13 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from dgr_jax import pipeline
+import dgr_jax
+from dgr_jax import pipeline, records, shipped, versions, writer_lock
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.dpr import DprCollection
 from dgr_jax.corpora.irds import IrDatasetsCollection
@@ -20,10 +23,11 @@ from dgr_jax.corpora.msmarco import MsmarcoCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import STAGES, fingerprint
+from dgr_jax.experiment import STAGES
 from dgr_jax.identifiers.embeddings import FromFile
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.retrieval.teacher import RunTeacher, VectorTeacher
+from dgr_jax.settings import fingerprint
 from tests import test_experiment
 
 BACK = re.compile(r"(\w+): taken back from an earlier run of the same configuration")
@@ -53,14 +57,14 @@ class Pipeline:
 
         self.experiment = replace(self.experiment, path.split("."))
 
-    def run(self, *stages):
+    def run(self, *stages, named=()):
         """Names of the stages that ran; what was said is in `said`."""
         ran = []
 
         def make(stage):
             def maker(experiment, folder):
                 ran.append(stage)
-                assert pipeline.read_record(folder)["status"] == "running"
+                assert records.read_record(folder)["status"] == "running"
                 with (folder / "output").open("a") as output:
                     output.write("half ")
                     if self.killed_in == stage:
@@ -73,7 +77,7 @@ class Pipeline:
         with self._caplog.at_level(logging.INFO, logger="dgr_jax"):
             try:
                 makers = {stage: make(stage) for stage in STAGES}
-                pipeline.run(self.experiment, makers, *([stages] if stages else []))
+                pipeline.run(self.experiment, makers, *([stages] if stages else []), named=named)
             except Killed:
                 ran.append("killed")
         return ran
@@ -127,8 +131,9 @@ def test_all_stages_run_in_order_and_are_skipped_the_second_time(made):
 def test_the_record_of_a_finished_stage(made):
     made.run()
     record = made.record("candidates")
-    assert record.keys() == {"status", "fingerprint", "settings", "seconds"}
+    assert record.keys() == {"status", "fingerprint", "settings", "seconds", "versions"}
     assert record["status"] == "done"
+    assert record["versions"] == versions.here()
     assert record["fingerprint"] == fingerprint(record["settings"])
     assert record["settings"]["candidates"]["search"]["num_beams"] == 100
     assert record["settings"]["generate"]["prepare"]["prepare"]["tasks"] == "quickstart"
@@ -249,8 +254,8 @@ def test_a_failing_stage_is_not_done(made, monkeypatch):
 def test_names_of_changed_settings():
     old = {"a": {"b": 1, "c": [1]}, "d": None}
     new = {"a": {"b": 2, "c": [1]}, "e": 3}
-    assert pipeline.changed_settings(old, new) == ["a.b", "e"]
-    assert pipeline.changed_settings(None, new) == [""]
+    assert records.changed_settings(old, new) == ["a.b", "e"]
+    assert records.changed_settings(None, new) == [""]
 
 
 # data
@@ -426,3 +431,76 @@ def test_what_collections_read(data, tmp_path):
     }
     assert QuickstartCollection().inputs(["train"]) == {}
     assert IrDatasetsCollection("beir/scifact").inputs(["test"]) == {}
+
+
+def test_versions_that_changed_are_said_and_nothing_runs_again(made, monkeypatch):
+    made.run()
+    monkeypatch.setattr(versions, "here", lambda: {"dgr_jax": "9.9", "new_library": "1"})
+    assert made.run() == []
+    said = (
+        f"{', '.join(ALL)}: made by dgr_jax {dgr_jax.__version__} (now 9.9), and used as they are"
+    )
+    assert made.said[0].startswith(said)
+
+
+def test_an_edited_task_file_makes_prepare_again(made, tmp_path, monkeypatch):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "quickstart.py").write_text("one")
+    monkeypatch.setattr(shipped, "resources", {"tasks": tasks}.get)
+    made.run("prepare")
+    assert made.run("prepare") == []
+    (tasks / "quickstart.py").write_text("two")
+    assert made.run("prepare") == ["prepare"]
+    assert any("(files.tasks/quickstart.py.sha256)" in line for line in made.said)
+
+
+def test_stages_made_before_task_files_were_signed_are_not_made_again(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "resources", lambda name: tmp_path / "none")
+    made.run()
+    monkeypatch.undo()
+    assert "files" not in made.record("prepare")["settings"]
+    assert made.run() == []
+
+
+def test_what_is_named_must_be_there_also_when_it_was_read_already(on_data, tmp_path):
+    on_data.run()
+    gone = str(tmp_path / "gone")
+    on_data.set("collection", BeirCollection(gone))
+    assert on_data.run() == []  # data may be elsewhere by now
+    with pytest.raises(FileNotFoundError, match="gone"):
+        on_data.run(named={gone})
+
+
+def test_a_file_that_is_named_must_be_there_also_when_it_was_read_already(made, tmp_path):
+    teacher = tmp_path / "run.trec"
+    teacher.write_text("q Q0 p 1 1.0 x\n")
+    made.set("teach.teacher", RunTeacher(str(teacher)))
+    made.run()
+    teacher.unlink()
+    assert made.run() == []
+    with pytest.raises(FileNotFoundError, match="RunTeacher.path: no file at"):
+        made.run(named={str(teacher)})
+
+
+def test_a_second_writer_is_refused_and_nothing_changes(made, monkeypatch):
+    made.run()
+    monkeypatch.setattr(writer_lock, "PATIENCE", 0.0)
+    code = (
+        "import sys; from dgr_jax import writer_lock; writer_lock.take(sys.argv[1]); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(made.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        made.set("prepare.seed", 1)
+        with pytest.raises(writer_lock.Locked, match=f"process {other.pid} "):
+            made.run()
+        assert made.record("prepare")["settings"]["prepare"]["seed"] == 0
+    finally:
+        other.communicate()
+    assert made.run() == ALL

@@ -18,10 +18,11 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.examples import pseudo_queries as read_pseudo_queries
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
-from dgr_jax.experiment import Training, fingerprint, stage_settings
+from dgr_jax.experiment import Training, stage_settings
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.query_generator import Pairs, PseudoQueries
 from dgr_jax.retrieval.sampling import Sampling
+from dgr_jax.settings import fingerprint
 from dgr_jax.stages import pseudo_queries as stage
 from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.objectives import Generation

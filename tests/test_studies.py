@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, costs, pipeline, plots
+from dgr_jax import cli, costs, pipeline, plots, records
 from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
@@ -358,7 +358,7 @@ def finished(tiny_model_dir, tmp_path):
     )
     runner = Runner(grid, str(tmp_path / "study"), SETTINGS)
     for stage, settings in pipeline.settings_of(runner.experiment(runner.runs[0])).items():
-        mark = pipeline.read_record(tiny_model_dir / stage)["fingerprint"]
+        mark = records.read_record(tiny_model_dir / stage)["fingerprint"]
         assert mark == pipeline.fingerprint(settings)
         kept = tmp_path / "study" / "stages" / f"{stage}-{mark}"
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import checkpoints, partitioning, records
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
@@ -27,6 +27,7 @@ from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.records import STUDENT
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SYSTEMS = ("distill", "control", "generate", "refresh", "dense")
+_TRIES = 3  # times that a MODEL_DIR is opened which changes while it is read
 BLOCK = 4096  # queries tokenised, and sorted by length, together
 
 Found = tuple[np.ndarray, np.ndarray]
@@ -427,33 +429,58 @@ class Retriever:
         mesh: how all devices share queries and parameters; None: one device does it all.
         settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
           the experiment, such as num_beams.
+        While the student, or the prepare stage that it was trained on, is made again, their last
+        whole versions answer (`records.answering`); a warning says so, and where a better student
+        is to be expected.
         Raises FileNotFoundError when no trained student is there, ValueError for settings that it
-        does not have.
+        does not have, and where the identifiers that it was trained on are gone.
         """
-        model_dir = Path(model_dir)
-        folder = _finished(model_dir, system)
-        described = json.loads((folder / "student.json").read_text(encoding="utf-8"))
-        if unknown := sorted(settings.keys() - described["search"].keys()):
-            raise ValueError(
-                f"{', '.join(unknown)}: the {folder.name} retriever of {model_dir} has no such "
-                f"setting, expected some of {', '.join(described['search'])}"
-            )
+        systems = SYSTEMS if system is None else (system,)
         if mesh is None:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
             devices = partitioning.make_mesh(mesh)
+        for _ in range(_TRIES):
+            answering = records.answering(Path(model_dir), systems)
+            try:
+                retriever = cls._open(answering, devices, settings)
+            except (FileNotFoundError, ValueError):
+                if answering.unchanged:
+                    raise
+                continue
+            if answering.unchanged:
+                if answering.aside:
+                    logger.warning("%s: %s", answering.student, answering.aside)
+                return retriever
+        raise ValueError(f"{model_dir} was changed each time that it was read; ask again")
+
+    @classmethod
+    def _open(
+        cls, answering: records.Answering, devices: jax.sharding.Mesh, settings: dict[str, Any]
+    ) -> Retriever:
+        """The retriever of a student and the prepare stage that it was trained on."""
+        folder, prepared = answering.student, answering.prepared
+        described = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+        if unknown := sorted(settings.keys() - described["search"].keys()):
+            raise ValueError(
+                f"{', '.join(unknown)}: the {folder.name} retriever of {folder.parent} has no "
+                f"such setting, expected some of {', '.join(described['search'])}"
+            )
+        vocabulary, store = Vocabulary.load(prepared), PassageStore(prepared / "passages")
+        # Their files are opened now: what lies in their place later may be another version.
+        vocabulary.encode("")
+        store.pids, store[0]
         if "t5" in described["model"]:
             from dgr_jax.retrieval import dense
 
-            store = PassageStore(model_dir / "prepare" / "passages")
-            found = dense.load(folder, described["model"], described["search"] | settings, devices)
-            return cls(found, Vocabulary.load(model_dir / "prepare"), store)
+            searcher = dense.load(
+                folder, described["model"], described["search"] | settings, devices
+            )
+            return cls(searcher, vocabulary, store)
         config = T5Config(**described["model"])
         params = checkpoints.restore_params(
             folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
         )
-        prepared = model_dir / "prepare"
-        vocabulary = Vocabulary.load(prepared)
         if vocabulary.views:
             from dgr_jax.retrieval import multiview_search as multiview
 
@@ -465,7 +492,7 @@ class Retriever:
             index = trie.load(prepared / "trie")
             table = IdentifierTable.load(prepared / "identifiers")
             decoder = Decoder(config, params, index, table, search, devices)
-        return cls(decoder, vocabulary, PassageStore(prepared / "passages"))
+        return cls(decoder, vocabulary, store)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer."""
@@ -528,16 +555,4 @@ def write_student(
 ) -> None:
     """Leave beside a student's checkpoints what `Retriever.load` needs to know."""
     described = {"model": asdict(config), "search": asdict(search)}
-    (folder / "student.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def _finished(model_dir: Path, system: str | None) -> Path:
-    names = SYSTEMS if system is None else (system,)
-    for name in names:
-        if (model_dir / name / "student.json").is_file():
-            return model_dir / name
-    wanted = ", ".join(f"{name}/student.json" for name in names)
-    raise FileNotFoundError(
-        f"no trained student in {model_dir}: looked for {wanted}; train one with "
-        "python -m dgr_jax.train"
-    )
+    (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")

@@ -18,9 +18,10 @@ from dgr_jax import evaluation, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment, describe, fingerprint
+from dgr_jax.experiment import Experiment, describe
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
+from dgr_jax.settings import fingerprint
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics

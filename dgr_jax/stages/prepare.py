@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import cli
+from dgr_jax import writer_lock
 from dgr_jax.corpora import beir, checks, store, trec
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Collection, Qrel, Query
@@ -28,8 +28,9 @@ from dgr_jax.dense_experiment import DenseExperiment, DensePrepare
 from dgr_jax.experiment import Experiment, Prepare
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.pipeline import RECORD, read_record, write_record
+from dgr_jax.records import RECORD, read_record, write_record
 from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.shipped import resources
 from dgr_jax.stages import generation_data, identifiers
 from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
@@ -167,7 +168,7 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
 
 def task_file(name: str) -> ModuleType:
     """The module tasks/`name`.py, from the package or the checkout."""
-    path = cli.resources("tasks") / f"{name}.py"
+    path = resources("tasks") / f"{name}.py"
     if not path.is_file():
         there = sorted(f.stem for f in path.parent.glob("[a-z]*.py"))
         raise ValueError(f"Prepare.tasks: got {name!r}, expected one of {there}")
@@ -227,11 +228,12 @@ def export(experiment: Experiment | DenseExperiment, target: str) -> None:
     folder = Path(target) / "prepare"
     if read_record(folder):
         raise ValueError(f"--export={target}: there is an experiment already ({folder / RECORD})")
-    shutil.copytree(
-        origin, folder, ignore=shutil.ignore_patterns("tfds", RECORD), dirs_exist_ok=True
-    )
-    write_record(folder, **read_record(origin))
-    shutil.copyfile(Path(experiment.model_dir) / "config.gin", Path(target) / "config.gin")
+    with writer_lock.held(target):
+        shutil.copytree(
+            origin, folder, ignore=shutil.ignore_patterns("tfds", RECORD), dirs_exist_ok=True
+        )
+        write_record(folder, **read_record(origin))
+        shutil.copyfile(Path(experiment.model_dir) / "config.gin", Path(target) / "config.gin")
     logger.info(
         "exported to %s; there: python -m dgr_jax.train --model_dir=%s", target, Path(target).name
     )

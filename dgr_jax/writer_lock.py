@@ -1,0 +1,192 @@
+"""One writer at a time in a MODEL_DIR; readers wait for nobody.
+
+The writer holds a record lock (fcntl) on `.lock` in the folder, which the system takes back when
+the process ends, however it ends: a lock of a dead writer is no lock. NFS passes such locks on to
+its server; a file system that cannot lock is named in a warning. The file says who holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+FILE = ".lock"
+PATIENCE = 1.0  # seconds that a writer waits for a lock, such as one that a reader looks at
+_PAUSE = 0.05
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_HELD_BY_OTHERS = (errno.EAGAIN, errno.EACCES)
+
+# Closing any descriptor of a file gives up the locks that this process has on it: while a file is
+# held, nothing else here opens it.
+_held: dict[Path, IO[str] | None] = {}
+_new: set[Path] = set()  # those of them that were made for the lock
+
+
+class Locked(ValueError):
+    """Another process writes into the folder."""
+
+
+def take(folder: str | Path) -> None:
+    """Makes this process the only writer of a folder, which is made, until `release` or its end.
+
+    Nothing happens where it is already, or where the folder cannot be written anyway.
+    Raises Locked naming the process that holds it.
+    """
+    place = Path(folder).resolve()
+    if place in _held:
+        return
+    if new := not place.is_dir():
+        place.mkdir(parents=True, exist_ok=True)
+    try:
+        file = _locked(place)
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        return
+    _held[place] = file
+    if new:
+        _new.add(place)
+    if file is not None:
+        file.truncate(0)
+        json.dump(_this_process(), file)
+        file.flush()
+
+
+def release(folder: str | Path) -> None:
+    """Lets other processes write; nothing happens where this one does not hold the folder. A folder
+    that `take` made goes again if nothing was written into it."""
+    place = Path(folder).resolve()
+    file = _held.pop(place, None)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(file.name)
+        file.close()
+    if place in _new:
+        _new.remove(place)
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+@contextlib.contextmanager
+def held(folder: str | Path) -> Iterator[None]:
+    """`take` a folder, or go on with what this process has taken; it is released afterwards."""
+    take(folder)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def holder(folder: str | Path) -> str:
+    """Who writes into the folder now, such as "process 12 on host since ... (command)"; blank where
+    nobody does, or where that cannot be told."""
+    place = Path(folder).resolve()
+    if place in _held:
+        return "this process"
+    try:
+        with (place / FILE).open(encoding="utf-8") as file:
+            if _try(file, shared=True):
+                return ""
+            return _described(file.read())
+    except OSError:
+        return ""
+
+
+def _locked(place: Path) -> IO[str] | None:
+    """The lock's file, locked; None where its file system has no locks.
+
+    A writer removes the file before it gives up the lock, so what is locked may be a file that is
+    not in the folder any more: then the one that is there is asked for.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        file = (place / FILE).open("a+", encoding="utf-8")
+        try:
+            if _try(file) and _is_at(file, place / FILE):
+                return file
+        except OSError as error:
+            file.close()
+            logger.warning(
+                "MODEL_DIR %s cannot be locked (%s): let no second command write there meanwhile",
+                place,
+                error.strerror or error,
+            )
+            return None
+        file.seek(0)
+        said = file.read()
+        file.close()
+        if time.monotonic() > deadline:
+            raise Locked(
+                f"MODEL_DIR {place} is being written by {_described(said)}. Wait for it, stop it, "
+                "or give another --model_dir"
+            )
+        time.sleep(_PAUSE)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the open file is the one that the path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try(file: IO[str], *, shared: bool = False) -> bool:
+    """Whether the lock of an open file could be had. Raises OSError where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return _try_region(file)
+    try:
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD_BY_OTHERS:
+            return False
+        raise
+    return True
+
+
+def _try_region(file: IO[str]) -> bool:
+    """The same with the locks of Windows, on a byte behind what the file says."""
+    import msvcrt
+
+    file.seek(1 << 20)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    finally:
+        file.seek(0)
+    return True
+
+
+def _this_process() -> dict[str, str | int]:
+    return {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "command": " ".join(shlex.join(sys.orig_argv).split())[:400],
+    }
+
+
+def _described(text: str) -> str:
+    try:
+        told = json.loads(text)
+        return (
+            f"process {told['process']} on {told['host']} since {told['since']} ({told['command']})"
+        )
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,157 @@
+"""Which student answers, over which identifiers, whatever was made again since it was trained."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dgr_jax import records, writer_lock
+from dgr_jax.retrieval.generative import SYSTEMS
+from dgr_jax.settings import fingerprint
+
+
+def prepare_settings(seed: int) -> dict:
+    return {"collection": {"is": "BeirCollection"}, "prepare": {"is": "Prepare", "seed": seed}}
+
+
+def student_settings(seed: int) -> dict:
+    """Of distillation: those of every stage before it lie in each other."""
+    generate = {"generate": {"steps": 5}, "prepare": prepare_settings(seed)}
+    return {"distill": {"steps": 3}, "teach": {"candidates": {"generate": generate}}}
+
+
+class ModelDir:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, stage, settings, status="done"):
+        folder = self.folder / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = fingerprint(settings)
+        records.write_record(folder, status=status, fingerprint=mark, settings=settings)
+
+    def prepare(self, seed, at="prepare", **status):
+        self.write(at, prepare_settings(seed), **status)
+
+    def student(self, name, seed, **status):
+        self.write(name, student_settings(seed), **status)
+        (self.folder / name / records.STUDENT).write_text("{}")
+
+    def answering(self, *systems):
+        answer = records.answering(self.folder, systems or SYSTEMS)
+        names = (
+            path.relative_to(self.folder).as_posix() for path in (answer.student, answer.prepared)
+        )
+        return (*names, answer.aside)
+
+
+@pytest.fixture
+def made(tmp_path):
+    model = ModelDir(tmp_path / "model")
+    model.prepare(0)
+    model.student("distill", 0)
+    model.student("generate", 0)
+    return model
+
+
+def test_the_best_student_answers_over_what_it_was_trained_on(made):
+    assert made.answering() == ("distill", "prepare", "")
+    assert made.answering("generate") == ("generate", "prepare", "")
+
+
+def test_a_student_answers_over_the_last_whole_version_of_its_identifiers(made):
+    made.prepare(0, "previous/prepare")
+    made.prepare(1)
+    student, prepared, aside = made.answering()
+    assert (student, prepared) == ("distill", "previous/prepare")
+    assert aside == (
+        "the prepare stage was made again (changed: prepare.seed) and distill was not trained on "
+        "that yet; it answers over the identifiers that it knows"
+    )
+
+
+def test_while_prepare_is_made_again_the_last_whole_version_answers(made):
+    made.prepare(0, "previous/prepare")
+    made.prepare(1, status="running")
+    assert made.answering()[:2] == ("distill", "previous/prepare")
+
+
+def test_while_a_student_is_trained_again_the_last_whole_version_answers(made):
+    (made.folder / "previous").mkdir()
+    (made.folder / "distill").rename(made.folder / "previous/distill")
+    made.write("distill", student_settings(0), status="running")
+    student, prepared, aside = made.answering()
+    assert (student, prepared) == ("previous/distill", "prepare")
+    assert aside == "distill is being made again with other settings, the version before answers"
+
+
+def test_a_student_whose_identifiers_are_gone_is_refused(made):
+    made.prepare(2)
+    made.prepare(1, "previous/prepare")
+    said = re.escape(
+        f"{made.folder / 'distill'}: was trained on other identifiers than "
+        f"{made.folder / 'prepare'} holds (changed: prepare.seed); python -m dgr_jax.train "
+        f"--model_dir={made.folder} trains it again"
+    )
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        made.answering()
+
+
+def test_a_lesser_student_that_fits_answers_before_a_better_one_that_does_not(made):
+    made.prepare(1)
+    made.student("generate", 1)
+    assert made.answering() == (
+        "generate",
+        "prepare",
+        "generate answers, as distill is not trained yet",
+    )
+
+
+def test_a_lesser_student_says_so(made):
+    (made.folder / "distill" / records.STUDENT).unlink()
+    assert made.answering()[2] == "generate answers, as distill is not trained yet"
+
+
+def test_of_a_dense_retriever_the_first_student_may_be_the_best(tmp_path):
+    made = ModelDir(tmp_path)
+    made.prepare(0)
+    made.student("dense", 0)
+    assert made.answering() == ("dense", "prepare", "")
+    made.write("refresh", student_settings(0), status="running")
+    assert made.answering()[2] == "dense answers, as refresh is not trained yet"
+
+
+def test_nothing_trained_says_who_is_at_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no trained student in .*distill/student.json"
+    ) as e:
+        records.answering(tmp_path, SYSTEMS)
+    assert "being written" not in str(e.value)
+    with (
+        writer_lock.held(tmp_path),
+        pytest.raises(FileNotFoundError, match="MODEL_DIR is being written by this process"),
+    ):
+        records.answering(tmp_path, SYSTEMS)
+
+
+def test_a_change_while_it_is_read_is_seen(made):
+    answer = records.answering(made.folder, SYSTEMS)
+    assert answer.unchanged
+    made.prepare(0, status="running")
+    assert not answer.unchanged
+
+
+def test_records_before_a_file_was_signed_are_of_the_same_settings(made):
+    settings = prepare_settings(0) | {"files": {"tasks/beir.py": {"bytes": 3}}}
+    record = records.read_record(made.folder / "prepare")
+    assert records.is_made_from(record, settings)
+    assert not records.is_made_from(record, prepare_settings(1))
+
+
+def test_a_record_that_cannot_be_read_is_none(made):
+    for text in ('{"status": ', "[]", "\x00\x01", "[" * 100_000):
+        (made.folder / "prepare" / records.RECORD).write_text(text)
+        assert records.read_record(made.folder / "prepare") == {}
+    (made.folder / "prepare" / records.RECORD).write_bytes(b"\xff\xfe")
+    assert records.read_record(made.folder / "prepare") == {}
