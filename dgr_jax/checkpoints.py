@@ -3,24 +3,29 @@
 A folder holds one sub-folder a step with three items: `params` (what search needs), `training` (the
 rest of the state) and `position` (JSON: where the data stands); a fourth, `metrics`, where the best
 are kept. A step's folder gets its name when it is whole, so a killed process leaves none half
-written.
+written; then a files_made.json, see `dgr_jax.kept`. One without, because the process was killed in
+between, is read all the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
+import gc
 import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from dgr_jax import kept
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,33 @@ def check_shapes(got: Any, expected: Any, where: str) -> None:
         raise ValueError(f"{where}: {extra[0]} is not part of the configured model; {advice}")
 
 
+class NotFinite(ValueError):
+    """A parameter holds a value that is no finite number."""
+
+
+def check_finite(tree: Any, where: str) -> None:
+    """Raises NotFinite naming the first leaf that holds a value that is no finite number."""
+    leaves = {
+        name: leaf
+        for name, leaf in _named_leaves(tree).items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    if not leaves:
+        return
+    finite = jax.device_get(_all_finite(leaves))
+    if wrong := [name for name in leaves if not finite[name]]:
+        raise NotFinite(
+            f"{where}: {wrong[0]}, one of {len(wrong)} such parameters, holds NaN or infinity, "
+            "expected finite numbers: its training diverged; lower the learning rate (its `peak`), "
+            "and take the folder away to train again"
+        )
+
+
+@jax.jit
+def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
+
+
 class Checkpoints:
     """The checkpoints of one folder. Use as a context manager: leaving waits for the last save."""
 
@@ -76,6 +108,8 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep, self._keep_best, self._best_is = keep, keep_best, best_is
         self._writes: int | None = None  # the step whose save was begun last
+        self._signer: threading.Thread | None = None
+        self._written = threading.Event()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -105,13 +139,35 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a running save, then frees the threads. Raises OSError as `save` does."""
-        with self._writing():
+        with self._writing(), self._signing():
             self._manager.close()
 
     def wait(self) -> None:
         """Returns when the last save is on disk. Raises OSError as `save` does."""
-        with self._writing():
+        with self._writing(), self._signing():
             self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _signing(self) -> Iterator[None]:
+        """Waits for the last save; when it is left, that one has its manifest."""
+        try:
+            yield
+        finally:
+            if self._signer is not None:
+                self._written.set()
+                self._signer.join()
+                self._signer = None
+
+    def _sign(self, step: int) -> None:
+        """Gives a step its manifest as soon as it is whole, while training goes on."""
+        folder = self.folder / str(step)
+        while not folder.is_dir() and not self._written.wait(0.05):
+            pass
+        try:
+            if folder.is_dir():
+                kept.write_manifest(folder)
+        except OSError as error:
+            logger.warning("checkpoint %s has no manifest (%s)", folder, _first_line(error))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -177,11 +233,15 @@ class Checkpoints:
             position=ocp.args.JsonSave(dict(position)),
         )
         metrics = None if metric is None or not self._keep_best else {"best": float(metric)}
+        self.wait()
         with self._writing():
-            self._manager.wait_until_finished()
             self._writes = step
             self._check_room(state)
             self._manager.save(step, args=items, metrics=metrics)
+        if jax.process_index() == 0:
+            self._written.clear()
+            self._signer = threading.Thread(target=self._sign, args=(step,), daemon=True)
+            self._signer.start()
 
     def restore_latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state and its data position; None when the folder has none.
@@ -197,19 +257,12 @@ class Checkpoints:
         """
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            where = f"checkpoint {self.folder / str(step)}"
-            try:
-                metadata = self._manager.item_metadata(step)
-                params, rest = metadata["params"].tree, metadata["training"].tree
-            except _DAMAGE as error:
-                damaged[step] = error
-                continue
-            check_shapes(params, abstract.params, where)
-            check_shapes(rest, abstract.replace(params=None), where)
             try:
                 restored = self._restore(step, abstract)
-            except _DAMAGE as error:
+            except (kept.Damaged, NotFinite) as error:
                 damaged[step] = error
+                if jax.process_count() > 1:  # the others may not have seen it
+                    raise _unreadable(self.folder, damaged) from error
                 continue
             self._set_aside(damaged)
             return restored
@@ -218,14 +271,24 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                training=ocp.args.StandardRestore(abstract.replace(params=None)),
-                position=ocp.args.JsonRestore(),
-            ),
-        )
+        """Raises kept.Damaged where a checkpoint cannot be read."""
+        folder, rest = self.folder / str(step), abstract.replace(params=None)
+        kept.whole(folder)
+        with _reading(folder):
+            metadata = self._manager.item_metadata(step)
+            there = metadata["params"].tree, metadata["training"].tree
+        check_shapes(there[0], abstract.params, f"checkpoint {folder}")
+        check_shapes(there[1], rest, f"checkpoint {folder}")
+        with _reading(folder):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    training=ocp.args.StandardRestore(rest),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        check_finite(items["params"], f"checkpoint {folder}")
         return items["training"].replace(params=items["params"]), items["position"]
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
@@ -236,19 +299,52 @@ class Checkpoints:
         self._manager.close()
         for step, error in damaged.items():
             folder = self.folder / str(step)
-            aside = _free_name(self.folder / f"{step}.damaged")
+            aside = kept.set_aside(folder)
             logger.warning(
                 "checkpoint %s cannot be read (%s): set aside as %s, an older one is used",
                 folder,
                 _first_line(error),
                 aside.name,
             )
-            folder.rename(aside)
         self._manager = self._open()
 
 
-# What reading a truncated or missing file raises. Not MemoryError, not the device's own errors.
-_DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError)
+_DAMAGE = (OSError, *kept.UNREADABLE)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Raises kept.Damaged for what reading a truncated, changed or missing file raises. Not
+    MemoryError, not the device's own errors."""
+    try:
+        yield
+    except kept.Damaged:
+        raise
+    except Exception as error:
+        root = error
+        while type(root) is Exception and root.__cause__ is not None:  # tensorstore's, from orbax
+            root = root.__cause__
+        if isinstance(root, jax.errors.JaxRuntimeError) or not isinstance(root, _DAMAGE):
+            raise
+        said = _first_line(root)[:200]
+        damage = kept.Damaged(folder, f"cannot be read ({said}); truncated or damaged")
+    else:
+        return
+    _forget_futures()
+    raise damage
+
+
+def _forget_futures() -> None:
+    """Lets go of the reads that failed beside the first: asyncio would tell of each at length, at
+    the end of the process in the midst of another traceback."""
+    told = logging.getLogger("asyncio")
+    if _unretrieved not in told.filters:
+        told.addFilter(_unretrieved)
+    gc.collect()
+
+
+def _unretrieved(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _metric(metrics: Mapping[str, float]) -> float:
@@ -262,7 +358,8 @@ def best_step(folder: str | Path, *, best_is: str = "lowest") -> int | None:
     for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
         file = folder / str(step) / "metrics" / "metrics"
         if file.is_file():
-            metrics[step] = _metric(json.loads(file.read_text(encoding="utf-8")))
+            with kept.reading(file):
+                metrics[step] = float(_metric(kept.read_json(file)))
     if not metrics:
         return None
     sign = -1 if best_is == "lowest" else 1
@@ -278,16 +375,11 @@ def _handlers() -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, kept.Damaged):
+        return error.what
+    if isinstance(error, NotFinite):
+        return str(error)
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _free_name(path: Path) -> Path:
-    taken = 1
-    free = path
-    while free.exists():
-        taken += 1
-        free = path.with_name(f"{path.name}.{taken}")
-    return free
 
 
 def _unreadable(folder: Path, damaged: Mapping[int, Exception]) -> ValueError:
@@ -306,16 +398,26 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
       abstract: parameters as `jax.ShapeDtypeStruct` with shardings.
       step: which; the newest by default.
 
-    Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ.
+    Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ,
+    kept.Damaged when a file of the checkpoint is not as it was written or cannot be read.
     """
     folder = Path(folder).absolute()
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    # Those that the finished stage has left, if it is: a lost one is not replaced by an older.
+    listed = {name.partition("/")[0] for name in kept.listed_in(folder)}
+    steps = sorted(int(name) for name in listed if name.isdecimal()) or steps
     if not steps or (step is not None and step not in steps):
-        wanted = "a checkpoint" if step is None else f"step {step}, found {sorted(steps)}"
+        wanted = "a checkpoint" if step is None else f"step {step}, found {steps}"
         raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
-    path = folder / str(max(steps) if step is None else step) / "params"
-    # The handler reads the item's own metadata; a checkpointer would look for a step's there.
-    found = ocp.StandardCheckpointHandler().metadata(path).tree
-    check_shapes(found, abstract, f"checkpoint {path.parent}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract)
+    path = folder / str(steps[-1] if step is None else step) / "params"
+    kept.opened(path.parent / kept.MANIFEST)
+    kept.whole(path)
+    where = f"checkpoint {path.parent}"
+    with _reading(path):
+        # The handler reads the item's own metadata; a checkpointer would look for a step's there.
+        there = ocp.StandardCheckpointHandler().metadata(path).tree
+    check_shapes(there, abstract, where)
+    with _reading(path), ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path, abstract)
+    check_finite(params, where)
+    return params

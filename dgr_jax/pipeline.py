@@ -4,7 +4,9 @@ Each stage has a folder in MODEL_DIR with a stage.json: what it was asked to do 
 before it), a fingerprint of that, and whether it was finished. A stage whose settings changed
 starts again; what it had made is kept aside in MODEL_DIR/previous until the next change, and is
 taken back when the settings are. Files that a stage reads from elsewhere belong to its settings:
-their contents do, or size and time of change where they are large.
+their contents do, or size and time of change where they are large. stage.json of a stage that is
+done also says what files it has made (see `dgr_jax.kept`): where one is damaged or missing, the
+stage is made again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation, processes, shipped, versions, writer_lock
+from dgr_jax import evaluation, kept, processes, shipped, versions, writer_lock
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, stage_settings
@@ -61,10 +63,7 @@ def run(
         wanted = list(settings)
         if processes.first():
             for stage in wanted:
-                made = _is_made(experiment, stage, settings[stage])
-                _check_files(experiment, stage, named if made else None)
-                if not made and stage == "evaluate":
-                    _check_measures(experiment)
+                _check(experiment, stage, settings[stage], named)
             _say_other_versions(experiment, settings)
         for stage in experiment.stages:
             if stage in wanted:
@@ -152,6 +151,30 @@ def _is_made(experiment: Experiment, stage: str, settings: Any) -> bool:
     return is_done(folder / stage, settings) or is_done(folder / PREVIOUS / stage, settings)
 
 
+def _damage(folder: Path, settings: Any) -> kept.Damaged | None:
+    """What is wrong with the files of a stage that is done."""
+    try:
+        if is_done(folder, settings):
+            kept.whole(folder)
+    except kept.Damaged as damage:
+        return damage
+    return None
+
+
+def _check(experiment: Experiment, stage: str, settings: Any, named: Container[str]) -> None:
+    """Raises FileNotFoundError or ValueError where a stage could only fail."""
+    damage = _damage(Path(experiment.model_dir) / stage, settings)
+    made = damage is None and _is_made(experiment, stage, settings)
+    try:
+        _check_files(experiment, stage, named if made else None)
+        if not made and stage == "evaluate":
+            _check_measures(experiment)
+    except (OSError, ValueError) as error:
+        if damage is None:
+            raise
+        raise ValueError(f"{damage.what}; {stage} cannot be made again: {error}") from error
+
+
 def _check_files(experiment: Experiment, stage: str, named: Container[str] | None) -> None:
     """Raises FileNotFoundError naming the files that a stage would lack.
 
@@ -216,22 +239,34 @@ def _run_stage(
             settings=settings,
             seconds=round(seconds, 1),
             versions=versions.here(),
+            files_made=kept.sign(folder),
         )
     logger.info("%s: done in %.1f s", stage, seconds)
 
 
 def _begin(folder: Path, stage: str, settings: Any) -> bool:
     """Whether the stage must be made; then its folder is there, and says so."""
-    if is_done(folder, settings):
+    if is_done(folder, settings) and not _cleared(folder, stage, settings):
         logger.info("%s: done already, from the same configuration; skipped", stage)
         return False
     _make_room(folder, stage, settings)
-    if is_done(folder, settings):
+    if is_done(folder, settings) and not _cleared(folder, stage, settings):
         logger.info("%s: taken back from an earlier run of the same configuration", stage)
         return False
     folder.mkdir(parents=True, exist_ok=True)
     mark = fingerprint(settings)
     write_record(folder, status="running", fingerprint=mark, settings=settings)
+    return True
+
+
+def _cleared(folder: Path, stage: str, settings: Any) -> bool:
+    """Whether files of a stage were damaged; then it is not done any more, and has none of them."""
+    damage = _damage(folder, settings)
+    if damage is None:
+        return False
+    logger.warning("%s: %s; made again", stage, damage.what)
+    kept.clear(folder)
+    write_record(folder, **{**read_record(folder), "status": "damaged"})
     return True
 
 
@@ -244,6 +279,8 @@ def _make_room(folder: Path, stage: str, settings: Any) -> None:
     aside = folder.parent / PREVIOUS / stage
     back = is_made_from(read_record(aside), settings)
     if folder.exists():
+        if not record and (folder / RECORD).exists():
+            logger.warning("%s: %s cannot be read; made again", stage, folder / RECORD)
         if record:
             names = changed_settings(record.get("settings"), settings)
             logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))

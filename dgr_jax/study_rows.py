@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import evaluation
+from dgr_jax import evaluation, kept
 from dgr_jax.corpora import beir, trec
 from dgr_jax.experiment import Experiment, describe
 
@@ -51,7 +51,8 @@ def values_of(
     experiment: Experiment, folder: Path, system: str, split: str, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Every measure of each query, in the order of the qids."""
-    path = folder / "evaluate" / f"{system}.{split}.trec"
+    path = kept.opened(folder / "evaluate" / f"{system}.{split}.trec")
+    kept.whole(folder / "prepare" / "collection")
     run = trec.run_in_memory(trec.runs(path))
     judged = beir.BeirCollection(str(folder / "prepare" / "collection"))
     grades = trec.qrels_in_memory(judged.qrels(split))
@@ -69,8 +70,9 @@ def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> d
     if system == "bm25":
         return fair
     prepared = folder / "prepare"
-    vocabulary = json.loads((prepared / "vocabulary.json").read_text(encoding="utf-8"))
-    pieces = hashlib.sha256((prepared / "spiece.model").read_bytes()).hexdigest()[:8]
+    vocabulary = kept.read_json(prepared / "vocabulary.json")
+    model = kept.opened(prepared / "spiece.model")
+    pieces = hashlib.sha256(model.read_bytes()).hexdigest()[:8]
     return fair | experiment.compared(system) | {"vocabulary": (vocabulary["text_size"], pieces)}
 
 

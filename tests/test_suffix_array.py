@@ -195,13 +195,13 @@ def change(header, **fields):
         (lambda header: change(header, sha256={}), "sha256 lacks branches_children, .*: build the"),
         (
             lambda header: header.with_name("suffixes.npy").unlink(),
-            "suffixes.npy is missing: the index is damaged",
+            "suffixes.npy: is missing: the index is damaged",
         ),
         (
             lambda header: header.with_name("tokens.npy").write_bytes(
                 header.with_name("tokens.npy").read_bytes()[:-2]
             ),
-            "tokens.npy differs from its sha256 in header.json: the index is damaged",
+            "tokens.npy: differs from its sha256 in header.json: the index is damaged",
         ),
     ],
 )

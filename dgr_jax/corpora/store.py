@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage
 
@@ -29,7 +30,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 class PassageStore:
     """The passages of a store by passage index, memory-mapped; safe to share between threads.
 
-    Raises FileNotFoundError where there is no whole store, ValueError where its files do not fit.
+    Raises FileNotFoundError where there is no whole store, ValueError where its files do not fit,
+    kept.Damaged where they are not as they were written.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -40,7 +42,10 @@ class PassageStore:
                 f"{self.folder} is not a whole passage store, it lacks {', '.join(missing)}; "
                 f"expected what dgr_jax.corpora.store.write makes"
             )
-        self._offsets = np.load(self.folder / _OFFSETS, mmap_mode="r", allow_pickle=False)
+        for name in (_PASSAGES, _PIDS):
+            kept.opened(self.folder / name)
+        with kept.reading(self.folder / _OFFSETS) as file:
+            self._offsets = np.load(file, mmap_mode="r", allow_pickle=False)
         if self._offsets.dtype != np.int64 or self._offsets.ndim != 1 or len(self._offsets) < 2:
             found = f"{self._offsets.dtype} {list(self._offsets.shape)}"
             raise ValueError(
@@ -65,16 +70,25 @@ class PassageStore:
         if not -len(self) <= row < len(self):
             raise IndexError(f"passage index {row} of a store of {len(self):,} passages")
         row %= len(self)
-        return _passage(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
+        with kept.reading(self.folder / _PASSAGES):
+            return _passage(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
 
     def __iter__(self) -> Iterator[Passage]:
         with open(self.folder / _PASSAGES, "rb") as handle:
-            yield from map(_passage, handle)
+            for line in handle:
+                try:
+                    passage = _passage(line)
+                except (ValueError, TypeError) as error:
+                    raise kept.Damaged(
+                        self.folder / _PASSAGES, f"has a line that is no passage ({error})"
+                    ) from error
+                yield passage
 
     @cached_property
     def pids(self) -> list[str]:
         """The pid of every passage index."""
-        text = (self.folder / _PIDS).read_bytes().decode("utf-8")
+        with kept.reading(self.folder / _PIDS) as file:
+            text = file.read_bytes().decode("utf-8")
         pids = text.removesuffix("\n").split("\n")
         if len(pids) != len(self):
             raise ValueError(

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.corpora import lines
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -152,12 +153,17 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read what `save` wrote. Raises FileNotFoundError naming the file."""
+        """Read what `save` wrote. Raises FileNotFoundError naming the file, kept.Damaged where it
+        or the model beside it is not as it was written."""
         path = folder / "vocabulary.json"
         if not path.is_file():
             raise FileNotFoundError(f"no vocabulary at {path}: run the prepare stage first")
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(folder, **values | {"views": tuple(values.get("views", ()))})
+        values = kept.read_json(path)
+        with kept.reading(path):
+            loaded = cls(folder, **values | {"views": tuple(values.get("views", ()))})
+            loaded.size  # noqa: B018 - fails on sizes that are no numbers
+        kept.opened(folder / "spiece.model")
+        return loaded
 
     def save(self) -> None:
         values = {k: v for k, v in asdict(self).items() if k != "folder"}
@@ -191,7 +197,8 @@ class Vocabulary:
     def _processor(self):
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_file=str(self.folder / "spiece.model"))
+        with kept.reading(self.folder / "spiece.model") as file:
+            return sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end of sequence."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dgr_jax import kept
+
 
 def save(
     folder: str | pathlib.Path,
@@ -44,23 +46,28 @@ def load(
     needed: what parts of the header must name; those of "sha256" are the arrays.
 
     Raises ValueError that names the file for a header that is missing, foreign, of another version
-    or incomplete, and for arrays that are missing or differ from what was written.
+    or incomplete, and for arrays that are missing or differ from what was written (kept.Damaged).
     """
     folder = pathlib.Path(folder)
     header = _read_header(folder / "header.json", kind, version, needed)
     arrays = {}
-    for name, digest in header["sha256"].items():
+    with kept.reading(folder / "header.json"):
+        digests = dict(header["sha256"])
+    for name, digest in digests.items():
         path = folder / f"{name}.npy"
-        if not path.exists() or _digest(path) != digest:
+        if not kept.is_listed(path) and (not path.exists() or _digest(path) != digest):
             state = "differs from its sha256 in header.json" if path.exists() else "is missing"
-            raise ValueError(f"{path} {state}: the index is damaged; build it again")
-        arrays[name] = np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
+            raise kept.Damaged(path, f"{state}: the index is damaged; build it again")
+        with kept.reading(path):
+            mode = "r" if path.stat().st_size > 4096 else None
+            arrays[name] = np.load(path, mmap_mode=mode, allow_pickle=False)
     return arrays, header
 
 
 def _read_header(path, kind, version, needed):
+    kept.opened(path)
     try:
-        header = json.loads(path.read_text())
+        header = json.loads(path.read_text(encoding="utf-8"))
         found = (header["format"], header["version"])
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a folder of {kind}") from None

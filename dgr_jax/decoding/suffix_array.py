@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.decoding import array_folder, suffix_array_branches
 from dgr_jax.decoding.suffix_array_branches import Branches
 
@@ -171,8 +172,9 @@ def load(folder: str | pathlib.Path) -> SuffixArray:
     own = [field.name for field in dataclasses.fields(SuffixArray) if field.name != "branches"]
     needed = {"sha256": [*own, *(f"branches_{name}" for name in fields)]}
     arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
-    branches = Branches(**{name: arrays.pop(f"branches_{name}") for name in fields})
-    return SuffixArray(**arrays, branches=branches)
+    with kept.reading(pathlib.Path(folder) / "header.json"):
+        branches = Branches(**{name: arrays.pop(f"branches_{name}") for name in fields})
+        return SuffixArray(**arrays, branches=branches)
 
 
 def build(

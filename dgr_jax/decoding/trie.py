@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.decoding import array_folder, trie_arrays, trie_build
 from dgr_jax.decoding.trie_arrays import Arrays
 from dgr_jax.decoding.trie_build import Columns, Layout
@@ -212,13 +213,14 @@ def load(folder: str | pathlib.Path) -> Trie:
     """Opens a saved index, arrays memory-mapped; refuses foreign, newer and damaged files."""
     needed = {"layout": _names(Layout), "capacity": _names(Arrays), "sha256": _names(Arrays)}
     stored, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
-    return Trie(
-        Arrays(**{name: stored.pop(name) for name in _names(Arrays)}),
-        Layout(**header["layout"] | {"gathers": tuple(header["layout"]["gathers"])}),
-        header["vocab_size"],
-        {name: tuple(shape) for name, shape in header["capacity"].items()},
-        **stored,
-    )
+    with kept.reading(pathlib.Path(folder) / "header.json"):
+        return Trie(
+            Arrays(**{name: stored.pop(name) for name in _names(Arrays)}),
+            Layout(**header["layout"] | {"gathers": tuple(header["layout"]["gathers"])}),
+            header["vocab_size"],
+            {name: tuple(shape) for name, shape in header["capacity"].items()},
+            **stored,
+        )
 
 
 def _names(of: type) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dgr_jax import kept
+
 PAD_ID = 0
 EOS_ID = 1
 FIRST_FREE_ID = 3  # 0 pad, 1 end of sequence, 2 unknown
@@ -222,19 +224,20 @@ class IdentifierTable:
         """
         folder = Path(folder)
         header = _read_header(folder / _HEADER)
-        shapes = header["shapes"]
+        with kept.reading(folder / _HEADER):
+            shapes = {name: list(header["shapes"][name]) for name in _DTYPES}
+            described = {
+                "view": str(header["view"]),
+                "num_code_tokens": int(header["num_code_tokens"]),
+                "num_passages": int(header["num_passages"]),
+            }
         arrays = {name: _open_array(folder / f"{name}.npy", name, shapes[name]) for name in _DTYPES}
         if len(arrays["offsets"]) and arrays["offsets"][-1] != len(arrays["passages"]):
             raise ValueError(
                 f"{folder}: offsets end at {arrays['offsets'][-1]}, but there are "
                 f"{len(arrays['passages'])} passages; make the table again"
             )
-        return cls(
-            **arrays,
-            view=header["view"],
-            num_code_tokens=header["num_code_tokens"],
-            num_passages=header["num_passages"],
-        )
+        return cls(**arrays, **described)
 
 
 def sort_rows(
@@ -343,11 +346,8 @@ def _usage(column: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
 def _read_header(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent}: no identifier table here ({path.name} is missing)")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not an identifier table header: {error}") from None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+    header = kept.read_json(path)
+    if header.get("format") != _FORMAT:
         raise ValueError(f"{path}: got another format, expected {_FORMAT!r}")
     if header.get("version") != _VERSION:
         raise ValueError(
@@ -366,10 +366,10 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 
 
 def _open_array(path: Path, name: str, shape: list[int]) -> np.ndarray:
-    try:
+    if not path.is_file():
+        raise kept.Damaged(path, "is missing; make the table again")
+    with kept.reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: missing or not whole ({error}); make the table again") from None
     expected = f"{_DTYPES[name]} of shape {shape}"
     if array.dtype != _DTYPES[name] or list(array.shape) != shape or array.ndim != _RANKS[name]:
         raise ValueError(

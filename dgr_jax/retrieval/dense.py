@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import checkpoints, kept, partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
@@ -189,8 +189,9 @@ def load(
 
     model, search: settings as dataclasses.asdict makes them.
     """
-    config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
-    settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
+    with kept.reading(folder / "student.json"):
+        config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
+        settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
     abstract = partitioning.abstract_params(DualEncoder(config), mesh)
     params = checkpoints.restore_params(folder / "checkpoints", abstract)
     index = Index(exact_search.open_vectors(folder / VECTORS), settings.index, mesh)

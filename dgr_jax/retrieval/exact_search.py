@@ -33,7 +33,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import partitioning
+from dgr_jax import kept, partitioning
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class Block(NamedTuple):
 
 def open_vectors(path: str | Path) -> np.ndarray:
     """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
-    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    with kept.reading(path) as file:
+        vectors = np.load(file, mmap_mode="r", allow_pickle=False)
     _check_vectors(vectors, str(path))
     return vectors
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning, records
+from dgr_jax import checkpoints, kept, partitioning, records
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
@@ -460,7 +460,7 @@ class Retriever:
     ) -> Retriever:
         """The retriever of a student and the prepare stage that it was trained on."""
         folder, prepared = answering.student, answering.prepared
-        described = json.loads((folder / STUDENT).read_text(encoding="utf-8"))
+        described = _described(folder / STUDENT)
         if unknown := sorted(settings.keys() - described["search"].keys()):
             raise ValueError(
                 f"{', '.join(unknown)}: the {folder.name} retriever of {folder.parent} has no "
@@ -477,7 +477,8 @@ class Retriever:
                 folder, described["model"], described["search"] | settings, devices
             )
             return cls(searcher, vocabulary, store)
-        config = T5Config(**described["model"])
+        with kept.reading(folder / STUDENT):
+            config = T5Config(**described["model"])
         params = checkpoints.restore_params(
             folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
         )
@@ -556,3 +557,10 @@ def write_student(
     """Leave beside a student's checkpoints what `Retriever.load` needs to know."""
     described = {"model": asdict(config), "search": asdict(search)}
     (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def _described(path: Path) -> dict[str, dict[str, Any]]:
+    """What `write_student` wrote."""
+    with kept.reading(path):
+        described = kept.read_json(path)
+        return {name: dict(described[name]) for name in ("model", "search")}

@@ -7,7 +7,6 @@ An `Inspection` reads the files that the stages left; it runs no student and mea
 from __future__ import annotations
 
 import html
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.store import PassageStore
@@ -150,7 +150,7 @@ class Inspection:
 
     def plot(self, name: str) -> Path:
         """The PNG `success_at_k` or `training_curves`."""
-        return self.model_dir / "evaluate" / f"{name}.png"
+        return kept.opened(self.model_dir / "evaluate" / f"{name}.png")
 
     def stages(self) -> Table:
         """What each stage did, whether it is done, and how long it took."""
@@ -237,7 +237,7 @@ class Inspection:
         path = self.model_dir / "teach" / "rank_lists.npz"
         if not path.is_file():
             return []
-        with np.load(path) as stored:
+        with kept.reading(path), np.load(path) as stored:
             names = ("texts", "passages", "teacher_scores", "positives")
             lists = [stored[name][:count] for name in names]
         return [self._rank_list(*one) for one in zip(*lists, strict=True)]
@@ -311,7 +311,8 @@ class Inspection:
             raise ValueError(f"system: got {system!r}, expected one of {', '.join(self.systems)}")
         relevant = self._relevant(split)
         found = {}
-        for ranked in trec.runs(self.model_dir / "evaluate" / f"{system}.{split}.trec"):
+        path = self.model_dir / "evaluate" / f"{system}.{split}.trec"
+        for ranked in trec.runs(kept.opened(path)):
             wanted = relevant.get(ranked.qid, ())
             for rank, passage in enumerate(ranked.passages, start=1):
                 if passage.pid in wanted:
@@ -331,6 +332,7 @@ class Inspection:
 
     @property
     def _judged(self) -> BeirCollection:
+        kept.whole(self.model_dir / "prepare" / "collection")
         return BeirCollection(str(self.model_dir / "prepare" / "collection"))
 
     def _split(self, split: str | None) -> str:
@@ -351,7 +353,7 @@ def answers(retriever: Retriever, question: str, k: int = 10) -> Table:
 
 def _read(path: Path) -> Any:
     """A JSON file, {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return kept.read_json(path) if kept.opened(path).is_file() else {}
 
 
 def _words(name: str) -> str:

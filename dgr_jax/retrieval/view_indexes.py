@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.data.views import Body, Views
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array, trie
@@ -48,16 +49,18 @@ class ViewIndexes:
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary) -> ViewIndexes:
         """Opens a folder; arrays are memory-mapped."""
-        described = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+        described = kept.read_json(folder / _FILE)
+        with kept.reading(folder / _FILE):
+            anywhere = bool(described["spans_begin_anywhere"])
+            num_tokens, span_tokens = (int(described[n]) for n in ("num_tokens", "span_tokens"))
         tabled = [view for view in vocabulary.views if view != "body"]
-        anywhere = described["spans_begin_anywhere"]
         return cls(
             tables={view: IdentifierTable.load(folder / "identifiers" / view) for view in tabled},
             tries={view: trie.load(folder / "trie" / view) for view in tabled},
             text=suffix_array.load(folder / "text") if "body" in vocabulary.views else None,
-            num_tokens=described["num_tokens"],
+            num_tokens=num_tokens,
             vocabulary=vocabulary,
-            span_tokens=described["span_tokens"],
+            span_tokens=span_tokens,
             opening=None if anywhere else vocabulary.word_starts(),
         )
 

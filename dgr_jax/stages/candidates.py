@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgr_jax import processes
+from dgr_jax import kept, processes
 from dgr_jax.experiment import Candidates, Experiment
 from dgr_jax.retrieval.generative import BLOCK, Decoder
 from dgr_jax.retrieval.multiview import best
@@ -42,7 +42,7 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     qids, texts = list(asked.texts), list(asked.texts.values())
     student = decoder(experiment, "generate", experiment.candidates.search, made)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
-    missing = [start for start, part in parts.items() if not part.is_file()]
+    missing = [start for start, part in parts.items() if not _is_whole(part)]
     missing = processes.agree(missing)  # what others see may be of a moment ago
     blocks = (
         made.vocabulary.encode_inputs(texts[n : n + BLOCK], student.query_length) for n in missing
@@ -60,6 +60,18 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     (folder / "qids.json").write_text(json.dumps(qids), encoding="utf-8")
     for part in parts.values():
         part.unlink()
+
+
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there, and is as its checksums say."""
+    if not part.is_file():
+        return False
+    try:
+        with kept.reading(part), np.load(part) as stored:
+            return all(len(stored[name]) for name in ("passages", "scores", *stored.files))
+    except kept.Damaged as damage:
+        logger.warning("candidates: %s; its queries are asked again", damage.what)
+        return False
 
 
 def _found(

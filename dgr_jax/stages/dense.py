@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import checkpoints, kept, partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import examples, loading
@@ -187,6 +187,12 @@ def _write_pools(
         np.save(folder / f"{source}.npy", np.concatenate(pools))
 
 
+def _pool(experiment: DenseExperiment, stage: str, source: str) -> np.ndarray:
+    """int32 [n, depth]: what `_write_pools` wrote."""
+    with kept.reading(Path(experiment.model_dir) / stage / f"{source}.npy") as file:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
 def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
     return arrays.read_arrays(Path(experiment.model_dir) / "prepare" / "arrays" / source)
 
@@ -195,15 +201,15 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
     """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
     the pool and the positives of each query; and report.json, see `stages.teach`."""
     made = Prepared.load(experiment.model_dir, identifiers=False)
-    qids = json.loads((made.folder / QIDS).read_text(encoding="utf-8"))
+    qids = kept.read_json(made.folder / QIDS)
     report = {}
     for source in sources(experiment):
-        pool = np.load(Path(experiment.model_dir) / "negatives" / f"{source}.npy", mmap_mode="r")
+        pool = _pool(experiment, "negatives", source)
         queries = _queries(experiment, source)
         named = [qids[source][number] for number in queries["query"][:, 0]]
         lists, coverage = _ranked(experiment, made, source, named, pool)
-        kept = ("encoder_input_tokens", "positives")
-        rows = {name: queries[name][lists.query_rows] for name in kept}
+        names = ("encoder_input_tokens", "positives")
+        rows = {name: queries[name][lists.query_rows] for name in names}
         scores = lists.teacher_scores.astype(np.float32)
         arrays.write_arrays(
             folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
@@ -280,8 +286,7 @@ def _lists(
     for source in sources(experiment):
         tasks[source] = dict(_queries(experiment, source))
         if pool is not None:
-            path = Path(experiment.model_dir) / stage / f"{source}.npy"
-            tasks[source]["negatives"] = np.load(path, mmap_mode="r")
+            tasks[source]["negatives"] = _pool(experiment, stage, source)
     corpus = _queries(experiment, CORPUS)["passage_tokens"]
     lists = experiment.lists
     return ListSource(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-import os
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from rich.console import Console
 
-from dgr_jax import evaluation, plots, processes
+from dgr_jax import evaluation, kept, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.dense_experiment import DenseExperiment
@@ -25,6 +25,8 @@ from dgr_jax.settings import fingerprint
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Run = dict[str, list[ScoredPassage]]
@@ -49,7 +51,8 @@ def measure(
 
     One system is in memory at a time, and of its runs one block of queries. Several processes
     search together; the first does the rest. A run is kept beside its student, which is not
-    searched again by an evaluation that differs in other settings or in another student.
+    searched again by an evaluation that differs in other settings or in another student. What lies
+    in the stage's folder is a copy, for people.
 
     opened: a system -> what retrieves, such as a `Decoder`.
     """
@@ -67,7 +70,7 @@ def measure(
                 for split, path in runs.items()
             }
             for split, path in runs.items():
-                _share(path, folder / f"{system}.{split}.trec")
+                shutil.copyfile(path, folder / f"{system}.{split}.trec")
     if not processes.first():
         return
     measured = {
@@ -122,20 +125,37 @@ def _search(
     queries: dict[str, dict[str, Query]],
     runs: dict[str, Path],
 ) -> None:
-    """Writes the runs (by split) that are not there yet."""
-    absent = [split for split, path in runs.items() if not path.is_file()]
-    absent = processes.agree(absent if processes.first() else None)
+    """Writes the runs (by split) that are not there yet, or not as they were written."""
+    first = processes.first()
+    absent = [split for split, path in runs.items() if not _is_kept(path)] if first else None
+    absent = processes.agree(absent)
     if not absent or system == "bm25" and not processes.first():
         return
     search = _searcher(experiment, made, system, opened)
     for split in absent:
         found = search({qid: query.text for qid, query in queries[split].items()})
         if processes.first():
-            runs[split].parent.mkdir(exist_ok=True)
             lists = (rank_list for run in found for rank_list in trec.rank_lists(run))
-            trec.write_run(runs[split], lists, tag=f"dgr_jax-{system}")
+            written = runs[split].with_name(f"{runs[split].stem}.partial.trec")
+            trec.write_run(written, lists, tag=f"dgr_jax-{system}")
+            kept.adopt(written, runs[split])
         else:
             collections.deque(found, maxlen=0)
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a run is there as it was written."""
+    if not path.is_file():
+        return False
+    try:
+        listed = kept.is_listed(path)
+    except kept.Damaged as damage:
+        logger.warning("evaluate: %s; searched again", damage.what)
+        return False
+    if not listed and path.stat().st_nlink > 1:
+        logger.info("evaluate: %s has another name, and may be edited; searched again", path)
+        return False
+    return True
 
 
 def _searcher(
@@ -210,15 +230,6 @@ def _read(path: Path, queries: dict[str, Query]) -> Iterator[Run]:
                 run[qid] = list(following.passages)
                 following = next(lists, None)
         yield run
-
-
-def _share(kept: Path, path: Path) -> None:
-    """The same file under another name; a copy, where the file system has no links."""
-    path.unlink(missing_ok=True)
-    try:
-        os.link(kept, path)
-    except OSError:
-        shutil.copyfile(kept, path)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import writer_lock
+from dgr_jax import kept, writer_lock
 from dgr_jax.corpora import beir, checks, store, trec
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Collection, Qrel, Query
@@ -212,10 +212,14 @@ class Prepared:
 
     def _unjudged(self, split: str) -> beir.BeirCollection | None:
         folder = self.folder / UNJUDGED / split
-        return beir.BeirCollection(str(folder)) if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        kept.whole(folder)
+        return beir.BeirCollection(str(folder))
 
     @property
     def _judged(self) -> beir.BeirCollection:
+        kept.whole(self.folder / "collection")
         return beir.BeirCollection(str(self.folder / "collection"))
 
 
@@ -225,6 +229,7 @@ def export(experiment: Experiment | DenseExperiment, target: str) -> None:
     There every later stage runs without TensorFlow and without the collection.
     """
     origin = Path(experiment.model_dir) / "prepare"
+    kept.whole(origin)
     folder = Path(target) / "prepare"
     if read_record(folder):
         raise ValueError(f"--export={target}: there is an experiment already ({folder / RECORD})")

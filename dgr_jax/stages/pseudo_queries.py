@@ -22,6 +22,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.views import normalised
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.kept import read_json
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.sampling import Sampler
@@ -53,7 +54,7 @@ class Prepared:
     @cached_property
     def test_queries(self) -> frozenset[str]:
         """The queries of the test splits, `normalised`."""
-        return frozenset(json.loads((self.folder / "test_queries.json").read_text("utf-8")))
+        return frozenset(read_json(self.folder / "test_queries.json", list))
 
     @classmethod
     def of(cls, experiment: PseudoQueries) -> Prepared:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, partitioning, processes
+from dgr_jax import checkpoints, kept, partitioning, processes
 from dgr_jax.decoding import trie
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, Training
@@ -71,9 +70,10 @@ def _rank_lists(experiment: Experiment, settings: Training) -> Source:
     if "identifier_views" not in lists.features:
         return lists
     tokens, views = (lists.features[f"identifier_{name}"] for name in ("tokens", "views"))
-    keys = json.loads((folder / "report.json").read_text(encoding="utf-8"))["keys"]
+    with kept.reading(folder / "report.json"):
+        counted = int(kept.read_json(folder / "report.json")["keys"].get("packed_rows", 0))
     # The teach stage of an older version did not count them.
-    rows = keys.get("packed_rows") or packing.rows_needed(tokens, views)
+    rows = counted or packing.rows_needed(tokens, views)
     return packing.PackedLists(lists, tokens.shape[1:], rows)
 
 

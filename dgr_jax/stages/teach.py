@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dgr_jax import kept
 from dgr_jax.data import rank_lists
 from dgr_jax.experiment import Experiment, Teach
 from dgr_jax.retrieval.multiview_keys import Keyed
@@ -115,9 +116,8 @@ class CandidateLists(Mapping[str, list[str]]):
     @classmethod
     def load(cls, experiment: Experiment, made: Prepared) -> CandidateLists:
         folder = Path(experiment.model_dir) / "candidates"
-        qids = json.loads((folder / "qids.json").read_text(encoding="utf-8"))
-        with np.load(folder / "candidates.npz") as found:
-            return cls(qids, found["passages"], made.store.pids)
+        qids = kept.read_json(folder / "qids.json", list)
+        return cls(qids, _candidates(folder), made.store.pids)
 
     def __getitem__(self, qid: str) -> list[str]:
         return [self._pids[i] for i in self._passages[self._row_of[qid]] if i >= 0]
@@ -127,6 +127,12 @@ class CandidateLists(Mapping[str, list[str]]):
 
     def __len__(self) -> int:
         return len(self._row_of)
+
+
+def _candidates(folder: Path) -> np.ndarray:
+    """Passages int32 [n, depth] that the student found."""
+    with kept.reading(folder / "candidates.npz") as file, np.load(file) as stored:
+        return stored["passages"]
 
 
 def _features(
@@ -150,11 +156,9 @@ def _view_features(
     counts: Counter, experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same of identifiers of several views, with the keys of the candidates."""
-    indexes, candidates = made.indexes, Path(experiment.model_dir) / "candidates"
-    with np.load(candidates / "candidates.npz") as found:
-        passages = found["passages"]
+    indexes, folder = made.indexes, Path(experiment.model_dir) / "candidates"
     keyed = Keyed(
-        arrays.read_arrays(candidates / "keys"), passages, indexes.text, indexes.tables,
+        arrays.read_arrays(folder / "keys"), _candidates(folder), indexes.text, indexes.tables,
         indexes.views, experiment.teach.seed,
     )  # fmt: skip
     for start in range(0, len(lists.passages), _KEYED):

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dgr_jax import kept
+
 HEADER = "arrays.json"
 FORMAT = 1
 
@@ -138,30 +140,35 @@ def read_arrays(folder: str | Path, *, verify: bool = False) -> Features:
     Args:
       verify: also compare the data with their checksums, which reads them all.
 
-    Raises FileNotFoundError or ValueError when the folder is not whole.
+    Raises FileNotFoundError or ValueError (kept.Damaged) when the folder is not whole, or a file of
+    it not as it was written.
     """
     folder = Path(folder)
     path = folder / HEADER
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the header of exported token arrays")
-    header = json.loads(path.read_text(encoding="utf-8"))
+    header = kept.read_json(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path}: got format {header.get('format')!r}, expected {FORMAT}")
+    with kept.reading(path):
+        described = {
+            name: (np.dtype(of["dtype"]), (header["count"], *of["shape"]), of["sha256"])
+            for name, of in header["features"].items()
+        }
     features = {}
-    for name, expected in header["features"].items():
-        shape = (header["count"], *expected["shape"])
-        array = _map(folder / f"{name}.npy", np.dtype(expected["dtype"]), shape)
-        if verify and hashlib.sha256(array.tobytes()).hexdigest() != expected["sha256"]:
-            raise ValueError(f"{folder / name}.npy: its data differ from the checksum in {HEADER}")
+    for name, (dtype, shape, sha256) in described.items():
+        array = _map(folder / f"{name}.npy", dtype, shape)
+        if verify and hashlib.sha256(array.tobytes()).hexdigest() != sha256:
+            raise kept.Damaged(
+                folder / f"{name}.npy", f"its data differ from the checksum in {HEADER}"
+            )
         features[name] = array
     return features
 
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path}: truncated or not a .npy file; export again") from error
+    with kept.reading(path):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(
             f"{path}: got {array.dtype} {array.shape}, expected {dtype} {shape}; export again"

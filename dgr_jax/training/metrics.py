@@ -12,19 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from dgr_jax import kept
 from dgr_jax.data import loading
 
 logger = logging.getLogger(__name__)
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a killed process is left out."""
+    """The rows of a metrics file; the first that is none, such as a last line cut off by a killed
+    process, is left out with all that follow."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in kept.opened(path).read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            int(row["step"])
+        except kept.UNREADABLE:
             break
+        rows.append(row)
     return rows
 
 
