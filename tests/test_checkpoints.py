@@ -1,23 +1,25 @@
 """Saving and restoring: whole, onto another mesh, and past damage."""
 
 import contextlib
+import gc
+import json
 import os
+import re
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import checkpoints, kept, partitioning
 from dgr_jax.checkpoints import Checkpoints
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.optimizers import Adafactor, AdamW, Constant
 from dgr_jax.training.step import abstract_state, init_state, make_train_step
 from tests import toy
-
-# orbax leaves the reads of a broken checkpoint behind; they end with an unraisable error.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 MODEL = toy.Toy()
 OPTIMIZER = AdamW(Constant(0.1)).transformation(10)
@@ -177,6 +179,120 @@ def test_nothing_readable_is_an_error_and_moves_nothing(tmp_path, states):
     assert str(error.value).startswith(f"checkpoints in {tmp_path}: cannot read step 1 (")
     assert str(error.value).endswith("remove these folders to go on without them")
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def _files(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path, states):
+    _save(tmp_path, states, [1, 2, 3])
+    for step in ("2", "3"):
+        names = json.loads((tmp_path / step / "files_made.json").read_text())["files_made"]
+        there = {path.relative_to(tmp_path / step).as_posix() for path in _files(tmp_path / step)}
+        assert set(names) == there - {"files_made.json"}
+        assert any(name.startswith("training/") for name in names)
+
+
+def test_the_manifest_comes_while_training_goes_on(tmp_path, states):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(1, _on_device(states[1]), {})
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "1" / "files_made.json").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_checkpoint_without_a_manifest_is_read(tmp_path, states):
+    """As a process that was killed after the save and before the manifest leaves it."""
+    _save(tmp_path, states, [1, 2])
+    (tmp_path / "2" / "files_made.json").unlink()
+    with Checkpoints(tmp_path) as saved:
+        state, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
+    _assert_equal(state, states[2])
+    found = checkpoints.restore_params(tmp_path, partitioning.abstract_params(MODEL, _mesh()))
+    _assert_equal(found, states[2].params)
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, states):
+    _save(tmp_path, states, [1])
+    abstract = partitioning.abstract_params(MODEL, _mesh())
+    for path in _files(tmp_path / "1"):
+        content = path.read_bytes()
+        _flip(path)
+        # A list may be wrong about another file.
+        named = tmp_path / "1" if path.name == "files_made.json" else path
+        with pytest.raises(kept.Damaged, match=re.escape(f"{named}")):
+            kept.whole(tmp_path / "1")
+        if "params" in path.parts:
+            with pytest.raises(kept.Damaged, match=re.escape(f"{path}: ")):
+                checkpoints.restore_params(tmp_path, abstract)
+        path.write_bytes(content)
+    checkpoints.restore_params(tmp_path, abstract)
+
+
+def test_a_flipped_bit_sets_the_newest_aside(tmp_path, states, caplog):
+    _save(tmp_path, states, [1, 2])
+    damaged = max(_files(tmp_path / "2" / "training"), key=lambda path: path.stat().st_size)
+    _flip(damaged)
+    with Checkpoints(tmp_path) as saved:
+        state, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
+    _assert_equal(state, states[1])
+    assert f"({damaged}: got other contents than the " in caplog.text
+
+
+def test_of_a_finished_stage_the_last_checkpoint_is_not_replaced_by_an_older(tmp_path, states):
+    stage = tmp_path / "model" / "generate"
+    _save(stage / "checkpoints", states, [1, 2])
+    (stage / "stage.json").write_text(json.dumps({"files_made": kept.sign(stage)}))
+    abstract = partitioning.abstract_params(MODEL, _mesh())
+    _assert_equal(checkpoints.restore_params(stage / "checkpoints", abstract), states[2].params)
+    shutil.copytree(stage / "checkpoints/1", stage / "checkpoints/9")  # nothing that was kept
+    _assert_equal(checkpoints.restore_params(stage / "checkpoints", abstract), states[2].params)
+    shutil.rmtree(stage / "checkpoints/2")
+    with pytest.raises(kept.Damaged) as error:
+        checkpoints.restore_params(stage / "checkpoints", abstract)
+    assert str(error.value).startswith(f"{stage}/checkpoints/2/files_made.json: is missing")
+    assert str(error.value).endswith(
+        f"`python -m dgr_jax.train --model_dir={tmp_path / 'model'}` makes it again"
+    )
+
+
+@pytest.mark.parametrize("damage", [_truncate, _remove_metadata])
+def test_unreadable_parameters_are_one_line(tmp_path, states, caplog, damage):
+    """Without a manifest that tells before."""
+    _save(tmp_path, states, [1])
+    (tmp_path / "1" / "files_made.json").unlink()
+    damage(tmp_path / "1")
+    with pytest.raises(kept.Damaged) as error:
+        checkpoints.restore_params(tmp_path, partitioning.abstract_params(MODEL, _mesh()))
+    assert str(error.value).startswith(f"{tmp_path}/1/params: cannot be read (")
+    assert "\n" not in str(error.value)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_parameters_that_are_no_numbers(tmp_path, states, caplog):
+    params = {name: np.array(value) for name, value in states[2].params.items()}
+    params["kernel"][1, 2] = np.nan
+    _save(tmp_path, [*states[:2], states[2].replace(params=params)], [1, 2])
+    with pytest.raises(ValueError) as error:
+        checkpoints.restore_params(tmp_path, partitioning.abstract_params(MODEL, _mesh()))
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/2: kernel, one of 1 such parameters, holds NaN or infinity, "
+        "expected finite numbers: its training diverged; lower the learning rate (its `peak`), "
+        "and take the folder away to train again"
+    )
+    with Checkpoints(tmp_path) as saved:
+        state, _ = saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))
+    _assert_equal(state, states[1])
+    assert "kernel, one of 1 such parameters, holds NaN" in caplog.text
 
 
 def test_another_model_size_is_refused(tmp_path, states):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from dgr_jax import plots
 from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiment import Evaluate
@@ -88,7 +91,7 @@ def test_a_student_is_searched_once_for_what_is_asked(measured):
     assert opened == []
     assert again == {**metrics, "Success@5": pytest.approx(found / len(QUERIES))}
     runs = measured.model_dir / "generate/runs"
-    kept, shown = next(runs.iterdir()), measured.model_dir / "evaluate/generate.test.trec"
+    kept, shown = next(runs.glob("*.trec")), measured.model_dir / "evaluate/generate.test.trec"
     assert kept.read_text() == shown.read_text()
     assert kept.read_text().startswith("q1 Q0 p2 1 3.0 dgr_jax-generate\n")
 
@@ -96,7 +99,7 @@ def test_a_student_is_searched_once_for_what_is_asked(measured):
     assert measured(max_queries=5)[1] == SYSTEMS
     assert measured(max_queries=5, seed=1)[1] == SYSTEMS
     assert measured(seed=1)[1] == []  # all queries are asked: none are drawn
-    assert len(list(runs.iterdir())) == 4
+    assert len(list(runs.glob("*.trec"))) == 4
 
 
 def test_an_evaluation_that_failed_goes_on_with_what_it_lacks(measured):
@@ -116,20 +119,61 @@ def test_a_student_that_was_trained_again_is_searched_again(measured, tmp_path):
 def test_bm25_is_asked_once_whatever_the_students_search(measured):
     measured(bm25=True)
     runs = measured.model_dir / "prepare/runs"
-    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*.trec")}
     assert len(before) == 1
     measured(bm25=True, min_relevance=2)
-    assert {path: path.stat().st_mtime_ns for path in runs.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*.trec")} == before
     measured(bm25=True, depth=2)
-    assert len(list(runs.iterdir())) == 2
+    assert len(list(runs.glob("*.trec"))) == 2
 
 
-def test_a_file_system_without_links_has_copies(measured, monkeypatch):
-    def link(*_):
-        raise OSError("no links here")
+@pytest.fixture
+def unplotted(monkeypatch):
+    for name in ("success_at_k", "training_curves"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
 
-    monkeypatch.setattr("os.link", link)
-    measured()
-    runs = measured.model_dir / "generate/runs"
-    shown = measured.model_dir / "evaluate/generate.test.trec"
-    assert next(runs.iterdir()).read_text() == shown.read_text()
+
+def _kept_and_shown(measured):
+    (kept_run,) = (measured.model_dir / "generate/runs").glob("*.trec")
+    return kept_run, measured.model_dir / "evaluate/generate.test.trec"
+
+
+def _sorted_by_pid(path):
+    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
+
+
+def test_a_run_that_people_edit_is_not_the_one_that_is_kept(measured, unplotted):
+    before, _ = measured()
+    kept_run, shown = _kept_and_shown(measured)
+    _sorted_by_pid(shown)
+    assert kept_run.read_text() != shown.read_text()
+    assert measured() == (before, [])
+    assert kept_run.read_text() == shown.read_text()
+
+
+@pytest.mark.parametrize("damage", [_sorted_by_pid, lambda path: path.write_text("")])
+def test_a_kept_run_that_was_changed_is_searched_again(measured, unplotted, caplog, damage):
+    before, _ = measured()
+    kept_run, _ = _kept_and_shown(measured)
+    whole = kept_run.read_text()
+    damage(kept_run)
+    assert measured() == (before, ["generate"])
+    assert f"evaluate: {kept_run}: got " in caplog.text and "; searched again" in caplog.text
+    assert kept_run.read_text() == whole
+    assert measured() == (before, [])
+
+
+def test_a_kept_run_of_an_older_version_is_read_unless_it_has_two_names(
+    measured, unplotted, caplog
+):
+    before, _ = measured()
+    kept_run, shown = _kept_and_shown(measured)
+    for folder in measured.model_dir.glob("*/runs"):
+        (folder / "files_made.json").unlink()
+    assert measured() == (before, [])
+    shown.unlink()
+    os.link(kept_run, shown)
+    _sorted_by_pid(shown)
+    with caplog.at_level(logging.INFO, logger="dgr_jax"):
+        assert measured() == (before, ["generate"])
+    assert "has another name, and may be edited; searched again" in caplog.text

@@ -131,12 +131,94 @@ def test_all_stages_run_in_order_and_are_skipped_the_second_time(made):
 def test_the_record_of_a_finished_stage(made):
     made.run()
     record = made.record("candidates")
-    assert record.keys() == {"status", "fingerprint", "settings", "seconds", "versions"}
+    names = {"status", "fingerprint", "settings", "seconds", "versions", "files_made"}
+    assert record.keys() == names
+    assert record["files_made"]["output"]["bytes"] == len("half whole ")
     assert record["status"] == "done"
     assert record["versions"] == versions.here()
     assert record["fingerprint"] == fingerprint(record["settings"])
     assert record["settings"]["candidates"]["search"]["num_beams"] == 100
     assert record["settings"]["generate"]["prepare"]["prepare"]["tasks"] == "quickstart"
+
+
+def _edit(path):
+    path.write_text("HALF whole ")
+
+
+def _empty(path):
+    path.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_edit, "got other contents than the 11 bytes that were written; damaged or edited"),
+        (_empty, "got 0 bytes, expected 11 as it was written; damaged or edited"),
+        (lambda path: path.unlink(), "is missing, expected 11 bytes as it was written"),
+    ],
+)
+def test_a_damaged_stage_is_made_again_from_nothing(made, damage, message):
+    made.run()
+    output = made.folder / "teach" / "output"
+    damage(output)
+    (made.folder / "teach" / "notes").write_text("of somebody")
+    assert made.run() == ["teach"]
+    assert f"teach: {output}: {message}; made again" in made.said
+    assert made.output("teach") == "half whole "
+    assert (made.folder / "teach" / "notes").read_text() == "of somebody"
+    assert made.run() == []
+
+
+def test_a_damaged_stage_that_is_killed_while_it_is_made_again_goes_on(made):
+    made.run()
+    _empty(made.folder / "distill" / "output")
+    made.killed_in = "distill"
+    assert made.run() == ["distill", "killed"]
+    made.killed_in = ""
+    assert made.run() == ["distill"]
+    assert made.run() == []
+
+
+def test_a_damaged_stage_without_its_data_stays_as_it_is(on_data, data):
+    on_data.run()
+    output = on_data.folder / "prepare" / "output"
+    _edit(output)
+    shutil.rmtree(data)
+    with pytest.raises(ValueError) as error:
+        on_data.run()
+    assert str(error.value).startswith(f"{output}: got other contents than the 11 bytes")
+    assert "; prepare cannot be made again: " in str(error.value)
+    assert output.read_text() == "HALF whole "
+
+
+def test_a_stage_that_was_put_aside_damaged_is_made_again(made):
+    made.run("prepare")
+    made.set("prepare.seed", 7)
+    made.run("prepare")
+    _edit(made.folder / "previous" / "prepare" / "output")
+    made.set("prepare.seed", 0)
+    assert made.run("prepare") == ["prepare"]
+    assert any(line.endswith("; made again") for line in made.said)
+    assert made.output("prepare") == "half whole "
+
+
+def test_a_stage_of_an_older_version_is_trusted(made):
+    made.run()
+    record = made.record("teach")
+    del record["files_made"]
+    (made.folder / "teach" / "stage.json").write_text(json.dumps(record))
+    _edit(made.folder / "teach" / "output")
+    assert made.run() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_an_unreadable_record_is_said(made, content):
+    made.run("prepare")
+    record = made.folder / "prepare" / "stage.json"
+    record.write_bytes(content)
+    assert made.run("prepare") == ["prepare"]
+    assert f"prepare: {record} cannot be read; made again" in made.said
+    assert made.run("prepare") == []
 
 
 @pytest.mark.parametrize(

@@ -348,7 +348,9 @@ def damaged(tmp_path, name, change):
 @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1])])
 def test_a_damaged_array_is_refused_by_name(tmp_path, change):
     path = damaged(tmp_path, "tails.npy", change)
-    with pytest.raises(ValueError, match=r"tails\.npy: differs from its sha256.*: the index is dam"):
+    with pytest.raises(
+        ValueError, match=r"tails\.npy: differs from its sha256.*: the index is dam"
+    ):
         trie.load(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=r"tails\.npy: is missing"):
