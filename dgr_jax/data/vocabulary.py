@@ -70,12 +70,10 @@ class SentencePiece:
                 f"SentencePiece.path: no file at {self.path!r}; expected a SentencePiece model, "
                 "such as T5's spiece.model, or '' to train one on the corpus"
             )
-        import sentencepiece
-
         model = given.read_bytes()
         try:
-            sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            _processor_of(model)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"SentencePiece.path: {self.path!r} is no SentencePiece model, such as T5's "
                 f"spiece.model ({error})"
@@ -109,6 +107,16 @@ class SentencePiece:
                 f"SentencePiece could not be trained on this corpus with size={self.size}: {error}"
             ) from error
         return model.getvalue()
+
+
+def _processor_of(model: bytes):
+    """Raises RuntimeError or ValueError where the bytes are no SentencePiece model."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    if not model or not processor.get_piece_size():
+        raise ValueError("it has no pieces")
+    return processor
 
 
 def evenly(texts: Iterable[str], max_texts: int, max_characters: int) -> list[str]:
@@ -195,10 +203,8 @@ class Vocabulary:
 
     @cached_property
     def _processor(self):
-        import sentencepiece
-
         with kept.reading(self.folder / "spiece.model") as file:
-            return sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+            return _processor_of(file.read_bytes())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without end of sequence."""

@@ -71,9 +71,9 @@ def _read_header(path, kind, version, needed):
         found = (header["format"], header["version"])
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a folder of {kind}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{path} is not a header of {kind}; expected JSON with a format and a version"
+    except kept.UNREADABLE:
+        raise kept.Damaged(
+            path, f"is not a header of {kind}; expected JSON with a format and a version"
         ) from None
     if found != (kind, version):
         raise ValueError(
