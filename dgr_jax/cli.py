@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import processes, writer_lock
+from dgr_jax import kept, processes, writer_lock
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def _join(args: argparse.Namespace) -> None:
     if given is not None:
         processes.start(given)
     if not processes.first():
+        kept.leave_contents_to_others()
         logging.getLogger("dgr_jax").setLevel(logging.WARNING)
 
 

@@ -26,6 +26,7 @@ from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, stage_settings
 from dgr_jax.records import (
     PREVIOUS,
+    RECORD,
     changed_settings,
     is_done,
     is_made_from,

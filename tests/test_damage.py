@@ -135,8 +135,9 @@ def test_a_student_that_cannot_be_read(tmp_path, damage):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-def test_a_student_of_unknown_settings(tmp_path):
+def test_a_student_of_unknown_settings(prepared, tmp_path):
     (tmp_path / "generate").mkdir()
+    shutil.copytree(prepared, tmp_path / "prepare")
     path = tmp_path / "generate" / "student.json"
     path.write_text('{"model": {"vocab_sine": 8}, "search": {}}')
     with pytest.raises(kept.Damaged, match=r"student\.json: cannot be read \(TypeError: .*vocab_s"):

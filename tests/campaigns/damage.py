@@ -215,6 +215,7 @@ def main() -> int:
                     f"{found.what}: {found.reader}, {found.damage} {found.name}\n"
                     f"{found.said[-1500:]}\n"
                 )
+            sys.stdout.flush()
         sys.stdout.write(f"{args.kind}: {sum(table.values())} damages ")
         sys.stdout.write(f"in {time.monotonic() - begin:.0f} s\n")
         for what in ("unused", "remade", "said", *FAULTS):
