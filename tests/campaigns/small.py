@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import TINY  # noqa: E402
 
 # What differs between runs of the same settings: times, versions, and what is only reported.
-_TIMED = ("stage.json", "metrics.jsonl", "config.gin")
+_TIMED = ("stage.json", "metrics.jsonl", "config.gin", "checked.json")
 
 
 def start(module: str, *flags: str, folder: Path) -> subprocess.Popen:
