@@ -91,7 +91,7 @@ def sign(folder: str | os.PathLike, skip: Sequence[str] = APART) -> Listed:
     """
     folder = Path(folder)
     return {
-        path.relative_to(folder).as_posix(): _entry(path)
+        path.relative_to(folder).as_posix(): entry(path)
         for path in sorted(_files(folder))
         if path.relative_to(folder).parts[0] not in skip
     }
@@ -110,7 +110,8 @@ def _files(folder: Path, inner: bool = False) -> Iterator[Path]:
             yield path
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def entry(path: Path) -> dict[str, Any]:
+    """Bytes and sha256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
@@ -131,7 +132,7 @@ def adopt(written: Path, path: Path) -> None:
         entries = _read_list(manifest) or {}
     except (FileNotFoundError, Damaged):
         entries = {}
-    _write_json(manifest, {KEY: {**entries, path.name: _entry(written)}})
+    _write_json(manifest, {KEY: {**entries, path.name: entry(written)}})
     written.replace(path)
 
 
@@ -172,10 +173,10 @@ def _compare_all(folder: Path, looks: list[str]) -> None:
     if listed.file.name == MANIFEST:
         is_listed(listed.file)
     here = os.path.abspath(folder) + os.sep
-    for name, entry in listed.entries.items():
+    for name, written in listed.entries.items():
         path = listed.folder / name
         if os.path.abspath(path).startswith(here):
-            looks += _compare(path, entry)
+            looks += _compare(path, written)
             if path.name == MANIFEST and path != listed.file:
                 _compare_all(path.parent, looks)
 
@@ -289,7 +290,7 @@ def _read_list(file: Path) -> Listed | None:
         entries = json.loads(file.read_text(encoding="utf-8")).get(KEY)
         if entries is None and file.name == MANIFEST:
             raise ValueError(f"got no {KEY}")
-        if not all(isinstance(entry, dict) for entry in (entries or {}).values()):
+        if not all(isinstance(written, dict) for written in (entries or {}).values()):
             raise TypeError(f"got {KEY} of another form")
     except UNREADABLE as error:
         if file.name == MANIFEST:
@@ -300,10 +301,10 @@ def _read_list(file: Path) -> Listed | None:
     return entries
 
 
-def _compare(path: Path, entry: Mapping[str, Any]) -> list[str]:
-    """The file's name where its contents were read. Raises Damaged where it is not as its entry
-    says."""
-    size, sha256 = entry.get("bytes"), entry.get("sha256")
+def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
+    """The file's name where its contents were read. Raises Damaged where it is not as it was
+    written, by its entry in a list."""
+    size, sha256 = written.get("bytes"), written.get("sha256")
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import exact_search
 from dgr_jax.retrieval.generative import Retriever, Search, write_student
 from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.stages import pseudo_queries
 from dgr_jax.stages.candidates import _is_whole
 from dgr_jax.stages.teach import _candidates
 from dgr_jax.training import metrics
@@ -170,3 +172,31 @@ def test_metrics_go_on_after_the_last_row_that_can_be_read(tmp_path, end):
     with metrics.MetricsWriter(tmp_path, after=2, tensorboard=False) as writer:
         writer.write(3, {"loss": 0.5})
     assert path.read_bytes() == whole + b'{"step": 3, "loss": 0.5}\n'
+
+
+def test_blocks_of_pseudo_queries_that_were_cut_off_are_sampled_again(tmp_path, caplog):
+    made = SimpleNamespace(
+        store=SimpleNamespace(pids=["p0", "p1"]),
+        vocabulary=SimpleNamespace(decode=lambda row: " ".join(map(str, row))),
+        test_queries=frozenset(),
+    )
+    assert not pseudo_queries._is_whole(tmp_path, 0)
+    pseudo_queries._write_block(tmp_path, made, 0, np.arange(8).reshape(2, 2, 2))
+    assert pseudo_queries._is_whole(tmp_path, 0)
+    counted, texts = tmp_path / "part-000000000.json", tmp_path / "part-000000000.tsv"
+    for path, damage in [
+        (counted, "half"),
+        (counted, "foreign"),
+        (texts, "half"),
+        (texts, "delete"),
+    ]:
+        content = path.read_bytes()
+        spoil(path, damage)
+        caplog.clear()
+        assert not pseudo_queries._is_whole(tmp_path, 0)
+        assert "is damaged; its passages are sampled again" in caplog.text
+        path.write_bytes(content)
+    older = json.loads(counted.read_text())
+    del older["texts"]
+    counted.write_text(json.dumps(older))
+    assert pseudo_queries._is_whole(tmp_path, 0)

@@ -22,7 +22,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.views import normalised
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.kept import read_json
+from dgr_jax.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.sampling import Sampler
@@ -153,7 +153,7 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
     """
     made = Prepared.of(experiment)
     starts = range(0, len(made.store), _BLOCK)
-    missing = [start for start in starts if not _counted(folder, start).is_file()]
+    missing = [start for start in starts if not _is_whole(folder, start)]
     length = experiment.prepare.passage_length
     blocks = ((start, _inputs(made, start, length)) for start in missing)
     speeds = []
@@ -190,6 +190,23 @@ def _counted(folder: Path, start: int) -> Path:
     return folder / f"part-{start:09d}.json"
 
 
+def _is_whole(folder: Path, start: int) -> bool:
+    """Whether a block is there as it was written."""
+    path = _counted(folder, start)
+    if not path.is_file():
+        return False
+    try:
+        block, texts = read_json(path), path.with_suffix(".tsv")
+        if isinstance(block.get("counts"), dict) and texts.is_file():
+            written = entry(texts)
+            if written == block.get("texts", written):
+                return True
+    except Damaged:
+        pass
+    logger.warning("sample: %s or its .tsv is damaged; its passages are sampled again", path)
+    return False
+
+
 def _write_block(folder: Path, made: Prepared, start: int, sequences: np.ndarray) -> None:
     """Writes the pseudo-queries of a block, int32 [n, S, T], then its counts."""
     counts: Counter = Counter()
@@ -199,7 +216,8 @@ def _write_block(folder: Path, made: Prepared, start: int, sequences: np.ndarray
             texts = (made.vocabulary.decode(row.tolist()) for row in rows)
             for text in kept(texts, made.test_queries, counts, copied):
                 handle.write(f"{pid}\t{text}\n".encode())
-    written = json.dumps({"counts": counts, "copied": sorted(copied)})
+    texts = entry(_counted(folder, start).with_suffix(".tsv"))
+    written = json.dumps({"counts": counts, "copied": sorted(copied), "texts": texts})
     with lines.writing(_counted(folder, start)) as handle:
         handle.write(written.encode())
 
