@@ -290,8 +290,9 @@ def _read_list(file: Path) -> Listed | None:
         entries = json.loads(file.read_text(encoding="utf-8")).get(KEY)
         if entries is None and file.name == MANIFEST:
             raise ValueError(f"got no {KEY}")
-        if not all(isinstance(written, dict) for written in (entries or {}).values()):
-            raise TypeError(f"got {KEY} of another form")
+        for name, written in (entries or {}).items():
+            if not isinstance(written, dict) or not _is_inside(name):
+                raise TypeError(f"got {KEY} of another form at {name!r}")
     except UNREADABLE as error:
         if file.name == MANIFEST:
             raise Damaged(file, f"cannot be read ({type(error).__name__}: {error})") from error
@@ -299,6 +300,11 @@ def _read_list(file: Path) -> Listed | None:
     if time.time_ns() - status.st_mtime_ns > _JUST_CHANGED:
         _lists[file] = mark, entries
     return entries
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is of a file in the folder of its list: what is listed may be removed."""
+    return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:

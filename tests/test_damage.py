@@ -200,3 +200,9 @@ def test_blocks_of_pseudo_queries_that_were_cut_off_are_sampled_again(tmp_path, 
     del older["texts"]
     counted.write_text(json.dumps(older))
     assert pseudo_queries._is_whole(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_sample_of_the_damage_campaign(command, tiny_model_dir):
+    flags = (f"--model_dir={tiny_model_dir}", "--damages=12")
+    assert "docid: 12 damages" in command("tests.campaigns.damage", *flags).stdout

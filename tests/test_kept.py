@@ -193,6 +193,22 @@ def test_other_processes_leave_contents_to_the_first(model_dir, monkeypatch):
     assert names == []
 
 
+@pytest.mark.parametrize("name", ["../../mine.txt", "/tmp/mine.txt", "a/../../../mine.txt"])
+def test_a_list_names_nothing_outside_its_folder(model_dir, tmp_path, name):
+    (tmp_path / "mine.txt").write_text("mine")
+    stage = model_dir / "generate"
+    record = json.loads((stage / "stage.json").read_text())
+    record["files_made"][name] = {"bytes": 1, "sha256": ""}
+    (stage / "stage.json").write_text(json.dumps(record))
+    kept.whole(stage)
+    kept.clear(stage)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    step = stage / "checkpoints/6"
+    (step / "files_made.json").write_text(json.dumps({"files_made": {name: {"bytes": 1}}}))
+    with pytest.raises(Damaged, match=r"files_made\.json: cannot be read"):
+        kept.whole(step)
+
+
 def test_a_damaged_list_is_damage(model_dir):
     manifest = model_dir / "generate/checkpoints/6/files_made.json"
     good = manifest.read_bytes()

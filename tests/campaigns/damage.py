@@ -8,6 +8,7 @@ that students answer again). What happens is one of
 
     unused     the same results, and not a word
     remade     the same results, and a line that says what was made again
+    told       other results, and a line that says which settings changed: config.gin was damaged
     said       exit status 2, and a line that names a file of MODEL_DIR
     silent     exit status 0 with other results
     unclear    exit status 2 without the name of a file
@@ -153,8 +154,8 @@ def damages(folder: Path, count: int, seed: int) -> Iterator[tuple[str, str]]:
     yield from every[: count or None]
 
 
-def outcome(reader: str, folder: Path, expected: dict[str, bytes]) -> tuple[str, str]:
-    """(what happened, what was said) where a reader meets a damaged MODEL_DIR."""
+def outcome(reader: str, folder: Path, name: str, expected: dict[str, bytes]) -> tuple[str, str]:
+    """(what happened, what was said) where a reader meets a MODEL_DIR with a damaged file."""
     status, said, found = read(reader, folder)
     if "Traceback" in said or status not in (0, 2):
         return "traceback", said
@@ -162,9 +163,10 @@ def outcome(reader: str, folder: Path, expected: dict[str, bytes]) -> tuple[str,
         last = [line for line in said.splitlines() if line.startswith("error: ")]
         return ("said" if last and str(folder) in last[-1] else "unclear"), said
     if found != expected:
-        return "silent", said
-    told = ("made again", "searched again", "asked again", "settings changed", "set aside")
-    return ("remade" if any(word in said for word in told) else "unused"), said
+        changed = name == "config.gin" and "settings changed (" in said
+        return "told" if changed else "silent", said
+    again = ("made again", "searched again", "asked again", "settings changed", "set aside")
+    return ("remade" if any(word in said for word in again) else "unused"), said
 
 
 def campaign(
@@ -189,7 +191,7 @@ def campaign(
         for name, how in damages(finished, count, seed):
             reader = next(turn)
             damage(fresh() / name, how, chosen)
-            what, said = outcome(reader, copy, expected[reader])
+            what, said = outcome(reader, copy, name, expected[reader])
             yield Outcome(name, how, reader, what, said)
 
 
@@ -218,7 +220,7 @@ def main() -> int:
             sys.stdout.flush()
         sys.stdout.write(f"{args.kind}: {sum(table.values())} damages ")
         sys.stdout.write(f"in {time.monotonic() - begin:.0f} s\n")
-        for what in ("unused", "remade", "said", *FAULTS):
+        for what in ("unused", "remade", "told", "said", *FAULTS):
             numbers = ", ".join(f"{how} {table[what, how]}" for how in DAMAGES)
             sys.stdout.write(f"{what:10s} {numbers}\n")
         return sum(table[what, how] for what in FAULTS for how in DAMAGES)
