@@ -15,8 +15,10 @@ import gc
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -328,22 +330,31 @@ def _reading(folder: Path) -> Iterator[None]:
             raise
         said = _first_line(root)[:200]
         damage = kept.Damaged(folder, f"cannot be read ({said}); truncated or damaged")
+        _forget_reads(error)
     else:
         return
-    _forget_futures()
     raise damage
 
 
-def _forget_futures() -> None:
-    """Lets go of the reads that failed beside the first: asyncio would tell of each at length, at
-    the end of the process in the midst of another traceback."""
+def _forget_reads(error: BaseException) -> None:
+    """Lets go of the reads that failed, or wait, beside the one of the error. asyncio would tell of
+    each at length, and Python of those that raise when they are given up, up to the end of the
+    process."""
     told = logging.getLogger("asyncio")
-    if _unretrieved not in told.filters:
-        told.addFilter(_unretrieved)
-    gc.collect()
+    if _is_told not in told.filters:
+        told.addFilter(_is_told)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
-def _unretrieved(record: logging.LogRecord) -> bool:
+def _is_told(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -334,31 +335,37 @@ def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
     return [name]
 
 
-def model_dir_of(path: str | os.PathLike) -> Path | None:
+def _stage_of(path: Path) -> Path | None:
+    """The folder of the stage of a file; None of a file elsewhere."""
+    return next((parent for parent in path.parents if (parent / RECORD).is_file()), None)
+
+
+def _model_dir_of(path: Path) -> Path | None:
     """The MODEL_DIR of a file of a stage; None of a file elsewhere."""
-    for parent in Path(path).parents:
-        if (parent / RECORD).is_file():
-            above = parent.parent
-            return above.parent if above.name == "previous" else above
-    return None
+    stage = _stage_of(path)
+    if stage is None:
+        return None
+    return stage.parent.parent if stage.parent.name == "previous" else stage.parent
 
 
 def _advice(path: Path) -> str:
     """How a file of a MODEL_DIR is made again."""
-    folder = model_dir_of(path)
-    if folder is None:
+    folder, stage = _model_dir_of(path), _stage_of(path)
+    if folder is None or stage is None:
         return ""
     command = "train"
     with contextlib.suppress(OSError):
-        if b"PseudoQueries." in (folder / "config.gin").read_bytes():
+        if re.search(rb"^PseudoQueries\.model_dir", (folder / "config.gin").read_bytes(), re.M):
             command = "pseudo_queries"
-    return f". `python -m dgr_jax.{command} --model_dir={folder}` makes it again"
+    # Nobody notices damage in a stage without a list, which is older than lists.
+    before = "" if _read_list(stage / RECORD) is not None else f"Remove {stage}, then "
+    return f". {before}`python -m dgr_jax.{command} --model_dir={folder}` makes it again"
 
 
 @contextlib.contextmanager
 def _memory(folder: Path) -> Iterator[list[str]]:
     """Knows what other processes have looked at, and keeps for them the names put into the list."""
-    place = model_dir_of(folder / "any")
+    place = _model_dir_of(folder / "any")
     if place is not None and place not in _remembered:
         _remembered.add(place)
         for name, look in _remembered_in(place).items():

@@ -20,6 +20,7 @@ from dgr_jax.retrieval.generative import Retriever, Search, write_student
 from dgr_jax.retrieval.view_indexes import ViewIndexes
 from dgr_jax.stages import pseudo_queries
 from dgr_jax.stages.candidates import _is_whole
+from dgr_jax.stages.prepare import export
 from dgr_jax.stages.teach import _candidates
 from dgr_jax.training import metrics
 from dgr_jax.training.arrays import read_arrays, write_arrays
@@ -206,3 +207,21 @@ def test_blocks_of_pseudo_queries_that_were_cut_off_are_sampled_again(tmp_path, 
 def test_a_sample_of_the_damage_campaign(command, tiny_model_dir):
     flags = (f"--model_dir={tiny_model_dir}", "--damages=12")
     assert "docid: 12 damages" in command("tests.campaigns.damage", *flags).stdout
+
+
+def test_an_export_carries_its_list_and_refuses_damage(prepared, tmp_path):
+    origin = tmp_path / "model" / "prepare"
+    shutil.copytree(prepared, origin)
+    (origin / "tfds").mkdir()
+    (origin / "tfds" / "records").write_bytes(b"examples")
+    (tmp_path / "model" / "config.gin").write_text("")
+    record = {"status": "done", "files_made": kept.sign(origin)}
+    (origin / "stage.json").write_text(json.dumps(record))
+    experiment = SimpleNamespace(model_dir=str(tmp_path / "model"))
+    export(experiment, str(tmp_path / "away"))
+    kept.whole(tmp_path / "away" / "prepare")
+    assert kept.is_listed(tmp_path / "away" / "prepare" / "spiece.model")
+    spoil(origin / "spiece.model", "half")
+    with pytest.raises(kept.Damaged, match=r"spiece\.model: got \d+ bytes, expected \d+ as it"):
+        export(experiment, str(tmp_path / "other"))
+    assert not (tmp_path / "other" / "prepare").exists()

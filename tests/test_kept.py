@@ -100,6 +100,17 @@ def test_the_command_of_pseudo_queries(model_dir):
         kept.opened(model_dir / "generate/student.json")
 
 
+def test_a_stage_without_a_list_must_be_removed_to_be_made_again(model_dir):
+    stage = model_dir / "generate"
+    (stage / "stage.json").write_text('{"status": "done"}')
+    with pytest.raises(Damaged) as error:
+        kept.read_json(stage / "student.json")
+    assert str(error.value).endswith(
+        f"; truncated or damaged. Remove {stage}, then `python -m dgr_jax.train "
+        f"--model_dir={model_dir}` makes it again"
+    )
+
+
 def test_files_without_a_list_are_opened_as_they_are(model_dir, tmp_path):
     for name in ("generate/runs/a.trec", "generate/tfds/records", "config.gin", "old/file"):
         kept.opened(model_dir / name)  # what is not there is for its reader to say
