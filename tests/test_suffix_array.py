@@ -188,8 +188,14 @@ def change(header, **fields):
     ("damage", "message"),
     [
         (lambda header: header.unlink(), "header.json is missing: not a folder of dgr_jax.suffix"),
-        (lambda header: header.write_text("[1]"), "header.json is not a header of dgr_jax.suffix_"),
-        (lambda header: header.write_text("{"), "header.json is not a header of dgr_jax.suffix_ar"),
+        (
+            lambda header: header.write_text("[1]"),
+            "header.json: is not a header of dgr_jax.suffix_",
+        ),
+        (
+            lambda header: header.write_text("{"),
+            "header.json: is not a header of dgr_jax.suffix_ar",
+        ),
         (lambda header: change(header, format="x"), "got 'x' version 1; expected 'dgr_jax.suffix_"),
         (lambda header: change(header, version=7), "version 7; expected 'dgr_jax.suffix_array' ve"),
         (lambda header: change(header, sha256={}), "sha256 lacks branches_children, .*: build the"),

@@ -360,8 +360,8 @@ def test_a_damaged_array_is_refused_by_name(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b[: len(b) // 2], "header.json is not a header of dgr_jax.trie; expected"),
-        (lambda b: b"[1]", "header.json is not a header of dgr_jax.trie; expected"),
+        (lambda b: b[: len(b) // 2], "header.json: is not a header of dgr_jax.trie; expected"),
+        (lambda b: b"[1]", "header.json: is not a header of dgr_jax.trie; expected"),
         (lambda b: b'{"format": "other", "version": 1}', "got 'other' version 1; expected 'dgr_j"),
         (
             lambda b: json.dumps(json.loads(b) | {"version": 1}).encode(),

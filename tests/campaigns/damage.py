@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def outcome(reader: str, folder: Path, name: str, expected: dict[str, bytes]) ->
 
 
 def campaign(
-    finished: Path, count: int, seed: int = 0, readers: tuple[str, ...] = READERS
+    finished: Path, count: int, seed: int = 0, readers: Sequence[str] = READERS
 ) -> Iterator[Outcome]:
     """The outcomes of `count` damages of a finished MODEL_DIR, each in a copy of it."""
     chosen = random.Random(seed)
@@ -200,6 +200,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, default="docid")
     parser.add_argument("--damages", type=int, default=300, help="0: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", default=",".join(READERS), help="which read, in turn")
     parser.add_argument("--model_dir", type=Path, help="one of this kind that is finished")
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device: it compiles faster
@@ -210,7 +211,7 @@ def main() -> int:
             if status:
                 sys.exit(said)
         begin, table = time.monotonic(), collections.Counter()
-        for found in campaign(folder, args.damages, args.seed):
+        for found in campaign(folder, args.damages, args.seed, args.readers.split(",")):
             table[found.what, found.damage] += 1
             if found.what in FAULTS:
                 sys.stdout.write(
