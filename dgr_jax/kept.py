@@ -13,6 +13,7 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 RECORD, KEY = "stage.json", "files_made"
 MANIFEST = "files_made.json"
@@ -40,6 +43,7 @@ UNFINISHED = (
     ".nfs*",
 )
 LARGE = 1 << 20  # bytes from which a look is remembered in MODEL_DIR
+HUGE = 4 << 30  # bytes from which a look takes so long that it is said
 _JUST_CHANGED = 100_000_000  # nanoseconds in which another change may get the same time
 
 # What reading a file of the wrong contents raises.
@@ -325,6 +329,8 @@ def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
     look = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256)
     if not _process["reads contents"] or _looks.get(name) == look:
         return []
+    if status.st_size >= HUGE:
+        logger.info("%s: %.1f GB are compared with what was written", path, status.st_size / 1e9)
     if _digest(path) != sha256:
         raise Damaged(
             path, f"got other contents than the {size} bytes that were written; damaged or edited"

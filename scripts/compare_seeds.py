@@ -12,11 +12,12 @@ tests over the queries, each query counted once with its mean over the seeds.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 
-from dgr_jax import evaluation, kept
+from dgr_jax import evaluation
 from dgr_jax.corpora import beir, trec
 from dgr_jax.corpora.types import ScoredPassage
 
@@ -24,13 +25,12 @@ PAIRS = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
 
 
 def read_run(folder: Path, system: str, split: str) -> dict[str, list[ScoredPassage]]:
-    path = kept.opened(folder / "evaluate" / f"{system}.{split}.trec")
+    path = folder / "evaluate" / f"{system}.{split}.trec"
     return {ranked.qid: list(ranked.passages) for ranked in trec.runs(path)}
 
 
 def read_qrels(folder: Path, split: str) -> dict[str, dict[str, int]]:
     judged: dict[str, dict[str, int]] = {}
-    kept.whole(folder / "prepare" / "collection")
     for qrel in beir.BeirCollection(str(folder / "prepare" / "collection")).qrels(split):
         judged.setdefault(qrel.qid, {})[qrel.pid] = qrel.relevance
     return judged
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--min_relevance", type=int, default=1)
     parser.add_argument("--measures", default="Success@1,Success@10,RR@10")
     args = parser.parse_args()
-    measured = [kept.read_json(folder / "evaluate" / "metrics.json") for folder in args.model_dirs]
+    measured = [
+        json.loads((folder / "evaluate" / "metrics.json").read_text()) for folder in args.model_dirs
+    ]
     for system in measured[0]:
         rows = [row[system][args.split] for row in measured]
         cells = [
