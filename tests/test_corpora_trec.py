@@ -228,13 +228,30 @@ def test_qrels_in_memory():
 
 def test_check_qrels_counts_and_gives_three_examples():
     qrels = [Qrel("q", f"p{i}", 1) for i in range(6)] + [Qrel("x", "p0", 1), Qrel("x", "p9", 1)]
-    assert checks.check_qrels(qrels[:2], {"q"}, {"p0", "p1"}) == 2
+    assert checks.check_qrels(qrels[:2], {"q"}, {"p0", "p1"}) == (qrels[:2], 0, 0, 0)
     with pytest.raises(ValueError) as caught:
         checks.check_qrels(qrels, {"q"}, {"p0", "p1"}, where="dev.tsv")
     assert str(caught.value) == (
         "dev.tsv: found 6 of 8 judgements with 1 unknown query id (x) and 5 unknown passage ids "
         "(p2, p3, p4); expected ids of the collection's queries and passages"
     )
+
+
+def test_check_qrels_drops_unknown_ids_on_request(caplog):
+    qrels = [Qrel("q", "p0", 1), Qrel("x", "p0", 1), Qrel("q", "p8", 1), Qrel("q", "p9", 0)]
+    settings = {"where": "split 'test'", "setting": "Prepare.unknown_judgements"}
+    with pytest.raises(ValueError, match="passages; Prepare.unknown_judgements = 'drop' leaves"):
+        checks.check_qrels(qrels, {"q"}, {"p0"}, **settings)
+    checked = checks.check_qrels(qrels, {"q"}, {"p0"}, unknown="drop", **settings)
+    assert checked == checks.CheckedQrels(qrels[:1], 3, unknown_queries=1, unknown_passages=2)
+    assert caplog.messages == [
+        "split 'test': found 3 of 4 judgements with 1 unknown query id (x) and 2 unknown passage "
+        "ids (p8, p9): they are left out"
+    ]
+    with pytest.raises(ValueError, match="found 3 of 3 judgements .* expected ids of the coll"):
+        checks.check_qrels(qrels[1:], {"q"}, {"p0"}, unknown="drop", **settings)
+    with pytest.raises(ValueError, match="unknown_judgements: got 'keep', expected 'error' or"):
+        checks.check_qrels(qrels, {"q"}, {"p0"}, unknown="keep", **settings)
 
 
 # Real runs, where they are: first stages, cross-encoders, language models' orders without scores.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage, Qrel, Query
@@ -144,40 +144,70 @@ def integer(text: str, path: Path, line: int, what: str) -> int:
     return int(text)
 
 
+class CheckedQrels(NamedTuple):
+    """Judgements of known queries and passages, and what was left out.
+
+    dropped: judgements that name an unknown query or passage; unknown_queries, unknown_passages:
+    different ids among them.
+    """
+
+    kept: list[Qrel]
+    dropped: int
+    unknown_queries: int
+    unknown_passages: int
+
+
 def check_qrels(
     qrels: Iterable[Qrel],
     qids: Container[str],
     pids: Container[str],
     *,
     where: str = "qrels",
-) -> int:
-    """Returns how many judgements there are; ValueError when some name unknown queries or passages.
+    unknown: str = "error",
+    setting: str = "",
+) -> CheckedQrels:
+    """The judgements whose query and passage are known, in their order.
 
-    The message counts unknown queries and passages apart, with three examples of each. `where`
-    (a file, a split) opens the message. Memory: the unknown ids only.
+    qids, pids: those of the collection. where: a file or a split, which opens every message.
+    unknown: what becomes of judgements that name unknown queries or passages: "error" refuses
+    them, "drop" leaves them out, with a warning, as long as some judgement stays. setting: the name
+    of the setting that `unknown` comes from, such as "Prepare.unknown_judgements".
+
+    Raises ValueError at unknown ids, with three examples of each kind, and at another `unknown`.
     """
-    total = bad = 0
+    if unknown not in ("error", "drop"):
+        raise ValueError(
+            f"{setting or 'check_qrels: unknown'}: got {unknown!r}, expected 'error' or 'drop'"
+        )
+    kept: list[Qrel] = []
+    dropped = 0
     unknown_qids: set[str] = set()
     unknown_pids: set[str] = set()
     for qrel in qrels:
-        total += 1
         known_query, known_passage = qrel.qid in qids, qrel.pid in pids
-        bad += not (known_query and known_passage)
+        if known_query and known_passage:
+            kept.append(qrel)
+            continue
+        dropped += 1
         if not known_query:
             unknown_qids.add(qrel.qid)
         if not known_passage:
             unknown_pids.add(qrel.pid)
-    if bad:
+    if dropped:
         parts = [
             f"{_count(ids, f'unknown {kind} id')} ({', '.join(heapq.nsmallest(3, ids))})"
             for kind, ids in (("query", unknown_qids), ("passage", unknown_pids))
             if ids
         ]
-        raise ValueError(
-            f"{where}: found {bad:,} of {total:,} judgements with {' and '.join(parts)}; "
-            f"expected ids of the collection's queries and passages"
-        )
-    return total
+        total = len(kept) + dropped
+        found = f"{where}: found {dropped:,} of {total:,} judgements with {' and '.join(parts)}"
+        if unknown == "error" or not kept:
+            hint = f"; {setting} = 'drop' leaves them out" if setting and kept else ""
+            raise ValueError(
+                f"{found}; expected ids of the collection's queries and passages{hint}"
+            )
+        logger.warning("%s: they are left out", found)
+    return CheckedQrels(kept, dropped, len(unknown_qids), len(unknown_pids))
 
 
 def _key(record: Passage | Query) -> str:
