@@ -21,12 +21,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from dgr_jax.corpora import checks, lines
+from dgr_jax.corpora import checks, files, lines
 from dgr_jax.corpora.types import Qrel, RankList, ScoredPassage
 
 logger = logging.getLogger(__name__)
 
 _SPACE = re.compile(r"[ \t]+")
+_UNFIT = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\ufeff]")
 _NO_SCORE = frozenset({"nan", "none", "null", "na", "-"})
 _RELEVANCE_HEADERS = frozenset({"score", "relevance", "rel", "label"})
 _QREL_COLUMNS = {4: "qid, an unused one, pid, relevance", 3: "qid, pid, relevance", 2: "qid, pid"}
@@ -66,7 +67,7 @@ def qrels(path: str | os.PathLike) -> Iterator[Qrel]:
             raise lines.error(path, line, _columns(fields), wanted)
         width = len(fields)
         pid = fields[2] if width == 4 else fields[1]
-        relevance = 1 if width == 2 else checks.integer(fields[-1], path, line, "relevance")
+        relevance = 1 if width == 2 else checks.relevance(fields[-1], path, line)
         yield Qrel(fields[0], pid, relevance)
 
 
@@ -81,12 +82,13 @@ def runs(path: str | os.PathLike, *, ties: str = "pid") -> Iterator[RankList]:
     if ties not in ("pid", "rank"):
         raise ValueError(f"found ties={ties!r}; expected 'pid' or 'rank' (gin: runs.ties)")
     path = lines.place(path)
-    grouped, scored = _survey(path)
-    for rows in _by_query(_run_rows(path), path, grouped):
-        if scored:
-            yield _by_score(rows, path, ties)
-        else:
-            yield _by_rank(rows, path)
+    with files.rereadable(path):
+        grouped, scored = _survey(path)
+        for rows in _by_query(_run_rows(path), path, grouped):
+            if scored:
+                yield _by_score(rows, path, ties)
+            else:
+                yield _by_rank(rows, path)
 
 
 def scores(path: str | os.PathLike) -> Iterator[RankList]:
@@ -95,8 +97,9 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
     A header that ends in "score" is passed over. Equal scores by pid; errors as for `runs`.
     """
     path = lines.place(path)
-    for rows in _by_query(_score_rows(path), path, _is_grouped(path)):
-        yield _by_score(rows, path, "pid")
+    with files.rereadable(path):
+        for rows in _by_query(_score_rows(path), path, _is_grouped(path)):
+            yield _by_score(rows, path, "pid")
 
 
 def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str) -> None:
@@ -140,8 +143,13 @@ def qrels_in_memory(judgements: Iterable[Qrel]) -> dict[str, dict[str, int]]:
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, columns) of the lines that are not empty. Spaces beyond ASCII belong to the ids."""
+    """(line, columns) of the lines that are not empty. Spaces beyond ASCII belong to the ids.
+
+    Raises ValueError at a control character, which no id can hold.
+    """
     for line, text in lines.read(path):
+        if unfit := _UNFIT.search(text):
+            raise lines.error(path, line, f"the character {unfit[0]!r}", "columns without it")
         fields = text.split() if text.isascii() else _SPACE.split(text.strip(" \t"))
         if fields and fields[0]:
             yield line, fields
@@ -272,7 +280,8 @@ def _sorted(rank_list: RankList) -> list[ScoredPassage]:
 
 
 def _check_column(what: str, text: str) -> None:
-    if not text or checks.ASCII_SPACE.search(text):
+    if not text or checks.UNFIT_FOR_ID.search(text):
         raise ValueError(
-            f"found the {what} {text!r}; expected a word, for white space separates columns"
+            f"found the {what} {lines.shown(text)}; expected a word, for white space separates "
+            "columns, and control characters end them for some readers"
         )
