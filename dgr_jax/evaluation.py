@@ -2,9 +2,9 @@
 
 In memory a run is {qid: passages, best first}, qrels are {qid: {pid: relevance}}. Every measure is
 averaged over all queries of the qrels: a query that the run lacks scores 0, a query that only the
-run has is left out. A run is ranked by score, and equal scores by pid, as its TREC file is: the
-measures are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would
-break in opposite ways.
+run has is left out. A run is ranked as its TREC file is (see dgr_jax.corpora.ranking): the measures
+are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would break in
+opposite ways.
 
 `min_relevance` is the lowest grade that counts as relevant in the binary measures (Success@k,
 RR@k, R@k ...). Graded ones (nDCG@k) always use the grades. It does not show in the names of the
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import Query, ScoredPassage
 
 if TYPE_CHECKING:
@@ -364,7 +365,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
-    """By falling score, then by pid."""
+    """In the order of `ranking`."""
     seen = set()
     for passage in passages:
         if passage.pid in seen:
@@ -372,7 +373,7 @@ def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
         if math.isnan(passage.score):
             raise ValueError(f"the score of passage {passage.pid!r} for query {qid!r} is NaN")
         seen.add(passage.pid)
-    return sorted(passages, key=lambda passage: (-passage.score, passage.pid))
+    return ranking.best_first(passages)
 
 
 def _measure(name: str, min_relevance: int):

@@ -79,8 +79,8 @@ def checked(
 
     `kind` is "passage" or "query". Raises ValueError at an id that is empty, holds white space
     (which separates the columns of runs and qrels) or a control character, or comes twice, naming
-    both lines, and at a file without records. Blank texts are kept; one warning counts them, however often the file is
-    read.
+    both lines, and at a file without records. Blank texts are kept; one warning counts them,
+    however often the file is read.
     """
     seen: set[str] = set()
     blank, first_blank = 0, 0

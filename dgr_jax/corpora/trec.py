@@ -1,7 +1,7 @@
 """TREC files: judgements (qrels), runs, and tables of scores; plain or .gz.
 
-Order of a run as it is read: score, highest first; equal scores by pid. The rank column decides in
-two cases only:
+Order of a run as it is read and written: that of `ranking`, by score and then by pid. The rank
+column decides in two cases only:
 - a run that holds an order and no scores, as language models give it: where the scores of no
   query differ, or all are written as one of nan, none, null, na, -, the ranks are the order and
   -rank becomes the score;
@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from dgr_jax.corpora import checks, files, lines
+from dgr_jax.corpora import checks, files, lines, ranking
 from dgr_jax.corpora.types import Qrel, RankList, ScoredPassage
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,12 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
 
 
 def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str) -> None:
-    """Writes a run: scores unrounded, best first, ties by pid, ranks from 1; .gz by the name.
+    """Writes a run: best first, ranks from 1; .gz by the name.
 
-    The file appears whole or not at all. Raises ValueError for white space in an id or the tag,
-    a score that is no finite number, a passage twice in a list and a query with two lists.
+    Scores are unrounded and fall strictly with the rank, ties broken in their last digits: see
+    `ranking`. The file appears whole or not at all. Raises ValueError for white space in an id or
+    the tag, a score that is no finite number of float32, a passage twice in a list and a query with
+    two lists.
     """
     _check_column("tag", tag)
     written: set[str] = set()
@@ -118,8 +120,10 @@ def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str)
                     f"found two rank lists of the query {rank_list.qid!r}; expected one"
                 )
             written.add(rank_list.qid)
-            for rank, passage in enumerate(_sorted(rank_list), start=1):
-                row = f"{rank_list.qid} Q0 {passage.pid} {rank} {float(passage.score)!r} {tag}\n"
+            passages = _sorted(rank_list)
+            scores = ranking.falling([passage.score for passage in passages])
+            for rank, (passage, score) in enumerate(zip(passages, scores, strict=True), start=1):
+                row = f"{rank_list.qid} Q0 {passage.pid} {rank} {score!r} {tag}\n"
                 handle.write(row.encode())
 
 
@@ -276,7 +280,7 @@ def _sorted(rank_list: RankList) -> list[ScoredPassage]:
                 f"expected each passage once"
             )
         pids.add(passage.pid)
-    return sorted(rank_list.passages, key=lambda passage: (-passage.score, passage.pid))
+    return ranking.best_first(rank_list.passages)
 
 
 def _check_column(what: str, text: str) -> None:
