@@ -137,7 +137,11 @@ class Block(NamedTuple):
 
 def open_vectors(path: str | Path) -> np.ndarray:
     """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
-    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: not a whole .npy array ({reason}); make it again") from None
     _check_vectors(vectors, str(path))
     return vectors
 
