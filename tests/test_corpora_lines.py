@@ -191,6 +191,7 @@ def test_writing_gzip_gives_the_same_bytes_each_time(tmp_path):
         ),
         ('1\ta\n2\t"open\n3\tb', r"line 2: found a field that cannot be read \(its quote is not"),
         ('1\t"a" b\t2\n', r"line 1: found a field that cannot be read \(' b\\t2' behind a closing"),
+        ("1\ta\rb\n", r"line 1: .* \(a carriage return outside of quotes\)"),
         ('1\ta\t"\n', r"line 1: found a field that cannot be read \(its quote is not closed\)"),
     ],
 )

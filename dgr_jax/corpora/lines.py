@@ -165,7 +165,8 @@ def csv_rows(
     """Yields (line where it starts, fields) of a tab-separated file with CSV quoting ("" for ").
 
     A field whose quotes hold the end of a line goes on there. Raises ValueError, naming the line
-    where the row starts, at a quote that is never closed and at text behind a closing quote.
+    where the row starts, at a quote that is never closed, at text behind a closing quote and at a
+    carriage return outside of quotes.
 
     tabs_over_lines: False refuses a quoted field that holds both the end of a line and a tab. In a
       file whose rows stand on one line each, a quote that is not closed makes such a field of all
@@ -175,7 +176,7 @@ def csv_rows(
     for line, text in rows:
         if not text:
             continue
-        if '"' not in text:
+        if '"' not in text and "\r" not in text:
             yield line, text.split("\t")
             continue
         try:
@@ -209,6 +210,8 @@ def _unquoted(text: str) -> list[str] | None:
             end = text.find("\t", start)
             end = len(text) if end < 0 else end
             field, start = text[start:end], end
+            if "\r" in field:
+                raise ValueError("a carriage return outside of quotes")
         fields.append(field)
         if start == len(text):
             return fields

@@ -76,11 +76,10 @@ def _below(values: np.ndarray) -> np.ndarray:
     """f64: the highest float32 that is less than each value for every reader, however it rounds."""
     lowest = np.float32(-np.inf)
     inside = np.abs(values) <= _HIGHEST
-    near = np.where(inside, values, 0).astype(np.float32)
-    floor = np.where(near > values, np.nextafter(near, lowest), near)
     with np.errstate(over="ignore"):
+        near = np.where(inside, values, 0).astype(np.float32)
+        floor = np.where(near > values, np.nextafter(near, lowest), near)
         below = np.nextafter(floor, lowest)
-    beside_zero = np.where(floor > 0, np.float32(0), -_SMALLEST)
-    below = np.where(np.abs(below) < _SMALLEST, beside_zero, below).astype(np.float64)
-    with np.errstate(over="ignore"):
+        beside_zero = np.where(floor > 0, np.float32(0), -_SMALLEST)
+        below = np.where(np.abs(below) < _SMALLEST, beside_zero, below).astype(np.float64)
         return np.where(inside & np.isfinite(below), below, np.nextafter(values, -np.inf))

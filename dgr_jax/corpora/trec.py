@@ -171,7 +171,7 @@ def _run_rows(path: Path) -> Iterator[_Row]:
         qid, _, pid, rank, score, _ = fields
         number = _score(score)
         if number is None and score.lower() not in _NO_SCORE:
-            raise lines.error(path, line, f"the score {score!r}", "a finite number")
+            raise lines.error(path, line, f"the score {lines.shown(score)}", "a finite number")
         yield _Row(line, qid, pid, checks.integer(rank, path, line, "rank"), number)
 
 
@@ -239,16 +239,18 @@ def _by_query(rows: Iterable[_Row], path: Path, grouped: bool) -> Iterator[list[
         first: dict[str, int] = {}
         for row in query:
             if first.setdefault(row.pid, row.line) != row.line:
-                found = f"the passage {row.pid!r} of the query {row.qid!r} again, first seen on "
-                expected = "each passage once a query"
-                raise lines.error(path, row.line, f"{found}line {first[row.pid]}", expected)
+                found = f"the passage {lines.shown(row.pid)} of the query {lines.shown(row.qid)}"
+                found += f" again, first seen on line {first[row.pid]}"
+                raise lines.error(path, row.line, found, "each passage once a query")
         yield query
 
 
 def _by_score(rows: list[_Row], path: Path, ties: str) -> RankList:
     for row in rows:
         if row.score is None:
-            raise lines.error(path, row.line, f"no score for {row.pid!r}", "a finite number")
+            raise lines.error(
+                path, row.line, f"no score for {lines.shown(row.pid)}", "a finite number"
+            )
     ranks = 1 if ties == "rank" else 0
     ordered = sorted(rows, key=lambda row: (-row.score, ranks * row.rank, row.pid))
     return RankList(rows[0].qid, tuple(ScoredPassage(row.pid, row.score) for row in ordered))
@@ -259,7 +261,7 @@ def _by_rank(rows: list[_Row], path: Path) -> RankList:
     if len({row.rank for row in rows}) == len(rows):
         return _by_score([row._replace(score=float(-row.rank)) for row in rows], path, "pid")
     if rows[0].score is None:
-        found = f"neither scores nor different ranks for the query {rows[0].qid!r}"
+        found = f"neither scores nor different ranks for the query {lines.shown(rows[0].qid)}"
         raise lines.error(path, rows[0].line, found, "one of them")
     return _by_score(rows, path, "pid")
 

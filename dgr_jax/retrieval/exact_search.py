@@ -34,6 +34,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgr_jax import partitioning
+from dgr_jax.corpora import files
 
 logger = logging.getLogger(__name__)
 
@@ -137,11 +138,7 @@ class Block(NamedTuple):
 
 def open_vectors(path: str | Path) -> np.ndarray:
     """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
-    try:
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path}: not a whole .npy array ({reason}); make it again") from None
+    vectors = files.array(path)
     _check_vectors(vectors, str(path))
     return vectors
 
