@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,53 @@ def test_real_runs_are_read_whole_and_agree_with_the_judgements(path):
     found = evaluation.evaluate(run, judged, ("nDCG@10", "RR@10"), min_relevance=2)
     assert found["nDCG@10"] > 0.5
     assert found["RR@10"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("grade", "message"),
+    [
+        (
+            "10000000000000000000",
+            "the relevance '1000.*'; expected a whole number of at most 1,000,",
+        ),
+        ("-1000001", "the relevance '-1000001'; expected a whole number of at most 1,000,000"),
+        ("9" * 5000, "the relevance '9+...9+'; expected a whole number of at most 1,000,000"),
+        ("NaN", "the relevance 'NaN'; expected a whole number"),
+        ("1_0", "the relevance '1_0'; expected a whole number"),
+    ],
+)
+def test_grades_that_cannot_be_measured_with_are_refused(tmp_path, grade, message):
+    path = _file(tmp_path, f"q 0 a 1000000\nq 0 b -0002\nq 0 c {grade}\n")
+    judged = trec.qrels(path)
+    assert [next(judged).relevance for _ in range(2)] == [1_000_000, -2]
+    with pytest.raises(ValueError, match=f"line 3: found {message}") as caught:
+        next(judged)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "character", ["\0", "\x1b", "\x1f", "\x0c", "\x7f", "\x85", "\ufeff", "\r"]
+)
+def test_control_characters_in_columns_are_refused(tmp_path, character):
+    run = _file(tmp_path, f"q Q0 a 1 3 t\nq Q0 b{character}c 2 2 t\n", "run.txt")
+    table = _file(tmp_path, f"q a 1\nq b{character}c 2\n", "table.txt")
+    message = re.escape(f"line 2: found the character {character!r}; expected columns without it")
+    for read, path in ((trec.runs, run), (trec.scores, table), (trec.qrels, table)):
+        with pytest.raises(ValueError, match=message):
+            list(read(path))
+
+
+def test_ranks_of_any_length_end_in_words(tmp_path):
+    path = _file(tmp_path, f"q Q0 a {'9' * 5000} 3 t\n")
+    with pytest.raises(
+        ValueError, match=r"line 1: found the rank '9+\.\.\.9+'; expected a whole num"
+    ):
+        list(trec.runs(path))
+
+
+def test_write_run_refuses_ids_that_no_reader_takes(tmp_path):
+    lists = [RankList("q", (ScoredPassage("a\x1b", 1.0),))]
+    with pytest.raises(
+        ValueError, match=r"found the pid 'a\\x1b'; expected a word, for white space"
+    ):
+        trec.write_run(tmp_path / "run.txt", lists, "t")

@@ -133,3 +133,19 @@ def test_a_file_system_without_links_has_copies(measured, monkeypatch):
     runs = measured.model_dir / "generate/runs"
     shown = measured.model_dir / "evaluate/generate.test.trec"
     assert next(runs.iterdir()).read_text() == shown.read_text()
+
+
+def test_queries_without_passages_are_counted_out_loud(measured, caplog):
+    measured()
+    lacking = sum(i % len(PASSAGES) == 0 for i in range(len(QUERIES)))
+    assert caplog.messages == [
+        f"evaluate: {system} has no passages for {lacking} of {len(QUERIES)} queries of split "
+        "'test', which count as 0"
+        for system in SYSTEMS
+    ]
+
+
+def test_a_split_without_queries_is_refused(measured, monkeypatch):
+    monkeypatch.setitem(globals(), "QUERIES", {})
+    with pytest.raises(ValueError, match="split 'test' has no query to measure on; expected one"):
+        measured()

@@ -104,3 +104,11 @@ def test_what_may_not_be_meant_is_said(files, caplog, run, remark):
     path = files("run.txt", run)
     measure_runs([path], files("q.txt", QRELS), 1)
     assert caplog.messages == [f"{path}: {remark}"]
+
+
+def test_a_grade_that_no_judgement_reaches_is_said(files, caplog):
+    measure_runs([files("run.txt", RUN)], files("q.txt", QRELS), 2)
+    (message,) = caplog.messages
+    assert (
+        message.startswith("--min_relevance=2: the highest grade of ") and " is 1, so " in message
+    )

@@ -313,6 +313,12 @@ def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
     judged = trec.qrels_in_memory(trec.qrels(qrels_path))
     if not judged:
         raise ValueError(f"--qrels={qrels_path}: found no judgement; expected qid, 0, pid, grade")
+    highest = max(max(grades.values()) for grades in judged.values())
+    if highest < min_relevance:
+        logger.warning(
+            "--min_relevance=%d: the highest grade of %s is %d, so that nothing counts as relevant "
+            "but for graded measures", min_relevance, qrels_path, highest,
+        )  # fmt: skip
     measured = {}
     for path, name in _names(paths).items():
         run = trec.run_in_memory(trec.runs(path))
