@@ -11,6 +11,7 @@ import codecs
 import gzip
 import json
 import os
+import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ place, writing = files.place, files.writing
 LONGEST = 1 << 26
 # No JSON token that the end of a block can cut (an escape, `-Infinity`) is longer than this.
 _LONGEST_CUT_TOKEN = 16
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _QUOTED = 'tab-separated fields, quoted with "..."'
 
 
@@ -282,10 +284,7 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not white space, "" at the end; white space is passed over."""
         while True:
-            end = self.position
-            while end < len(self.window) and self.window[end] in " \t\r\n":
-                end += 1
-            self.skip(end - self.position)
+            self.skip(_JSON_SPACE.match(self.window, self.position).end() - self.position)
             if self.position < len(self.window):
                 return self.window[self.position]
             if not self.more():
