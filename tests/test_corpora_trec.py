@@ -139,6 +139,8 @@ def test_interleaved_queries_are_gathered_with_a_warning(tmp_path, caplog):
     [
         ("q Q0 a 1 3\n", r"line 1: found 5 columns \('q Q0 a 1 3'\); expected 6 columns: qid, Q0"),
         ("q Q0 a 1 3 t\nq Q0 b 2 x t", "line 2: found the score 'x'; expected a finite number"),
+        ("q Q0 a 1 3 t\nq Q0 b 2 1_0 t", "line 2: found the score '1_0'; expected a finite numb"),
+        ("q Q0 a 1 3 t\nq Q0 b 2 ٣ t", "line 2: found the score '٣'; expected a finite number"),
         ("q Q0 a 1 3 t\nq Q0 b 2 inf t", "line 2: found the score 'inf'; expected a finite number"),
         (
             "q Q0 a 1 3 t\nq Q0 b 2 nan t",

@@ -186,7 +186,9 @@ def _score_rows(path: Path) -> Iterator[_Row]:
 
 
 def _score(text: str) -> float | None:
-    """The finite number in `text`, None where there is none."""
+    """The finite number in `text`, None where there is none: no "1_0", no digits beyond ASCII."""
+    if "_" in text or not text.isascii():
+        return None
     try:
         number = float(text)
     except ValueError:

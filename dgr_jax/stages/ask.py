@@ -100,6 +100,8 @@ def read_queries(path: str) -> dict[str, str]:
     queries: dict[str, str] = {}
     with files.rereadable(where):
         for number, qid, text in _records(where):
+            if qid.split() != [qid]:
+                raise lines.error(where, number, f"the query id {lines.shown(qid)}", checks.ID)
             qid = checks.checked_id(qid, where, number, "query")
             found, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
             if not text.strip():

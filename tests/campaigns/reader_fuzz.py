@@ -108,6 +108,8 @@ def whole(text: str) -> int:
 
 
 def finite(text: str) -> float:
+    if not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
+        raise ValueError("no score")
     if not np.isfinite(float(text)):
         raise ValueError("no score")
     return float(text)
@@ -389,6 +391,7 @@ def try_one(reader: Reader, folder: Path, draw: random.Random) -> tuple[str, str
     rows = [reader.lines(i, draw).encode() for i in range(LINES)]
     place = draw.randrange(LINES)
     rows[place] = damaged(rows[place], draw)
+    breaks = rows[place].count(b"\n")
     if draw.random() < 0.02:
         rows.insert(place, rows[draw.randrange(LINES)])
     head = [row.encode() for row in reader.head]
@@ -399,7 +402,7 @@ def try_one(reader: Reader, folder: Path, draw: random.Random) -> tuple[str, str
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(gzip.compress(data, 1) if draw.random() < 0.2 else data)
     first = len(head) + place + 1
-    last = first + rows[place].count(b"\n") + (len(rows) > LINES)
+    last = first + breaks + (len(rows) > LINES)
     try:
         got = reader.read(folder)
     except ValueError as error:
@@ -528,7 +531,7 @@ def main() -> int:
                 sys.stdout.write(f"{wrong}: {name}, number {number}: {why}\n    {line[:150]!r}\n")
     seconds = time.perf_counter() - begin
     sys.stdout.write(
-        f"{args.lines:,} lines of {len(chosen) + 1} readers in {seconds:.0f} s: "
+        f"{args.lines:,} lines of {len(chosen) + (args.reader is None)} readers in {seconds:.0f} s: "
         + ", ".join(f"{counts[kind]:,} {kind}" for kind in ("silent", "vague", "traceback"))
         + "\n"
     )
