@@ -530,8 +530,9 @@ def main() -> int:
             if wrong and counts[wrong] <= 20:
                 sys.stdout.write(f"{wrong}: {name}, number {number}: {why}\n    {line[:150]!r}\n")
     seconds = time.perf_counter() - begin
+    readers = len(chosen) + (args.reader is None)
     sys.stdout.write(
-        f"{args.lines:,} lines of {len(chosen) + (args.reader is None)} readers in {seconds:.0f} s: "
+        f"{args.lines:,} lines of {readers} readers in {seconds:.0f} s: "
         + ", ".join(f"{counts[kind]:,} {kind}" for kind in ("silent", "vague", "traceback"))
         + "\n"
     )
