@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 _GZIP_MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
 _DESCRIPTOR = re.compile(r"/dev/(?:(std(?:in|out|err))|fd/(\d+))|/proc/self/fd/(\d+)")
@@ -83,21 +81,6 @@ def rereadable(path: str | os.PathLike) -> Iterator[None]:
             yield
         finally:
             del _copies[name]
-
-
-def array(path: str | os.PathLike) -> np.ndarray:
-    """A .npy array, memory-mapped, or read whole where it lies in a bucket; ValueError names a file
-    that is none."""
-    try:
-        if isinstance(path, str) and "://" in path:
-            with place(path).open("rb") as file:
-                return np.load(file, allow_pickle=False)
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError:
-        raise
-    except Exception as error:  # the parser of its header fails in many ways
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"{path}: not a whole .npy array ({reason[:100]!r})") from None
 
 
 @contextmanager

@@ -278,7 +278,8 @@ class Searcher:
             tied = []
             for some in np.array_split(left, -(-len(left) * wide // _FOUND)):
                 found, values = self.index.search(vectors[some], wide)
-                tied.append(some[values[:, depth - 1] == values[:, -1]])
+                last = values[:, depth - 1]
+                tied.append(some[(last == values[:, -1]) & (last > -np.inf)])
                 passages[some] = self._ordered(found, values)[:, :depth]
                 scores[some] = values[:, :depth]
             left = np.concatenate(tied) if wide < most else left[:0]

@@ -34,7 +34,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgr_jax import partitioning
-from dgr_jax.corpora import files
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +137,7 @@ class Block(NamedTuple):
 
 def open_vectors(path: str | Path) -> np.ndarray:
     """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
-    vectors = files.array(path)
+    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     _check_vectors(vectors, str(path))
     return vectors
 
