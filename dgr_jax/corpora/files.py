@@ -73,7 +73,7 @@ def rereadable(path: str | os.PathLike) -> Iterator[None]:
         yield
         return
     with tempfile.NamedTemporaryFile(prefix="dgr_jax-") as copy:
-        with open(name, "rb") as pipe:
+        with place(path).open("rb") as pipe:
             shutil.copyfileobj(pipe, copy, _BUFFER)
         copy.flush()
         _copies[name] = copy.name
