@@ -325,7 +325,8 @@ def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
         for remark in _remarks(run, judged, path, qrels_path):
             logger.warning("%s: %s", path, remark)
         measured[name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
-    _console().print(evaluation.measures_table(measured, title=Path(qrels_path).name))
+    title = _names([qrels_path])[qrels_path]
+    _console().print(evaluation.measures_table(measured, title=title))
 
 
 def _names(paths: list[str]) -> dict[str, str]:
