@@ -2,9 +2,9 @@
 
 In memory a run is {qid: passages, best first}, qrels are {qid: {pid: relevance}}. Every measure is
 averaged over all queries of the qrels: a query that the run lacks scores 0, a query that only the
-run has is left out. A run is ranked by score, and equal scores by pid, as its TREC file is: the
-measures are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would
-break in opposite ways.
+run has is left out. A run is ranked as its TREC file is (see dgr_jax.corpora.ranking): the measures
+are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would break in
+opposite ways.
 
 `min_relevance` is the lowest grade that counts as relevant in the binary measures (Success@k,
 RR@k, R@k ...). Graded ones (nDCG@k) always use the grades. It does not show in the names of the
@@ -23,10 +23,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import Query, ScoredPassage
 
 if TYPE_CHECKING:
@@ -70,7 +71,14 @@ def evaluate(
 
 
 def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{measure: mean over the queries} of what `per_query` gives."""
+    """{measure: mean over the queries} of what `per_query` or `answer_hits` gives.
+
+    Raises ValueError for a measure of no query: there is no mean.
+    """
+    if empty := [name for name, scores in values.items() if not scores]:
+        raise ValueError(
+            f"measure {empty[0]!r}: got no query to average over, expected one or more"
+        )
     return {name: _mean(scores.values()) for name, scores in values.items()}
 
 
@@ -82,7 +90,7 @@ def per_query(
 
     if not qrels:
         raise ValueError("qrels hold no query: there is nothing to measure on")
-    parsed = {name: _measure(name, min_relevance) for name in measures}
+    parsed = {name: _taken(name, min_relevance) for name in measures}
     ranks = {
         qid: {passage.pid: -float(i) for i, passage in enumerate(_ranked(qid, run[qid]))}
         for qid in qrels
@@ -120,6 +128,11 @@ def compare(measure: str, a: Sequence[float], b: Sequence[float]) -> Comparison:
     """System a against system b: a value of each query, in the same order for both, with the
     p-value of `paired_randomization_test`."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or not a.size:
+        raise ValueError(
+            f"measure {measure!r}: got values of {a.size} and {b.size} queries, expected the same "
+            "queries for both systems, one or more"
+        )
     differences = np.where(np.isclose(a, b, rtol=0, atol=1e-9), 0.0, a - b)
     return Comparison(
         measure=measure,
@@ -266,10 +279,41 @@ def require_answers(measures: Sequence[str], queries: Iterable[Query], split: st
 
 
 def check(measures: Sequence[str], *, min_relevance: int = 1) -> None:
-    """Raises ValueError for a measure that is unknown, of judgements or of answers."""
+    """Raises ValueError for a measure that is unknown, of judgements or of answers, and for one of
+    judgements that cannot be taken here: the library for it is not installed, or refuses it."""
     for name in measures:
         if answer_cutoff(name) is None:
-            _measure(name, min_relevance)
+            _taken(name, min_relevance)
+
+
+@lru_cache(maxsize=256)
+def _taken(name: str, min_relevance: int) -> Any:
+    """The ir_measures object of a name, which has been tried on a query with two passages."""
+    import ir_measures
+
+    measure = _measure(name, min_relevance)
+    able = [p for p in ir_measures.DefaultPipeline.providers if p.supports(measure)]
+    here = [p for p in able if p.is_available()]
+    if here and here[0].NAME == "gdeval":
+        reason = "gdeval takes it, which asks for query ids that are whole numbers"
+    elif not here:
+        wanted = [f"{p.NAME} ({p.install_instructions()})" for p in able]
+        reason = f"it needs {' or '.join(wanted)}" if wanted else "no library takes it in this form"
+    else:
+        try:
+            grades, ranks = {"query": {"a": 1, "b": 0}}, {"query": {"a": -1.0, "b": -2.0}}
+            list(ir_measures.iter_calc([measure], grades, ranks))
+            return measure
+        except Exception as error:  # a library may fail in any way
+            reason = f"{here[0].NAME} refuses it ({type(error).__name__}: {_first_line(error)})"
+    raise ValueError(
+        f"measure {name!r} cannot be taken: {reason}; expected another one, such as 'RR@10' or "
+        "'nDCG@10'; set `measures`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:
@@ -360,11 +404,11 @@ def _p_value(p: float) -> str:
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
+    return math.fsum(values) / len(values)
 
 
 def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
-    """By falling score, then by pid."""
+    """In the order of `ranking`."""
     seen = set()
     for passage in passages:
         if passage.pid in seen:
@@ -372,7 +416,7 @@ def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
         if math.isnan(passage.score):
             raise ValueError(f"the score of passage {passage.pid!r} for query {qid!r} is NaN")
         seen.add(passage.pid)
-    return sorted(passages, key=lambda passage: (-passage.score, passage.pid))
+    return ranking.best_first(passages)
 
 
 def _measure(name: str, min_relevance: int):
@@ -389,8 +433,10 @@ def _measure(name: str, min_relevance: int):
         if measure.params.get("cutoff", 1) < 1:
             raise ValueError("a cutoff below 1")
     except (NameError, ValueError, AssertionError) as error:
+        # A parameter that must be given stands there as an object without a name.
+        reason = re.sub(r"invalid param (\w+)=<object .*>", r"it needs \1", _first_line(error))
         raise ValueError(
-            f"unknown measure {name!r} ({error}): expected a name of ir_measures such as "
+            f"unknown measure {name!r} ({reason}): expected a name of ir_measures such as "
             "'Success@5', 'RR@10', 'nDCG@10', 'R@100', or 'AnswerHits@5'; set `measures`"
         ) from error
     return measure

@@ -183,4 +183,46 @@ def test_real_folders_are_whole(tmp_path):
             judged = checks.check_qrels(
                 collection.qrels(split), qids, set(passages.pids), where=f"{corpus.parent}/{split}"
             )
-            assert judged >= sum(1 for _ in collection.queries(split)) > 0
+            assert len(judged.kept) >= sum(1 for _ in collection.queries(split)) > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"_id": "a\u001b", "text": "t"}', r"the passage id 'a\\x1b'; expected an id without"),
+        (r'{"_id": "a\u0085", "text": "t"}', r"the passage id 'a\\x85'; expected an id without"),
+        (r'{"_id": "\ud800", "text": "t"}', r"the passage id '\\ud800'; expected an id without"),
+        (r'{"_id": "\ufeffa", "text": "t"}', r"the passage id '\\ufeffa'; expected an id without"),
+        ('{"_id": ' + "1" * 4400 + ', "text": "t"}', "a whole number of too many digits; expected"),
+        (
+            '{"_id": "a", "text": ' + "[" * 200_000,
+            "JSON that is nested too deeply; expected one JSON",
+        ),
+        ('{"_id": "a", "text": null}', "'text': None; expected a string"),
+        ('{"_id": null, "text": "t"}', "'_id': None; expected a string"),
+        ('{"_id": "a", "text": NaN}', "'text': nan; expected a string"),
+        ('{"_id": "a", "text": true}', "'text': True; expected a string"),
+        (
+            '{"_id": "a", "text": ["' + "x" * 9000 + '"]}',
+            r"'text': \['x+\.\.\.x+'\]; expected a stri",
+        ),
+    ],
+)
+def test_values_that_no_collection_holds_are_refused(folder, line, message):
+    (folder / "corpus.jsonl").write_text('{"_id": "first", "text": "t"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"corpus.jsonl, line 2: found {message}") as caught:
+        list(beir.BeirCollection(str(folder)).passages())
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_half_a_surrogate_pair_of_a_text_is_replaced(folder):
+    (folder / "corpus.jsonl").write_text(r'{"_id": "a", "text": "t\ud800", "title": "\udfff"}')
+    (passage,) = beir.BeirCollection(str(folder)).passages()
+    assert (passage.text, passage.title) == ("t\ufffd", "\ufffd")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be"])
+def test_other_encodings_are_refused(folder, encoding):
+    (folder / "corpus.jsonl").write_bytes('{"_id": "a", "text": "t"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match="corpus.jsonl, line 1: found .*; expected"):
+        list(beir.BeirCollection(str(folder)).passages())

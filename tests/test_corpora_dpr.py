@@ -155,3 +155,39 @@ def test_bad_questions_are_refused(tmp_path, text, message):
 def test_bad_positives_are_refused(tmp_path, record, message):
     with pytest.raises(ValueError, match=message):
         list(_write(tmp_path, {"biencoder-nq-dev.json": json.dumps([record])}).qrels("dev"))
+
+
+def test_a_quote_that_is_not_closed_names_its_line(tmp_path):
+    head = "id\ttext\ttitle\n1\tfirst\tA\n"
+    for row in ('2\t"open\tB\n3\t"more" rows\tC\n', '2\t"open\tB\n3\tnext"\tC\n', '2\tx\t"open'):
+        collection = _write(tmp_path, {"psgs_w100.tsv": head + row})
+        with pytest.raises(ValueError, match="psgs_w100.tsv, line 3: found a field that cannot be"):
+            list(collection.passages())
+    collection = _write(tmp_path, {"nq-test.qa.csv": 'who\t["a"]\nwhat\t"[""b""]\nwhy\t["c"]\n'})
+    with pytest.raises(ValueError, match=r"nq-test.qa.csv, line 2: found a field that cannot be"):
+        list(collection.queries("test"))
+
+
+def test_a_long_quoted_passage_is_read(tmp_path):
+    text = 'so "long" ' * 30_000
+    row = text.replace('"', '""')
+    collection = _write(tmp_path, {"psgs_w100.tsv": f'id\ttext\ttitle\n1\t"{row}"\tA\n'})
+    assert list(collection.passages()) == [Passage("1", text, "A")]
+
+
+@pytest.mark.parametrize(
+    "answers", ["[" * 3000, "[" + "1" * 5000 + "]", "(" * 3000, "['a\0']", "None", "['a', 1]"]
+)
+def test_answers_that_are_no_list_are_refused(tmp_path, answers):
+    collection = _write(tmp_path, {"nq-test.qa.csv": f"who\t{answers}\n"})
+    with pytest.raises(
+        ValueError, match="line 1: found the answers .*; expected a list of strings"
+    ):
+        list(collection.queries("test"))
+
+
+def test_ids_of_positives_are_checked(tmp_path):
+    record = {"question": "q", "positive_ctxs": [{"passage_id": "a b"}]}
+    collection = _write(tmp_path, {"biencoder-nq-dev.json": json.dumps([record])})
+    with pytest.raises(ValueError, match="line 1: found the passage id 'a b'; expected an id with"):
+        list(collection.qrels("dev"))

@@ -113,3 +113,64 @@ def test_blank_and_repeated_documents_are_noticed(monkeypatch, caplog):
     assert caplog.messages == ["blank: 2 passages with blank text, kept; the first on line 2"]
     with pytest.raises(ValueError, match="twice, line 2: found the passage id '1' again"):
         list(IrDatasetsCollection("twice").passages())
+
+
+@pytest.mark.parametrize("part", ["docs", "queries", "qrels"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("HTTPSConnectionPool(host='x'): Max retries\nmore"),
+        RuntimeError("no source"),
+    ],
+)
+def test_without_a_network_one_line_says_so(monkeypatch, part, error):
+    def fail():
+        yield from ()
+        raise error
+
+    parts = {"docs": [Plain("1", "t")], "queries": [Asked("q", "t", [])], "qrels": []}
+    dataset = _dataset(**parts)
+    setattr(dataset, f"{part}_iter", fail)
+    library = {"far": dataset, "far/test": dataset}
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=library.__getitem__))
+    collection = IrDatasetsCollection("far")
+    collection.check(["test"])
+    read = collection.passages if part == "docs" else lambda: collection.queries("test")
+    name = "far" if part == "docs" else "far/test"
+    with pytest.raises(
+        OSError, match=rf"^the {part} of the ir_datasets id '{name}' cannot be re"
+    ) as e:
+        list(read())
+    assert "\n" not in str(e.value) and type(error).__name__ in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("qrel", "message"),
+    [
+        (Judged("q", "1", 10**19, 0), "bad/test, line 2: found the relevance '1000"),
+        (
+            Judged("q", "1", None, 0),
+            "bad/test, line 2: found the relevance 'None'; expected a whole",
+        ),
+        (Judged("q", "1 2", 1, 0), "bad/test, line 2: found the passage id '1 2'; expected an id"),
+        (
+            Judged("q\x1b", "1", 1, 0),
+            r"bad/test, line 2: found the query id 'q\\x1b'; expected an id",
+        ),
+    ],
+)
+def test_wrong_judgements_are_named(monkeypatch, qrel, message):
+    library = {"bad/test": _dataset(queries=[], qrels=[Judged("q", "1", 1, 0), qrel])}
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=library.__getitem__))
+    with pytest.raises(ValueError, match=message):
+        list(IrDatasetsCollection("bad").qrels("test"))
+
+
+def test_texts_that_are_no_strings_are_refused(monkeypatch):
+    library = {"bad": _dataset(docs=[Plain("1", 5)]), "title": _dataset(docs=[Titled("1", "t", 5)])}
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=library.__getitem__))
+    for name, found in (("bad", "text 5"), ("title", "title 5")):
+        with pytest.raises(
+            ValueError, match=f"a record of '{name}' with the {found}; expected a st"
+        ):
+            list(IrDatasetsCollection(name).passages())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
 import re
+import stat
+import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgr_jax.corpora import lines
+from dgr_jax.corpora import files, lines
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
@@ -176,3 +180,137 @@ def test_writing_gzip_gives_the_same_bytes_each_time(tmp_path):
     packed = (tmp_path / "a.gz").read_bytes()
     assert packed == (tmp_path / "b.gz").read_bytes()
     assert gzip.decompress(packed).decode() == "é\n" * 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '1\t"a\t"b\n',
+            r"line 1: found a field that cannot be read \('b' behind a closing quote\)",
+        ),
+        ('1\ta\n2\t"open\n3\tb', r"line 2: found a field that cannot be read \(its quote is not"),
+        ('1\t"a" b\t2\n', r"line 1: found a field that cannot be read \(' b\\t2' behind a closing"),
+        ("1\ta\rb\n", r"line 1: .* \(a carriage return outside of quotes\)"),
+        ('1\ta\t"\n', r"line 1: found a field that cannot be read \(its quote is not closed\)"),
+    ],
+)
+def test_csv_rows_refuse_quotes_that_are_not_closed(tmp_path, text, message):
+    path = tmp_path / "a.tsv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(lines.csv_rows(path))
+
+
+def test_csv_rows_of_one_line_each_see_a_row_that_was_swallowed(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('1\tx\n2\t"open\tA\n3\tnext"\tB\n')
+    assert list(lines.csv_rows(path))[1] == (2, ["2", "open\tA\n3\tnext", "B"])
+    with pytest.raises(ValueError, match=r"line 2: .* \(its quote is not closed: '2\\t\"open"):
+        list(lines.csv_rows(path, tabs_over_lines=False))
+    path.write_text('1\t"over\ntwo lines"\n2\t"a\ttab"\n')
+    rows = [(1, ["1", "over\ntwo lines"]), (3, ["2", "a\ttab"])]
+    assert list(lines.csv_rows(path, tabs_over_lines=False)) == rows
+
+
+@given(st.lists(st.lists(st.text('ab"\t\n é', max_size=4), min_size=2, max_size=3), max_size=4))
+def test_csv_rows_read_what_csv_writes(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("csv") / "a.tsv"
+    with path.open("w", newline="") as handle:
+        csv.writer(handle, delimiter="\t", lineterminator="\n").writerows(rows)
+    assert [fields for _, fields in lines.csv_rows(path)] == rows
+
+
+def test_csv_rows_of_any_length(tmp_path):
+    path = tmp_path / "a.tsv"
+    long = "x" * 200_000
+    path.write_text(f'1\t"{long}""{long}"\n2\t{long}\n')
+    assert list(lines.csv_rows(path)) == [(1, ["1", f'{long}"{long}']), (2, ["2", long])]
+
+
+def test_a_line_without_an_end_costs_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LONGEST", 1 << 16)
+    path = tmp_path / "zeros.gz"
+    path.write_bytes(gzip.compress(b"ok\n" + bytes(1 << 24)))
+    tracemalloc.start()
+    for read in (lambda: list(lines.read(path)), lambda: lines.places(path, 10)):
+        with pytest.raises(
+            ValueError, match=r"zeros.gz, line 2: found no end of the line within 65"
+        ):
+            read()
+    highest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert highest < 1 << 23
+    (tmp_path / "fits").write_bytes(b"x" * ((1 << 16) - 1) + b"\n" + b"y" * 9)
+    assert [len(text) for _, text in lines.read(tmp_path / "fits")] == [(1 << 16) - 1, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[" * 200_000, "JSON that is nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "a whole number of too many digits"),
+    ],
+)
+def test_json_that_python_gives_up_on(tmp_path, text, found):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"a": 1}}\n{text}\n')
+    with pytest.raises(ValueError, match=f"a.jsonl, line 2: found {found}; expected one JSON obje"):
+        list(lines.json_objects(path, "'a'"))
+    path.write_text(f'[\n{{"a": 1}},\n{{"b": {text}}}]')
+    with pytest.raises(ValueError, match=f"a.jsonl, line 3: found {found}; expected a JSON array"):
+        list(lines.json_array(path))
+
+
+# Writing to what is no file of its own.
+
+
+def test_writing_through_a_link_leaves_the_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, dangling = tmp_path / "link", tmp_path / "dangling"
+    (tmp_path / "there" / "old").write_text("old")
+    link.symlink_to(tmp_path / "there" / "old")
+    dangling.symlink_to("there/new")
+    for path in (link, dangling):
+        with lines.writing(path) as handle:
+            handle.write(b"text")
+        assert path.is_symlink()
+    assert sorted(p.name for p in (tmp_path / "there").iterdir()) == ["new", "old"]
+    assert link.read_text() == dangling.read_text() == "text"
+
+
+def test_writing_to_a_pipe_and_a_device(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    with lines.writing(pipe) as handle:
+        handle.write(b"text")
+    reader.join()
+    assert got == [b"text"] and stat.S_ISFIFO(pipe.stat().st_mode)
+    with lines.writing("/dev/null") as handle:
+        handle.write(b"text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}"])
+def test_writing_to_a_descriptor_goes_on_where_it_stands(tmp_path, name):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"before ")
+        file.flush()
+        with lines.writing(name.format(file.fileno())) as handle:
+            handle.write(b"text")
+        file.write(b" after")
+    assert (tmp_path / "file").read_bytes() == b"before text after"
+
+
+def test_a_pipe_is_read_as_often_as_is_asked(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    feed = threading.Thread(target=pipe.write_bytes, args=(gzip.compress(b"a\nb\n"),))
+    feed.start()
+    with files.rereadable(pipe):
+        for _ in range(2):
+            assert list(lines.read(pipe)) == [(1, "a"), (2, "b")]
+    feed.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,8 @@ def test_interleaved_queries_are_gathered_with_a_warning(tmp_path, caplog):
     [
         ("q Q0 a 1 3\n", r"line 1: found 5 columns \('q Q0 a 1 3'\); expected 6 columns: qid, Q0"),
         ("q Q0 a 1 3 t\nq Q0 b 2 x t", "line 2: found the score 'x'; expected a finite number"),
+        ("q Q0 a 1 3 t\nq Q0 b 2 1_0 t", "line 2: found the score '1_0'; expected a finite numb"),
+        ("q Q0 a 1 3 t\nq Q0 b 2 ٣ t", "line 2: found the score '٣'; expected a finite number"),
         ("q Q0 a 1 3 t\nq Q0 b 2 inf t", "line 2: found the score 'inf'; expected a finite number"),
         (
             "q Q0 a 1 3 t\nq Q0 b 2 nan t",
@@ -173,7 +176,7 @@ def test_write_run_sorts_ranks_and_keeps_every_digit(tmp_path, name):
     trec.write_run(tmp_path / name, [RankList("q", passages), RankList("empty", ())], "tag")
     data = (tmp_path / name).read_bytes()
     assert (gzip.decompress(data) if name.endswith(".gz") else data).decode() == (
-        "q Q0 b 1 0.3333333333333333 tag\nq Q0 a 2 0.1 tag\nq Q0 c 3 0.1 tag\n"
+        "q Q0 b 1 0.3333333333333333 tag\nq Q0 a 2 0.1 tag\nq Q0 c 3 0.09999998658895493 tag\n"
     )
 
 
@@ -193,7 +196,14 @@ def test_a_run_survives_the_way_out_and_back(tmp_path_factory, run):
         for qid, scores in run.items()
     }
     trec.write_run(path, trec.rank_lists(in_memory), "t")
-    assert trec.run_in_memory(trec.runs(path)) == in_memory
+    back = trec.run_in_memory(trec.runs(path))
+    for qid, passages in in_memory.items():
+        assert [passage.pid for passage in back[qid]] == [passage.pid for passage in passages]
+        for written, passage in zip(back[qid], passages, strict=True):
+            assert written.score == pytest.approx(passage.score, rel=1e-5, abs=1e-30)
+    again = path.with_name("again.txt")
+    trec.write_run(again, trec.rank_lists(back), "t")
+    assert again.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -228,13 +238,30 @@ def test_qrels_in_memory():
 
 def test_check_qrels_counts_and_gives_three_examples():
     qrels = [Qrel("q", f"p{i}", 1) for i in range(6)] + [Qrel("x", "p0", 1), Qrel("x", "p9", 1)]
-    assert checks.check_qrels(qrels[:2], {"q"}, {"p0", "p1"}) == 2
+    assert checks.check_qrels(qrels[:2], {"q"}, {"p0", "p1"}) == (qrels[:2], 0, 0, 0)
     with pytest.raises(ValueError) as caught:
         checks.check_qrels(qrels, {"q"}, {"p0", "p1"}, where="dev.tsv")
     assert str(caught.value) == (
         "dev.tsv: found 6 of 8 judgements with 1 unknown query id (x) and 5 unknown passage ids "
         "(p2, p3, p4); expected ids of the collection's queries and passages"
     )
+
+
+def test_check_qrels_drops_unknown_ids_on_request(caplog):
+    qrels = [Qrel("q", "p0", 1), Qrel("x", "p0", 1), Qrel("q", "p8", 1), Qrel("q", "p9", 0)]
+    settings = {"where": "split 'test'", "setting": "Prepare.unknown_judgements"}
+    with pytest.raises(ValueError, match="passages; Prepare.unknown_judgements = 'drop' leaves"):
+        checks.check_qrels(qrels, {"q"}, {"p0"}, **settings)
+    checked = checks.check_qrels(qrels, {"q"}, {"p0"}, unknown="drop", **settings)
+    assert checked == checks.CheckedQrels(qrels[:1], 3, unknown_queries=1, unknown_passages=2)
+    assert caplog.messages == [
+        "split 'test': found 3 of 4 judgements with 1 unknown query id (x) and 2 unknown passage "
+        "ids (p8, p9): they are left out"
+    ]
+    with pytest.raises(ValueError, match="found 3 of 3 judgements .* expected ids of the coll"):
+        checks.check_qrels(qrels[1:], {"q"}, {"p0"}, unknown="drop", **settings)
+    with pytest.raises(ValueError, match="unknown_judgements: got 'keep', expected 'error' or"):
+        checks.check_qrels(qrels, {"q"}, {"p0"}, unknown="keep", **settings)
 
 
 # Real runs, where they are: first stages, cross-encoders, language models' orders without scores.
@@ -254,3 +281,53 @@ def test_real_runs_are_read_whole_and_agree_with_the_judgements(path):
     found = evaluation.evaluate(run, judged, ("nDCG@10", "RR@10"), min_relevance=2)
     assert found["nDCG@10"] > 0.5
     assert found["RR@10"] > 0.7
+
+
+@pytest.mark.parametrize(
+    ("grade", "message"),
+    [
+        (
+            "10000000000000000000",
+            "the relevance '1000.*'; expected a whole number of at most 1,000,",
+        ),
+        ("-1000001", "the relevance '-1000001'; expected a whole number of at most 1,000,000"),
+        ("9" * 5000, "the relevance '9+...9+'; expected a whole number of at most 1,000,000"),
+        ("NaN", "the relevance 'NaN'; expected a whole number"),
+        ("1_0", "the relevance '1_0'; expected a whole number"),
+    ],
+)
+def test_grades_that_cannot_be_measured_with_are_refused(tmp_path, grade, message):
+    path = _file(tmp_path, f"q 0 a 1000000\nq 0 b -0002\nq 0 c {grade}\n")
+    judged = trec.qrels(path)
+    assert [next(judged).relevance for _ in range(2)] == [1_000_000, -2]
+    with pytest.raises(ValueError, match=f"line 3: found {message}") as caught:
+        next(judged)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "character", ["\0", "\x1b", "\x1f", "\x0c", "\x7f", "\x85", "\ufeff", "\r"]
+)
+def test_control_characters_in_columns_are_refused(tmp_path, character):
+    run = _file(tmp_path, f"q Q0 a 1 3 t\nq Q0 b{character}c 2 2 t\n", "run.txt")
+    table = _file(tmp_path, f"q a 1\nq b{character}c 2\n", "table.txt")
+    message = re.escape(f"line 2: found the character {character!r}; expected columns without it")
+    for read, path in ((trec.runs, run), (trec.scores, table), (trec.qrels, table)):
+        with pytest.raises(ValueError, match=message):
+            list(read(path))
+
+
+def test_ranks_of_any_length_end_in_words(tmp_path):
+    path = _file(tmp_path, f"q Q0 a {'9' * 5000} 3 t\n")
+    with pytest.raises(
+        ValueError, match=r"line 1: found the rank '9+\.\.\.9+'; expected a whole num"
+    ):
+        list(trec.runs(path))
+
+
+def test_write_run_refuses_ids_that_no_reader_takes(tmp_path):
+    lists = [RankList("q", (ScoredPassage("a\x1b", 1.0),))]
+    with pytest.raises(
+        ValueError, match=r"found the pid 'a\\x1b'; expected a word, for white space"
+    ):
+        trec.write_run(tmp_path / "run.txt", lists, "t")

@@ -177,3 +177,19 @@ def test_a_kept_run_of_an_older_version_is_read_unless_it_has_two_names(
     with caplog.at_level(logging.INFO, logger="dgr_jax"):
         assert measured() == (before, ["generate"])
     assert "has another name, and may be edited; searched again" in caplog.text
+
+
+def test_queries_without_passages_are_counted_out_loud(measured, caplog):
+    measured()
+    lacking = sum(i % len(PASSAGES) == 0 for i in range(len(QUERIES)))
+    assert caplog.messages == [
+        f"evaluate: {system} has no passages for {lacking} of {len(QUERIES)} queries of split "
+        "'test', which count as 0"
+        for system in SYSTEMS
+    ]
+
+
+def test_a_split_without_queries_is_refused(measured, monkeypatch):
+    monkeypatch.setitem(globals(), "QUERIES", {})
+    with pytest.raises(ValueError, match="split 'test' has no query to measure on; expected one"):
+        measured()

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from dgr_jax import evaluation
-from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.corpora.types import Query, ScoredPassage
 
 
 def run_of(**lists):
@@ -258,3 +258,43 @@ def test_importing_evaluation_pays_for_no_heavy_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ERR@10", "gdeval takes it, which asks for query ids that are whole numbers"),
+        ("nDCG(dcg='exp-log2')@10", "gdeval takes it"),
+        ("RBP(p=0.8)", r"it needs cwl_eval \(pip install ir-measures\[cwl_eval\]\)"),
+        ("alpha_nDCG@10", r"it needs pyndeval \(pip install ir-measures\[pyndeval\]\)"),
+        ("RR(judged_only=True)@10", "no library takes it in this form"),
+    ],
+)
+def test_measures_that_no_library_takes_are_known_before(name, reason, monkeypatch):
+    import ir_measures
+
+    for provider in ir_measures.DefaultPipeline.providers:
+        absent = provider.NAME in ("cwl_eval", "pyndeval", "ranx")
+        monkeypatch.setattr(provider, "is_available", lambda absent=absent: not absent)
+    evaluation._taken.cache_clear()
+    expected = f"measure .*cannot be taken: {reason}.*; expected another one"
+    with pytest.raises(ValueError, match=expected):
+        evaluation.check((name,))
+    with pytest.raises(ValueError, match=expected):
+        evaluation.per_query({"q": []}, {"q": {"p": 1}}, (name,))
+
+
+def test_a_missing_parameter_is_named():
+    with pytest.raises(ValueError, match=r"unknown measure 'BPM' \(it needs cutoff\)"):
+        evaluation.check(("BPM",))
+
+
+def test_there_is_no_mean_of_no_queries():
+    run = {"q": [ScoredPassage("p", 1.0)]}
+    hits = evaluation.answer_hits(run, [Query("q", "who")], {"p": "text"}.__getitem__)
+    with pytest.raises(ValueError, match="'AnswerHits@1': got no query to average over"):
+        evaluation.means(hits)
+    with pytest.raises(ValueError, match="'RR': got values of 0 and 0 queries, expected the same"):
+        evaluation.compare("RR", [], [])
+    with pytest.raises(ValueError, match="'RR': got values of 2 and 1 queries, expected the same"):
+        evaluation.compare("RR", [1, 0], [1])

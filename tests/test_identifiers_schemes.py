@@ -397,6 +397,10 @@ def test_bad_vector_files_are_named(tmp_path):
     path.write_bytes(b"text")
     with pytest.raises(ValueError, match=r"FromFile\.path = .*not a whole \.npy array"):
         FromFile(str(path)).embed(corpus(["x"]), 0)
+    np.save(path, np.ones((1, 1), np.float32))
+    path.write_bytes(path.read_bytes().replace(b", 'fortran", b",\"'fortran"))
+    with pytest.raises(ValueError, match=r"FromFile\.path = .*not a whole \.npy array \("):
+        FromFile(str(path)).embed(corpus(["x"]), 0)
     np.save(path, np.arange(3))
     with pytest.raises(ValueError, match=r"got int64 of shape \(3,\), expected float16 or float32"):
         FromFile(str(path)).embed(corpus(["x"]), 0)

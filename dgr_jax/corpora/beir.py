@@ -112,14 +112,14 @@ def _qrels(split: str) -> checks.Source:
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
     for line, record in lines.json_objects(path, "'_id' and 'text'"):
-        pid = checks.text_field(record, "_id", path, line)
+        pid = checks.id_field(record, "_id", path, line, "passage")
         text = checks.text_field(record, "text", path, line)
         yield line, Passage(pid, text, checks.text_field(record, "title", path, line, default=""))
 
 
 def _queries(path: Path) -> Iterator[tuple[int, Query]]:
     for line, record in lines.json_objects(path, "'_id' and 'text'"):
-        qid = checks.text_field(record, "_id", path, line)
+        qid = checks.id_field(record, "_id", path, line, "query")
         text = checks.text_field(record, "text", path, line)
         metadata = record.get("metadata")
         answers = ()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage, Qrel, Query
@@ -18,9 +18,13 @@ logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record", Passage, Query)
 
-# What separates the columns of qrels and runs, and so cannot stand in an id.
-ASCII_SPACE = re.compile(r"[ \t\n\r\f\v]")
+# What cannot stand in an id: what separates the columns of qrels and runs, control characters, the
+# byte order mark of a file that was appended to another, half of a surrogate pair.
+UNFIT_FOR_ID = re.compile("[\x00-\x20\x7f-\x9f\ufeff\ud800-\udfff]")
+ID = "an id without white space and control characters"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# trec_eval holds an array of all grades up to the highest.
+_HIGHEST_GRADE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,17 @@ def checked(
     """Yields the records of `parse(path)`, which gives (line number, record), in their order.
 
     `kind` is "passage" or "query". Raises ValueError at an id that is empty, holds white space
-    (which separates the columns of runs and qrels) or comes twice, naming both lines, and at a
-    file without records. Blank texts are kept; one warning counts them, however often the file is
-    read.
+    (which separates the columns of runs and qrels) or a control character, or comes twice, naming
+    both lines, and at a file without records. Blank texts are kept; one warning counts them,
+    however often the file is read.
     """
     seen: set[str] = set()
     blank, first_blank = 0, 0
     for line, record in parse(path):
-        key = _key(record)
-        if not key or ASCII_SPACE.search(key):
-            raise lines.error(path, line, f"the {kind} id {key!r}", "an id without white space")
+        key = checked_id(_key(record), path, line, kind)
         if key in seen:
             first = next(number for number, other in parse(path) if _key(other) == key)
-            found = f"the {kind} id {key!r} again, first seen on line {first}"
+            found = f"the {kind} id {lines.shown(key)} again, first seen on line {first}"
             raise lines.error(path, line, found, "each id once")
         seen.add(key)
         if not record.text.strip():
@@ -113,17 +115,36 @@ def text_field(
     Half of a surrogate pair, which no UTF-8 file can hold, becomes U+FFFD. Raises ValueError when
     the field is missing and there is no default, or is neither string nor whole number.
     """
+    value = _string(record, name, path, line, default)
+    return value if value.isascii() else _LONE_SURROGATE.sub("\ufffd", value)
+
+
+def id_field(record: dict[str, Any], name: str, path: Path, line: int, kind: str) -> str:
+    """As `text_field`; ValueError for what cannot stand in the id of a `kind`."""
+    return checked_id(_string(record, name, path, line), path, line, kind)
+
+
+def checked_id(key: str, path: Path, line: int, kind: str) -> str:
+    """The id of a `kind` ("passage", "query"); ValueError for what cannot stand in one."""
+    if not key or UNFIT_FOR_ID.search(key):
+        raise lines.error(path, line, f"the {kind} id {lines.shown(key)}", ID)
+    return key
+
+
+def _string(
+    record: dict[str, Any], name: str, path: Path, line: int, default: str | None = None
+) -> str:
     value = record.get(name)
     if value is None and default is not None:
         return default
     if name not in record:
-        found = f"the fields {', '.join(map(repr, record)) or 'none'}"
+        found = f"the fields {lines.shown(list(record))[1:-1] or 'none'}"
         raise lines.error(path, line, found, f"a field {name!r}")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise lines.error(path, line, f"{name!r}: {value!r}", "a string")
-    return value if value.isascii() else _LONE_SURROGATE.sub("\ufffd", value)
+        raise lines.error(path, line, f"{name!r}: {lines.shown(value)}", "a string")
+    return value
 
 
 def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple[str, ...]:
@@ -132,16 +153,39 @@ def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list | None) or not all(isinstance(v, str) for v in value or ()):
-        raise lines.error(path, line, f"{name!r}: {value!r}", "a list of strings")
+        raise lines.error(path, line, f"{name!r}: {lines.shown(value)}", "a list of strings")
     return tuple(_LONE_SURROGATE.sub("\ufffd", v) for v in value or ())
 
 
-def integer(text: str, path: Path, line: int, what: str) -> int:
-    """The whole number in `text`; ValueError names `what` otherwise."""
+def integer(text: str, path: Path, line: int, what: str, most: int = 2**63 - 1) -> int:
+    """The whole number in `text`, from -most to most; ValueError names `what` otherwise."""
     digits = text[1:] if text.startswith(("-", "+")) else text
     if not (digits.isascii() and digits.isdigit()):
-        raise lines.error(path, line, f"the {what} {text!r}", "a whole number")
-    return int(text)
+        raise lines.error(path, line, f"the {what} {lines.shown(text)}", "a whole number")
+    digits = digits.lstrip("0")
+    if len(digits) > 19 or int(digits or "0") > most:
+        found = f"the {what} {lines.shown(text)}"
+        raise lines.error(path, line, found, f"a whole number of at most {most:,}")
+    value = int(digits or "0")
+    return -value if text.startswith("-") else value
+
+
+def relevance(text: str, path: Path, line: int) -> int:
+    """The grade in `text`; ValueError for what is no whole number, or too high to measure with."""
+    return integer(text, path, line, "relevance", _HIGHEST_GRADE)
+
+
+class CheckedQrels(NamedTuple):
+    """Judgements of known queries and passages, and what was left out.
+
+    dropped: judgements that name an unknown query or passage; unknown_queries, unknown_passages:
+    different ids among them.
+    """
+
+    kept: list[Qrel]
+    dropped: int
+    unknown_queries: int
+    unknown_passages: int
 
 
 def check_qrels(
@@ -150,34 +194,51 @@ def check_qrels(
     pids: Container[str],
     *,
     where: str = "qrels",
-) -> int:
-    """Returns how many judgements there are; ValueError when some name unknown queries or passages.
+    unknown: str = "error",
+    setting: str = "",
+) -> CheckedQrels:
+    """The judgements whose query and passage are known, in their order.
 
-    The message counts unknown queries and passages apart, with three examples of each. `where`
-    (a file, a split) opens the message. Memory: the unknown ids only.
+    qids, pids: those of the collection. where: a file or a split, which opens every message.
+    unknown: what becomes of judgements that name unknown queries or passages: "error" refuses
+    them, "drop" leaves them out, with a warning, as long as some judgement stays. setting: the name
+    of the setting that `unknown` comes from, such as "Prepare.unknown_judgements".
+
+    Raises ValueError at unknown ids, with three examples of each kind, and at another `unknown`.
     """
-    total = bad = 0
+    if unknown not in ("error", "drop"):
+        raise ValueError(
+            f"{setting or 'check_qrels: unknown'}: got {unknown!r}, expected 'error' or 'drop'"
+        )
+    kept: list[Qrel] = []
+    dropped = 0
     unknown_qids: set[str] = set()
     unknown_pids: set[str] = set()
     for qrel in qrels:
-        total += 1
         known_query, known_passage = qrel.qid in qids, qrel.pid in pids
-        bad += not (known_query and known_passage)
+        if known_query and known_passage:
+            kept.append(qrel)
+            continue
+        dropped += 1
         if not known_query:
             unknown_qids.add(qrel.qid)
         if not known_passage:
             unknown_pids.add(qrel.pid)
-    if bad:
+    if dropped:
         parts = [
             f"{_count(ids, f'unknown {kind} id')} ({', '.join(heapq.nsmallest(3, ids))})"
             for kind, ids in (("query", unknown_qids), ("passage", unknown_pids))
             if ids
         ]
-        raise ValueError(
-            f"{where}: found {bad:,} of {total:,} judgements with {' and '.join(parts)}; "
-            f"expected ids of the collection's queries and passages"
-        )
-    return total
+        total = len(kept) + dropped
+        found = f"{where}: found {dropped:,} of {total:,} judgements with {' and '.join(parts)}"
+        if unknown == "error" or not kept:
+            hint = f"; {setting} = 'drop' leaves them out" if setting and kept else ""
+            raise ValueError(
+                f"{found}; expected ids of the collection's queries and passages{hint}"
+            )
+        logger.warning("%s: they are left out", found)
+    return CheckedQrels(kept, dropped, len(unknown_qids), len(unknown_pids))
 
 
 def _key(record: Passage | Query) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -118,10 +119,10 @@ class DprCollection:
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
-    rows = lines.csv_rows(path)
+    rows = lines.csv_rows(path, tabs_over_lines=False)
     line, header = next(rows, (1, []))
     if header != _HEADER:
-        raise lines.error(path, line, f"the columns {header}", f"the header {_HEADER}")
+        raise lines.error(path, line, f"the columns {lines.shown(header)}", f"the header {_HEADER}")
     for line, fields in rows:
         if len(fields) != len(_HEADER):
             found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
@@ -130,7 +131,7 @@ def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
 
 
 def _questions(path: Path, split: str) -> Iterator[tuple[int, Query]]:
-    for line, fields in lines.csv_rows(path):
+    for line, fields in lines.csv_rows(path, tabs_over_lines=False):
         if len(fields) != 2:
             found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
             raise lines.error(path, line, found, "2 columns: question and list of answers")
@@ -140,15 +141,22 @@ def _questions(path: Path, split: str) -> Iterator[tuple[int, Query]]:
 def _answers(text: str, path: Path, line: int) -> tuple[str, ...]:
     """A list of strings, written as JSON or, in the official files, as a Python list."""
     try:
-        answers = json.loads(text)
-    except json.JSONDecodeError:
-        try:
-            answers = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            answers = None
+        answers = lines.parsed(json.loads, text)
+    except ValueError:
+        answers = _python_list(text)
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise lines.error(path, line, f"the answers {text[:60]!r}", 'a list of strings ["a", "b"]')
     return tuple(answers)
+
+
+def _python_list(text: str) -> Any:
+    """The value of a Python literal, None where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of "\\d" in the answers' own text
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
 
 
 def _judged_queries(path: Path, split: str) -> Iterator[tuple[int, Query]]:
@@ -163,7 +171,7 @@ def _qrels(path: Path, split: str) -> Iterator[Qrel]:
         relevance: dict[str, int] = {}
         for passage in _positives(record, path, line):
             key = "passage_id" if "passage_id" in passage else "psg_id"
-            pid = checks.text_field(passage, key, path, line)
+            pid = checks.id_field(passage, key, path, line, "passage")
             grade = 2 if passage.get("score") == _MARKED else 1
             relevance[pid] = max(grade, relevance.get(pid, 0))
         for pid, grade in relevance.items():
@@ -173,6 +181,6 @@ def _qrels(path: Path, split: str) -> Iterator[Qrel]:
 def _positives(record: dict[str, Any], path: Path, line: int) -> list[dict[str, Any]]:
     positives = record.get("positive_ctxs")
     if not isinstance(positives, list) or not all(isinstance(item, dict) for item in positives):
-        found = f"'positive_ctxs': {str(positives)[:60]}"
+        found = f"'positive_ctxs': {lines.shown(positives)}"
         raise lines.error(path, line, found, 'a list of objects {"passage_id", ...}')
     return positives

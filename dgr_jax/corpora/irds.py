@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dgr_jax.corpora import checks
+from dgr_jax.corpora import checks, lines
 from dgr_jax.corpora.types import Passage, Qrel, Query
 
 
@@ -42,8 +42,7 @@ class IrDatasetsCollection:
 
     def passages(self) -> Iterator[Passage]:
         """All documents in the library's order."""
-        docs = _part(self.dataset, "docs").docs_iter
-        return _checked(docs, _passage, self.dataset, "passage")
+        return _checked(_rows(self.dataset, "docs"), _passage, self.dataset, "passage")
 
     def queries(self, split: str) -> Iterator[Query]:
         """The queries of a split that have a judgement there, in the library's order."""
@@ -53,12 +52,17 @@ class IrDatasetsCollection:
     def all_queries(self, split: str) -> Iterator[Query]:
         """All queries of a split."""
         name = self._id(split)
-        return _checked(_part(name, "queries").queries_iter, _query, name, "query")
+        return _checked(_rows(name, "queries"), _query, name, "query")
 
     def qrels(self, split: str) -> Iterator[Qrel]:
         """The judgements of a split."""
-        for qrel in _part(self._id(split), "qrels").qrels_iter():
-            yield Qrel(str(qrel.query_id), str(qrel.doc_id), int(qrel.relevance))
+        name = self._id(split)
+        for number, qrel in enumerate(_rows(name, "qrels")(), start=1):
+            qid, pid = (
+                checks.checked_id(str(key), Path(name), number, kind)
+                for key, kind in ((qrel.query_id, "query"), (qrel.doc_id, "passage"))
+            )
+            yield Qrel(qid, pid, checks.relevance(str(qrel.relevance), Path(name), number))
 
     def _id(self, split: str) -> str:
         return dict(self.splits).get(split, f"{self.dataset}/{split}")
@@ -84,12 +88,39 @@ def _part(name: str, part: str) -> Any:
             f"found the ir_datasets id {name!r}, which the library does not know; expected one of "
             f"https://ir-datasets.com (gin: IrDatasetsCollection.dataset and .splits)"
         ) from None
+    except OSError as err:
+        raise _unreadable(name, part, err) from err
     if not getattr(dataset, f"has_{part}")():
         raise ValueError(
             f"found no {part} in the ir_datasets id {name!r}; expected an id that has them "
             f"(gin: IrDatasetsCollection.{'dataset' if part == 'docs' else 'splits'})"
         )
     return dataset
+
+
+def _rows(name: str, part: str) -> Callable[[], Iterator[Any]]:
+    """What gives the docs, queries or qrels of an id, anew with each call.
+
+    The library fetches what it lacks in the middle of it, and fails there in any way.
+    """
+    dataset = _part(name, part)
+
+    def rows() -> Iterator[Any]:
+        try:
+            yield from getattr(dataset, f"{part}_iter")()
+        except Exception as err:
+            raise _unreadable(name, part, err) from err
+
+    return rows
+
+
+def _unreadable(name: str, part: str, err: Exception) -> OSError:
+    reason = next(iter(str(err).splitlines()), "")[:300]
+    return OSError(
+        f"the {part} of the ir_datasets id {name!r} cannot be read ({type(err).__name__}: "
+        f"{reason}); expected files in the library's folder ($IR_DATASETS_HOME, ~/.ir_datasets) or "
+        "a network to fetch them from: without one, copy that folder from a machine that has them"
+    )
 
 
 def _checked(
@@ -104,25 +135,32 @@ def _checked(
 
 
 def _passage(doc: Any, name: str) -> Passage:
-    text = getattr(doc, "text", None)
-    if text is None:
-        return Passage(str(doc.doc_id), _default_text(doc, name))
-    return Passage(str(doc.doc_id), text, getattr(doc, "title", None) or "")
+    title = "" if getattr(doc, "text", None) is None else getattr(doc, "title", None) or ""
+    if not isinstance(title, str):
+        raise ValueError(
+            f"found a record of {name!r} with the title {lines.shown(title)}; expected a string"
+        )
+    return Passage(str(doc.doc_id), _text(doc, name), title)
 
 
 def _query(query: Any, name: str) -> Query:
-    text = getattr(query, "text", None)
-    if text is None:
-        text = _default_text(query, name)
-    return Query(str(query.query_id), text, tuple(getattr(query, "answers", None) or ()))
+    answers = tuple(getattr(query, "answers", None) or ())
+    return Query(str(query.query_id), _text(query, name), answers)
 
 
-def _default_text(record: Any, name: str) -> str:
-    """What the library itself calls the text of a record (with the title, where there is one)."""
-    if not hasattr(record, "default_text"):
+def _text(record: Any, name: str) -> str:
+    """The text of a record, or what the library itself calls so (with the title, where there is
+    one)."""
+    text = getattr(record, "text", None)
+    if text is None and not hasattr(record, "default_text"):
         fields = ", ".join(getattr(record, "_fields", ())) or type(record).__name__
         raise ValueError(
             f"found a record of {name!r} with the fields {fields}; "
             f"expected a field 'text' or a method default_text()"
         )
-    return record.default_text()
+    text = record.default_text() if text is None else text
+    if not isinstance(text, str):
+        raise ValueError(
+            f"found a record of {name!r} with the text {lines.shown(text)}; expected a string"
+        )
+    return text

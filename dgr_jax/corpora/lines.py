@@ -1,57 +1,46 @@
-"""Plain and gzip text, read as numbered lines and written whole or not at all.
+"""Text files, read as numbered lines.
 
 Every reader of this package goes through here, so that each of them removes a byte order mark,
-reads .gz (recognised by its first bytes, not by its name), reads a bucket as it reads a folder, and
-names file, line and byte when a file is not what it should be.
+reads .gz, a pipe and a bucket as it reads a file (see `files`), and names file, line and byte when
+a file is not what it should be.
 """
 
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
-import io
 import json
 import os
+import re
+import reprlib
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, BinaryIO
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_BUFFER = 1 << 20
+from dgr_jax.corpora import files
+
+place, writing = files.place, files.writing
+
+# Bytes of a line, characters of a JSON object or a quoted field: more is a broken file, which must
+# not fill the memory.
+LONGEST = 1 << 26
 # No JSON token that the end of a block can cut (an escape, `-Infinity`) is longer than this.
 _LONGEST_CUT_TOKEN = 16
-
-
-def place(path: str | os.PathLike) -> Path:
-    """A file or folder that is read: local, with `~` resolved, or in a bucket (gs://, s3://).
-
-    Raises ModuleNotFoundError naming what to install for a bucket, ValueError for another scheme.
-    """
-    if not isinstance(path, (str, os.PathLike)):
-        return path  # in a bucket, found before
-    text = os.fspath(path)
-    if "://" not in text:
-        return Path(text).expanduser()
-    try:
-        import upath
-
-        found = upath.UPath(text)
-        found.fs  # noqa: B018 - asks for the library of this scheme
-    except ImportError as err:
-        raise ModuleNotFoundError(
-            f"{text}: a bucket needs more libraries ({err}): pip install 'dgr_jax[buckets]'"
-        ) from None
-    except ValueError:
-        raise ValueError(f"{text}: got this scheme, expected gs://, s3:// or a folder") from None
-    return found
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
+_QUOTED = 'tab-separated fields, quoted with "..."'
 
 
 def error(path: str | os.PathLike, line: int, found: str, expected: str) -> ValueError:
     """The one form of every complaint about a file's contents."""
     return ValueError(f"{path}, line {line}: found {found}; expected {expected}")
+
+
+def shown(value: Any) -> str:
+    """A value from a file as a message shows it: its beginning, with nothing that a terminal would
+    obey."""
+    short = reprlib.Repr(maxstring=60, maxother=60, maxlong=60)
+    return short.repr(value)
 
 
 def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterator[tuple[int, str]]:
@@ -64,11 +53,11 @@ def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterato
     Raises ValueError with line and byte offset at invalid UTF-8 and at damaged gzip data.
     """
     line = after
-    with _open(path) as handle:
+    with files.reading(path) as handle:
         if offset:
             handle.seek(offset)
         try:
-            for line, raw in enumerate(handle, start=after + 1):
+            for line, raw in enumerate(_lines(handle, path, after), start=after + 1):
                 start = len(codecs.BOM_UTF8) if line == 1 and _has_bom(path, raw) else 0
                 try:
                     text = raw[start:].decode("utf-8")
@@ -81,19 +70,31 @@ def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterato
             raise _damaged_gzip(path, line, err) from None
 
 
+def _lines(handle: BinaryIO, path: str | os.PathLike, after: int = 0) -> Iterator[bytes]:
+    """The lines of an opened file; ValueError at one of more than `LONGEST` bytes."""
+    for line, raw in enumerate(iter(partial(handle.readline, LONGEST), b""), start=after + 1):
+        if len(raw) == LONGEST and not raw.endswith(b"\n"):
+            found = f"no end of the line within {LONGEST:,} bytes"
+            raise error(path, line, found, "lines of text")
+        yield raw
+
+
 def places(path: str | os.PathLike, every: int) -> list[tuple[int, int, int]]:
     """Cuts a file into runs of `every` lines: (lines before, byte where it begins, its lines).
 
     A packed file is one run: it can only be read from its beginning.
     """
     found, start, offset, number = [], 0, 0, 0
-    with _open(path) as handle:
+    with files.reading(path) as handle:
         packed = isinstance(handle.raw, gzip.GzipFile)
-        for number, raw in enumerate(handle, start=1):
-            offset += len(raw)
-            if number % every == 0 and not packed:
-                found.append((number - every, start, every))
-                start = offset
+        try:
+            for number, raw in enumerate(_lines(handle, path), start=1):
+                offset += len(raw)
+                if number % every == 0 and not packed:
+                    found.append((number - every, start, every))
+                    start = offset
+        except (EOFError, gzip.BadGzipFile, zlib.error) as err:
+            raise _damaged_gzip(path, number, err) from None
     before = len(found) * every
     return found + [(before, start, number - before)] * (number > before)
 
@@ -108,18 +109,32 @@ def json_objects(path: str | os.PathLike, columns: str) -> Iterator[tuple[int, d
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
+            record = parsed(json.loads, text)
         except json.JSONDecodeError as err:
             found = f"invalid JSON ({err.msg} at character {err.colno})"
             raise error(path, line, found, f"one JSON object with {columns}") from None
+        except ValueError as err:
+            raise error(path, line, str(err), f"one JSON object with {columns}") from None
         if not isinstance(record, dict):
             found = f"a JSON {type(record).__name__}"
             raise error(path, line, found, f"one JSON object with {columns}")
         yield line, record
 
 
+def parsed(parse: Callable[..., Any], *arguments: Any) -> Any:
+    """What a JSON parser makes of its arguments; ValueError in words where it gives up."""
+    try:
+        return parse(*arguments)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    except ValueError:
+        raise ValueError("a whole number of too many digits") from None
+
+
 def json_array(
-    path: str | os.PathLike, *, block: int = 1 << 22, largest: int = 1 << 26
+    path: str | os.PathLike, *, block: int = 1 << 22, largest: int = LONGEST
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line where it starts, object) of a file that is one big JSON array of objects.
 
@@ -146,54 +161,76 @@ def json_array(
         raise error(path, text.line, repr(text.peek()), "nothing after the end of the JSON array")
 
 
-def csv_rows(path: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line where it starts, fields) of a tab-separated file with CSV quoting ("" for ")."""
-    rows = csv.reader((text + "\n" for _, text in read(path)), delimiter="\t")
-    while True:
-        line = rows.line_num + 1
-        try:
-            fields = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as err:
-            found = f"a field that cannot be read ({err})"
-            raise error(path, line, found, 'tab-separated fields, quoted with "..."') from None
-        if fields:
-            yield line, fields
+def csv_rows(
+    path: str | os.PathLike, *, tabs_over_lines: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line where it starts, fields) of a tab-separated file with CSV quoting ("" for ").
 
+    A field whose quotes hold the end of a line goes on there. Raises ValueError, naming the line
+    where the row starts, at a quote that is never closed, at text behind a closing quote and at a
+    carriage return outside of quotes.
 
-@contextmanager
-def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens `path` for bytes, gzip where the name ends in .gz; it appears whole or not at all.
-
-    The bytes go to a temporary file beside it, which takes the name when the block ends and is
-    removed when the block fails. The same bytes make the same .gz file at any time.
+    tabs_over_lines: False refuses a quoted field that holds both the end of a line and a tab. In a
+      file whose rows stand on one line each, a quote that is not closed makes such a field of all
+      rows up to the next quote.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as raw:
-            if path.suffix == ".gz":
-                packed = gzip.GzipFile("", "wb", 6, raw, mtime=0)
-                with packed, io.BufferedWriter(packed, _BUFFER) as handle:
-                    yield handle
-            else:
-                yield raw
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    rows = read(path)
+    for line, text in rows:
+        if not text:
+            continue
+        if '"' not in text and "\r" not in text:
+            yield line, text.split("\t")
+            continue
+        try:
+            fields = _unquoted(text)
+            while fields is None:
+                text = _with_next_quote(text, rows)
+                fields = _unquoted(text)
+        except ValueError as err:
+            raise error(path, line, f"a field that cannot be read ({err})", _QUOTED) from None
+        if not tabs_over_lines and any("\n" in field and "\t" in field for field in fields):
+            found = f"a field that cannot be read (its quote is not closed: {text[:60]!r} ...)"
+            raise error(path, line, found, f"{_QUOTED}, each row on one line")
+        yield line, fields
 
 
-@contextmanager
-def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    opened = place(path).open("rb", _BUFFER)
-    with opened if hasattr(opened, "peek") else io.BufferedReader(opened, _BUFFER) as raw:
-        if raw.peek(2)[:2] == _GZIP_MAGIC:
-            with gzip.GzipFile(fileobj=raw) as packed:
-                yield io.BufferedReader(packed, _BUFFER)
+def _unquoted(text: str) -> list[str] | None:
+    """The fields of a row, None where a quote is open at its end; ValueError for text behind a
+    closing quote."""
+    fields, start = [], 0
+    while True:
+        if text.startswith('"', start):
+            end = text.find('"', start + 1)
+            while end >= 0 and text.startswith('""', end):
+                end = text.find('"', end + 2)
+            if end < 0:
+                return None
+            field, start = text[start + 1 : end].replace('""', '"'), end + 1
+            if start < len(text) and text[start] != "\t":
+                raise ValueError(f"{text[start : start + 20]!r} behind a closing quote")
         else:
-            yield raw
+            end = text.find("\t", start)
+            end = len(text) if end < 0 else end
+            field, start = text[start:end], end
+            if "\r" in field:
+                raise ValueError("a carriage return outside of quotes")
+        fields.append(field)
+        if start == len(text):
+            return fields
+        start += 1
+
+
+def _with_next_quote(text: str, rows: Iterator[tuple[int, str]]) -> str:
+    """The text and the lines after it, up to the first with a quote; ValueError without any."""
+    parts, size = [text], len(text)
+    for _, following in rows:
+        parts.append(following)
+        size += len(following) + 1
+        if '"' in following:
+            return "\n".join(parts)
+        if size > LONGEST:
+            raise ValueError(f"its quote is not closed within {LONGEST:,} characters")
+    raise ValueError("its quote is not closed")
 
 
 def _has_bom(path: str | os.PathLike, start: bytes) -> bool:
@@ -247,10 +284,7 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not white space, "" at the end; white space is passed over."""
         while True:
-            end = self.position
-            while end < len(self.window) and self.window[end] in " \t\r\n":
-                end += 1
-            self.skip(end - self.position)
+            self.skip(_JSON_SPACE.match(self.window, self.position).end() - self.position)
             if self.position < len(self.window):
                 return self.window[self.position]
             if not self.more():
@@ -261,7 +295,7 @@ def _blocks(path: str | os.PathLike, size: int) -> Iterator[str]:
     """The text of a file in blocks of about `size` bytes, without its byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, line_start = 1, 0
-    with _open(path) as handle:
+    with files.reading(path) as handle:
         try:
             raw = handle.read(len(codecs.BOM_UTF8)) + handle.read(size)
             offset = len(codecs.BOM_UTF8) if _has_bom(path, raw) else 0
@@ -291,7 +325,7 @@ def _next_object(text: _Text, decoder: json.JSONDecoder, largest: int) -> dict[s
     """Decodes the object at the window's position, reading on while it is cut by the window."""
     while True:
         try:
-            value, end = decoder.raw_decode(text.window, text.position)
+            value, end = parsed(decoder.raw_decode, text.window, text.position)
             break
         except json.JSONDecodeError as err:
             line = text.line + text.window.count("\n", text.position, err.pos)
@@ -302,6 +336,9 @@ def _next_object(text: _Text, decoder: json.JSONDecoder, largest: int) -> dict[s
             if not (cut and text.more()):
                 found = f"invalid JSON ({err.msg})"
                 raise error(text.path, line, found, "a JSON array of objects") from None
+        except ValueError as err:
+            expected = "a JSON array of objects"
+            raise error(text.path, text.line, str(err), expected) from None
     if not isinstance(value, dict):
         raise error(text.path, text.line, f"a JSON {type(value).__name__}", "a JSON object")
     text.skip(end - text.position)

@@ -97,6 +97,10 @@ class PassageStore:
             )
         return pids
 
+    def pid_of(self, index: int) -> str:
+        """The pid of a passage index."""
+        return self.pids[index]
+
     def __contains__(self, pid: str) -> bool:
         """Whether the store has a passage of this pid."""
         return pid in self._rows

@@ -1,7 +1,7 @@
 """TREC files: judgements (qrels), runs, and tables of scores; plain or .gz.
 
-Order of a run as it is read: score, highest first; equal scores by pid. The rank column decides in
-two cases only:
+Order of a run as it is read and written: that of `ranking`, by score and then by pid. The rank
+column decides in two cases only:
 - a run that holds an order and no scores, as language models give it: where the scores of no
   query differ, or all are written as one of nan, none, null, na, -, the ranks are the order and
   -rank becomes the score;
@@ -21,12 +21,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from dgr_jax.corpora import checks, lines
+from dgr_jax.corpora import checks, files, lines, ranking
 from dgr_jax.corpora.types import Qrel, RankList, ScoredPassage
 
 logger = logging.getLogger(__name__)
 
 _SPACE = re.compile(r"[ \t]+")
+_UNFIT = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\ufeff]")
 _NO_SCORE = frozenset({"nan", "none", "null", "na", "-"})
 _RELEVANCE_HEADERS = frozenset({"score", "relevance", "rel", "label"})
 _QREL_COLUMNS = {4: "qid, an unused one, pid, relevance", 3: "qid, pid, relevance", 2: "qid, pid"}
@@ -66,7 +67,7 @@ def qrels(path: str | os.PathLike) -> Iterator[Qrel]:
             raise lines.error(path, line, _columns(fields), wanted)
         width = len(fields)
         pid = fields[2] if width == 4 else fields[1]
-        relevance = 1 if width == 2 else checks.integer(fields[-1], path, line, "relevance")
+        relevance = 1 if width == 2 else checks.relevance(fields[-1], path, line)
         yield Qrel(fields[0], pid, relevance)
 
 
@@ -81,12 +82,13 @@ def runs(path: str | os.PathLike, *, ties: str = "pid") -> Iterator[RankList]:
     if ties not in ("pid", "rank"):
         raise ValueError(f"found ties={ties!r}; expected 'pid' or 'rank' (gin: runs.ties)")
     path = lines.place(path)
-    grouped, scored = _survey(path)
-    for rows in _by_query(_run_rows(path), path, grouped):
-        if scored:
-            yield _by_score(rows, path, ties)
-        else:
-            yield _by_rank(rows, path)
+    with files.rereadable(path):
+        grouped, scored = _survey(path)
+        for rows in _by_query(_run_rows(path), path, grouped):
+            if scored:
+                yield _by_score(rows, path, ties)
+            else:
+                yield _by_rank(rows, path)
 
 
 def scores(path: str | os.PathLike) -> Iterator[RankList]:
@@ -95,15 +97,18 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
     A header that ends in "score" is passed over. Equal scores by pid; errors as for `runs`.
     """
     path = lines.place(path)
-    for rows in _by_query(_score_rows(path), path, _is_grouped(path)):
-        yield _by_score(rows, path, "pid")
+    with files.rereadable(path):
+        for rows in _by_query(_score_rows(path), path, _is_grouped(path)):
+            yield _by_score(rows, path, "pid")
 
 
 def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str) -> None:
-    """Writes a run: scores unrounded, best first, ties by pid, ranks from 1; .gz by the name.
+    """Writes a run: best first, ranks from 1; .gz by the name.
 
-    The file appears whole or not at all. Raises ValueError for white space in an id or the tag,
-    a score that is no finite number, a passage twice in a list and a query with two lists.
+    Scores are unrounded and fall strictly with the rank, ties broken in their last digits: see
+    `ranking`. The file appears whole or not at all. Raises ValueError for white space in an id or
+    the tag, a score that is no finite number of float32, a passage twice in a list and a query with
+    two lists.
     """
     _check_column("tag", tag)
     written: set[str] = set()
@@ -115,8 +120,10 @@ def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str)
                     f"found two rank lists of the query {rank_list.qid!r}; expected one"
                 )
             written.add(rank_list.qid)
-            for rank, passage in enumerate(_sorted(rank_list), start=1):
-                row = f"{rank_list.qid} Q0 {passage.pid} {rank} {float(passage.score)!r} {tag}\n"
+            passages = _sorted(rank_list)
+            scores = ranking.falling([passage.score for passage in passages])
+            for rank, (passage, score) in enumerate(zip(passages, scores, strict=True), start=1):
+                row = f"{rank_list.qid} Q0 {passage.pid} {rank} {score!r} {tag}\n"
                 handle.write(row.encode())
 
 
@@ -140,8 +147,13 @@ def qrels_in_memory(judgements: Iterable[Qrel]) -> dict[str, dict[str, int]]:
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, columns) of the lines that are not empty. Spaces beyond ASCII belong to the ids."""
+    """(line, columns) of the lines that are not empty. Spaces beyond ASCII belong to the ids.
+
+    Raises ValueError at a control character, which no id can hold.
+    """
     for line, text in lines.read(path):
+        if unfit := _UNFIT.search(text):
+            raise lines.error(path, line, f"the character {unfit[0]!r}", "columns without it")
         fields = text.split() if text.isascii() else _SPACE.split(text.strip(" \t"))
         if fields and fields[0]:
             yield line, fields
@@ -159,7 +171,7 @@ def _run_rows(path: Path) -> Iterator[_Row]:
         qid, _, pid, rank, score, _ = fields
         number = _score(score)
         if number is None and score.lower() not in _NO_SCORE:
-            raise lines.error(path, line, f"the score {score!r}", "a finite number")
+            raise lines.error(path, line, f"the score {lines.shown(score)}", "a finite number")
         yield _Row(line, qid, pid, checks.integer(rank, path, line, "rank"), number)
 
 
@@ -174,7 +186,9 @@ def _score_rows(path: Path) -> Iterator[_Row]:
 
 
 def _score(text: str) -> float | None:
-    """The finite number in `text`, None where there is none."""
+    """The finite number in `text`, None where there is none: no "1_0", no digits beyond ASCII."""
+    if "_" in text or not text.isascii():
+        return None
     try:
         number = float(text)
     except ValueError:
@@ -227,16 +241,18 @@ def _by_query(rows: Iterable[_Row], path: Path, grouped: bool) -> Iterator[list[
         first: dict[str, int] = {}
         for row in query:
             if first.setdefault(row.pid, row.line) != row.line:
-                found = f"the passage {row.pid!r} of the query {row.qid!r} again, first seen on "
-                expected = "each passage once a query"
-                raise lines.error(path, row.line, f"{found}line {first[row.pid]}", expected)
+                found = f"the passage {lines.shown(row.pid)} of the query {lines.shown(row.qid)}"
+                found += f" again, first seen on line {first[row.pid]}"
+                raise lines.error(path, row.line, found, "each passage once a query")
         yield query
 
 
 def _by_score(rows: list[_Row], path: Path, ties: str) -> RankList:
     for row in rows:
         if row.score is None:
-            raise lines.error(path, row.line, f"no score for {row.pid!r}", "a finite number")
+            raise lines.error(
+                path, row.line, f"no score for {lines.shown(row.pid)}", "a finite number"
+            )
     ranks = 1 if ties == "rank" else 0
     ordered = sorted(rows, key=lambda row: (-row.score, ranks * row.rank, row.pid))
     return RankList(rows[0].qid, tuple(ScoredPassage(row.pid, row.score) for row in ordered))
@@ -247,7 +263,7 @@ def _by_rank(rows: list[_Row], path: Path) -> RankList:
     if len({row.rank for row in rows}) == len(rows):
         return _by_score([row._replace(score=float(-row.rank)) for row in rows], path, "pid")
     if rows[0].score is None:
-        found = f"neither scores nor different ranks for the query {rows[0].qid!r}"
+        found = f"neither scores nor different ranks for the query {lines.shown(rows[0].qid)}"
         raise lines.error(path, rows[0].line, found, "one of them")
     return _by_score(rows, path, "pid")
 
@@ -268,11 +284,12 @@ def _sorted(rank_list: RankList) -> list[ScoredPassage]:
                 f"expected each passage once"
             )
         pids.add(passage.pid)
-    return sorted(rank_list.passages, key=lambda passage: (-passage.score, passage.pid))
+    return ranking.best_first(rank_list.passages)
 
 
 def _check_column(what: str, text: str) -> None:
-    if not text or checks.ASCII_SPACE.search(text):
+    if not text or checks.UNFIT_FOR_ID.search(text):
         raise ValueError(
-            f"found the {what} {text!r}; expected a word, for white space separates columns"
+            f"found the {what} {lines.shown(text)}; expected a word, for white space separates "
+            "columns, and control characters end them for some readers"
         )

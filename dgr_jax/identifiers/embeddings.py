@@ -160,8 +160,11 @@ def load_vectors(path: str, name: str) -> np.ndarray:
             vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name} = {path!r}: no such file; expected a .npy array") from None
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{name} = {path!r}: not a whole .npy array ({error})") from None
+    except OSError:
+        raise
+    except Exception as error:  # the parser of its header fails in many ways
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{name} = {path!r}: not a whole .npy array ({reason!r})") from None
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
         raise ValueError(
             f"{name} = {path!r}: got {vectors.dtype} of shape {vectors.shape}, "

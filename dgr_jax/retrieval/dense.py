@@ -12,6 +12,7 @@ Axis letters: n texts, Q their length, d vector width, P passages.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -25,6 +26,8 @@ import jax
 import numpy as np
 
 from dgr_jax import checkpoints, kept, partitioning
+from dgr_jax.corpora import ranking
+from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
@@ -34,6 +37,9 @@ from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 logger = logging.getLogger(__name__)
 
 VECTORS = "vectors.npy"  # of the passages, beside the checkpoints of their encoder
+
+_SPARE = 16  # places beyond the depth, where most ties end
+_FOUND = 1 << 24  # places of all queries that are searched deeper together
 
 EncodeInputs = Callable[[Sequence[str], int], np.ndarray]  # texts, length -> int32 [n, length]
 
@@ -203,11 +209,14 @@ class Searcher:
     """A dual encoder and an index of its passages, ready to answer token batches.
 
     Its results are those of `generative.Decoder`, so what retrieves with one can with the other.
+    pid_of: passage index -> pid: equal scores stand, and are cut, in the order of `ranking`; None:
+      in corpus order.
     """
 
     encoder: Encoder
     index: Index
     search: DenseSearch
+    pid_of: PidOf | None = None
 
     def __post_init__(self) -> None:
         if self.index.dim != self.encoder.config.dim:
@@ -248,7 +257,43 @@ class Searcher:
 
         Free places hold -1 and -inf.
         """
-        return self.index.search(self.encoder.queries(tokens, self.search), self.search.depth)
+        return self._ranked(self.encoder.queries(tokens, self.search))
+
+    def by_pid(self, pid_of: PidOf) -> Searcher:
+        """The same searcher, which brings passages of equal score into the order of their pids."""
+        return dataclasses.replace(self, pid_of=pid_of)
+
+    def _ranked(self, vectors: np.ndarray) -> Found:
+        """f32 [n, d] -> what `Index.search` finds, equal scores in their order.
+
+        A query whose last places are one long tie is searched again, deeper, until the tie ends: of
+        all its passages those with the lowest pids are kept.
+        """
+        depth, most = self.search.depth, self.index.num_passages
+        if self.pid_of is None or not len(vectors):
+            return self.index.search(vectors, depth)
+        wide, left = min(depth + _SPARE, max(depth, most)), np.arange(len(vectors))
+        passages = np.full((len(vectors), depth), -1, np.int32)
+        scores = np.full((len(vectors), depth), -np.inf, np.float32)
+        while len(left):
+            tied = []
+            for some in np.array_split(left, -(-len(left) * wide // _FOUND)):
+                found, values = self.index.search(vectors[some], wide)
+                last = values[:, depth - 1]
+                tied.append(some[(last == values[:, -1]) & (last > -np.inf)])
+                passages[some] = self._ordered(found, values)[:, :depth]
+                scores[some] = values[:, :depth]
+            left = np.concatenate(tied) if wide < most else left[:0]
+            wide = min(8 * wide, most)
+        return passages, scores
+
+    def _ordered(self, passages: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """The passages of each query, int32 [n, k], those of equal score by pid."""
+        query, place = np.nonzero(passages >= 0)
+        there, ordered = passages[query, place], passages.copy()
+        group = ranking.groups(query, scores[query, place])
+        ordered[query, place] = there[ranking.in_order(group, there, self.pid_of)]
+        return ordered
 
     def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
         """`passages` of each block of queries. Vectors that are streamed pass once for all blocks,
@@ -259,6 +304,6 @@ class Searcher:
         vectors = [self.encoder.queries(tokens, self.search) for tokens in blocks]
         if not vectors:
             return
-        found = self.index.search(np.concatenate(vectors), self.search.depth)
+        found = self._ranked(np.concatenate(vectors))
         ends = np.cumsum([len(block) for block in vectors])[:-1]
         yield from zip(*(np.split(part, ends) for part in found), strict=True)

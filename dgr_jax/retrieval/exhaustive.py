@@ -131,9 +131,8 @@ def passages(decoder: Decoder, tokens: np.ndarray, *, block: int | None = None) 
         rows = np.argsort(-log_probs, axis=1, kind="stable")
         scores = np.take_along_axis(log_probs, rows, 1)
         rows = np.where(scores > -np.inf, rows, -1)
-        parts.append(
-            rank_passages(rows, scores, decoder.table, decoder.search.depth, decoder.allowed)
-        )
+        depth, allowed = decoder.search.depth, decoder.allowed
+        parts.append(rank_passages(rows, scores, decoder.table, depth, allowed, decoder.pid_of))
     indices, scores = zip(*parts, strict=True)
     return np.concatenate(indices), np.concatenate(scores)
 

@@ -5,6 +5,7 @@ Axis letters: B queries, Q query length, M beams, P passages.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -19,6 +20,8 @@ import jax
 import numpy as np
 
 from dgr_jax import checkpoints, kept, partitioning, records
+from dgr_jax.corpora import ranking
+from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
@@ -178,13 +181,15 @@ def rank_passages(
     table: IdentifierTable,
     depth: int,
     allowed: np.ndarray | None = None,
+    pid_of: PidOf | None = None,
 ) -> Found:
     """Passages of the identifiers found, best first: passage index int32 and score f32 [B, depth].
 
     rows: rows of the table int [B, M], -1 where nothing was found; log_probs f32 [B, M], best
-    first. The passages of one identifier share its score and stand in corpus order; a passage
-    counts once, at its best identifier. Free places hold -1 and -inf.
+    first. The passages of one identifier share its score; equal scores stand, and are cut, in the
+    order of `ranking`. A passage counts once, at its best identifier. Free places hold -1 and -inf.
     allowed: bool [P], passages that may be returned; None: all.
+    pid_of: passage index -> pid; None: equal scores stay in the order of `rows` and of the corpus.
     """
     query, beam = np.nonzero(rows >= 0)
     found = rows[query, beam]
@@ -197,6 +202,12 @@ def rank_passages(
     _, once = np.unique(query[keep] * table.num_passages + owners[keep], return_index=True)
     keep = keep[np.sort(once)]
     query, owners, values = query[keep], owners[keep], values[keep]
+    if pid_of is not None:
+        # Of equal scores that begin within the depth, all are ordered before they are cut.
+        groups = ranking.groups(query, values)
+        begins = np.searchsorted(groups, groups) - np.searchsorted(query, query)
+        query, owners, values, groups = (x[begins < depth] for x in (query, owners, values, groups))
+        owners = owners[ranking.in_order(groups, owners, pid_of)]
     place = np.arange(len(query)) - np.searchsorted(query, query)
     query, owners, values, place = (x[place < depth] for x in (query, owners, values, place))
     passages, scores = _nothing(len(rows), depth)
@@ -230,6 +241,7 @@ class Decoder:
     allowed: bool [P], passages that may be returned; None: all. See `restrict`.
     counts: of `sequences` found by searches without a constraint, and of `unknown` ones among them,
       which are no identifiers.
+    pid_of: passage index -> pid, see `rank_passages` and `by_pid`.
     """
 
     config: T5Config
@@ -240,6 +252,7 @@ class Decoder:
     mesh: jax.sharding.Mesh
     allowed: np.ndarray | None = None
     counts: Counter[str] = field(default_factory=Counter)
+    pid_of: PidOf | None = None
 
     def __post_init__(self) -> None:
         self._constraint = self._trie() if self.search.constrained else self._anything()
@@ -302,6 +315,12 @@ class Decoder:
             mask = mask & self.allowed
         rows = np.maximum.reduceat(mask[self.table.passages], self.table.offsets[:-1])
         return replace(self, index=self.index.restrict(rows), allowed=mask)
+
+    def by_pid(self, pid_of: PidOf) -> Decoder:
+        """The same decoder, which brings passages of equal score into the order of their pids."""
+        ordered = copy.copy(self)
+        ordered.pid_of = pid_of
+        return ordered
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
@@ -372,7 +391,9 @@ class Decoder:
         count = len(batch.places)
         rows = self._found(batch.result, count)
         log_probs = np.asarray(batch.result.log_probs)[:count]
-        ranked = rank_passages(rows, log_probs, self.table, self.search.depth, self.allowed)
+        ranked = rank_passages(
+            rows, log_probs, self.table, self.search.depth, self.allowed, self.pid_of
+        )
         for whole, part in zip(batch.found, ranked, strict=True):
             whole[batch.places] = part
 
@@ -409,7 +430,7 @@ class Retriever:
         vocabulary: Vocabulary,
         store: PassageStore,
     ) -> None:
-        self.decoder = decoder
+        self.decoder = decoder.by_pid(store.pid_of)
         self.vocabulary = vocabulary
         self.store = store
 
@@ -542,11 +563,14 @@ def _pairs(passages: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:
 def scored_passages(
     qids: Sequence[str], passages: np.ndarray, scores: np.ndarray, pids: Sequence[str]
 ) -> dict[str, list[ScoredPassage]]:
-    """Arrays [n, depth] of `Decoder.passages` as a run in memory."""
-    return {
-        qid: [ScoredPassage(pids[i], s) for i, s in _pairs(found, values)]
-        for qid, found, values in zip(qids, passages, scores, strict=True)
-    }
+    """Arrays [n, depth] of `Decoder.passages` as a run in memory: the same as in its file, so that
+    scores fall strictly (see `ranking`)."""
+    run = {}
+    for qid, found, values in zip(qids, passages, scores, strict=True):
+        there = found >= 0
+        fallen = ranking.falling(values[there])
+        run[qid] = [ScoredPassage(pids[i], s) for i, s in zip(found[there], fallen, strict=True)]
+    return run
 
 
 def write_student(

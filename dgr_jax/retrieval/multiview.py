@@ -15,7 +15,7 @@ After SEAL (Bevilacqua et al. 2022) and MINDER (Li et al. 2023). For each query:
 2. Those that occur at most Scoring.common times nominate the passages that hold them.
 3. Of more than Scoring.max_passages nominated, those stay whose nominating identifiers could add
    most: the sum of the best weight at each place of the passage where a span begins, and of the
-   weights of its titles and pseudo-queries. Ties stay by passage index.
+   weights of its titles and pseudo-queries. Ties stay as in `ranking`.
 4. All identifiers are looked for in the passages that stay, and passage_scoring scores them.
 
 The host finds where identifiers occur; weights and scores come from the one function on the device,
@@ -34,6 +34,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from dgr_jax.corpora import ranking
+from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import BODY, VIEWS, Identifiers, Scoring
@@ -116,7 +118,7 @@ class _Packed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """Passages of one query, best first; ties by passage index.
+    """Passages of one query, best first; ties as in `ranking`.
 
     passages int32 [n]; scores f32 [n].
     """
@@ -161,6 +163,7 @@ class MultiviewIndex:
     pseudo-queries by view, over the same passages. num_tokens: of the corpus; None: of the text.
     special_ids: token ids that belong to no text, see passage_scores.
     allowed: bool [P], passages that may be returned; None: all. Counts are of all passages.
+    pid_of: passage index -> pid: ties are ordered by pid; None: by passage index.
 
     Raises ValueError for an unknown view and for tables or masks of another number of passages.
     """
@@ -171,6 +174,7 @@ class MultiviewIndex:
     special_ids: tuple[int, ...] = (1,)
     allowed: np.ndarray | None = None
     num_tokens: int | None = None
+    pid_of: PidOf | None = None
 
     def __post_init__(self) -> None:
         if self.text is None and (self.num_tokens is None or not self.tables):
@@ -211,7 +215,7 @@ class MultiviewIndex:
             packed = _pack(query, places, nominated, self.scoring.max_passages)
             scores = self._scores(query, packed) if len(nominated) else np.zeros(0, np.float32)
             waiting.append((nominated, scores, query, packed))
-        return [_ranked(*one) for one in waiting]
+        return [_ranked(*one, self.pid_of) for one in waiting]
 
     def _queries(self, written: Sequence[Written]) -> list[_Query]:
         if not written:
@@ -275,7 +279,7 @@ class MultiviewIndex:
         key = of_passage * (np.ptp(begin) + 1) + begin - begin.min()
         _, once = np.unique(key, return_index=True)
         bounds = np.bincount(of_passage[once], query.weights[places.owner[once]])
-        stay = np.sort(np.argsort(-bounds, kind="stable")[:most])
+        stay = np.sort(_order(bounds, passages, self.pid_of)[:most])
         keep = np.isin(of_passage, stay)
         return _Places(*(leaf[keep] for leaf in places)), passages[stay]
 
@@ -361,8 +365,19 @@ def _size(number: int, fewest: int) -> int:
     return max(fewest, 1 << (int(number) - 1).bit_length())
 
 
-def _ranked(passages: np.ndarray, scores: jax.Array, query: _Query, packed: _Packed) -> Scored:
+def _ranked(
+    passages: np.ndarray, scores: jax.Array, query: _Query, packed: _Packed, pid_of: PidOf | None
+) -> Scored:
     scores = np.asarray(scores)[: len(passages)]
-    order = np.argsort(-scores, kind="stable")  # passages are ascending
+    order = _order(scores, passages, pid_of)
     packed = _Packed(*(leaf[order] for leaf in packed))
     return Scored(passages[order].astype(np.int32), scores[order], query, packed)
+
+
+def _order(scores: np.ndarray, passages: np.ndarray, pid_of: PidOf | None) -> np.ndarray:
+    """Places int [n], best first, of passages that are ascending."""
+    order = np.argsort(-scores, kind="stable")
+    if pid_of is None:
+        return order
+    group = ranking.groups(np.zeros(len(order), int), scores[order])
+    return order[ranking.in_order(group, passages[order], pid_of)]

@@ -9,6 +9,7 @@ Axis letters: B queries, Q query length, M beams.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 
 from dgr_jax import partitioning
+from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
@@ -184,6 +186,12 @@ class MultiviewDecoder:
             for view, trie in self.tries.items()
         }
         return dataclasses.replace(self, index=index, tries=tries)
+
+    def by_pid(self, pid_of: PidOf) -> MultiviewDecoder:
+        """The same decoder, which brings passages of equal score into the order of their pids."""
+        ordered = copy.copy(self)
+        ordered.index = dataclasses.replace(self.index, pid_of=pid_of)
+        return ordered
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] without marker -> passage index int32 and score f32 [n, depth], best first;

@@ -13,12 +13,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgr_jax.corpora import lines, trec
+from dgr_jax.corpora import checks, files, lines, trec
 from dgr_jax.corpora.types import RankList, ScoredPassage
 from dgr_jax.identifiers.embeddings import load_sentence_transformer, load_vectors
 from dgr_jax.retrieval.bm25 import Bm25
@@ -498,20 +497,27 @@ class Coverage:
 
 def _read_run(path: str) -> Iterator[RankList]:
     """A run of six columns or a table of three, told apart by the first line that is not empty."""
-    for _, text in lines.read(path):
-        columns = len(text.split())
-        if columns:
-            return trec.scores(path) if columns == 3 else trec.runs(path, ties="rank")
+    with files.rereadable(path):
+        for _, text in lines.read(path):
+            columns = len(text.split())
+            if columns:
+                yield from trec.scores(path) if columns == 3 else trec.runs(path, ties="rank")
+                return
     raise ValueError(f"RunTeacher.path = {path!r}: the file is empty, expected a run")
 
 
 def _first_column(path: str) -> dict[str, None]:
     """The different values of the first column, in order, or of '_id' in a .jsonl file; a BEIR
-    header is passed over."""
-    if Path(path).suffix == ".jsonl":
-        records = lines.json_objects(path, "'_id'")
-        return dict.fromkeys(str(record.get("_id")) for _, record in records)
-    values = (text.split()[0] for _, text in lines.read(path) if text.strip())
+    header is passed over. ValueError names file and line of what is no id."""
+    where = lines.place(path)
+    if where.suffix == ".jsonl":
+        records = lines.json_objects(where, "'_id'")
+        return dict.fromkeys(checks.id_field(r, "_id", where, n, "row") for n, r in records)
+    values = (
+        checks.checked_id(text.split(maxsplit=1)[0], where, n, "row")
+        for n, text in lines.read(where)
+        if text.strip()
+    )
     return dict.fromkeys(value for value in values if value not in ("query-id", "qid"))
 
 

@@ -6,13 +6,14 @@ import argparse
 import json
 import logging
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dgr_jax.corpora import lines, trec
+from dgr_jax.corpora import checks, files, lines, trec
 from dgr_jax.corpora.types import RankList
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import speed
@@ -82,38 +83,49 @@ def _report_speed(retriever: Retriever, queries: list[str], output: str | None) 
         table.add_row(*cells, *(f"{number:.1f}" for number in numbers))
     console.print(table)
     if output:
-        Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with lines.writing(output) as handle:
+            handle.write(f"{json.dumps(report, indent=1)}\n".encode())
         logger.info("wrote the speed of %d queries to %s", len(queries), output)
 
 
 def read_queries(path: str) -> dict[str, str]:
-    """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl.
+    """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl; also a pipe, such as /dev/stdin.
 
-    Raises ValueError naming file and line for a missing column, a repeated qid, an empty file.
+    Raises ValueError naming file and line for a missing column, a qid that comes again or that no
+    run can hold, a blank text, an empty file.
     """
-    if not lines.place(path).is_file():
+    where = lines.place(path)
+    if not where.exists() or where.is_dir():
         raise FileNotFoundError(f"--queries={path}: no such file; expected a TSV of qid and text")
     queries: dict[str, str] = {}
-    for number, qid, text in _records(path):
-        if qid in queries:
-            raise lines.error(path, number, f"qid {qid!r} again", "a different qid on each line")
-        if not qid or qid.split() != [qid]:
-            raise lines.error(path, number, f"qid {qid!r}", "an id without white space")
-        queries[qid] = text
+    with files.rereadable(where):
+        for number, qid, text in _records(where):
+            if qid.split() != [qid]:
+                raise lines.error(where, number, f"the query id {lines.shown(qid)}", checks.ID)
+            qid = checks.checked_id(qid, where, number, "query")
+            found, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
+            if not text.strip():
+                found, expected = f"a blank text of qid {lines.shown(qid)}", "a question"
+            if qid in queries or not text.strip():
+                raise lines.error(where, number, found, expected)
+            queries[qid] = text
     if not queries:
         raise ValueError(f"--queries={path}: the file has no query; expected qid, tab, text")
     return queries
 
 
-def _records(path: str):
-    if Path(path).name.removesuffix(".gz").endswith(".jsonl"):
+def _records(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, qid, text) of each query; JSON lines are known by the name or by their first brace."""
+    first = next((text.lstrip() for _, text in lines.read(path) if text.strip()), "")
+    if path.name.removesuffix(".gz").endswith(".jsonl") or first.startswith("{"):
         for number, record in lines.json_objects(path, "_id, text"):
-            if "_id" not in record or "text" not in record:
-                raise lines.error(path, number, f"fields {sorted(record)}", "_id and text")
-            yield number, str(record["_id"]), record["text"]
+            qid = checks.id_field(record, "_id", path, number, "query")
+            yield number, qid, checks.text_field(record, "text", path, number)
         return
     for number, line in lines.read(path):
         qid, tab, text = line.partition("\t")
+        if not line.strip():
+            continue
         if not tab:
             raise lines.error(path, number, repr(line[:60]), "two columns: qid, tab, text")
         yield number, qid, text

@@ -398,7 +398,9 @@ def evaluate(experiment: DenseExperiment, folder: Path) -> None:
         Prepared.load(experiment.model_dir, identifiers=False),
         experiment.evaluate.search,
     )
-    measure(experiment, folder, made, lambda system: searcher(experiment, system, search))
+    order = made.store.pid_of
+    opened = lambda system: searcher(experiment, system, search).by_pid(order)
+    measure(experiment, folder, made, opened)
 
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {

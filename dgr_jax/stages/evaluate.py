@@ -59,6 +59,8 @@ def measure(
     splits = experiment.prepare.test_splits
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
     for split, asked in queries.items():
+        if not asked:
+            raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     values: dict[str, dict[str, Values]] = {}
     for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
@@ -203,8 +205,10 @@ def _measure(
         return made.store[made.store.index_of(pid)].text
 
     values: Values = {}
+    lacking = 0
     for run in _read(path, queries):
         found: Values = {}
+        lacking += sum(not passages for passages in run.values())
         if of_answers:
             asked = [queries[qid] for qid in run]
             found |= evaluation.answer_hits(run, asked, text, of_answers)
@@ -215,6 +219,11 @@ def _measure(
             )
         for name, by_query in found.items():
             values.setdefault(name, {}).update(by_query)
+    if lacking:
+        logger.warning(
+            "evaluate: %s has no passages for %s of %s queries of split %r, which count as 0",
+            *(path.name.partition(".")[0], f"{lacking:,}", f"{len(queries):,}", split),
+        )
     return values
 
 
@@ -304,10 +313,67 @@ def _console() -> Console:
 
 
 def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
-    """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv)."""
+    """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv).
+
+    Raises ValueError for a file without judgements, a run that is given twice, and a run that is
+    empty or has no query of the judgements; says what else may not be as it was meant.
+    """
     judged = trec.qrels_in_memory(trec.qrels(qrels_path))
+    if not judged:
+        raise ValueError(f"--qrels={qrels_path}: found no judgement; expected qid, 0, pid, grade")
+    highest = max(max(grades.values()) for grades in judged.values())
+    if highest < min_relevance:
+        logger.warning(
+            "--min_relevance=%d: the highest grade of %s is %d, so that nothing counts as relevant "
+            "but for graded measures", min_relevance, qrels_path, highest,
+        )  # fmt: skip
     measured = {}
-    for path in paths:
+    for path, name in _names(paths).items():
         run = trec.run_in_memory(trec.runs(path))
-        measured[Path(path).name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
-    _console().print(evaluation.measures_table(measured, title=Path(qrels_path).name))
+        for remark in _remarks(run, judged, path, qrels_path):
+            logger.warning("%s: %s", path, remark)
+        measured[name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
+    title = _names([qrels_path])[qrels_path]
+    _console().print(evaluation.measures_table(measured, title=title))
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Path -> what it is called: the name of its file where that says which one it is."""
+    if twice := [path for path, count in collections.Counter(paths).items() if count > 1]:
+        raise ValueError(f"--run={twice[0]}: got it {paths.count(twice[0])} times, expected once")
+    counts = collections.Counter(Path(path).name for path in paths)
+    return {
+        path: Path(path).name if counts[Path(path).name] == 1 and Path(path).is_file() else path
+        for path in paths
+    }
+
+
+def _remarks(
+    run: Run, judged: dict[str, dict[str, int]], path: str, qrels_path: str
+) -> Iterator[str]:
+    """What may not be as it was meant; ValueError for a run that nothing can be measured of."""
+    if not run:
+        raise ValueError(f"--run={path}: found no passage; expected a TREC run")
+    both, other = [qid for qid in run if qid in judged], next(iter(run))
+    if not both:
+        raise ValueError(
+            f"--run={path}: found none of the {len(judged):,} queries of {qrels_path} among its "
+            f"{len(run):,}, such as {other!r}; expected a run of these queries"
+        )
+    if lacking := len(judged) - len(both):
+        yield f"lacks {lacking:,} of the {len(judged):,} judged queries, which count as 0"
+    if beside := len(run) - len(both):
+        yield f"{beside:,} of its {len(run):,} queries have no judgements, and are left out"
+    pids = {pid for grades in judged.values() for pid in grades}
+    if not any(passage.pid in pids for qid in both for passage in run[qid]):
+        pid = run[both[0]][0].pid
+        yield (
+            f"none of its passages, such as {pid!r}, is among the {len(pids):,} judged ones; is it "
+            "of another collection?"
+        )
+    ties = sum(len({p.score for p in run[qid]}) < len(run[qid]) for qid in both)
+    if ties:
+        yield (
+            f"passages of {ties:,} queries have equal scores, and stand in the order of their "
+            "pids; other tools may order them otherwise"
+        )

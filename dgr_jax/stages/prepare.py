@@ -109,8 +109,9 @@ def read(
         if (found := _judgements(collection, split, queries[split], split in train)) is None:
             beir.write_beir(folder / UNJUDGED / split, (), queries[split].values(), {})
             continue
-        qrels[split], where = found, f"qrels of split {split!r}"
-        if not checks.check_qrels(found, queries[split], passages, where=where):
+        where = f"qrels of split {split!r}"
+        qrels[split] = checks.check_qrels(found, queries[split], passages, where=where).kept
+        if not qrels[split]:
             raise ValueError(f"{where}: found none; expected a judged query or more")
     for split in train:
         if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[split]):

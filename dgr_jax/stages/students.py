@@ -179,9 +179,11 @@ def _trained(experiment: Experiment, system: str) -> Any:
 def decoder(
     experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
 ) -> Decoder | MultiviewDecoder:
-    """A finished student, ready to retrieve."""
+    """A finished student, ready to retrieve; equal scores by pid."""
     config = model_config(experiment, made.vocabulary.size)
     params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
     if made.indexes is not None:
-        return MultiviewDecoder.of(config, params, made.indexes, search, mesh)
-    return Decoder(config, params, trie.load(made.folder / "trie"), made.table, search, mesh)
+        views = MultiviewDecoder.of(config, params, made.indexes, search, mesh)
+        return views.by_pid(made.store.pid_of)
+    docids = Decoder(config, params, trie.load(made.folder / "trie"), made.table, search, mesh)
+    return docids.by_pid(made.store.pid_of)

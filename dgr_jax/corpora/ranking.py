@@ -1,0 +1,85 @@
+"""The order of passages: by score, highest first, and equal scores by pid, the lower one first.
+
+It is the same everywhere: in what a search returns, where a list is cut, in a run in memory and in
+its file, and where measures are taken. pids are compared as strings, by their characters' code
+points. Two exceptions: beam search chooses identifiers, not passages, and knows no pids; a run made
+elsewhere may be asked for by its own ranks (`trec.runs`).
+
+Other tools sort a run by its scores alone, some of them in float32, and break ties as they like:
+trec_eval by pid, the *higher* one first. So that they find the order that is meant, the scores of a
+run fall strictly: `falling` lowers a score that is equal to the one before it by its last digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from dgr_jax.corpora.types import ScoredPassage
+
+PidOf = Callable[[int], str]  # passage index -> pid
+
+_SMALLEST = np.float32(2.0**-126)  # what lies between it and 0 is out of range for some readers
+
+_HIGHEST = float(np.finfo(np.float32).max)
+
+
+def best_first(passages: Iterable[ScoredPassage]) -> list[ScoredPassage]:
+    """The passages in the one order."""
+    return sorted(passages, key=lambda passage: (-passage.score, passage.pid))
+
+
+def falling(scores: Sequence[float]) -> list[float]:
+    """Scores, highest first, such that each is less than the one before, also as float32.
+
+    Those that are so already stay as they are; any other becomes the next float32 below the one
+    before it (beyond the range of float32, the next float64). Raises ValueError for a score that is
+    no finite number.
+    """
+    values = np.array(scores, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"found the score {values[~np.isfinite(values)][0]}; expected a finite number"
+        )
+    too_high, lowered = values[1:] > _below(values[:-1]), False
+    for place in range(1, len(values)) if too_high.any() else ():
+        if lowered or too_high[place - 1]:
+            limit = _below(values[place - 1])
+            lowered = bool(values[place] > limit)
+            values[place] = min(values[place], limit)
+    if np.isneginf(values[-1:]).any():  # there is nothing below the lowest number
+        values[-1] = np.finfo(np.float64).min
+        for place in range(len(values) - 2, -1, -1):
+            values[place] = max(values[place], np.nextafter(values[place + 1], np.inf))
+    return values.tolist()
+
+
+def groups(query: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """int [n], ascending: the same for neighbours of the same query and score."""
+    new = (query[1:] != query[:-1]) | (scores[1:] != scores[:-1])
+    return np.cumsum(np.append(np.zeros(min(1, len(query)), bool), new))
+
+
+def in_order(group: np.ndarray, passages: np.ndarray, pid_of: PidOf) -> np.ndarray:
+    """Places int [n] that bring neighbours of one group (see `groups`) into the order of their
+    pids. passages: passage index int [n]."""
+    places = np.arange(len(group))
+    same = group[1:] == group[:-1]
+    tied = np.flatnonzero(np.append(False, same) | np.append(same, False)) if len(group) else places
+    key = lambda place: (group[place], pid_of(int(passages[place])))
+    places[tied] = sorted(tied.tolist(), key=key)
+    return places
+
+
+def _below(values: np.ndarray) -> np.ndarray:
+    """f64: the highest float32 that is less than each value for every reader, however it rounds."""
+    lowest = np.float32(-np.inf)
+    inside = np.abs(values) <= _HIGHEST
+    with np.errstate(over="ignore"):
+        near = np.where(inside, values, 0).astype(np.float32)
+        floor = np.where(near > values, np.nextafter(near, lowest), near)
+        below = np.nextafter(floor, lowest)
+        beside_zero = np.where(floor > 0, np.float32(0), -_SMALLEST)
+        below = np.where(np.abs(below) < _SMALLEST, beside_zero, below).astype(np.float64)
+        return np.where(inside & np.isfinite(below), below, np.nextafter(values, -np.inf))
