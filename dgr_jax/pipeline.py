@@ -126,7 +126,7 @@ def _signatures(experiment: Experiment, stage: str) -> dict[str, Any]:
         found = experiment.collection.inputs(experiment.prepare.splits)
         whole = all(found.values())
         now = {name: _signature(path) for name, path in found.items() if whole and path}
-        signed["collection"] = now if whole else read.get("collection")
+        signed["collection"] = now if whole and now else read.get("collection")
         tasks = getattr(experiment.prepare, "tasks", "")
         if (file := shipped.resources("tasks") / f"{tasks}.py").is_file():
             signed[f"tasks/{file.name}"] = _signature(file)

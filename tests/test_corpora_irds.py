@@ -174,3 +174,36 @@ def test_texts_that_are_no_strings_are_refused(monkeypatch):
             ValueError, match=f"a record of '{name}' with the {found}; expected a st"
         ):
             list(IrDatasetsCollection(name).passages())
+
+
+def test_files_of_the_users_own_are_inputs(monkeypatch, tmp_path):
+    class LocalDownload:
+        def __init__(self, path):
+            self._path = path
+
+        def path(self, force=True):
+            assert not force
+            return self._path
+
+    class Wrapped:
+        def __init__(self, base):
+            self._base = base
+
+    Wrapped.__module__ = "ir_datasets.util"
+    docs, queries = tmp_path / "docs.tsv", tmp_path / "queries.tsv"
+    docs.write_text("p\ttext\n")
+    handlers = {
+        "docs": SimpleNamespace(_docs_dlc=Wrapped(LocalDownload(docs))),
+        "queries": SimpleNamespace(_dlc=LocalDownload(queries)),
+        "qrels": SimpleNamespace(_qrels_dlc=object()),  # fetched by the library
+    }
+    dataset = SimpleNamespace(**{f"{k}_handler": lambda v=v: v for k, v in handlers.items()})
+    library = SimpleNamespace(
+        load={"own": dataset}.__getitem__, util=SimpleNamespace(LocalDownload=LocalDownload)
+    )
+    monkeypatch.setitem(sys.modules, "ir_datasets", library)
+    collection = IrDatasetsCollection("own", (("test", "own"),))
+    assert collection.inputs(["test"]) == {"own docs 1": docs, "own queries 1": None}
+    assert IrDatasetsCollection("unknown").inputs() == {}
+    monkeypatch.setitem(sys.modules, "ir_datasets", None)
+    assert collection.inputs(["test"]) == {}

@@ -36,9 +36,16 @@ class IrDatasetsCollection:
             _part(self._id(split), "queries")
             _part(self._id(split), "qrels")
 
-    def inputs(self, splits: Iterable[str] = ()) -> dict[str, None]:
-        """None: the library keeps its files, and an id always means the same ones."""
-        return {}
+    def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
+        """Name -> each file of the user's own behind these ids, None where it is missing. What the
+        library fetches is left out: an id always means the same. Without the library: none."""
+        wanted = [(self.dataset, "docs")]
+        wanted += [(self._id(split), part) for split in splits for part in ("queries", "qrels")]
+        return {
+            f"{name} {part} {number}": path if path.is_file() else None
+            for name, part in wanted
+            for number, path in enumerate(_own_files(name, part), start=1)
+        }
 
     def passages(self) -> Iterator[Passage]:
         """All documents in the library's order."""
@@ -66,6 +73,24 @@ class IrDatasetsCollection:
 
     def _id(self, split: str) -> str:
         return dict(self.splits).get(split, f"{self.dataset}/{split}")
+
+
+def _own_files(name: str, part: str) -> list[Path]:
+    """The files that an id's docs, queries or qrels are read from, where a user registered them."""
+    try:
+        library = _library()
+        handler = getattr(library.load(name), f"{part}_handler")()
+        kind = library.util.LocalDownload
+    except (ImportError, KeyError, AttributeError):
+        return []
+    files, holders = [], [handler]
+    for holder in holders:  # a file may be wrapped, as where it is compressed
+        for value in vars(holder).values() if hasattr(holder, "__dict__") else ():
+            if isinstance(value, kind):
+                files.append(Path(value.path(force=False)))
+            elif type(value).__module__.startswith("ir_datasets.") and len(holders) < 10:
+                holders.append(value)
+    return files
 
 
 def _library() -> ModuleType:
