@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import numpy as np
 
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import Query, ScoredPassage
+from dgr_jax.corpora.words import UNSPACED, marks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -337,7 +337,8 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
 
 
 def tokenize(text: str) -> list[str]:
-    """Runs of letters, digits and combining marks, and every other visible character by itself."""
+    """Runs of letters, digits and combining marks; every other visible character by itself, and
+    every one of a script without spaces between words, with its marks."""
     tokens = _token_pattern().findall(text)
     return [t for t in tokens if len(t) > 1 or unicodedata.category(t)[0] != "C"]
 
@@ -345,9 +346,7 @@ def tokenize(text: str) -> list[str]:
 @cache
 def _token_pattern() -> re.Pattern[str]:
     # [^\W_] is exactly Unicode's letters and numbers, \S all but separators and some controls.
-    points = map(chr, range(sys.maxunicode + 1))
-    marks = "".join(c for c in points if unicodedata.category(c)[0] == "M")
-    return re.compile(rf"(?:[^\W_]|[{marks}])+|\S")
+    return re.compile(rf"[{UNSPACED}][{marks()}]*|(?:[^\W_{UNSPACED}]|[{marks()}])+|\S")
 
 
 @lru_cache(maxsize=1024)

@@ -1,6 +1,7 @@
 """Answer strings in the texts of passages: DPR's rules, and their measures in an evaluation."""
 
 import dataclasses
+import re
 import unicodedata
 
 import numpy as np
@@ -10,6 +11,7 @@ from dgr_jax import evaluation, pipeline
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
+from dgr_jax.corpora.words import UNSPACED
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.stages.evaluate import _compare, _measure, chosen_queries
@@ -51,6 +53,9 @@ def run_of(**lists):
         ("one two", ["three", "two"], True),
         ("soft\u200bjoin", ["soft join"], True),  # invisible characters only separate
         ("", ["a"], False),
+        ("東京は日本の首都です。", ["日本"], True),  # no spaces: characters are compared
+        ("東京は日本の首都です。", ["京日"], False),
+        ("ราคา 20บาท", ["บาท"], True),
     ],
 )
 def test_has_answer(text, answers, found):
@@ -58,16 +63,19 @@ def test_has_answer(text, answers, found):
 
 
 def test_tokens_are_cut_by_unicode_category():
+    unspaced = re.compile(f"[{UNSPACED}]")
+
     def slow_tokens(text):
         tokens, word = [], ""
         for c in text + " ":
             kind = unicodedata.category(c)[0]
-            if kind in "LNM":
+            alone = kind in "LN" and unspaced.match(c)
+            if word and kind in "LNM" and not alone and (kind == "M" or not unspaced.match(word)):
                 word += c
                 continue
             tokens += [word] if word else []
-            word = ""
-            if kind not in "ZC":
+            word = c if kind in "LNM" else ""
+            if kind not in "ZCLNM":
                 tokens.append(c)
         return tokens
 

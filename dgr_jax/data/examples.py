@@ -8,7 +8,6 @@ be read, and its examples be made, without those before it.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgr_jax.corpora import lines
+from dgr_jax.corpora import lines, words
 from dgr_jax.corpora.types import Passage, Qrel, Query
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 SOURCES = ("labelled", "passages", "pseudo_queries")
 PASSAGES_A_PART = 50_000
 LINES_A_PART = 500_000
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Sources:
       blank: sentences.
     max_pseudo_queries: of a passage at most (0: all), the first of the file or of the text.
     min_sentence_words, max_sentence_words: shorter sentences are left out, longer ones cut.
+
+    In scripts without spaces between words, two characters count as a word: `corpora.words`.
     """
 
     labelled: float = 1.0
@@ -87,9 +87,9 @@ class Sources:
     def chunks(self, passage: Passage) -> Iterator[str]:
         """Windows of `chunk_words` words, each half a window further or at random places, with the
         title before."""
-        words = passage.text.split()
-        for start in self._starts(passage.pid, max(0, len(words) - self.chunk_words)):
-            chunk = " ".join(words[start : start + self.chunk_words])
+        pieces = words.windows(passage.text)
+        for start in self._starts(passage.pid, max(0, len(pieces) - self.chunk_words)):
+            chunk = "".join(pieces[start : start + self.chunk_words]).strip()
             if text := f"{passage.title} {chunk}".strip():
                 yield text
 
@@ -103,10 +103,10 @@ class Sources:
 
     def sentences(self, passage: Passage) -> Iterator[str]:
         """Sentences of the text, as pseudo-queries."""
-        for sentence in _SENTENCE.split(passage.text):
-            words = sentence.split()
-            if len(words) >= self.min_sentence_words:
-                yield " ".join(words[: self.max_sentence_words])
+        for sentence in words.sentences(passage.text):
+            pieces = words.windows(sentence)
+            if len(pieces) >= self.min_sentence_words:
+                yield "".join(pieces[: self.max_sentence_words]).strip()
 
 
 @dataclass(frozen=True)

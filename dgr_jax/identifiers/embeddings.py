@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dgr_jax.corpora import lines
+from dgr_jax.corpora import lines, words
 from dgr_jax.identifiers import kmeans
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Embeddings(Protocol):
 @dataclass(frozen=True)
 class TfidfSvd:
     """TF-IDF of title and text, reduced by truncated singular value decomposition (LSA).
+
+    Words are those of `corpora.words`, the same as BM25's.
 
     dim: D. max_features: the vocabulary keeps the most frequent words. min_count: a word must be in
     so many passages (in 1 for corpora of fewer than 1,000). stop_words: "english" or "" for none.
@@ -79,6 +81,9 @@ class TfidfSvd:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         return TfidfVectorizer(
+            tokenizer=words.words,
+            token_pattern=None,
+            lowercase=False,
             sublinear_tf=True,
             max_features=self.max_features,
             min_df=self.min_count if num_passages >= 1000 else 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax.corpora import words
 from dgr_jax.corpora.types import ScoredPassage
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
 
-_WORD = re.compile(r"\b\w\w+\b")
-
 
 @dataclass(frozen=True)
 class Bm25:
     """Settings of BM25 (Robertson; Lucene's form of the inverse document frequency).
+
+    What a word is, in any script: see `corpora.words`.
 
     k1: how soon more occurrences of a word stop counting. b: how much long passages are marked
     down. stop_words: a list of bm25s ("english", ...) or "" for none. stemmer: a language of
@@ -37,10 +37,10 @@ class Bm25:
         """Indexes title and text of every passage."""
         if len(store) == 0:
             raise ValueError("the corpus has no passages to index")
-        words = _words(self)
+        words_of = _words(self, alone=True)
         vocabulary: dict[str, int] = {}
         ids = [
-            [vocabulary.setdefault(word, len(vocabulary)) for word in words(passage.contents)]
+            [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(passage.contents)]
             for passage in store
         ]
         if not vocabulary:
@@ -97,8 +97,8 @@ def _bm25s() -> ModuleType:
     return bm25s
 
 
-def _words(settings: Bm25) -> Callable[[str], Iterable[str]]:
-    """Text -> its words: lower case, two characters and more, no stop words, stemmed on demand."""
+def _words(settings: Bm25, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
+    """Text -> its words, without stop words, stemmed on demand. alone: see `words.words`."""
     from bm25s.tokenization import Tokenizer
 
     try:
@@ -107,11 +107,11 @@ def _words(settings: Bm25) -> Callable[[str], Iterable[str]]:
         raise ValueError(f"Bm25.stop_words = {settings.stop_words!r}: {error}") from None
     stem = _stemmer(settings.stemmer)
 
-    def words(text: str) -> Iterable[str]:
-        kept = [word for word in _WORD.findall(text.lower()) if word not in stop_words]
+    def words_of(text: str) -> Iterable[str]:
+        kept = [word for word in words.words(text, alone=alone) if word not in stop_words]
         return stem(kept) if stem else kept
 
-    return words
+    return words_of
 
 
 def _stemmer(language: str) -> Callable[[list[str]], list[str]] | None:

@@ -1,0 +1,165 @@
+"""The words of a text in any script: what BM25, TF-IDF and the windows of texts count.
+
+A word is a run of letters, digits, underscores and combining marks, lower-cased, of two characters
+or more. For ASCII that is the pattern \\b\\w\\w+\\b; other texts are first brought to Unicode's
+compatibility form (NFKC), as the students' vocabularies do, so that composed and decomposed,
+full-width and ligature spellings meet. A mark belongs to its letter: the vowel signs of Hindi do
+not end a word. The points of Hebrew and Arabic, which most writers leave out, are no part of it.
+
+Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Myanmar and their
+neighbours) give the pairs of neighbouring characters instead, marks with their letter:
+
+    words("The café in 東京都")  ->  ["the", "café", "in", "東京", "京都"]
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from functools import cache
+from typing import NamedTuple
+
+_ASCII_WORD = re.compile(r"\w\w+", re.ASCII)
+_WORD_CHARACTERS = 2  # of an unspaced script, that count as a word of a window
+
+# Compatibility forms that would run into their neighbours: 5½ is no 51/2, Lego™ no "legotm".
+_APART = re.compile("[\u00bc-\u00be\u2116\u2120-\u2122\u2150-\u215f\u2189]")
+_ARABIC = "\u0620-\u06ff\u0750-\u077f\u08a0-\u08ff"
+_NON_JOINER = re.compile(f"(?<=[{_ARABIC}])\u200c(?=[{_ARABIC}])")  # parts Persian words
+# Seen by no reader: soft hyphens, joiners, directions, byte-order marks; and optional points.
+_DROPPED = re.compile(
+    "[\u00ad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff"
+    "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew
+    "\u0610-\u061a\u0640\u064b-\u0652\u0656-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
+)
+# Characters of scripts that write no spaces, as the inside of a character class of `re`.
+UNSPACED = (
+    "\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3038-\u303c\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U000323af"  # Han
+    "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\U0001aff0-\U0001b16f"  # kana
+    "\u3105-\u312f\u31a0-\u31bf"  # Bopomofo
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf"  # Thai, Lao
+    # Myanmar, Khmer, Tai scripts, Balinese, Javanese
+    "\u1000-\u103f\u1050-\u108f\u109a-\u109d\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaa76\uaa7a-\uaa7f"
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"
+    "\u1950-\u1974\u1980-\u19c9\u1a20-\u1a7c\uaa80-\uaadd\u1b05-\u1b4c\ua984-\ua9c0"
+)
+
+# A sentence ends with a Latin mark before a space, and with those of other scripts anywhere.
+_ENDS = re.compile(
+    "([\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u1362\u1367\u0589\u0f0d\u0f0e\u17d4\u17d5"
+    "\u104b]+[\u201d\u2019\u300d\u300f\uff09\u3011\u300b\u00bb]*)\\s*"
+)
+_THAI_PHRASE = re.compile("(?<=[\u0e01-\u0e4e\u0e81-\u0ede])\\s+(?=[\u0e01-\u0e4e\u0e81-\u0ede])")
+_PARAGRAPH = "\u2029"
+_SENTENCE = re.compile(rf"(?<=[.!?])\s+|{_PARAGRAPH}")
+
+
+class _Patterns(NamedTuple):
+    """word: two characters or more. unspaced: a run of an unspaced script; cluster: one of its
+    characters with its marks. either: a run, which is the group, or a word."""
+
+    word: re.Pattern[str]
+    unspaced: re.Pattern[str]
+    cluster: re.Pattern[str]
+    either: re.Pattern[str]
+
+
+@cache
+def marks() -> str:
+    """All combining marks, as the inside of a character class of `re`."""
+    planes = itertools.chain(range(0x20000), range(0xE0000, 0xE0200))  # the others have none
+    points = (i for i in planes if unicodedata.category(chr(i))[0] == "M")
+    runs: list[list[int]] = []
+    for point in points:
+        if runs and runs[-1][1] == point - 1:
+            runs[-1][1] = point
+        else:
+            runs.append([point, point])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in runs)
+
+
+@cache
+def _patterns() -> _Patterns:
+    word = rf"\w[\w{marks()}]+"
+    run = rf"[{UNSPACED}][{UNSPACED}{marks()}]*"
+    return _Patterns(
+        word=re.compile(word),
+        unspaced=re.compile(run),
+        cluster=re.compile(rf"[{UNSPACED}][{marks()}]*"),
+        either=re.compile(f"({run})|{word}"),
+    )
+
+
+def words(text: str, *, alone: bool = False) -> list[str]:
+    """The words of a text, in order.
+
+    alone: also each character of an unspaced script by itself, as an index needs them where a
+      query may be a single one.
+    """
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    text, patterns = _folded(text), _patterns()
+    if not patterns.unspaced.search(text):
+        return patterns.word.findall(text)
+    listed: list[str] = []
+    for match in patterns.either.finditer(patterns.unspaced.sub(r" \g<0> ", text)):
+        if match[1] is None:
+            listed.append(match[0])
+            continue
+        clusters = patterns.cluster.findall(match[1])
+        listed += map("".join, zip(clusters, clusters[1:], strict=False))
+        if alone or len(clusters) == 1:
+            listed += clusters
+    return listed
+
+
+def _folded(text: str) -> str:
+    """NFKC, lower case, without what is not seen."""
+    text = _NON_JOINER.sub(" ", _APART.sub(r" \g<0> ", text))
+    text = unicodedata.normalize("NFKC", text)
+    # The lower case of the Turkish dotted capital leaves its dot as a mark.
+    return _DROPPED.sub("", text).lower().replace("i\u0307", "i")
+
+
+def windows(text: str) -> list[str]:
+    """The text in pieces of about a word: a piece that begins after a space has one before it.
+
+    Any run of pieces, joined by nothing and stripped, is a part of the text with single spaces. In
+    spaced scripts the pieces are what spaces divide; in others they are two characters each.
+    """
+    pieces: list[str] = []
+    for word in text.split():
+        if word.isascii() or not _patterns().unspaced.search(word):
+            pieces.append(" " + word)
+            continue
+        cut = _cut(word)
+        pieces += [" " + cut[0], *cut[1:]]
+    return pieces
+
+
+def _cut(word: str) -> list[str]:
+    """A word in pieces: two characters of an unspaced script each, with the marks and punctuation
+    after them, and what lies between such characters."""
+    cluster = _patterns().cluster
+    pieces, characters = [], 0
+    for part in re.findall(rf"{cluster.pattern}|[^{UNSPACED}]+", word):
+        unspaced = cluster.match(part) is not None
+        if pieces and (0 < characters < _WORD_CHARACTERS or not any(map(str.isalnum, part))):
+            pieces[-1] += part
+        else:
+            pieces.append(part)
+            characters = 0
+        characters = (characters + 1) % _WORD_CHARACTERS if unspaced else 0
+    return pieces
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text by the marks that end them, in Latin and other scripts.
+
+    Thai and Lao have none: there a space ends a phrase.
+    """
+    if not text.isascii():
+        text = _THAI_PHRASE.sub(_PARAGRAPH, _ENDS.sub(rf"\1{_PARAGRAPH}", text))
+    return [sentence for sentence in _SENTENCE.split(text) if sentence]
