@@ -134,7 +134,7 @@ def test_passages_without_spaces_have_chunks_and_sentences():
     passage = Passage("p", "東京は首都です。「大きい街です。」人が多い！", "題")
     assert list(sources.chunks(passage))[0] == "題 東京は首都です。「"
     assert len(list(sources.chunks(passage))) > 2
-    assert list(sources.sentences(passage)) == ["東京は首都で", "「大きい街で", "人が多い！"]
+    assert list(sources.sentences(passage)) == ["東京は首都で", "「大きい街です。」", "人が多い！"]
 
 
 @pytest.mark.parametrize(

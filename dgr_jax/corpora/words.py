@@ -146,7 +146,8 @@ def _cut(word: str) -> list[str]:
     pieces, characters = [], 0
     for part in re.findall(rf"{cluster.pattern}|[^{UNSPACED}]+", word):
         unspaced = cluster.match(part) is not None
-        if pieces and (0 < characters < _WORD_CHARACTERS or not any(map(str.isalnum, part))):
+        bare = pieces and not all(any(map(str.isalnum, text)) for text in (pieces[-1], part))
+        if bare or 0 < characters < _WORD_CHARACTERS:
             pieces[-1] += part
         else:
             pieces.append(part)
