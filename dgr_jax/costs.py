@@ -113,6 +113,7 @@ def _passages(experiment: Experiment) -> int:
     scheme, known = experiment.prepare.identifiers, getattr(experiment.collection, "size", 0)
     if known or not isinstance(scheme, ResidualQuantization):
         return known or _MANY
+    scheme = scheme.sized(_MANY)
     return min(_MANY, scheme.codebook_size**scheme.num_codes // 2 + 1)
 
 

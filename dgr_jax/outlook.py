@@ -18,6 +18,7 @@ from rich.table import Table
 from dgr_jax import partitioning, planning
 from dgr_jax.experiment import Experiment
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.models.t5 import T5Config, Transformer
 
 TOKENS_A_WORD = 1.35  # of T5's vocabulary on English text
@@ -132,8 +133,8 @@ def _length(experiment: Experiment, corpus: Corpus) -> int:
             "query": scheme.query_tokens + 2,
         }
         return max(sizes[view] for view in scheme.views)
-    if hasattr(scheme, "num_codes"):
-        return scheme.num_codes + 1
+    if isinstance(scheme, ResidualQuantization):
+        return scheme.sized(corpus.passages).num_codes + 1
     return max(2, math.ceil(math.log10(corpus.passages)) + 1)
 
 
@@ -161,8 +162,10 @@ def _parameters(experiment: Experiment, corpus: Corpus) -> int:
     config = experiment.model
     if not config.vocab_size:
         text = planning.text_size(experiment.prepare.vocabulary)
-        scheme = experiment.prepare.identifiers
-        codes = getattr(scheme, "num_codes", 0) * getattr(scheme, "codebook_size", 0)
+        scheme, codes = experiment.prepare.identifiers, 0
+        if isinstance(scheme, ResidualQuantization):
+            scheme = scheme.sized(corpus.passages)
+            codes = scheme.num_codes * scheme.codebook_size
         size = text + -(-max(codes, 128) // 128) * 128
         config = T5Config(**{**vars(config), "vocab_size": size})
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])

@@ -176,6 +176,7 @@ def _rounded(tokens: int) -> int:
 def _levels(scheme: Any, passages: int) -> tuple[tuple[int, ...], int, bool]:
     """(choices at each position, docid codes in the vocabulary, ends with a closing token)."""
     if isinstance(scheme, ResidualQuantization):
+        scheme = scheme.sized(passages)
         levels = (scheme.codebook_size,) * scheme.num_codes
         if math.prod(levels) < 2 * passages:  # many share their codes: a tie code tells them apart
             levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))

@@ -242,6 +242,54 @@ def test_bad_settings_are_named(scheme, message):
         build(scheme, corpus(["a word", "b word"]))
 
 
+@pytest.mark.parametrize(
+    ("passages", "expected"),
+    [(1, (1, 16)), (31, (1, 32)), (40, (2, 16)), (1000, (2, 64)), (10_000, (2, 256)),
+     (20_000, (3, 128)), (100_000, (3, 256)), (1_000_000, (4, 256)), (8_841_823, (5, 128))],
+)  # fmt: skip
+def test_number_and_size_of_codes_follow_from_the_number_of_passages(passages, expected):
+    sized = ResidualQuantization().sized(passages)
+    assert (sized.num_codes, sized.codebook_size) == expected
+
+
+def test_codes_that_are_set_stay():
+    assert ResidualQuantization(3, 64).sized(10**9) == ResidualQuantization(3, 64)
+    assert ResidualQuantization(num_codes=4).sized(100_000).codebook_size == 128
+    assert ResidualQuantization(codebook_size=64).sized(60).num_codes == 1
+    assert ResidualQuantization(codebook_size=64).sized(100_000).num_codes == 5
+    # What other numbers would need is not taken.
+    assert ResidualQuantization(num_codes=2).sized(10**6).codebook_size == 256
+
+
+def clustered(size, seed=0):
+    """Vectors as those of texts: clusters of very different sizes, in other directions inside."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(50, 32))
+    drawn = rng.choice(50, size, p=1 / np.arange(1, 51) / (1 / np.arange(1, 51)).sum())
+    return centres[drawn] + rng.normal(size=(size, 32))
+
+
+@pytest.mark.parametrize("size", [20, 40, 1000, 6000])
+def test_nearly_all_passages_have_codes_of_their_own(size, caplog):
+    scheme = ResidualQuantization(embeddings=Vectors(clustered(size)))
+    with caplog.at_level(logging.WARNING):
+        report = build(scheme, corpus(["x"] * size)).report()
+    assert report["passages_with_codes_of_their_own"] >= 0.95 * size
+    assert not caplog.text
+    for level in report["levels"][: scheme.sized(size).num_codes]:
+        assert level["codes"] > 1, "a code that is always the same says nothing"
+        assert level["perplexity"] > 0.5 * level["codes"]
+
+
+def test_few_codes_of_their_own_are_warned_of(caplog):
+    scheme = ResidualQuantization(1, 16, embeddings=Vectors(clustered(1000)))
+    with caplog.at_level(logging.WARNING):
+        report = build(scheme, corpus(["x"] * 1000)).report()
+    assert report["passages_with_codes_of_their_own"] == 0
+    assert "rq: 1 codes of 16: 0 of 1,000 passages (0.0%) have codes of their own" in caplog.text
+    assert "num_codes and codebook_size, left unset, would be 2 and 64" in caplog.text
+
+
 # The k-means tree.
 
 
@@ -287,6 +335,11 @@ def test_tree_over_a_sample_splits_every_passage():
     assert max(map(len, groups.values())) <= 10
 
 
+def test_a_tree_of_one_leaf_is_warned_of(caplog):
+    build(KMeansTree(embeddings=Vectors(np.eye(5))), corpus(["x"] * 5))
+    assert "KMeansTree.leaf_size = 100 holds all 5 passages" in caplog.text
+
+
 # Titles, strings, atoms.
 
 
@@ -296,16 +349,47 @@ def test_title_rows_and_fallback(caplog):
     )
     with caplog.at_level(logging.WARNING):
         table = build(Title(max_tokens=5), store)
-    assert "2 of 5 passages have no title" in caplog.text
-    shown = [[t for t in row if t] for row in rows(table).tolist()]
+    assert "1 of 5 passages have no title" in caplog.text
+    assert "1 of 5 passages have neither a title nor a text" in caplog.text
+    named = table.rows_of_passages()
+    shown = [[t for t in table.tokens[row] if t] for row in named]
     assert shown[0] == shown[2] == [*encode("Bee"), 1]
     assert shown[1] == [*encode("c d e"), 1]
-    assert shown[3] == [1]
+    assert named[3] == -1, "no identifier, rather than one that is found for every query"
     assert shown[4] == [*encode("Beehi"), 1]
-    assert table.num_code_tokens == 0
+    assert table.num_code_tokens == 0 and table.num_passages == 5
     report = table.report()
     assert report["passages_sharing_an_identifier"] == 2
+    assert report["passages_without_identifier"] == report["blank"] == 1
     assert "levels" not in report
+
+
+def latin(text):
+    """As `encode`, of a vocabulary that lacks Chinese, joiners and variation selectors."""
+    return [2 if c > "\u1000" else 3 + ord(c) for c in text if c != "\u200b"]
+
+
+def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
+    # A joiner has a token, that of what the vocabulary lacks, and is not seen.
+    texts = ["kettle", "\u200b \u200b sings", "\u200d", "attic", "attic"]
+    titles = ["\u200b", "\u200b\u200d", "\u200b", "\u6771a", "\u4eaca"]
+    store = corpus(texts, titles)
+    with caplog.at_level(logging.WARNING):
+        table = Title(max_tokens=4).build(store, encode=latin, first_code_id=0, seed=0)
+    named = table.rows_of_passages()
+    shown = [[t for t in table.tokens[row].tolist() if t] for row in named]
+    assert shown[0] == [*latin("kett"), 1]
+    assert shown[1] == [*latin("sing"), 1]
+    assert named[2] == -1 and [1] not in table.tokens[:, :1].tolist()
+    assert shown[3] == shown[4] == [2, *latin("a"), 1]
+    report = table.report()
+    assert report["passages_sharing_an_identifier"] == 2
+    assert (report["without_title"], report["blank"], report["with_unknown"]) == (2, 1, 2)
+    assert "2 of 5 passages have characters in their title that the vocabulary lacks" in caplog.text
+    with pytest.raises(
+        ValueError, match="Title: none of 1 passages has a title or a text of which"
+    ):
+        Title().build(corpus([" "], ["\u200b"]), encode=latin, first_code_id=0, seed=0)
 
 
 def test_string_digits_are_zero_padded():

@@ -149,3 +149,10 @@ def test_passages_without_spaces_have_chunks_and_sentences():
 )
 def test_sentences_end_by_the_marks_of_their_script(text, expected):
     assert words.sentences(text) == expected
+
+
+def test_what_is_seen():
+    seen = ["a", ".", "東", "हि", "☃", "\u200bx", "€"]
+    unseen = ["", " \t\n", "\x00\x7f", "\u200b\u200d", "\u00a0\u3000", "\ufeff", "\u0301"]
+    unseen += ["\u3164", "\u2800", "\u202e\u2069", "\ufe0f", "\u00ad"]
+    assert all(map(words.visible, seen)) and not any(map(words.visible, unseen))

@@ -46,6 +46,8 @@ UNSPACED = (
     "\u1950-\u1974\u1980-\u19c9\u1a20-\u1a7c\uaa80-\uaadd\u1b05-\u1b4c\ua984-\ua9c0"
 )
 
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol that show nothing
+
 # A sentence ends with a Latin mark before a space, and with those of other scripts anywhere.
 _ENDS = re.compile(
     "([\u3002\uff01\uff1f\uff61\u0964\u0965\u06d4\u061f\u1362\u1367\u0589\u0f0d\u0f0e\u17d4\u17d5"
@@ -121,6 +123,15 @@ def _folded(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     # The lower case of the Turkish dotted capital leaves its dot as a mark.
     return _DROPPED.sub("", text).lower().replace("i\u0307", "i")
+
+
+def visible(text: str) -> bool:
+    """Whether a reader sees anything: a letter, digit, sign or symbol. Spaces, joiners, direction
+    marks, fillers and combining marks without a letter are nothing."""
+    if text.isascii():
+        return any(33 <= ord(character) < 127 for character in text)
+    seen = (character for character in text if character not in _BLANKS)
+    return any(unicodedata.category(character)[0] in "LNPS" for character in seen)
 
 
 def windows(text: str) -> list[str]:

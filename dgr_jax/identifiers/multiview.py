@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax.corpora import words
 from dgr_jax.identifiers.table import EOS_ID, FIRST_FREE_ID, IdentifierTable
 
 if TYPE_CHECKING:
@@ -193,14 +194,15 @@ def _table(
 ) -> tuple[IdentifierTable, Report] | None:
     """The table of (passage index, text), and its report; None where no text has a token.
 
-    The report adds to IdentifierTable.report: blank (texts without a token, left out), cut (texts
+    The report adds to IdentifierTable.report: blank (texts without a token, or of characters that
+    nobody sees, left out), cut (texts
     longer than `limit` tokens), with_unknown (texts that hold a piece the vocabulary lacks: they
     are kept, but texts that differ in such pieces alone share a row).
     """
     tokens, lengths, owners = array("i"), array("i"), array("i")
     counts = dict.fromkeys(("blank", "cut", "with_unknown"), 0)
     for passage, text in named:
-        ids = encode(text.strip())
+        ids = encode(text.strip()) if words.visible(text) else ()
         if not len(ids):
             counts["blank"] += 1
             continue
@@ -219,6 +221,12 @@ def _table(
     report = table.report() | counts
     if without := report["passages_without_identifier"]:
         _log.warning("%d of %d passages have no %s", without, num_passages, view)
+    if unknown := counts["with_unknown"]:
+        _log.warning(
+            "%d of %d texts of the view %r have characters that the vocabulary lacks; those that "
+            "differ in such characters alone share an identifier",
+            *(unknown, len(lengths), view),
+        )
     return table, report
 
 

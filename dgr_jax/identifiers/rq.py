@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_FEW = 32  # passages, below which one code is enough
+_SIZES = (16, 32, 64, 128, 256)  # of a codebook, where it is not set
+_ENOUGH = 0.9  # share of the passages with codes of their own, below which there is a warning
+
 
 @dataclass(frozen=True)
 class ResidualQuantization:
@@ -26,6 +30,7 @@ class ResidualQuantization:
     Level l clusters the residuals of level l-1 into `codebook_size` codes (RIPOR, Zeng et al. 2024,
     without their learned encoder); passages with the same codes are numbered in corpus order by the
     last code, which then every passage has (TIGER, Rajput et al. 2023).
+    num_codes, codebook_size: None: what so many passages need, see `sized`.
     spread: collisions are first spread over the last level: passages that agree on all codes before
     it take different codes there, at the least total distance, in groups of up to so many passages;
     0 leaves every passage at its nearest code, and collisions to the tie code alone.
@@ -35,8 +40,8 @@ class ResidualQuantization:
 
     codes_by_position: ClassVar[bool] = True  # a code of another level is another token
 
-    num_codes: int = 3
-    codebook_size: int = 64
+    num_codes: int | None = None
+    codebook_size: int | None = None
     embeddings: Embeddings = field(default_factory=TfidfSvd)
     spread: int = 1024
     train_passages: int = 200_000
@@ -58,7 +63,33 @@ class ResidualQuantization:
         """
         del encode
         self._check()
-        vectors = self.embeddings.embed(store, seed)
+        return self.sized(len(store))._table(
+            self.embeddings.embed(store, seed), first_code_id, seed
+        )
+
+    def sized(self, num_passages: int) -> ResidualQuantization:
+        """These settings with the number and the size of codes that so many passages need.
+
+        The least number, from two on, of codes for which a codebook of 256 codes is enough, and
+        then the smallest codebook of 16, 32, 64, 128 or 256 that is enough. Enough is
+
+            size ** number >= 4 * 16 ** min(number - 2, 2) * passages
+
+        for k-means fills the cells of its codes unevenly, the more so the more codes there are
+        (codebooks below 64, where they are set: size / 4 for 16). With so much room nearly all
+        passages of real collections have codes of their own once they are spread. 1,000 passages
+        get 2 codes of 64, 100,000 get 3 of 256, a million 4 of 256. Fewer than 32, and as many as
+        one codebook has codes, get one code: a second would tell nothing.
+        """
+        sizes = [self.codebook_size] if self.codebook_size else _SIZES
+        few = num_passages < _FEW or num_passages <= (self.codebook_size or 0)
+        numbers = [self.num_codes] if self.num_codes else [1] if few else range(2, 65)
+        choices = [(number, size) for number in numbers for size in sizes]
+        enough = ((n, size) for n, size in choices if _cells(n, size) >= num_passages)
+        number, size = next(enough, choices[-1])
+        return replace(self, num_codes=number, codebook_size=size)
+
+    def _table(self, vectors: np.ndarray, first_code_id: int, seed: int) -> IdentifierTable:
         codebooks = self.train(vectors, seed)
         codes = self.quantize(vectors, codebooks)
         if self.spread:
@@ -69,11 +100,33 @@ class ResidualQuantization:
         if ties.any():
             rows = np.column_stack([rows, ties + num_code_tokens])
             num_code_tokens += int(ties.max()) + 1
-        _log.info("%d of %d passages share their codes", np.count_nonzero(ties), len(ties))
+        own = _alone(codes)
+        self._say(own, len(codes), int(ties.max()) + 1)
         table = IdentifierTable.from_rows(
-            rows + np.int32(first_code_id), view="rq", num_code_tokens=num_code_tokens
+            rows + np.int32(first_code_id),
+            view="rq",
+            num_code_tokens=num_code_tokens,
+            counts={"passages_with_codes_of_their_own": own},
         )
         return table.require_docids()
+
+    def _say(self, own: int, passages: int, largest: int) -> None:
+        """Logs how many passages have codes of their own; warns where they are few."""
+        said = (
+            f"rq: {self.num_codes} codes of {self.codebook_size}: {own:,} of {passages:,} passages "
+            f"({own / passages:.1%}) have codes of their own"
+        )
+        if own >= _ENOUGH * passages:
+            _log.info("%s", said)
+            return
+        wanted = ResidualQuantization().sized(passages)
+        _log.warning(
+            "%s, expected %.0f%% or more; the others are told apart by a last code of %s tokens "
+            "that says nothing of what they are about. ResidualQuantization.num_codes and "
+            "codebook_size, left unset, would be %d and %d; passages of equal vectors share their "
+            "codes whatever these are",
+            *(said, 100 * _ENOUGH, f"{largest:,}", wanted.num_codes, wanted.codebook_size),
+        )
 
     def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
         """One codebook f32 [<= codebook_size, D] a level, from vectors [P, D]."""
@@ -113,14 +166,27 @@ class ResidualQuantization:
             codes[members, -1] = _distinct_nearest(residuals, codebooks[-1])
 
     def _check(self) -> None:
-        if self.num_codes < 1:
+        if self.num_codes is not None and self.num_codes < 1:
             raise ValueError(
                 f"ResidualQuantization.num_codes = {self.num_codes}, expected 1 or more"
             )
-        if self.codebook_size < 2:
+        if self.codebook_size is not None and self.codebook_size < 2:
             raise ValueError(
                 f"ResidualQuantization.codebook_size = {self.codebook_size}, expected 2 or more"
             )
+
+
+def _cells(number: int, size: int) -> float:
+    """Passages for which so many codes of this size are enough, see `sized`."""
+    if number == 1:
+        return size
+    return size**number / (4 * min(16, max(1, size // 4)) ** min(number - 2, 2))
+
+
+def _alone(codes: np.ndarray) -> int:
+    """How many rows of codes int32 [P, L] no other row equals."""
+    _, starts = sort_rows(codes)
+    return int(np.count_nonzero(starts & np.append(starts[1:], True)))
 
 
 def _colliding_groups(codes: np.ndarray) -> list[np.ndarray]:

@@ -54,6 +54,12 @@ class KMeansTree:
         del encode
         self._check()
         levels, depths, places = self.cluster(self.embeddings.embed(store, seed), seed)
+        if not levels and len(store) > 1:
+            _log.warning(
+                "KMeansTree.leaf_size = %d holds all %d passages: their identifiers are numbers in "
+                "corpus order and say nothing of what they are about; expected less",
+                *(self.leaf_size, len(store)),
+            )
         first_place = first_code_id + len(levels) * self.branching
         rows = np.zeros((len(places), len(levels) + 2), np.int32)
         for level, labels in enumerate(levels):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from dgr_jax import kept
 
 PAD_ID = 0
 EOS_ID = 1
-FIRST_FREE_ID = 3  # 0 pad, 1 end of sequence, 2 unknown
+UNK_ID = 2
+FIRST_FREE_ID = UNK_ID + 1
 
 _FORMAT = "dgr_jax identifier table"
 _VERSION = 1
@@ -36,6 +38,7 @@ class IdentifierTable:
     view: what the identifiers are made of (title, string, atomic, semantic, rq, ...).
     num_code_tokens: code tokens the scheme needs after the text vocabulary; 0 for text views.
     num_passages: P, also counting passages without an identifier.
+    counts: what the scheme met while it made the rows, a part of the report; not saved.
     """
 
     tokens: np.ndarray
@@ -45,6 +48,7 @@ class IdentifierTable:
     view: str
     num_code_tokens: int
     num_passages: int
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """U, the number of identifiers."""
@@ -59,6 +63,7 @@ class IdentifierTable:
         num_code_tokens: int = 0,
         passages: np.ndarray | None = None,
         num_passages: int | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> IdentifierTable:
         """Sorts, joins equal rows and checks that no row is a prefix of another.
 
@@ -92,6 +97,7 @@ class IdentifierTable:
             view=view,
             num_code_tokens=int(num_code_tokens),
             num_passages=int(num_passages),
+            counts=counts or {},
         )
         table._check_prefix_free()
         return table
@@ -191,6 +197,7 @@ class IdentifierTable:
             "mean_length": float(self.lengths @ sizes / sizes.sum()),
             "longest": int(self.lengths.max()),
             "code_tokens": self.num_code_tokens,
+            **self.counts,
         }
         if self.num_code_tokens:
             levels = [_usage(self.tokens[:, t], sizes) for t in range(self.tokens.shape[1])]

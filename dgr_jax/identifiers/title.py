@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
+from dgr_jax.corpora import words
+from dgr_jax.identifiers.table import EOS_ID, UNK_ID, IdentifierTable
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -20,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Title:
-    """The first `max_tokens` tokens of the title, then EOS; of the text where there is no title."""
+    """The first `max_tokens` tokens of the title, then EOS; of the text where there is no title, or
+    one of characters that nobody sees or that have no token."""
 
     max_tokens: int = 15
 
@@ -34,30 +38,57 @@ class Title:
     ) -> IdentifierTable:
         """Rows int32 [P, <= max_tokens + 1] in the text vocabulary; nothing is drawn.
 
-        Passages without title and text share the row [EOS].
+        A passage whose title and text show nothing has no row: an identifier of no token would be
+        found for every query. The report adds without_title (the text stands for it), blank (no
+        row) and with_unknown (identifiers with a piece that the vocabulary lacks: those that differ
+        in such pieces alone are shared).
+
+        Raises ValueError when no passage has a row.
         """
         del first_code_id, seed
         if self.max_tokens < 1:
             raise ValueError(f"Title.max_tokens = {self.max_tokens}, expected 1 or more")
         if len(store) == 0:
             raise ValueError("the corpus has no passages to take titles from")
-        tokens_of = lru_cache(maxsize=65_536)(lambda text: encode(text)[: self.max_tokens])
+        tokens_of = lru_cache(maxsize=65_536)(
+            lambda text: encode(text)[: self.max_tokens] if words.visible(text) else ()
+        )
         rows = np.zeros((len(store), self.max_tokens + 1), np.int32)
-        without_title = 0
+        counts = Counter(without_title=0, blank=0, with_unknown=0)
         for row, passage in zip(rows, store, strict=True):
-            title = passage.title.strip()
-            without_title += not title
-            tokens = tokens_of(title or self._beginning(passage.text))
-            row[: len(tokens)] = tokens
-            row[len(tokens)] = EOS_ID
-        if without_title:
-            _log.warning(
-                "%d of %d passages have no title; the first words of the text stand for it",
-                without_title,
-                len(store),
+            tokens = tokens_of(passage.title.strip())
+            if not tokens:
+                tokens = tokens_of(self._beginning(passage.text))
+                counts["without_title" if tokens else "blank"] += 1
+            if tokens:
+                row[: len(tokens)] = tokens
+                row[len(tokens)] = EOS_ID
+            counts["with_unknown"] += UNK_ID in tokens
+        _warn(counts, len(store))
+        named = np.flatnonzero(rows[:, 0])
+        if not len(named):
+            raise ValueError(
+                f"Title: none of {len(store):,} passages has a title or a text of which the "
+                "vocabulary has a token; expected one or more: look at the collection, or take "
+                "other identifiers (IDENTIFIERS)"
             )
-        return IdentifierTable.from_rows(rows, view="title")
+        return IdentifierTable.from_rows(
+            rows[named], view="title", passages=named, num_passages=len(store), counts=counts
+        )
 
     def _beginning(self, text: str) -> str:
-        """Words enough for `max_tokens` tokens: a word has at least one."""
-        return " ".join(text.split(maxsplit=self.max_tokens)[: self.max_tokens])
+        """Words enough for `max_tokens` tokens: one that is seen has at least one."""
+        seen = filter(words.visible, text.split())
+        return " ".join(itertools.islice(seen, self.max_tokens))
+
+
+def _warn(counts: Counter, passages: int) -> None:
+    reasons = {
+        "without_title": "have no title; the first words of the text stand for it",
+        "blank": "have neither a title nor a text and cannot be found",
+        "with_unknown": "have characters in their title that the vocabulary lacks; titles that "
+        "differ in such characters alone share an identifier",
+    }
+    for name, reason in reasons.items():
+        if counts[name]:
+            _log.warning("%d of %d passages %s", counts[name], passages, reason)
