@@ -305,7 +305,10 @@ def initial_checkpoint(
 
     Returns target/checkpoint_0. Raises ValueError for weights of another size.
     """
-    config = with_vocabulary(config, collection(prepared).made.vocabulary.size)
-    params = Pretrained(source, seed).params(config)
+    vocabulary = collection(prepared).made.vocabulary
+    config = with_vocabulary(config, vocabulary.size)
+    params = Pretrained(source, seed).params(
+        config, pieces=vocabulary.pieces, text_tokens=vocabulary.first_view_id
+    )
     pretrained.write_t5x(target, config, params)
     return str(Path(target) / "checkpoint_0")

@@ -77,7 +77,13 @@ def random_arrays(gated=True, dtype=np.float32):
 
 def safetensors(arrays):
     """The bytes of a file."""
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"}
+    names = {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "complex64": "C64",
+    }
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         offsets = [len(body), len(body) + array.nbytes]
@@ -182,7 +188,7 @@ def test_the_embedding_may_have_the_name_of_a_copy(tmp_path):
     same(pretrained.read_hf(write(tmp_path / "m", DESCRIBED, arrays))[1], expected)
 
 
-def test_newer_configs_say_tied_and_unscaled(tmp_path):
+def test_newer_configs_say_tied_and_unscaled(tmp_path, caplog):
     newer = DESCRIBED | {"tie_word_embeddings": True, "scale_decoder_outputs": False}
     arrays = random_arrays()
     config, params = pretrained.read_hf(write(tmp_path / "m", newer, arrays))
@@ -190,9 +196,11 @@ def test_newer_configs_say_tied_and_unscaled(tmp_path):
     np.testing.assert_array_equal(
         params["decoder"]["logits_dense"]["kernel"], arrays["lm_head.weight"].T
     )
+    assert not caplog.text
     del arrays["lm_head.weight"]
     config, params = pretrained.read_hf(write(tmp_path / "m", newer, arrays))
     assert config == T5_1_1
+    assert "no output kernel (lm_head.weight): the embedding is taken for it" in caplog.text
     np.testing.assert_array_equal(
         params["decoder"]["logits_dense"]["kernel"], arrays["shared.weight"].T
     )
@@ -222,6 +230,12 @@ def test_shards_are_put_together(tmp_path):
     index_file.write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names arrays that its files lack: \['ghost.weight'\]"):
         pretrained.read_hf(tmp_path / "m")
+    for content in ("{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        index_file.write_text(content)
+        with pytest.raises(ValueError, match="model.safetensors.index.json: no index of shards"):
+            pretrained.read_hf(tmp_path / "m")
+    del index["weight_map"]["ghost.weight"]
+    index_file.write_text(json.dumps(index))
     (tmp_path / "m" / "model-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-2.safetensors is missing: model.safetensor"):
         pretrained.read_hf(tmp_path / "m")
@@ -245,6 +259,62 @@ def test_all_faulty_names_are_listed(tmp_path):
         "encoder.embed_tokens.weight is left over",
         "encoder/layers_0/attention/query/kernel: got shape (8, 4), expected (8, 6)",
     ]
+
+
+@pytest.mark.parametrize("change", [{}, {"scale_decoder_outputs": False}])
+def test_no_other_array_is_taken_for_an_output_kernel(tmp_path, change):
+    arrays = random_arrays()
+    del arrays["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"logits_dense/kernel is missing \(lm_head.weight of Hug"):
+        pretrained.read(write(tmp_path / "m", DESCRIBED | change, arrays))
+
+
+def test_tied_embeddings_of_two_projections_are_warned_of(tmp_path, caplog):
+    arrays = random_arrays()
+    del arrays["lm_head.weight"]
+    tied = {name: value for name, value in DESCRIBED.items() if name != "tie_word_embeddings"}
+    config, _ = pretrained.read_hf(write(tmp_path / "m", tied, arrays))
+    assert config.logits_via_embedding
+    assert "no output kernel, and two projections as those of T5 1.1" in caplog.text
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    arrays = random_arrays(dtype=np.float16)
+    arrays["encoder.block.1.layer.1.DenseReluDense.wo.weight"][2, 3] = value
+    message = r"m: encoder/layers_1/mlp/wo/kernel holds 1 of \d+ values that are not finite; expec"
+    with pytest.raises(ValueError, match=message):
+        pretrained.read_hf(write(tmp_path / "m", DESCRIBED, arrays))
+    arrays["lm_head.weight"] = np.full((V, D), 1e300)  # no float32
+    with pytest.raises(ValueError, match="values that are not finite and 1 other arrays"):
+        pretrained.read_hf(write(tmp_path / "m", DESCRIBED, arrays))
+    params = random_params(T5_1_1)
+    params["encoder"]["encoder_norm"]["scale"] = np.full(D, value)
+    with pytest.raises(
+        ValueError, match=f"params: encoder/encoder_norm/scale holds {D} of {D} val"
+    ):
+        pretrained.write_hf(tmp_path / "w", T5_1_1, params)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "config.json: not JSON"),
+        ("", "config.json: not JSON"),
+        ("[]", "config.json: got list, expected the config of a T5"),
+        ('{"model_type": "t5"}', "config.json: vocab_size: got None, expected a number above 0"),
+        (json.dumps(DESCRIBED | {"d_model": "6"}), "d_model: got '6', expected a number above 0"),
+        (json.dumps(DESCRIBED | {"num_heads": 0}), "num_heads: got 0, expected a number above 0"),
+    ],
+)
+def test_damaged_configs_are_named(tmp_path, content, message):
+    folder = write(tmp_path / "m", DESCRIBED, random_arrays())
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        pretrained.read(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json is missing: expected the config"):
+        pretrained.read(folder)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +356,8 @@ def test_damaged_files_are_named(tmp_path):
         b"\x02" + bytes(7) + b"xxyy": "no JSON header, expected a safetensors file",
         whole[:-1]: r"a: got bytes \[0, 24\) of 23, expected 24 of them: the file is cut short",
         safetensors({"c": np.ones(2, np.complex64)}): "c: got dtype C64, expected one of F64, F32",
+        whole.replace(b'"shape"', b'"shade"'): "a: got .*, expected its dtype, shape and data_offs",
+        whole.replace(b"[6]", b"[-]"): "no JSON header",
     }.items():
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"model.safetensors: {message}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
@@ -60,3 +61,34 @@ def test_weights_of_another_size_are_refused(folder):
     assert "T5Config.num_heads: got 2, expected 4" in str(refused.value)
     with pytest.raises(ValueError, match="got 64, expected at least 96, that of the model"):
         Pretrained(str(folder)).params(dataclasses.replace(CONFIG, vocab_size=64))
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text_tokens", "size", "said"),
+    [
+        (90, 96, 224, ""),
+        (70, 80, 224, "begin with the rows of 16 tokens that the weights use otherwise"),
+        (70, 80, 96, "begin with the rows of 16 tokens that the weights use otherwise"),
+        (120, 128, 224, "weights have 96 tokens, the student's text 120 pieces, of which the last"),
+        (0, 0, 224, ""),
+    ],
+)
+def test_rows_of_the_weights_are_those_of_the_text(folder, pieces, text_tokens, size, said, caplog):
+    larger = dataclasses.replace(CONFIG, vocab_size=size)
+    with caplog.at_level(logging.WARNING):
+        Pretrained(str(folder)).params(larger, pieces=pieces, text_tokens=text_tokens)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+    assert not said or "SentencePiece.extra_ids: 0 or more; 100 for the published T5" in caplog.text
+
+
+def test_the_unused_ids_that_are_missing_are_told(caplog):
+    """32,000 pieces and weights of 32,128 rows, as T5's are."""
+    start = Pretrained("t5")
+    start._hold_against(32_128, 34_176, pieces=32_000, text_tokens=32_000)
+    assert "the rows of 128 tokens that the weights use otherwise" in caplog.text
+    assert "SentencePiece.extra_ids: 1 or more" in caplog.text
+    caplog.clear()
+    start._hold_against(32_128, 34_176, pieces=32_000, text_tokens=32_128)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="got 32000, expected at least 32128.*extra_ids: 1 or mo"):
+        start._hold_against(32_128, 32_000, pieces=32_000, text_tokens=32_000)

@@ -120,6 +120,22 @@ def test_its_own_layout_by_name(tmp_path, config):
         same(pretrained.read_t5x(tmp_path / place)[1], params)
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    params = dict(flat(unboxed(T5_1_1)))
+    params["decoder/layers_0/mlp/wo/kernel"] = np.full((F, D), np.nan, np.float32)
+    by_hand(tmp_path, params)
+    with pytest.raises(ValueError, match="decoder/layers_0/mlp/wo/kernel holds .* not finite"):
+        pretrained.read(tmp_path)
+
+
+def test_a_missing_output_kernel_is_warned_of(tmp_path, caplog):
+    params = dict(flat(unboxed(T5_1_1)))
+    del params["decoder/logits_dense/kernel"]
+    by_hand(tmp_path, params)
+    assert pretrained.read(tmp_path)[0].logits_via_embedding
+    assert "no output kernel, and two projections as those of T5 1.1" in caplog.text
+
+
 def test_activations_are_given(tmp_path):
     by_hand(tmp_path, flat(unboxed(T5_1_1)))
     config, _ = pretrained.read_t5x(tmp_path, activations=("silu", "linear"))

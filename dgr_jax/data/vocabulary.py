@@ -178,6 +178,11 @@ class Vocabulary:
         (self.folder / "vocabulary.json").write_text(json.dumps(values), encoding="utf-8")
 
     @property
+    def pieces(self) -> int:
+        """Text pieces, without the unused ids after them."""
+        return self._processor.get_piece_size()
+
+    @property
     def first_view_id(self) -> int:
         """Token id of the first view marker, where there is one."""
         return _round_up(self.text_size)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from flax import linen as nn
 
 from dgr_jax.models import t5x_checkpoints, tensor_files
 from dgr_jax.models.t5 import T5Config, Transformer
+
+logger = logging.getLogger(__name__)
 
 # feed_forward_proj of config.json -> activations of the projections. Its gelu is the tanh form.
 _PROJECTIONS = {
@@ -72,6 +75,7 @@ _SUBLAYERS = {
 }
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _HEAD = "lm_head.weight"
+_OUR_HEAD = "decoder/logits_dense/kernel"
 _EMBEDDING = "shared.weight"
 _COPIES = (_EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -109,15 +113,46 @@ def read_hf(source: str | Path, *, revision: str | None = None) -> tuple[T5Confi
     params: nested dict of float32 numpy arrays, the tree of Transformer(config).init, unboxed.
 
     Raises ImportError without the client, OSError where the model cannot be had, ValueError for a
-    model of another kind, and with all names that are missing, left over or of another shape.
+    model of another kind, for weights that are not finite, and with all names that are missing,
+    left over or of another shape.
     """
     folder = _folder(source, revision)
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described = _read_config(folder / "config.json")
     arrays = tensor_files.read_folder(folder)
     arrays.pop(_UNUSED, None)
     arrays = _one_embedding(arrays)
     config = _config(described, arrays, folder)
+    if not config.logits_via_embedding and _HEAD not in arrays:
+        arrays |= _tied_head(described, arrays, folder)
     return config, _tree(_from_hf(config, arrays), config, str(folder))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises FileNotFoundError, or ValueError for a damaged file, with its name."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: expected the config of a T5 there") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected the config of a T5") from None
+    if not isinstance(described, dict):
+        raise ValueError(f"{path}: got {type(described).__name__}, expected the config of a T5")
+    return described
+
+
+def _tied_head(
+    described: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: Path
+) -> dict[str, np.ndarray]:
+    """The embedding as the output kernel that the file lacks, where the config ties them; nothing
+    of a T5 1.1, which has one of its own: it is missing then."""
+    if described.get("tie_word_embeddings") is not True or _EMBEDDING not in arrays:
+        return {}
+    logger.warning(
+        "%s: no output kernel (%s): the embedding is taken for it, as tie_word_embeddings in "
+        "config.json says",
+        *(where, _HEAD),
+    )
+    return {_HEAD: arrays[_EMBEDDING]}
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
@@ -171,12 +206,29 @@ def _config(
         )
     given = {**_DEFAULTS, **described}
     if given.get("num_decoder_layers") is None:
-        given["num_decoder_layers"] = given["num_layers"]
-    return T5Config(
+        given["num_decoder_layers"] = given.get("num_layers")
+    for name in _SAME_NAME.values():
+        got, kind = given.get(name), (int, float) if name == "dropout_rate" else int
+        if not isinstance(got, kind) or isinstance(got, bool) or got < (name != "dropout_rate"):
+            raise ValueError(f"{where}/config.json: {name}: got {got!r}, expected a number above 0")
+    config = T5Config(
         **{ours: given[theirs] for ours, theirs in _SAME_NAME.items()},
         mlp_activations=_PROJECTIONS[projection],
         logits_via_embedding=_scaled(described, arrays, where),
     )
+    _warn_of_no_head(config, where)
+    return config
+
+
+def _warn_of_no_head(config: T5Config, where: str | Path) -> None:
+    """The T5 of two projections, 1.1 and all after it, have an output kernel."""
+    if config.logits_via_embedding and len(config.mlp_activations) > 1:
+        logger.warning(
+            "%s: no output kernel, and two projections as those of T5 1.1, which has one: logits "
+            "are taken to be those of the first T5, by its embedding; look whether the weights are "
+            "whole",
+            where,
+        )
 
 
 def _scaled(
@@ -201,7 +253,7 @@ def _names(config: T5Config) -> Iterator[tuple[str, str]]:
     """(our name, the Hugging Face name) of every parameter."""
     yield "token_embedder/embedding", _EMBEDDING
     if not config.logits_via_embedding:
-        yield "decoder/logits_dense/kernel", _HEAD
+        yield _OUR_HEAD, _HEAD
     for stack, sublayers in _SUBLAYERS.items():
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         yield f"{stack}/relpos_bias/rel_embedding", bias
@@ -231,8 +283,6 @@ def _from_hf(config: T5Config, arrays: dict[str, np.ndarray]) -> dict[str, np.nd
     arrays = dict(arrays)
     if config.logits_via_embedding:
         arrays.pop(_HEAD, None)  # a copy of the embedding
-    elif _EMBEDDING in arrays:
-        arrays.setdefault(_HEAD, arrays[_EMBEDDING])  # tied, but not scaled
     flat = {
         ours: _turned(ours, arrays.pop(theirs))
         for ours, theirs in _names(config)
@@ -253,10 +303,13 @@ def _shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def _tree(flat: Mapping[str, np.ndarray], config: T5Config, where: str) -> dict[str, Any]:
     """Flat arrays of any float dtype as the nested float32 parameters of the model.
 
-    Raises ValueError with all names that are missing, left over, or of another shape.
+    Raises ValueError with all names that are missing, left over, or of another shape, and for
+    values that are not finite.
     """
     expected = _shapes(config)
-    faults = [f"{name} is missing" for name in sorted(expected.keys() - flat.keys())]
+    told = {_OUR_HEAD: f" ({_HEAD} of Hugging Face; no other array is taken for it)"}
+    absent = sorted(expected.keys() - flat.keys())
+    faults = [f"{name} is missing{told.get(name, '')}" for name in absent]
     faults += [f"{name} is left over" for name in sorted(flat.keys() - expected.keys())]
     faults += [
         f"{name}: got shape {flat[name].shape}, expected {shape}"
@@ -265,8 +318,23 @@ def _tree(flat: Mapping[str, np.ndarray], config: T5Config, where: str) -> dict[
     ]
     if faults:
         raise ValueError(f"{where} does not fit {config}: " + "; ".join(faults))
-    copied = {name: np.array(flat[name], np.float32, order="C") for name in expected}
+    with np.errstate(over="ignore"):  # of float64; found below
+        copied = {name: np.array(flat[name], np.float32, order="C") for name in expected}
+    _require_finite(copied, where)
     return flax.traverse_util.unflatten_dict(copied, sep="/")
+
+
+def _require_finite(arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises ValueError with the arrays that hold inf or NaN."""
+    faulty = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if faulty:
+        name, more = faulty[0], f" and {len(faulty) - 1} other arrays" if len(faulty) > 1 else ""
+        bad = np.count_nonzero(~np.isfinite(arrays[name]))
+        raise ValueError(
+            f"{where}: {name} holds {bad:,} of {arrays[name].size:,} values that are not finite"
+            f"{more}; expected real numbers: the file is damaged, was saved by a run that had "
+            "diverged, or in float16, which ends at 65,504"
+        )
 
 
 def write_hf(
@@ -352,12 +420,14 @@ def read_t5x(
       two projections are T5 1.1's ("gelu", "linear"), and one is T5's ("relu",).
     params: as of `read_hf`: layers one by one; `stacking.stack_layers` stacks them for scan_layers.
 
-    Raises FileNotFoundError where there is no checkpoint, ValueError for one that cannot be read
-    and with all names that are missing, left over or of another shape.
+    Raises FileNotFoundError where there is no checkpoint, ValueError for one that cannot be read,
+    for weights that are not finite, and with all names that are missing, left over or of another
+    shape.
     """
     where = str(t5x_checkpoints.find(source, step))
     flat = t5x_checkpoints.unscanned(t5x_checkpoints.read(source, step=step))
     config = _config_of_shapes(flat, activations, where)
+    _warn_of_no_head(config, where)
     return config, _tree(flat, config, where)
 
 
@@ -392,7 +462,7 @@ def _config_of_shapes(
         num_encoder_layers=max(numbers["encoder"]),
         num_decoder_layers=max(numbers["decoder"]),
         mlp_activations=activations or (("gelu", "linear") if gated else ("relu",)),
-        logits_via_embedding="decoder/logits_dense/kernel" not in flat,
+        logits_via_embedding=_OUR_HEAD not in flat,
         relpos_buckets=buckets,
     )
 
@@ -450,7 +520,7 @@ def extend_vocabulary(
             f"{config.vocab_size}, that of the model"
         )
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    new, kernel = vocab_size - config.vocab_size, "decoder/logits_dense/kernel"
+    new, kernel = vocab_size - config.vocab_size, _OUR_HEAD
     first, second = jax.random.split(key)
     flat["token_embedder/embedding"] = _with_rows(flat["token_embedder/embedding"], new, first)
     if kernel in flat:

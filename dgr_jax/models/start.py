@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from flax import linen as nn
 from dgr_jax.models import pretrained
 from dgr_jax.models.stacking import stack_layers, unstack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
+
+logger = logging.getLogger(__name__)
 
 # Of the student, not of the weights.
 _OWN = ("vocab_size", "dropout_rate", "dtype", "remat", "scan_layers", "prefix_adaptive_layers")
@@ -29,8 +32,11 @@ class Pretrained:
     source: str
     seed: int = 0
 
-    def params(self, config: T5Config) -> Any:
+    def params(self, config: T5Config, *, pieces: int = 0, text_tokens: int = 0) -> Any:
         """The parameters of a student of these sizes.
+
+        pieces: of the student's text; text_tokens: rows of its vocabulary before docid codes and
+          markers of views. Both are held against the rows of the weights; 0: they are not.
 
         Raises ValueError that names every setting in which the weights are of another size, and for
         weights with more tokens than the student.
@@ -44,6 +50,7 @@ class Pretrained:
         ]
         if wrong:
             raise ValueError(f"{self.source}: weights of another size; {'; '.join(wrong)}")
+        self._hold_against(found.vocab_size, config.vocab_size, pieces, text_tokens)
         if found.scan_layers and not config.scan_layers:
             params = unstack_layers(params)
         _, params = pretrained.extend_vocabulary(
@@ -52,6 +59,34 @@ class Pretrained:
         if config.scan_layers and not found.scan_layers:
             params = stack_layers(params)
         return params | _prefix_adaptation(config, self.seed)
+
+    def _hold_against(self, rows: int, size: int, pieces: int, text_tokens: int) -> None:
+        """Whether the rows of the weights are those that the student's text stands for."""
+        # The ids after the pieces with which the student's text has as many rows, see
+        # `data.vocabulary`.
+        unused = 128 * (-(-rows // 128) - 1) + 1 - pieces
+        advice = (
+            f"take the vocabulary of these weights (SentencePiece.path) and its unused ids after "
+            f"the pieces (SentencePiece.extra_ids: {max(0, unused)} or more; 100 for the published "
+            "T5)"
+        )
+        if rows > size:
+            raise ValueError(
+                f"{self.source}: weights of another vocabulary: tokens of the student: got {size}, "
+                f"expected at least {rows}, that of the model; {advice}"
+            )
+        if 0 < text_tokens < min(rows, size):
+            logger.warning(
+                "%s: the weights have %d tokens, the student's text %d: docid codes and markers of "
+                "views begin with the rows of %d tokens that the weights use otherwise; %s",
+                *(self.source, rows, text_tokens, min(rows, size) - text_tokens, advice),
+            )
+        if rows < pieces:
+            logger.warning(
+                "%s: the weights have %d tokens, the student's text %d pieces, of which the last "
+                "have no weights and start at random; %s",
+                *(self.source, rows, pieces, advice),
+            )
 
 
 def _prefix_adaptation(config: T5Config, seed: int) -> dict[str, Any]:

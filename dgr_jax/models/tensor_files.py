@@ -7,6 +7,7 @@ A file is: the header's length (uint64, little-endian); the header, JSON: name -
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,19 +53,28 @@ def _header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path}: {len(data)} bytes, expected a whole safetensors file")
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: no JSON header, expected a safetensors file")
     return header, 8 + length
 
 
-def _array(path: Path, name: str, entry: dict[str, Any], data: np.ndarray) -> np.ndarray:
-    if entry["dtype"] not in _DTYPES:
+def _array(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path}: {name}: got {entry!r:.100}, expected its dtype, shape and data_offsets: the "
+            "file is damaged"
+        ) from None
+    if kind not in _DTYPES:
         known = ", ".join(_DTYPES)
-        raise ValueError(f"{path}: {name}: got dtype {entry['dtype']}, expected one of {known}")
-    dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        raise ValueError(f"{path}: {name}: got dtype {kind}, expected one of {known}")
+    dtype = _DTYPES[kind]
+    size = math.prod(shape) * dtype.itemsize
     if not 0 <= begin <= end <= len(data) or end - begin != size:
         raise ValueError(
             f"{path}: {name}: got bytes [{begin}, {end}) of {len(data)}, expected {size} of them: "
@@ -103,7 +113,7 @@ def read_folder(folder: str | Path) -> dict[str, np.ndarray]:
         return read_file(folder / "model.safetensors")
     if not (folder / _INDEX).is_file():
         raise FileNotFoundError(f"{folder}: no model.safetensors and no {_INDEX}; {_other(folder)}")
-    places = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+    places = _places(folder / _INDEX)
     shards = {}
     for shard in sorted(set(places.values())):
         if not (folder / shard).is_file():
@@ -113,6 +123,20 @@ def read_folder(folder: str | Path) -> dict[str, np.ndarray]:
     if absent:
         raise ValueError(f"{folder}: {_INDEX} names arrays that its files lack: {absent}")
     return {name: shards[shard][name] for name, shard in places.items()}
+
+
+def _places(index: Path) -> dict[str, str]:
+    """Name of each array -> the shard that holds it."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in places.values()):
+            raise ValueError("a shard without a name")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index}: no index of shards ({type(error).__name__}: {error}); expected a weight_map "
+            "of names and files"
+        ) from None
+    return places
 
 
 def _other(folder: Path) -> str:

@@ -340,10 +340,11 @@ def _config(experiment: DenseExperiment) -> DualEncoderConfig:
 
 def _initial(experiment: DenseExperiment) -> Any:
     """Parameters with the encoder of a published T5; projections are new."""
-    config = _config(experiment)
+    vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
+    config = encoder_config(experiment, vocabulary.size)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
-    return start_from(new, experiment.initial.params(config.t5))
+    return start_from(new, students.initial_params(experiment, config.t5, vocabulary))
 
 
 def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dgr_jax import checkpoints, kept, partitioning, processes
+from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, Training
@@ -19,14 +21,31 @@ from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import loop, packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
 
+logger = logging.getLogger(__name__)
+
 
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     start = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = experiment.initial.params(model_config(experiment, vocabulary.size))
+        start = initial_params(experiment, model_config(experiment, vocabulary.size), vocabulary)
     _train(experiment, folder, "generate", experiment.generate, start)
+
+
+def initial_params(
+    experiment: Experiment | DenseExperiment, config: T5Config, vocabulary: Vocabulary
+) -> Any:
+    """Published weights as the start of a student of these sizes."""
+    if not experiment.prepare.vocabulary.path:
+        logger.warning(
+            "%s with a vocabulary of this corpus: its pieces are others than those of the weights; "
+            "SentencePiece.path: got '', expected the vocabulary of the weights",
+            type(experiment.initial).__name__,
+        )
+    return experiment.initial.params(
+        config, pieces=vocabulary.pieces, text_tokens=vocabulary.first_view_id
+    )
 
 
 def control(experiment: Experiment, folder: Path) -> None:
