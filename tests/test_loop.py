@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -123,6 +124,50 @@ def test_a_finished_run_does_nothing(whole):
     before = (folder / "metrics.jsonl").read_text()
     _assert_equal(run(folder, source=None), state)
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_does_not_fall_is_told(tmp_path, caplog):
+    rises = {"optimizer": optax.sgd(-0.3), "total_steps": 20}
+    run(tmp_path / "rises", **rises)
+    assert "generate: the loss is" in caplog.text and "it did not fall" in caplog.text
+    assert "look at the learning rate (its `peak`)" in caplog.text
+    caplog.clear()
+    run(tmp_path / "falls", total_steps=20)
+    run(tmp_path / "few", **(rises | {"total_steps": 5}))
+    assert "did not fall" not in caplog.text and "nothing was learned" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "resumed", "at_random", "said"),
+    [
+        ((9.0, 8.3), "", True, "a token costs 8.3 in the end, as one of 4000 that are all equally"),
+        ((9.0, 3.0), "", True, ""),
+        (
+            (2.0, 2.5),
+            "",
+            True,
+            "the loss is 2.5 in the end and was 2 at the start: it did not fall",
+        ),
+        ((2.0, 2.5), "", False, ""),
+        ((2.0, 3.5), "", False, "the loss is 3.5 in the end and was 2 at the start"),
+        ((2.0, 2.1), "5.0", True, ""),  # of the part that ran before
+    ],
+)
+def test_what_is_told_in_the_end(tmp_path, caplog, losses, resumed, at_random, said):
+    """Learning rates that are too high leave the loss at ln V."""
+    begin = 0
+    if resumed:
+        begin, row = 10, f'{{"step": 5, "loss": {resumed}}}'
+        (tmp_path / "metrics.jsonl").write_text(row + "\n")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=4000))
+    with loop._Report("generate", tmp_path, begin, 100, None, False) as report:
+        for step, loss in enumerate(losses, start=begin + 1):
+            one = {name: (np.float32(loss), np.float32(1)) for name in ("loss", "grad_norm")}
+            metrics = one | {"token_accuracy": (np.float32(0), np.float32(1))}
+            report.add(step, metrics, {"tokens": np.zeros((8, 2))})
+            report.log(step)
+        report.conclude(model, at_random=at_random)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
 @pytest.mark.slow

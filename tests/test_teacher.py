@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import logging
 import sys
@@ -19,7 +20,9 @@ from dgr_jax.retrieval.teacher import (
     CrossEncoderTeacher,
     FusionTeacher,
     RunTeacher,
+    Teacher,
     VectorTeacher,
+    best_first,
 )
 
 
@@ -97,6 +100,39 @@ def test_bm25_teacher_can_add_its_own_best():
     assert pids(two)["q1"] == ["a", "b", "c"]
     with pytest.raises(ValueError, match="Bm25Teacher.own = -1, expected 0 or more"):
         rank(Bm25Teacher(own=-1))
+
+
+def own_scores(scores):
+    """A teacher with these scores, qid -> pid -> score."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(Teacher):
+        def _order(self, queries, pools, store):
+            for qid, listed in scores.items():
+                yield qid, best_first(list(listed), np.array(list(listed.values()), np.float64))
+
+    return Own()
+
+
+def test_scores_that_are_not_finite_are_left_out_and_counted(caplog):
+    nan, inf = float("nan"), float("inf")
+    coverage = Coverage()
+    teacher = own_scores({"q1": {"a": 1.0, "b": nan, "c": 2.0, "d": inf}, "q2": {"a": -inf}})
+    ranked = rank(teacher, coverage=dict.fromkeys(QUERIES, coverage))
+    assert ranked == {"q1": scored(("c", 2.0), ("a", 1.0)), "q2": [], "q3": []}
+    assert coverage.report()["scores_not_finite"] == 3
+    assert "Teach.teacher=@Own(): 3 of 5 scores are not finite (NaN or inf)" in caplog.text
+
+
+def test_lists_of_equal_scores_are_counted_and_warned_of(caplog):
+    coverage = Coverage()
+    teacher = own_scores({"q1": {"b": 2.0, "a": 2.0}, "q2": {"a": 1.0, "b": 0.0}, "q3": {"a": 1.0}})
+    rank(teacher, coverage=dict.fromkeys(QUERIES, coverage))
+    assert coverage.report()["lists_of_equal_scores"] == 1
+    assert "Teach.teacher=@Own(): 1 of 2 lists have one score for all passages" in caplog.text
+    caplog.clear()
+    rank(own_scores({"q1": {"b": 2.0, "a": 1.0}}), coverage={})
+    assert not caplog.text
 
 
 def test_min_relevance_decides_what_is_positive():

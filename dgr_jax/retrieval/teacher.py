@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _BLOCK = 256  # queries that a neural teacher scores together
+_FLAT = 0.1  # share of the lists without any order, from which on there is a warning
 
 Ranked = Iterable[tuple[str, Sequence[ScoredPassage]]]
 Queries = Mapping[str, str]
@@ -59,18 +62,28 @@ class Teacher(ABC):
         """(qid, the teacher's list) of every query once, as the teacher comes to them.
 
         Few lists are in memory at a time, whatever the number of queries. Queries without
-        candidates and positives, and those the teacher knows nothing of, get an empty list.
+        candidates and positives, and those the teacher knows nothing of, get an empty list. Scores
+        that are not finite are left out; they are warned of in the end, and so are many lists of
+        equal scores, which teach no order.
 
         coverage: the one of a query is told of the teacher's own order, before judged passages are
           moved to the front.
         """
         pools = _Pools(queries, candidates, store, qrels, min_relevance)
-        left = dict.fromkeys(queries)
+        left, counts = dict.fromkeys(queries), Counter()
         for qid, listed in self._order(queries, pools, store):
             del left[qid]
-            yield qid, self._finished(qid, listed, candidates, pools, coverage)
+            own = [passage for passage in listed if math.isfinite(passage.score)]
+            counts["scores"] += len(listed)
+            counts["not_finite"] += len(listed) - len(own)
+            counts["lists"] += len(own) > 1
+            counts["flat"] += flat(own)
+            if coverage is not None and qid in coverage:
+                coverage[qid].scores_not_finite += len(listed) - len(own)
+            yield qid, self._finished(qid, own, candidates, pools, coverage)
         for qid in left:
             yield qid, self._finished(qid, [], candidates, pools, coverage)
+        self._warn(counts)
 
     def _finished(
         self,
@@ -84,6 +97,21 @@ class Teacher(ABC):
         if coverage is not None and qid in coverage:
             coverage[qid].add(own, candidates.get(qid, ()), positives)
         return judged_first(own, positives) if self.judged_first else own
+
+    def _warn(self, counts: Counter) -> None:
+        name = type(self).__name__
+        if counts["not_finite"]:
+            _log.warning(
+                "Teach.teacher=@%s(): %s of %s scores are not finite (NaN or inf) and are left "
+                "out; expected real numbers: look at its model or its files",
+                *(name, f"{counts['not_finite']:,}", f"{counts['scores']:,}"),
+            )
+        if counts["flat"] and counts["flat"] >= _FLAT * counts["lists"]:
+            _log.warning(
+                "Teach.teacher=@%s(): %s of %s lists have one score for all passages: they teach "
+                "no order",
+                *(name, f"{counts['flat']:,}", f"{counts['lists']:,}"),
+            )
 
     @abstractmethod
     def _order(
@@ -406,13 +434,20 @@ class FusionTeacher(Teacher):
 
 
 def best_first(pids: Sequence[str], scores: np.ndarray) -> list[ScoredPassage]:
-    """Passages by falling score, ties by pid; those with a score of nan are left out."""
-    listed = [
-        ScoredPassage(pid, score)
-        for pid, score in zip(pids, scores.tolist(), strict=True)
-        if score == score
-    ]
-    return sorted(listed, key=lambda passage: (-passage.score, passage.pid))
+    """Passages by falling score, ties by pid; those with a score of nan come last."""
+
+    def key(passage: ScoredPassage) -> tuple[bool, float, str]:
+        unknown = math.isnan(passage.score)
+        return unknown, 0.0 if unknown else -passage.score, passage.pid
+
+    return sorted(
+        (ScoredPassage(*pair) for pair in zip(pids, scores.tolist(), strict=True)), key=key
+    )
+
+
+def flat(listed: Sequence[ScoredPassage]) -> bool:
+    """Whether two passages or more all have the same score: there is no order to learn."""
+    return len(listed) > 1 and len({passage.score for passage in listed}) == 1
 
 
 def judged_first(
@@ -456,6 +491,8 @@ class Coverage:
     positive_scored: int = 0
     first_is_positive: int = 0
     reciprocal_ranks: float = 0.0
+    lists_of_equal_scores: int = 0
+    scores_not_finite: int = 0
 
     def add(
         self, own: Sequence[ScoredPassage], candidates: Sequence[str], positives: Container[str]
@@ -464,6 +501,7 @@ class Coverage:
         scored = {passage.pid for passage in own}
         self.queries += 1
         self.queries_scored += bool(own)
+        self.lists_of_equal_scores += flat(own)
         self.candidates += len(candidates)
         self.candidates_scored += sum(pid in scored for pid in candidates)
         if not positives:
@@ -480,8 +518,10 @@ class Coverage:
         """Counts: queries, those with a scored passage, those with a positive. Shares: of
         candidates that the teacher scored; of queries with a positive, those whose candidates hold
         one (`positive_in_candidates`) and whose list does (`positive_scored`). Success@1 and RR@10
-        are the teacher's own, over the queries with a positive; a list without one counts 0."""
+        are the teacher's own, over the queries with a positive; a list without one counts 0. Where
+        there are any, also the lists of one score for all passages and the scores left out."""
         judged = self.queries_with_positive or 1
+        faults = ("lists_of_equal_scores", "scores_not_finite")
         return {
             "queries": self.queries,
             "queries_scored": self.queries_scored,
@@ -492,6 +532,7 @@ class Coverage:
             "positive_scored": self.positive_scored / judged,
             "Success@1": self.first_is_positive / judged,
             "RR@10": self.reciprocal_ranks / judged,
+            **{name: getattr(self, name) for name in faults if getattr(self, name)},
         }
 
 

@@ -19,7 +19,7 @@ import optax
 
 from dgr_jax import partitioning, processes
 from dgr_jax.checkpoints import Checkpoints
-from dgr_jax.training.metrics import MetricsWriter, Progress, Speed, progress_line
+from dgr_jax.training.metrics import MetricsWriter, Progress, Speed, progress_line, read_jsonl
 from dgr_jax.training.source import Prefetch, Source
 from dgr_jax.training.step import TrainState, abstract_state, init_state, make_train_step
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = processes.EXIT_STOPPED  # saved, run the same command again
 IN_FLIGHT = 2  # steps that the host may be ahead of the device
+_JUDGED = 20  # steps, from which on a loss that did not fall is told
+_CHANCE = 0.98  # share of the loss of one who knows nothing, from which on nothing was learned
 
 Hook = Callable[[int, TrainState], Mapping[str, float]]
 
@@ -90,6 +92,7 @@ def train(
             state = init_state(
                 model, optimizer, mesh, seed=seed, params=initial_params, rules=rules
             )
+        at_random = initial_params is None
         del initial_params
         step = make_train_step(
             objective, model, optimizer, mesh, abstract, microbatches=microbatches, rules=rules
@@ -122,6 +125,7 @@ def train(
                     saved.wait()
                     logger.warning("%s: SIGTERM: saved step %d, stopping", name, now)
                     raise SystemExit(EXIT_PREEMPTED)
+            report.conclude(model, at_random=at_random)
     return state
 
 
@@ -189,6 +193,7 @@ class _Report:
         self._name, self._total, self._learning_rate = name, total, learning_rate
         self._window: list[tuple[int, Any]] = []
         self._first = begin + 1
+        self._loss_before, self._last = _first_loss(folder) if begin else math.nan, {}
         self._examples = 0
         self._speed, self._progress = Speed(), Progress()
         self._writer = None
@@ -223,7 +228,9 @@ class _Report:
         for at, metrics in window:
             self._check_finite(at, metrics)
         seconds = self._speed.look(step)
-        values = _means([metrics for _, metrics in window])
+        values = self._last = _means([metrics for _, metrics in window])
+        if math.isnan(self._loss_before):
+            self._loss_before = _means([window[0][1]]).get("loss", math.nan)
         rate = self._examples / seconds if seconds else math.nan
         values["examples_per_second"] = rate
         if self._learning_rate is not None:
@@ -235,6 +242,34 @@ class _Report:
                 progress_line(self._name, step, self._total, values["loss"], rate, left)
             )
         return values
+
+    def conclude(self, model: Any, *, at_random: bool) -> None:
+        """Warns where nothing was learned: the loss of the last steps is not below that of the
+        first, or not below that of one who takes all tokens for equally likely.
+
+        at_random: how the parameters began. Others may start near the best that there is: their
+        loss must have grown by half.
+        """
+        last, before = self._last.get("loss", math.nan), self._loss_before
+        if self._total < _JUDGED or math.isnan(last) or jax.process_index():
+            return
+        advice = (
+            "; look at the learning rate (its `peak`), which may be too high, at the number of "
+            "steps, and at what is learned from"
+        )
+        tokens = _token_loss(self._last)
+        size = getattr(getattr(model, "config", None), "vocab_size", 0) or 1
+        if tokens is not None and tokens >= _CHANCE * math.log(size) > 0:
+            logger.warning(
+                "%s: a token costs %.4g in the end, as one of %d that are all equally likely "
+                "(%.4g): nothing was learned%s",
+                *(self._name, tokens, size, math.log(size), advice),
+            )
+        elif last >= before * (1 if at_random else 1.5):
+            logger.warning(
+                "%s: the loss is %.4g in the end and was %.4g at the start: it did not fall%s",
+                *(self._name, last, before, advice),
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row of metrics; none if there are no values."""
@@ -250,6 +285,21 @@ class _Report:
                     f"rate (its `peak`) or clip gradients (`max_grad_norm`), and look for examples "
                     f"without targets; the last checkpoint is from before"
                 )
+
+
+def _first_loss(folder: Path) -> float:
+    """The first loss that an earlier part of this run wrote; NaN where there is none."""
+    path = folder / "metrics.jsonl"
+    rows = read_jsonl(path) if path.is_file() else []
+    return next((row["loss"] for row in rows if row.get("loss") is not None), math.nan)
+
+
+def _token_loss(metrics: Mapping[str, float]) -> float | None:
+    """The cross entropy of tokens among the metrics, where an objective has one."""
+    if "generation_loss" in metrics:
+        return metrics["generation_loss"]
+    alone = "token_accuracy" in metrics and "rank_loss" not in metrics
+    return metrics.get("loss") if alone else None
 
 
 def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float]:
