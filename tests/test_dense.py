@@ -126,6 +126,28 @@ def test_passages_found(embedded):
     assert [one.encoder._size(n, SEARCH) for n in (1, 2, 13)] == [1, 8, 8]
 
 
+def test_passages_without_text_are_never_found(tmp_path, caplog):
+    texts = ["5 6 7", "", "8 9", " \u200b", "10 11 12"]
+    passages = (Passage(f"p{i}", text) for i, text in enumerate(texts))
+    store, path = passage_store.write(passages, tmp_path / "passages"), tmp_path / "vectors.npy"
+    blank_inputs = lambda texts, length: encode_inputs(
+        [text.replace("\u200b", "") for text in texts], length
+    )
+    dense.embed(encoder(), store, blank_inputs, path, SEARCH)
+    assert "2 of 5 passages have no text: they get no vector and are never found" in caplog.text
+    assert np.load(path)[[1, 3]].any(1).tolist() == [False, False]
+    index = dense.open_index(path, ExactSearch(), encoder().mesh)
+    searcher = Searcher(encoder(), index, SEARCH)
+    queries = np.concatenate([students.queries(3), [[1, 0, 0, 0, 0, 0, 0, 0]]])
+    for row in searcher.passages(queries)[0]:
+        assert sorted(row) == [-1, -1, 0, 2, 4]
+    assert all(len(hits) == 3 for hits in searcher.hits(queries))
+    # What lay there of a corpus that had some is gone with it.
+    whole = passage_store.write(iter([Passage("p0", "5 6")]), tmp_path / "whole")
+    dense.embed(encoder(), whole, encode_inputs, path, SEARCH)
+    assert sorted(file.name for file in tmp_path.glob("*.npy*")) == ["vectors.npy"]
+
+
 def test_scores_are_those_of_training(embedded):
     """Temperature and projection included: what the objective sees is what the run says."""
     store, path = embedded

@@ -52,6 +52,30 @@ def test_equal_to_brute_force(passages, k, chunk, most, axes, asked):
     same(Index(vectors, settings, mesh), vectors, queries, k)
 
 
+@pytest.mark.parametrize(
+    ("storage", "most", "devices"),
+    [
+        ("float32", 1 << 30, 1),
+        ("float32", 4096, 2),
+        pytest.param("int8", 1 << 30, 1, marks=slow),
+        pytest.param("bfloat16", 1 << 30, 8, marks=slow),
+    ],
+)
+def test_hidden_rows_are_never_found(storage, most, devices):
+    """As if they were not there; where too few are left, free places are free."""
+    vectors, queries = tied(500), tied(9, seed=1)
+    hidden = np.flatnonzero(np.random.default_rng(2).random(500) < 0.3)
+    left = np.setdiff1d(np.arange(500), hidden)
+    vectors[hidden] = 2 * queries[0]  # they would come first
+    settings = ExactSearch(storage, 16, 64, 16 * 300, most)
+    mesh = make_mesh(Mesh(devices), toy.devices(devices))
+    found, scores = Index(vectors, settings, mesh, hidden).search(queries, 400)
+    wanted, best = Index(vectors[left], settings, mesh).search(queries, 400)
+    np.testing.assert_array_equal(found, np.where(wanted < 0, -1, left[wanted]))
+    np.testing.assert_array_equal(scores, best)
+    assert (found[:, -1] == -1).all() and np.isneginf(scores[:, -1]).all()
+
+
 @pytest.mark.parametrize("size, k", [(6400, 3), (4160, 5), pytest.param(20000, 9, marks=slow)])
 def test_top_of_many(size, k):
     """Groups leave nothing out: values tie everywhere, within groups and between them."""

@@ -4,7 +4,7 @@ Axis letters: n texts, Q their length, d vector width, P passages.
 
     encoder = Encoder(config, params, mesh)
     embed(encoder, store, vocabulary.encode_inputs, path, search)
-    index = Index(exact_search.open_vectors(path), search.index, mesh)
+    index = open_index(path, search.index, mesh)
     passages, scores = Searcher(encoder, index, search).passages(tokens)
 
 `generative.Retriever` opens a finished experiment.
@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from dgr_jax import checkpoints, kept, partitioning
-from dgr_jax.corpora import ranking
+from dgr_jax.corpora import ranking, words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -37,6 +37,7 @@ from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 logger = logging.getLogger(__name__)
 
 VECTORS = "vectors.npy"  # of the passages, beside the checkpoints of their encoder
+_BLANK = "blank.npy"  # beside them: the passages that show nothing, where there are any
 
 _SPARE = 16  # places beyond the depth, where most ties end
 _FOUND = 1 << 24  # places of all queries that are searched deeper together
@@ -163,20 +164,51 @@ def embed(
     """Writes the vectors of all passages, title and text, to a .npy file f32 [P, d] in their order.
 
     It is written through a memory map, a block of passages at a time, and stands at `path` when it
-    is whole.
+    is whole. An encoder has a vector for no text too, which is near to any query: passages that
+    show nothing get zeros, are counted, and are named in a file beside it, by which `open_index`
+    never finds them.
     """
     partial = path.with_name(f"{path.name}.partial")
     shape = (len(store), encoder.config.dim)
     vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
-    start = 0
+    start, blank = 0, []
     for passages in _blocks(store, generative.BLOCK):
-        tokens = encode_inputs([passage.contents for passage in passages], search.passage_length)
-        vectors[start : start + len(passages)] = encoder.passages(tokens, search)
+        texts = [passage.contents for passage in passages]
+        shown = np.array([words.visible(text) for text in texts])
+        tokens = encode_inputs(texts, search.passage_length)
+        vectors[start : start + len(texts)] = encoder.passages(tokens, search) * shown[:, None]
+        blank += (start + np.flatnonzero(~shown)).tolist()
         start += len(passages)
         logger.info("embed: %d/%d passages", start, len(store))
     vectors.flush()
     del vectors
+    _name_blank(path.with_name(_BLANK), blank, len(store))
     os.replace(partial, path)
+
+
+def _name_blank(path: Path, blank: list[int], passages: int) -> None:
+    if not blank:
+        path.unlink(missing_ok=True)
+        return
+    logger.warning(
+        "embed: %d of %d passages have no text: they get no vector and are never found",
+        *(len(blank), passages),
+    )
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.save(file, np.array(blank, np.int64))
+    os.replace(partial, path)
+
+
+def open_index(path: Path, settings: ExactSearch, mesh: jax.sharding.Mesh) -> Index:
+    """The index of what `embed` wrote to `path`."""
+    vectors, blank, hidden = exact_search.open_vectors(path), path.with_name(_BLANK), ()
+    if kept.is_listed(blank) or blank.is_file():
+        with kept.reading(blank) as file:
+            hidden = np.load(file, allow_pickle=False)
+            if hidden.dtype != np.int64 or not ((hidden >= 0) & (hidden < len(vectors))).all():
+                raise ValueError(f"got {hidden.dtype}, expected passages of {len(vectors)}")
+    return Index(vectors, settings, mesh, hidden)
 
 
 def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -200,7 +232,7 @@ def load(
         settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
     abstract = partitioning.abstract_params(DualEncoder(config), mesh)
     params = checkpoints.restore_params(folder / "checkpoints", abstract)
-    index = Index(exact_search.open_vectors(folder / VECTORS), settings.index, mesh)
+    index = open_index(folder / VECTORS, settings.index, mesh)
     return Searcher(Encoder(config, params, mesh), index, settings)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,12 +125,14 @@ def _power_of_two(number: int) -> int:
 class Block(NamedTuple):
     """Rows of the corpus on the devices, the last padded.
 
-    vectors [R, d] as they are stored; scales f32 [R] of int8, else None; first int32 []: passage
-    index of row 0; count int32 []: real rows.
+    vectors [R, d] as they are stored; scales f32 [R] of int8, else None; hidden f32 [R]: -inf for
+    rows that are never found, else 0, None without such rows; first int32 []: passage index of row
+    0; count int32 []: real rows.
     """
 
     vectors: jax.Array
     scales: jax.Array | None
+    hidden: jax.Array | None
     first: jax.Array
     count: jax.Array
 
@@ -150,6 +152,7 @@ class Index:
       vectors: f32 or f16 [P, d], in memory or memory-mapped, finite; read once, or where they are
         streamed once a search. Of several processes, each reads what its devices hold.
       mesh: vectors are cut over all its devices; None: one device.
+      hidden: rows that are never found, ascending.
 
     Raises ValueError for vectors of another kind, or more than int32 counts.
     """
@@ -159,8 +162,10 @@ class Index:
         vectors: np.ndarray,
         settings: ExactSearch = ExactSearch(),
         mesh: jax.sharding.Mesh | None = None,
+        hidden: Sequence[int] | np.ndarray = (),
     ) -> None:
         _check_vectors(vectors, "vectors")
+        self._hidden = np.asarray(hidden, np.int64)
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
@@ -232,14 +237,25 @@ class Index:
             held = self._vectors[first + start : first + min(stop, count)]
             stored, scales = _stored(np.asarray(held, np.float32), self.settings.storage)
             padding = [(0, stop - start - len(held))]
-            both = np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)
-            parts.append([jax.device_put(part, device) for part in both])
+            rows = np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)
+            hidden = self._hidden_among(first + start, stop - start)
+            parts.append([jax.device_put(part, device) for part in (*rows, hidden)])
         make = jax.make_array_from_single_device_arrays
-        vectors = make((size, self.dim), sharding, [part for part, _ in parts])
-        scales = None
-        if self.settings.storage == "int8":
-            scales = make((size,), sharding, [part for _, part in parts])
-        return Block(vectors, scales, np.int32(first), np.int32(count))
+        vectors, scales, hidden = zip(*parts, strict=True)
+        return Block(
+            make((size, self.dim), sharding, list(vectors)),
+            make((size,), sharding, list(scales)) if self.settings.storage == "int8" else None,
+            make((size,), sharding, list(hidden)) if len(self._hidden) else None,
+            np.int32(first),
+            np.int32(count),
+        )
+
+    def _hidden_among(self, first: int, count: int) -> np.ndarray:
+        """f32 [count]: -inf for the rows from `first` on that are never found, else 0."""
+        hidden = np.zeros(count, np.float32)
+        low, high = np.searchsorted(self._hidden, [first, first + count])
+        hidden[self._hidden[low:high] - first] = -np.inf
+        return hidden
 
 
 def _check_vectors(vectors: np.ndarray, where: str) -> None:
@@ -278,14 +294,16 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
         start = jax.lax.axis_index(partitioning.AXES) * rows * chunks
 
         def add(best: Any, chunk: Any) -> tuple[Any, None]:
-            number, vectors, scales = chunk
+            number, vectors, scales, hidden = chunk
             scores = _products(queries, vectors, scales, dtype)
+            if hidden is not None:
+                scores += hidden
             place = start + number * rows
             scores, places = _top(scores, min(k, rows), block.count - place)
             return _merge(best, (scores, block.first + place + places)), None
 
         cut = lambda x: x.reshape(chunks, rows, *x.shape[1:])
-        parts = (jnp.arange(chunks), *jax.tree.map(cut, (block.vectors, block.scales)))
+        parts = (jnp.arange(chunks), *jax.tree.map(cut, block[:3]))
         size = queries.shape[0]
         none = jnp.full((size, k), -jnp.inf), jnp.full((size, k), -1, jnp.int32)
         best, _ = jax.lax.scan(add, none, parts)
@@ -295,7 +313,7 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
     searched = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(Block(_ROWS, _ROWS, _WHOLE, _WHOLE), _WHOLE),
+        in_specs=(Block(_ROWS, _ROWS, _ROWS, _WHOLE, _WHOLE), _WHOLE),
         out_specs=PartitionSpec(None, partitioning.AXES),
         check_vma=False,
     )
@@ -323,6 +341,7 @@ def abstract_step(
     block = Block(
         array((rows, dim), jnp.dtype(settings.storage), _ROWS),
         array((rows,), np.float32, _ROWS) if settings.storage == "int8" else None,
+        None,
         *(array((), np.int32) for _ in range(2)),
     )
     queries = array((size, dim), np.float32)

@@ -23,9 +23,7 @@ from dgr_jax.dense_experiment import DenseExperiment, Negatives
 from dgr_jax.experiment import Training
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
 from dgr_jax.retrieval import dense as retrieval
-from dgr_jax.retrieval import exact_search
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
-from dgr_jax.retrieval.exact_search import Index
 from dgr_jax.retrieval.generative import BLOCK, write_student
 from dgr_jax.retrieval.negatives import mine as mined
 from dgr_jax.retrieval.recipes import RankLists
@@ -389,7 +387,7 @@ def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> S
     """A finished encoder and its passages, ready to retrieve."""
     encoder = _encoder(experiment, system)
     path = Path(experiment.model_dir) / system / retrieval.VECTORS
-    index = Index(exact_search.open_vectors(path), search.index, encoder.mesh)
+    index = retrieval.open_index(path, search.index, encoder.mesh)
     return Searcher(encoder, index, search)
 
 
