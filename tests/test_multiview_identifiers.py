@@ -281,6 +281,28 @@ def test_text_that_the_vocabulary_lacks_is_counted(tmp_path):
     assert len(titles) == 2
 
 
+def test_text_that_nobody_sees_names_no_passage(tmp_path, caplog):
+    """A joiner has a token, that of what the vocabulary lacks; as an identifier it would be found
+    for every query."""
+    SentencePiece(size=60).write(tmp_path, ["bees make honey in the hive"] * 3)
+    latin = Vocabulary.create(tmp_path, views=special.VIEWS)
+    passages = [Passage("p0", "bees", "bees"), Passage("p1", "\u200d", " \u200b\u200d")]
+    assert len(latin.encode("\u200d"))
+    titles, report = Multiview().title_table(
+        passages, encode=latin.encode, marker=latin.marker("title")
+    )
+    assert report["blank"] == 1 == len(titles)
+    _, report = Multiview().query_table(
+        [(0, "bees"), (0, "\u200d"), (1, "\ufeff"), (1, "bees \u6771")],
+        num_passages=2, encode=latin.encode, marker=latin.marker("query"),
+    )  # fmt: skip
+    assert (report["blank"], report["with_unknown"]) == (2, 1)
+    assert "1 of 2 texts of the view 'query' have characters that the vocabulary" in caplog.text
+    counts = Counter()
+    bodies = list(Multiview().body_tokens(passages, encode=latin.encode, counts=counts))
+    assert counts["passages_without_body"] == 1 and not len(bodies[1])
+
+
 def test_text_of_other_scripts_comes_back(vocabulary, built):
     (titles, _), *_ = built
     named = {i: u for u in range(len(titles)) for i in titles.passages_of(u)}

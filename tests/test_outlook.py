@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dgr_jax import cli, outlook, train
+from dgr_jax import cli, costs, outlook, planning, train
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
 from dgr_jax.outlook import Corpus
@@ -42,6 +42,20 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     held = [np.load(f, mmap_mode="r") for f in (prepared / "arrays").glob("*/decoder_input*.npy")]
     assert number == pytest.approx(sum(map(len, held)), rel=0.2)
     assert Vocabulary.load(prepared).size < 10_000
+
+
+def test_codes_that_are_not_set_follow_from_the_passages():
+    """beir.gin sets neither their number nor their size."""
+    args, bindings = cli.parse(
+        cli.parser("train", ""), ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m"]
+    )
+    experiment = cli.load_experiment(args, bindings, keep=False)
+    assert [outlook._length(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6)] == [3, 5]
+    small, large = (planning.estimated_sizes(experiment, n) for n in (1000, 10**6))
+    assert (small.levels, large.levels) == ((64, 64), (256,) * 4)
+    assert large.vocab_size - small.vocab_size == 4 * 256 - 2 * 64
+    flops = costs.expected_flops(experiment)
+    assert all(value > 0 for value in flops.values())
 
 
 def test_bytes_of_a_suffix_array():

@@ -128,6 +128,21 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         pretrained.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("decoder/layers_0/", "checkpoint_100: the decoder has no layer"),
+        ("encoder/layers_0/attention/out", "encoder/layers_0/attention/out/kernel is missing"),
+        ("encoder/encoder_norm", "encoder/encoder_norm/scale is missing"),
+    ],
+)
+def test_lost_arrays_are_named(tmp_path, lost, message):
+    params = {k: v for k, v in flat(unboxed(T5_1_1)).items() if not k.startswith(lost)}
+    by_hand(tmp_path, params, inline=())
+    with pytest.raises(ValueError, match=message):
+        pretrained.read(tmp_path)
+
+
 def test_a_missing_output_kernel_is_warned_of(tmp_path, caplog):
     params = dict(flat(unboxed(T5_1_1)))
     del params["decoder/logits_dense/kernel"]

@@ -140,14 +140,16 @@ class Multiview:
     def body_tokens(
         self, store: PassageStore, *, encode: Encode, counts: Counter
     ) -> Iterator[np.ndarray]:
-        """The tokens of each passage's text, int32 [n], in corpus order; n is 0 for a blank text.
+        """The tokens of each passage's text, int32 [n], in corpus order; n is 0 for a text that
+        shows nothing.
 
         A stream for suffix_array.build. Titles are not part of it: they are a view of their own.
         counts, filled while the stream is read: tokens, unknown_tokens, passages_without_body,
         passages_shorter_than_a_span, longest.
         """
         for passage in store:
-            tokens = np.asarray(encode(passage.text), np.int32)
+            seen = words.visible(passage.text)
+            tokens = np.asarray(encode(passage.text) if seen else (), np.int32)
             counts["tokens"] += len(tokens)
             counts["unknown_tokens"] += int(np.count_nonzero(tokens == _UNK_ID))
             counts["passages_without_body"] += not len(tokens)

@@ -453,6 +453,8 @@ def _config_of_shapes(
     for name in flat:
         if match := re.match(r"(encoder|decoder)/layers_(\d+)/", name):
             numbers[match[1]].append(int(match[2]) + 1)
+    if empty := [stack for stack, found in numbers.items() if max(found) == 0]:
+        raise ValueError(f"{where}: the {empty[0]} has no layer; expected the whole of a T5")
     return T5Config(
         vocab_size=shapes["embedding"][0],
         emb_dim=shapes["embedding"][1],
