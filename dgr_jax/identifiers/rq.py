@@ -130,13 +130,14 @@ class ResidualQuantization:
 
     def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
         """One codebook f32 [<= codebook_size, D] a level, from vectors [P, D]."""
+        sized = self.sized(len(vectors))
         rows = kmeans.sample(len(vectors), self.train_passages, seed)
         # One fancy index on a memory map reads only the rows of the sample.
         residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
         codebooks = []
-        for level in range(self.num_codes):
+        for level in range(sized.num_codes):
             codebook = kmeans.fit(
-                residuals, self.codebook_size, seed=seed + level, full_batch=self.full_batch
+                residuals, sized.codebook_size, seed=seed + level, full_batch=self.full_batch
             )
             codebooks.append(codebook)
             residuals -= codebook[kmeans.nearest(residuals, codebook)]
@@ -146,7 +147,8 @@ class ResidualQuantization:
     def quantize(self, vectors: np.ndarray, codebooks: list[np.ndarray]) -> np.ndarray:
         """Codes int32 [P, num_codes] of vectors [P, D], a piece at a time."""
         codes = np.empty((len(vectors), len(codebooks)), np.int32)
-        for rows in kmeans.chunks(len(vectors), max(vectors.shape[1], self.codebook_size)):
+        width = max(vectors.shape[1], *map(len, codebooks))
+        for rows in kmeans.chunks(len(vectors), width):
             residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
             for level, codebook in enumerate(codebooks):
                 codes[rows, level] = kmeans.nearest(residuals, codebook)

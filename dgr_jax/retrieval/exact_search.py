@@ -237,15 +237,16 @@ class Index:
             held = self._vectors[first + start : first + min(stop, count)]
             stored, scales = _stored(np.asarray(held, np.float32), self.settings.storage)
             padding = [(0, stop - start - len(held))]
-            rows = np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)
-            hidden = self._hidden_among(first + start, stop - start)
-            parts.append([jax.device_put(part, device) for part in (*rows, hidden)])
+            both = [np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)]
+            if len(self._hidden):
+                both.append(self._hidden_among(first + start, stop - start))
+            parts.append([jax.device_put(part, device) for part in both])
         make = jax.make_array_from_single_device_arrays
-        vectors, scales, hidden = zip(*parts, strict=True)
+        vectors, scales, *hidden = (list(part) for part in zip(*parts, strict=True))
         return Block(
-            make((size, self.dim), sharding, list(vectors)),
-            make((size,), sharding, list(scales)) if self.settings.storage == "int8" else None,
-            make((size,), sharding, list(hidden)) if len(self._hidden) else None,
+            make((size, self.dim), sharding, vectors),
+            make((size,), sharding, scales) if self.settings.storage == "int8" else None,
+            make((size,), sharding, hidden[0]) if hidden else None,
             np.int32(first),
             np.int32(count),
         )

@@ -108,8 +108,8 @@ class Teacher(ABC):
             )
         if counts["flat"] and counts["flat"] >= _FLAT * counts["lists"]:
             _log.warning(
-                "Teach.teacher=@%s(): %s of %s lists have one score for all passages: they teach "
-                "no order",
+                "Teach.teacher=@%s(): %s of %s lists have one score for all passages: losses "
+                "that compare scores learn no order from them",
                 *(name, f"{counts['flat']:,}", f"{counts['lists']:,}"),
             )
 
