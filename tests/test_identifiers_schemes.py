@@ -385,7 +385,7 @@ def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
     report = table.report()
     assert report["passages_sharing_an_identifier"] == 2
     assert (report["without_title"], report["blank"], report["with_unknown"]) == (2, 1, 2)
-    assert "2 of 5 passages have characters in their title that the vocabulary lacks" in caplog.text
+    assert "2 of 5 passages have characters in their identifier that the vocab" in caplog.text
     with pytest.raises(
         ValueError, match="Title: none of 1 passages has a title or a text of which"
     ):

@@ -323,6 +323,7 @@ def test_damaged_configs_are_named(tmp_path, content, message):
         ({"model_type": "umt5"}, "config.json: model_type: got 'umt5', expected 't5' or 'mt5'"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon: got 1e-05, expected 1e-06"),
         ({"feed_forward_proj": "gelu"}, "feed_forward_proj: got 'gelu', expected one of"),
+        ({"feed_forward_proj": ["gelu"]}, r"feed_forward_proj: got \['gelu'\], expected one of"),
         ({"tie_word_embeddings": True}, "is neither T5 nor T5 1.1; expected tie_word_embeddings"),
     ],
 )

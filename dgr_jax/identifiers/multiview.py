@@ -197,9 +197,9 @@ def _table(
     """The table of (passage index, text), and its report; None where no text has a token.
 
     The report adds to IdentifierTable.report: blank (texts without a token, or of characters that
-    nobody sees, left out), cut (texts
-    longer than `limit` tokens), with_unknown (texts that hold a piece the vocabulary lacks: they
-    are kept, but texts that differ in such pieces alone share a row).
+    nobody sees, left out), cut (texts longer than `limit` tokens), with_unknown (texts that hold a
+    piece the vocabulary lacks: they are kept, but texts that differ in such pieces alone share a
+    row).
     """
     tokens, lengths, owners = array("i"), array("i"), array("i")
     counts = dict.fromkeys(("blank", "cut", "with_unknown"), 0)

@@ -86,8 +86,8 @@ def _warn(counts: Counter, passages: int) -> None:
     reasons = {
         "without_title": "have no title; the first words of the text stand for it",
         "blank": "have neither a title nor a text and cannot be found",
-        "with_unknown": "have characters in their title that the vocabulary lacks; titles that "
-        "differ in such characters alone share an identifier",
+        "with_unknown": "have characters in their identifier that the vocabulary lacks; those that "
+        "differ in such characters alone share it",
     }
     for name, reason in reasons.items():
         if counts[name]:

@@ -199,7 +199,7 @@ def _config(
         got = described["layer_norm_epsilon"]
         raise ValueError(f"{where}/config.json: layer_norm_epsilon: got {got}, expected 1e-06")
     projection = described.get("feed_forward_proj", "relu")
-    if projection not in _PROJECTIONS:
+    if not isinstance(projection, str) or projection not in _PROJECTIONS:
         raise ValueError(
             f"{where}/config.json: feed_forward_proj: got {projection!r}, expected one of "
             f"{sorted(_PROJECTIONS)}"
