@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import sys
 import types
@@ -286,8 +287,32 @@ def test_few_codes_of_their_own_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         report = build(scheme, corpus(["x"] * 1000)).report()
     assert report["passages_with_codes_of_their_own"] == 0
-    assert "rq: 1 codes of 16: 0 of 1,000 passages (0.0%) have codes of their own" in caplog.text
+    assert "rq: 1 codes of 16: 0.0% of 1,000 passages have codes of their own, expected 90%" in (
+        caplog.text
+    )
     assert "num_codes and codebook_size, left unset, would be 2 and 64" in caplog.text
+
+
+@pytest.mark.parametrize(("alike", "other"), [(30, 30), (100, 10), (200, 0)])
+def test_passages_much_alike_get_more_codes(alike, other, caplog):
+    vectors = np.random.default_rng(0).normal(size=(alike + other, 8))
+    vectors[:alike] = vectors[0]
+    scheme = ResidualQuantization(embeddings=Vectors(vectors))
+    with caplog.at_level(logging.WARNING):
+        table = build(scheme, corpus(["x"] * len(vectors)))
+    assert table.report()["passages_with_codes_of_their_own"] >= 0.95 * len(vectors)
+    assert not caplog.text
+    # What is set stays, and is warned of.
+    build(dataclasses.replace(scheme, codebook_size=16, num_codes=2), corpus(["x"] * len(vectors)))
+    assert ("expected 90% or more" in caplog.text) == (alike > 16)
+
+
+def test_more_passages_of_one_vector_than_are_spread_are_warned_of(caplog):
+    scheme = ResidualQuantization(embeddings=Vectors(np.ones((1100, 2))))
+    table = build(scheme, corpus(["x"] * 1100))
+    assert table.lengths.max() == 3, "growing did not help, so the first choice stays"
+    assert "1,100 tokens that says nothing" in caplog.text
+    assert "look whether many passages are the same" in caplog.text
 
 
 # The k-means tree.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,7 +20,9 @@ _log = logging.getLogger(__name__)
 
 _FEW = 32  # passages, below which one code is enough
 _SIZES = (16, 32, 64, 128, 256)  # of a codebook, where it is not set
-_ENOUGH = 0.9  # share of the passages with codes of their own, below which there is a warning
+# Shares of the passages with codes of their own: what is wanted, and where a warning begins.
+_WANTED, _ENOUGH = 0.95, 0.9
+_GROWN = 3  # larger choices that are tried, at most
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,28 @@ class ResidualQuantization:
         The tie codes follow the last level: as many tokens as the largest group has passages.
         Without any collision there is no tie code, and rows have num_codes tokens: a token that
         is the same everywhere would cost a decoding step and teach nothing.
+
+        What is not set of the number and the size of codes is `sized` by the number of passages; it
+        grows where less than 95% of them have codes of their own, as with passages much alike.
         """
         del encode
         self._check()
-        return self.sized(len(store))._table(
-            self.embeddings.embed(store, seed), first_code_id, seed
-        )
+        vectors = self.embeddings.embed(store, seed)
+        chosen, codes, distinct = self, np.zeros((0, 0), np.int32), 0
+        for sized in self._choices(len(vectors)):
+            found = sized._codes(vectors, seed)
+            number, own = _distinct(found)
+            if number <= distinct:
+                break
+            chosen, codes, distinct = sized, found, number
+            _log.info(
+                "rq: %d codes of %d: %s of %s passages (%.1f%%) have codes of their own",
+                *(sized.num_codes, sized.codebook_size, f"{own:,}", f"{len(codes):,}"),
+                100 * own / len(codes),
+            )
+            if own >= _WANTED * len(codes):
+                break
+        return chosen._table(codes, first_code_id)
 
     def sized(self, num_passages: int) -> ResidualQuantization:
         """These settings with the number and the size of codes that so many passages need.
@@ -81,27 +99,39 @@ class ResidualQuantization:
         get 2 codes of 64, 100,000 get 3 of 256, a million 4 of 256. Fewer than 32, and as many as
         one codebook has codes, get one code: a second would tell nothing.
         """
+        return next(self._choices(num_passages))
+
+    def _choices(self, num_passages: int) -> Iterator[ResidualQuantization]:
+        """What `sized` gives, then a few larger ones, where something is not set."""
         sizes = [self.codebook_size] if self.codebook_size else _SIZES
         few = num_passages < _FEW or num_passages <= (self.codebook_size or 0)
         numbers = [self.num_codes] if self.num_codes else [1] if few else range(2, 65)
-        choices = [(number, size) for number in numbers for size in sizes]
-        enough = ((n, size) for n, size in choices if _cells(n, size) >= num_passages)
-        number, size = next(enough, choices[-1])
-        return replace(self, num_codes=number, codebook_size=size)
+        pairs = [(number, size) for number in numbers for size in sizes]
+        cells, left = num_passages, 1 + _GROWN
+        for number, size in pairs:
+            if (_cells(number, size) >= cells or (number, size) == pairs[-1]) and left:
+                cells, left = _cells(number, size) + 1, left - 1
+                yield replace(self, num_codes=number, codebook_size=size)
 
-    def _table(self, vectors: np.ndarray, first_code_id: int, seed: int) -> IdentifierTable:
+    def _codes(self, vectors: np.ndarray, seed: int) -> np.ndarray:
+        """Codes int32 [P, num_codes], spread where they collide."""
         codebooks = self.train(vectors, seed)
         codes = self.quantize(vectors, codebooks)
         if self.spread:
             self._spread_last_level(codes, vectors, codebooks)
+        return codes
+
+    def _table(self, codes: np.ndarray, first_code_id: int) -> IdentifierTable:
+        """The table of codes int32 [P, num_codes]."""
         ties = tie_codes(codes)
         rows = codes + np.arange(self.num_codes, dtype=np.int32) * self.codebook_size
         num_code_tokens = self.num_codes * self.codebook_size
         if ties.any():
             rows = np.column_stack([rows, ties + num_code_tokens])
             num_code_tokens += int(ties.max()) + 1
-        own = _alone(codes)
-        self._say(own, len(codes), int(ties.max()) + 1)
+        own = _distinct(codes)[1]
+        if own < _ENOUGH * len(codes):
+            self._warn(own, len(codes), int(ties.max()) + 1)
         table = IdentifierTable.from_rows(
             rows + np.int32(first_code_id),
             view="rq",
@@ -110,22 +140,19 @@ class ResidualQuantization:
         )
         return table.require_docids()
 
-    def _say(self, own: int, passages: int, largest: int) -> None:
-        """Logs how many passages have codes of their own; warns where they are few."""
-        said = (
-            f"rq: {self.num_codes} codes of {self.codebook_size}: {own:,} of {passages:,} passages "
-            f"({own / passages:.1%}) have codes of their own"
-        )
-        if own >= _ENOUGH * passages:
-            _log.info("%s", said)
-            return
+    def _warn(self, own: int, passages: int, largest: int) -> None:
         wanted = ResidualQuantization().sized(passages)
+        smaller = _cells(self.num_codes, self.codebook_size) < passages
         _log.warning(
-            "%s, expected %.0f%% or more; the others are told apart by a last code of %s tokens "
-            "that says nothing of what they are about. ResidualQuantization.num_codes and "
-            "codebook_size, left unset, would be %d and %d; passages of equal vectors share their "
-            "codes whatever these are",
-            *(said, 100 * _ENOUGH, f"{largest:,}", wanted.num_codes, wanted.codebook_size),
+            "rq: %d codes of %d: %.1f%% of %s passages have codes of their own, expected %.0f%% or "
+            "more; the others are told apart by a last code of %s tokens that says nothing of what "
+            "they are about; %s",
+            *(self.num_codes, self.codebook_size, 100 * own / passages, f"{passages:,}"),
+            *(100 * _ENOUGH, f"{largest:,}"),
+            "ResidualQuantization.num_codes and codebook_size, left unset, would be "
+            f"{wanted.num_codes} and {wanted.codebook_size}"
+            if smaller
+            else "look whether many passages are the same",
         )
 
     def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
@@ -185,10 +212,11 @@ def _cells(number: int, size: int) -> float:
     return size**number / (4 * min(16, max(1, size // 4)) ** min(number - 2, 2))
 
 
-def _alone(codes: np.ndarray) -> int:
-    """How many rows of codes int32 [P, L] no other row equals."""
+def _distinct(codes: np.ndarray) -> tuple[int, int]:
+    """How many different rows codes int32 [P, L] has, and how many of them occur once."""
     _, starts = sort_rows(codes)
-    return int(np.count_nonzero(starts & np.append(starts[1:], True)))
+    once = starts & np.append(starts[1:], True)
+    return int(np.count_nonzero(starts)), int(np.count_nonzero(once))
 
 
 def _colliding_groups(codes: np.ndarray) -> list[np.ndarray]:
