@@ -246,7 +246,7 @@ def test_bad_settings_are_named(scheme, message):
 @pytest.mark.parametrize(
     ("passages", "expected"),
     [(1, (1, 16)), (31, (1, 32)), (40, (2, 16)), (1000, (2, 64)), (10_000, (2, 256)),
-     (20_000, (3, 128)), (100_000, (3, 256)), (1_000_000, (4, 256)), (8_841_823, (5, 128))],
+     (20_000, (3, 128)), (100_000, (3, 256)), (1_000_000, (4, 256)), (8_841_823, (5, 256))],
 )  # fmt: skip
 def test_number_and_size_of_codes_follow_from_the_number_of_passages(passages, expected):
     sized = ResidualQuantization().sized(passages)
@@ -260,6 +260,18 @@ def test_codes_that_are_set_stay():
     assert ResidualQuantization(codebook_size=64).sized(100_000).num_codes == 5
     # What other numbers would need is not taken.
     assert ResidualQuantization(num_codes=2).sized(10**6).codebook_size == 256
+
+
+def test_codes_grow_in_number_and_in_size_alike():
+    sizes = lambda passages, **settings: [
+        (s.num_codes, s.codebook_size) for s in ResidualQuantization(**settings)._choices(passages)
+    ]
+    assert sizes(1000) == [(2, 64), (2, 128), (2, 256), (3, 256)]
+    assert sizes(20_000) == [(3, 128), (3, 256), (4, 256), (5, 256)]
+    assert sizes(10**6) == [(4, 256), (5, 256), (6, 256), (7, 256)]
+    assert sizes(1000, num_codes=2) == [(2, 64), (2, 128), (2, 256)]
+    assert sizes(1000, codebook_size=64) == [(2, 64), (3, 64), (4, 64), (5, 64)]
+    assert sizes(10**6, num_codes=3, codebook_size=64) == [(3, 64)]
 
 
 def clustered(size, seed=0):

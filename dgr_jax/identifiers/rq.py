@@ -89,7 +89,8 @@ class ResidualQuantization:
         """These settings with the number and the size of codes that so many passages need.
 
         The least number, from two on, of codes for which a codebook of 256 codes is enough, and
-        then the smallest codebook of 16, 32, 64, 128 or 256 that is enough. Enough is
+        then, of two or three codes, the smallest codebook of 16, 32, 64, 128 or 256 that is enough.
+        Enough is
 
             size ** number >= 4 * 16 ** min(number - 2, 2) * passages
 
@@ -107,10 +108,13 @@ class ResidualQuantization:
         few = num_passages < _FEW or num_passages <= (self.codebook_size or 0)
         numbers = [self.num_codes] if self.num_codes else [1] if few else range(2, 65)
         pairs = [(number, size) for number in numbers for size in sizes]
-        cells, left = num_passages, 1 + _GROWN
+        if not self.num_codes and not self.codebook_size:
+            pairs = [(n, size) for n, size in pairs if n < 4 or size == max(sizes)]
+        cells, least, left = num_passages, 0, 1 + _GROWN
         for number, size in pairs:
-            if (_cells(number, size) >= cells or (number, size) == pairs[-1]) and left:
-                cells, left = _cells(number, size) + 1, left - 1
+            enough = _cells(number, size) >= cells and size >= least
+            if left and (enough or (number, size) == pairs[-1]):
+                cells, least, left = _cells(number, size) + 1, size, left - 1
                 yield replace(self, num_codes=number, codebook_size=size)
 
     def _codes(self, vectors: np.ndarray, seed: int) -> np.ndarray:
