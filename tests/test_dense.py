@@ -142,6 +142,9 @@ def test_passages_without_text_are_never_found(tmp_path, caplog):
     for row in searcher.passages(queries)[0]:
         assert sorted(row) == [-1, -1, 0, 2, 4]
     assert all(len(hits) == 3 for hits in searcher.hits(queries))
+    np.save(tmp_path / "blank.npy", np.array([9]))
+    with pytest.raises(ValueError, match="blank.npy: cannot be read .*expected passages of 5"):
+        dense.open_index(path, ExactSearch(), encoder().mesh)
     # What lay there of a corpus that had some is gone with it.
     whole = passage_store.write(iter([Passage("p0", "5 6")]), tmp_path / "whole")
     dense.embed(encoder(), whole, encode_inputs, path, SEARCH)
