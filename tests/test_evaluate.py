@@ -193,3 +193,14 @@ def test_a_split_without_queries_is_refused(measured, monkeypatch):
     monkeypatch.setitem(globals(), "QUERIES", {})
     with pytest.raises(ValueError, match="split 'test' has no query to measure on; expected one"):
         measured()
+
+
+def test_what_is_shown_is_not_written_through_a_link(measured, unplotted):
+    measured(depth=2)
+    kept_run, shown = _kept_and_shown(measured)
+    before = kept_run.read_bytes()
+    shown.unlink()
+    os.link(kept_run, shown)
+    measured(depth=3)
+    assert shown.read_bytes() != before
+    assert kept_run.read_bytes() == before

@@ -70,19 +70,19 @@ class PassageStore:
         if not -len(self) <= row < len(self):
             raise IndexError(f"passage index {row} of a store of {len(self):,} passages")
         row %= len(self)
-        with kept.reading(self.folder / _PASSAGES):
-            return _passage(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
+        return self._passage(self._bytes[int(self._offsets[row]) : int(self._offsets[row + 1])])
 
     def __iter__(self) -> Iterator[Passage]:
         with open(self.folder / _PASSAGES, "rb") as handle:
-            for line in handle:
-                try:
-                    passage = _passage(line)
-                except (ValueError, TypeError) as error:
-                    raise kept.Damaged(
-                        self.folder / _PASSAGES, f"has a line that is no passage ({error})"
-                    ) from error
-                yield passage
+            yield from map(self._passage, handle)
+
+    def _passage(self, line: bytes) -> Passage:
+        try:
+            return Passage(**json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise kept.Damaged(
+                self.folder / _PASSAGES, f"has a line that is no passage ({error})"
+            ) from error
 
     @cached_property
     def pids(self) -> list[str]:
@@ -173,7 +173,3 @@ def _check_pids(pids: list[str]) -> None:
                 f"the corpus; expected each pid once"
             )
         first[pid] = number
-
-
-def _passage(line: bytes) -> Passage:
-    return Passage(**json.loads(line))

@@ -168,8 +168,9 @@ class Vocabulary:
             raise FileNotFoundError(f"no vocabulary at {path}: run the prepare stage first")
         values = kept.read_json(path)
         with kept.reading(path):
-            loaded = cls(folder, **values | {"views": tuple(values.get("views", ()))})
-            loaded.size  # noqa: B018 - fails on sizes that are no numbers
+            values["views"] = tuple(map(str, values.get("views", ())))
+            sizes = {n: int(v) for n, v in values.items() if n != "views"}
+            loaded = cls(folder, **values | sizes)
         kept.opened(folder / "spiece.model")
         return loaded
 

@@ -72,7 +72,7 @@ def measure(
                 for split, path in runs.items()
             }
             for split, path in runs.items():
-                shutil.copyfile(path, folder / f"{system}.{split}.trec")
+                _copy(path, folder / f"{system}.{split}.trec")
     if not processes.first():
         return
     measured = {
@@ -239,6 +239,13 @@ def _read(path: Path, queries: dict[str, Query]) -> Iterator[Run]:
                 run[qid] = list(following.passages)
                 following = next(lists, None)
         yield run
+
+
+def _copy(run: Path, shown: Path) -> None:
+    """Of older versions, what is shown is another name of a run that is kept: it is not written
+    into."""
+    shown.unlink(missing_ok=True)
+    shutil.copyfile(run, shown)
 
 
 def _write_json(path: Path, value: Any) -> None:
