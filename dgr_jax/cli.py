@@ -12,21 +12,25 @@ import ctypes
 import difflib
 import functools
 import inspect
+import io
 import logging
 import os
 import platform
 import re
+import select
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import kept, processes, writer_lock
+from dgr_jax import interrupts, kept, processes, writer_lock
+from dgr_jax.display import LogFormatter, harmless
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
 
+EXIT_CLOSED = 141  # 128 + SIGPIPE, as shells say it: nobody reads any more
 EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
 FLAGS = {"MODEL_DIR": "--model_dir", "DATA_DIR": "--data_dir"}
 
@@ -42,9 +46,16 @@ class Mistake(ValueError):
     """What was asked for cannot be: the message says what is wrong, and what to give instead."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats nothing of what it was given that a terminal would obey."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(harmless(message or ""), file)
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=f"python -m dgr_jax.{command}",
         allow_abbrev=False,
         description=description,
@@ -138,9 +149,10 @@ def _configure_logging(verbose: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(LogFormatter("%(message)s"))
     logging.getLogger("dgr_jax").setLevel(logging.INFO)
     # gin logs an error for every folder of its search path that lacks a file.
     logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
@@ -165,7 +177,10 @@ def reuse_memory() -> None:
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
-    with processes.leaving():
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale, text is written, or else spelt
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with processes.leaving(), interrupts.heard():
         _run(command)
 
 
@@ -173,9 +188,12 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
     try:
         with processes.blaming():
             command(None)
+            sys.stdout.flush()
     except Mistake as mistake:
         sys.exit(_complain(str(mistake)))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _close_broken():
+            sys.exit(EXIT_CLOSED)
         if logging.getLogger().level <= logging.INFO:
             raise
         message = str(error)
@@ -183,12 +201,23 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
             message = f"{error.filename}: {error.strerror}"
         sys.exit(_complain(f"{message}\n(--verbose shows where)"))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupts.EXIT_INTERRUPTED)
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(harmless(f"error: {message}\n"))
     return 2
+
+
+def _close_broken() -> bool:
+    """Whether who reads our output has gone, as `| head` does; then nothing more is written."""
+    poll, nowhere = select.poll(), os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # of errors it tells unasked
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(nowhere, descriptor)
+    return bool(gone)
 
 
 def load_experiment(
@@ -209,6 +238,8 @@ def load_experiment(
     files = _gin_files(args)
     if keep and hasattr(args, "num_processes"):
         _join(args)
+    if keep:
+        interrupts.goes_on("the experiment")
     import gin
 
     register()

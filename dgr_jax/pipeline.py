@@ -20,7 +20,7 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation, kept, processes, shipped, versions, writer_lock
+from dgr_jax import evaluation, interrupts, kept, processes, shipped, versions, writer_lock
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, stage_settings
@@ -226,6 +226,7 @@ def _run_stage(
     if not processes.agree(_begin(folder, stage, settings) if first else None):
         return
     logger.info("%s: started", stage)
+    interrupts.goes_on(stage)
     start = time.perf_counter()
     if first or stage not in ALONE:
         make(experiment, folder)

@@ -29,7 +29,18 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes, records
+from dgr_jax import (
+    cli,
+    costs,
+    evaluation,
+    interrupts,
+    limits,
+    pipeline,
+    plots,
+    processes,
+    records,
+)
+from dgr_jax.display import harmless
 from dgr_jax.experiment import Experiment, describe
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.settings import fingerprint
@@ -232,7 +243,7 @@ class Runner:
             command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
             with log.open("a", encoding="utf-8") as output:
                 status = _status([*command, f"--model_dir={run.folder}"], output, shared)
-            if status == processes.EXIT_STOPPED:
+            if status in (processes.EXIT_STOPPED, interrupts.EXIT_INTERRUPTED):
                 sys.exit(status)
             if status:
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -280,7 +291,7 @@ class Runner:
             missing[one.run.folder].append(" ".join(told))
             total, unknown = total + (took or 0.0), unknown + (not rates)
         for folder, told in missing.items():
-            sys.stdout.write(f"{folder.name}: {', '.join(told) or 'done'}\n")
+            sys.stdout.write(harmless(f"{folder.name}: {', '.join(told) or 'done'}\n"))
         flops = sum(one.flops or 0.0 for one in stages if not one.done)
         more = f" and {unknown} stages of unknown time" if unknown else ""
         sys.stdout.write(
@@ -408,7 +419,10 @@ class Runner:
         with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0].keys())
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows(
+                {key: harmless(v) if isinstance(v, str) else v for key, v in row.items()}
+                for row in table
+            )
         text = markdown(table)
         (self.folder / f"{name}.md").write_text(text, encoding="utf-8")
         sys.stdout.write(text)
@@ -461,22 +475,29 @@ class Runner:
 def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]) -> int:
     """Runs a command to its end, with environment variables that this process does not set.
 
-    SIGTERM is handed on to it, and makes the status EXIT_STOPPED.
+    SIGTERM and Ctrl-C are handed on to it, and make the status that of a process told to stop.
     """
-    told = []
+    told: list[int] = []
     environment = {**settings, **os.environ}
     with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:
 
-        def stop(*_: Any) -> None:
-            told.append(True)
-            child.terminate()
+        def stop(number: int, _: Any) -> None:
+            told.append(number)
+            child.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, stop)
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            heard.remove(signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in heard}
         try:
-            status = child.wait()
+            with interrupts.held("waits for the experiment, which saves its last step"):
+                status = child.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
-    return processes.EXIT_STOPPED if told else status
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if told:
+        return interrupts.EXIT_INTERRUPTED if signal.SIGINT in told else processes.EXIT_STOPPED
+    return status
 
 
 def _written(value: Any) -> str:

@@ -28,6 +28,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.decoding.selection import check_k
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.records import STUDENT
@@ -298,7 +299,12 @@ class Decoder:
     @property
     def most_passages(self) -> int:
         """Passages that a query can find at most."""
-        return min(self.search.num_beams, self.search.depth)
+        return min(self.limits.values())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What bounds the passages of a query, by name: settings, or 'passages' of the corpus."""
+        return {"num_beams": self.search.num_beams, "depth": self.search.depth}
 
     def restrict(self, passage_mask: np.ndarray) -> Decoder:
         """A decoder that finds only some passages, bool [P]; nothing is compiled again.
@@ -517,16 +523,20 @@ class Retriever:
         return cls(decoder, vocabulary, store)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
-        """The best k passages of each query; fewer where the beam found fewer."""
+        """The best k passages of each query; fewer where the beam found fewer.
+
+        Raises ValueError for a k that is no whole number of at least 1, or that the settings do not
+        reach.
+        """
         if isinstance(queries, str):
             raise ValueError(f"queries: got one string {queries!r}, expected a list of strings")
-        search, most = vars(self.decoder.search), self.decoder.most_passages
-        if k > most:
-            limits = (
-                f"{name} ({search[name]})" for name in ("num_beams", "depth") if name in search
-            )
+        check_k(k)
+        if k > self.decoder.most_passages:
+            limits = self.decoder.limits.items()
+            told = " and ".join(f"{name} ({limit})" for name, limit in limits if name != "passages")
             raise ValueError(
-                f"k: got {k}, expected at most {most}: set {' and '.join(limits)} in Retriever.load"
+                f"k: got {k}, expected at most {self.decoder.most_passages}: set {told} in "
+                "Retriever.load"
             )
         tokens = self.vocabulary.encode_inputs(queries, self.decoder.query_length)
         return [
