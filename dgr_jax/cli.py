@@ -251,6 +251,7 @@ def load_experiment(
         _add_search_path(path)
     gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
     for file in files:
+        _check_statements(file, paths)
         with _explained(file):
             gin.parse_config_file(file)
     _bind(files, bindings)
@@ -261,7 +262,7 @@ def load_experiment(
     _check_effects(bindings)
     if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
-    _check_model_dir(getattr(experiment, "model_dir", ""))
+    _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
     if keep and processes.first():
         _keep(experiment)
     return experiment
@@ -303,6 +304,64 @@ def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
             )
 
 
+def _parsed(source: Any, where: str) -> list[Any]:
+    """The statements of a gin file, or of a text, before gin obeys any of them."""
+    from gin import config_parser
+
+    class Names(config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+            return scoped_configurable_name
+
+        def macro(self, macro_name: str) -> str:
+            return macro_name
+
+    with _explained(where):
+        return list(config_parser.ConfigParser(source, Names()))
+
+
+def _check_statements(file: str, paths: Sequence[str]) -> None:
+    """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
+    folders: whoever reads a file of somebody else runs nothing of theirs."""
+    own = _place(file, paths).resolve().parent
+    named = [own, *(Path(path).resolve() for path in paths if path != ".")]
+    _check_included(file, paths, named, ())
+
+
+def _check_included(
+    file: str, paths: Sequence[str], named: Sequence[Path], above: tuple[Path, ...]
+) -> None:
+    """named: folders that an include may give in full; above: the files that include this one."""
+    place = _place(file, paths)
+    if place is None:  # gin says so
+        return
+    if place in above:
+        raise Mistake(f"{above[-1]} includes {file}, which includes it")
+    with place.open(encoding="utf-8") as text:
+        statements = _parsed(text, file)
+    for statement in statements:
+        if module := getattr(statement, "module", None):
+            raise Mistake(
+                f"{place}:{statement.location.line_num}: got an import of {module}, expected none: "
+                "gin files name the components of dgr_jax, and run no other code"
+            )
+        if included := getattr(statement, "filename", None):
+            within = _place(included, paths)
+            free = not Path(included).is_absolute() and ".." not in Path(included).parts
+            folders = [*named, Path.cwd()] if free else named
+            if within and not any(within.resolve().is_relative_to(f) for f in folders):
+                raise Mistake(
+                    f"{place}:{statement.location.line_num}: include {included!r}: expected a file "
+                    f"in {', '.join(map(str, folders))}; add folders by --gin_search_paths"
+                )
+            _check_included(included, paths, named, (*above, place))
+
+
+def _place(file: str, paths: Sequence[str]) -> Path | None:
+    """Where gin finds a file: as it is named, or else in the first folder that has it."""
+    places = (Path(folder, file) for folder in ("", *paths))
+    return next((place for place in places if place.is_file()), None)
+
+
 def _without_packages() -> None:
     """gin also looks into Python packages, and breaks off where a folder of the working directory
     (models/, runs/) has the name of one of our folders: only files are read here."""
@@ -335,7 +394,10 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
             if name in FLAGS:
                 raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
             raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
-        with _explained(f"--gin.{binding.replace(' = ', '=')}"):
+        given = f"--gin.{binding.replace(' = ', '=')}"
+        if [type(found).__name__ for found in _parsed(binding, given)] != ["BindingStatement"]:
+            raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
+        with _explained(given):
             gin.parse_config(binding)
     for name in _MACRO_REFERENCE.findall(_STRING.sub("''", gin.config_str())):
         if name not in macros and name != "gin.REQUIRED":
@@ -449,7 +511,9 @@ def _check_tasks(name: str) -> None:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
 
 
-def _check_model_dir(folder: str) -> None:
+def _check_model_dir(folder: str, given: str | None) -> None:
+    if folder and given and folder != given:
+        raise Mistake(f"--model_dir={given}: the gin files set {folder}, whatever MODEL_DIR is")
     if "://" in folder:
         raise Mistake(
             f"MODEL_DIR: got {folder}, expected a folder: its files are mapped into memory and "
