@@ -76,6 +76,7 @@ class _Listener:
         self.saving = ""  # what a loop does before it leaves; "": there is none
         self.work = ""  # that the same command goes on with
         self.pressed = 0.0  # when Ctrl-C came first
+        self._stderr = os.dup(2)  # which is elsewhere while libraries are loaded quietly
         read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._handler = signal.signal(signal.SIGINT, _ignore)
@@ -94,6 +95,7 @@ class _Listener:
             if signal.SIGINT in signals:
                 self.press()
         os.close(read)
+        os.close(self._stderr)
 
     def press(self) -> None:
         """Ctrl-C was pressed."""
@@ -103,18 +105,17 @@ class _Listener:
                 return
             first, self.pressed = not self.pressed, now
             if first and self.saving:
-                say(f"interrupted: {self.saving}; Ctrl-C again ends at once")
+                self._say(f"interrupted: {self.saving}; Ctrl-C again ends at once")
                 return
             if self.work:
-                say(f"{self.work}: interrupted; the same command goes on with it")
+                self._say(f"{self.work}: interrupted; the same command goes on with it")
             os._exit(EXIT_INTERRUPTED)
 
-
-def say(line: str) -> None:
-    """Writes a line to stderr, past Python's buffers, which another thread may hold."""
-    start = "\n" if os.isatty(2) else ""  # after a progress line and ^C
-    with contextlib.suppress(OSError):
-        os.write(2, f"{start}{line}\n".encode(errors="backslashreplace"))
+    def _say(self, line: str) -> None:
+        """Writes to stderr, past Python's buffers, which another thread may hold."""
+        start = "\n" if os.isatty(self._stderr) else ""  # after a progress line and ^C
+        with contextlib.suppress(OSError):
+            os.write(self._stderr, f"{start}{line}\n".encode(errors="backslashreplace"))
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

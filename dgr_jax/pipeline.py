@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable
@@ -37,6 +39,7 @@ from dgr_jax.settings import fingerprint
 
 logger = logging.getLogger(__name__)
 
+_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
@@ -256,6 +259,7 @@ def _begin(folder: Path, stage: str, settings: Any) -> bool:
         logger.info("%s: taken back from an earlier run of the same configuration", stage)
         return False
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
     mark = fingerprint(settings)
     write_record(folder, status="running", fingerprint=mark, settings=settings)
     return True
@@ -270,6 +274,18 @@ def _cleared(folder: Path, stage: str, settings: Any) -> bool:
     kept.clear(folder)
     write_record(folder, **{**read_record(folder), "status": "damaged"})
     return True
+
+
+def remove_leftovers(model_dir: Path) -> None:
+    """Removes what killed runs had half written, or half put aside, in any stage. Only for the one
+    process that writes in MODEL_DIR."""
+    stages = [path for path in model_dir.iterdir() if path.is_symlink() and path.is_dir()]
+    for top in (model_dir, *stages):  # a study's stages are links, which are not walked into
+        for folder, folders, files in os.walk(top):
+            for name in filter(_LEFTOVER.search, folders):
+                shutil.rmtree(Path(folder) / name, ignore_errors=True)
+            for name in filter(_LEFTOVER.search, files):
+                (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, stage: str, settings: Any) -> None:
