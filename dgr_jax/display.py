@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,15 @@ def console(**settings: Any) -> Console:
     if made.width < _NARROWEST:
         made.width = 80
     return made
+
+
+def listed(counts: Mapping[str, object]) -> str:
+    """Names with underscores and their numbers as words: '12 queries, 3 without lists'."""
+    shown = (
+        f"{value:,}" if isinstance(value, (int, float)) else f"{value}" for value in counts.values()
+    )
+    names = (name.replace("_", " ") for name in counts)
+    return ", ".join(map(" ".join, zip(shown, names, strict=True)))
 
 
 def plot_label(text: str) -> str:

@@ -163,20 +163,22 @@ class Stop:
     the process as before; with several processes, all of them.
 
     One process: the handlers before it are put back. Several: a signal to any of them counts.
+    Before the first step is done, which is compiled for long, there is nothing to save: Ctrl-C ends
+    a command at once.
     """
 
     def __init__(self, name: str = "the stage") -> None:
         """name: of what is trained, for the line that answers Ctrl-C."""
         self._noted: int | None = None
         self._before: dict[int, Any] = {}
-        self._held = interrupts.held(f"{name} is saved after this step")
+        self._name = name
+        self._held: contextlib.ExitStack | None = None
         main = threading.current_thread() is threading.main_thread()
         self._handles = main and _group is None
 
     def __enter__(self) -> Stop:
         if _group:
             _group.enter()
-        self._held.__enter__()
         for number in (signal.SIGTERM, signal.SIGINT) if self._handles else ():
             if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
@@ -189,6 +191,9 @@ class Stop:
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; every process gets the same answer."""
+        if self._held is None:
+            self._held = contextlib.ExitStack()
+            self._held.enter_context(interrupts.held(f"{self._name} is saved after this step"))
         return _group.requested(step) if _group else self._noted is not None
 
     @property
@@ -201,7 +206,8 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         told = _group.leave_loop() if _group else self._noted is not None
-        self._held.__exit__(kind, *error)
+        if self._held is not None:
+            self._held.__exit__(kind, *error)
         if told and kind is None:
             raise SystemExit(self.status)
 

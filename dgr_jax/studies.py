@@ -220,7 +220,7 @@ class Runner:
         made = cli.load_experiment(args, bindings)
         if not {"bm25", *made.systems} & set(run.systems):
             raise ValueError(
-                f"Study.systems: got {run.systems} for {run.labels}, expected some of "
+                f"Study.systems: got {run.systems} for {_shown(run.labels)}, expected some of "
                 f"{('bm25', *made.systems)}"
             )
         return made
@@ -380,7 +380,9 @@ class Runner:
         check_fair(rows, self.study.may_differ, self.study.apart)
         baselines = [self._baseline(row, rows) for row in rows]
         if self.study.baseline and not any(baselines):
-            logger.warning("study: no row to test against, Study.baseline %s", self.study.baseline)
+            logger.warning(
+                "study: no row to test against, Study.baseline %s", _shown(self.study.baseline)
+            )
         table = [self._cells(*pair) for pair in zip(rows, baselines, strict=True)]
         self._write_table("table", table)
         for axis, values in self.study.axes.items():
@@ -503,6 +505,10 @@ def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]
 def _written(value: Any) -> str:
     """A value as --gin.NAME=VALUE takes it."""
     return value if isinstance(value, str) else repr(value)
+
+
+def _shown(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{axis} = {label}" for axis, label in labels.items()) or "the experiment"
 
 
 def _slug(text: str) -> str:
