@@ -23,6 +23,7 @@ _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
+_BREAKS = re.compile("[\t\n\v\f\r\x85\u2028\u2029]+")
 _NARROWEST = 20  # columns; what claims to have fewer, such as COLUMNS=0, does not know
 
 
@@ -35,8 +36,8 @@ def harmless(text: str) -> str:
 
 
 def harmless_line(text: str) -> str:
-    """The same on one line: white space of any kind is a single blank."""
-    return harmless(re.sub(r"[\t\n\v\f\r\x85\u2028\u2029 ]+", " ", text))
+    """The same on one line: tabs and ends of lines are a blank."""
+    return harmless(_BREAKS.sub(" ", text))
 
 
 def cell(value: object, style: str = "") -> Text:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MOST_ENTRIES = (1 << 31) - 1  # that an int32 index can tell apart
+MOST_ENTRIES = (1 << 31) - (1 << 16)  # that int32 places tell apart, a padded block counted
 
 _SHORT = 1024  # rows below this are left to lax.top_k,
 _FEW = 1 << 14  # and so are fewer entries than this in all: it is as fast
@@ -19,8 +19,10 @@ _FEW = 1 << 14  # and so are fewer entries than this in all: it is as fast
 
 def check_k(k: int) -> None:
     """Raises ValueError for a k of which there can be no best: below 1, or no whole number."""
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k: got {k!r}, expected a whole number of at least 1")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise ValueError(f"k: got {k!r}, expected a whole number")
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected at least 1")
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
