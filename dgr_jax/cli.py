@@ -157,8 +157,10 @@ def _configure_logging(verbose: bool) -> None:
     # gin logs an error for every folder of its search path that lacks a file.
     logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
     if not verbose:
-        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs, and matplotlib
+        # where there is no home to keep its fonts in.
+        for name in ("absl", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def reuse_memory() -> None:

@@ -526,10 +526,13 @@ class Retriever:
         """The best k passages of each query; fewer where the beam found fewer.
 
         Raises ValueError for a k that is no whole number of at least 1, or that the settings do not
-        reach.
+        reach, and for a query that is no text.
         """
         if isinstance(queries, str):
             raise ValueError(f"queries: got one string {queries!r}, expected a list of strings")
+        for query in queries:
+            if not is_text(query):
+                raise ValueError(f"queries: got {query!r:.80}, expected text that can be written")
         check_k(k)
         if k > self.decoder.most_passages:
             limits = self.decoder.limits.items()
@@ -564,6 +567,11 @@ class Retriever:
         passage = self.store[index]
         identifier = self.vocabulary.decode(tokens[tokens > 0].tolist())
         return Hit(rank, passage.pid, score, passage.title, passage.text, identifier)
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string without halves of surrogate pairs, which no encoding can write."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _pairs(passages: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from dgr_jax.corpora import checks, files, lines, trec
 from dgr_jax.corpora.types import RankList
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import speed
-from dgr_jax.retrieval.generative import Hit, Retriever
+from dgr_jax.retrieval.generative import Hit, Retriever, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,20 @@ def answer(args: argparse.Namespace) -> None:
     """--query: print passages; --queries: write a TREC run, or measure speed (--report_speed)."""
     if args.k < 1:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
-    if any(not query.strip() for query in args.query):
-        raise ValueError("--query: got a blank question")
+    asked = [_written(query) for query in args.query]
     queries = read_queries(args.queries) if args.queries else {}
     settings = {"depth": args.k}
     if args.batch_size is not None:
         settings["batch_size"] = args.batch_size
     elif not args.report_speed:
-        settings["batch_size"] = min(32, max(len(args.query), len(queries)))
+        settings["batch_size"] = min(32, max(len(asked), len(queries)))
     if args.num_beams is not None:
         settings["num_beams"] = args.num_beams
     mesh = _mesh(args.mesh) if args.mesh else None
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
     _check_k(args.k, retriever.decoder.limits)
-    if args.query:
-        _print(retriever, args.query, args.k)
+    if asked:
+        _print(retriever, asked, args.k)
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
@@ -49,6 +49,19 @@ def answer(args: argparse.Namespace) -> None:
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
         logger.info("wrote the passages of %d queries to %s", len(run), args.output)
+
+
+def _written(query: str) -> str:
+    """A question of the command line, whatever the locale makes of its bytes, which are UTF-8.
+
+    Raises ValueError where they are not, and for a blank question.
+    """
+    if not query.strip():
+        raise ValueError("--query: got a blank question")
+    try:
+        return os.fsencode(query).decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"--query: got {query!r}, expected text in UTF-8") from None
 
 
 _LIMITS = {
