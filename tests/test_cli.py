@@ -789,3 +789,25 @@ def test_tasks_are_names(name):
 
     with pytest.raises(ValueError, match="Prepare.tasks: got .*, expected one of"):
         task_file(name)
+
+
+# README
+
+
+def test_readme_says_what_a_gin_file_needs():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| `--gin_file=")]
+    named = {name: row for row in rows for name in re.findall(r"[\w/]+\.gin", row.split("|")[1])}
+    assert len(named) >= 10
+    for name, row in named.items():
+        try:
+            load(f"--gin_file={name}", "--data_dir=FOLDER", "--model_dir=/dev/null/DIR")
+        except cli.Mistake as mistake:
+            for needed in re.findall(r"--gin\.([\w.]+)=\.\.\.", str(mistake)):
+                assert f"--gin.{needed}" in row, (name, needed)
+
+
+def test_readme_imports():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^from dgr_jax\S* import .*$", text, re.MULTILINE):
+        exec(line, {})

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -493,6 +493,7 @@ class Retriever:
                 f"{', '.join(unknown)}: the {folder.name} retriever of {folder.parent} has no "
                 f"such setting, expected some of {', '.join(described['search'])}"
             )
+        _check_sizes(settings, described["search"])
         vocabulary, store = Vocabulary.load(prepared), PassageStore(prepared / "passages")
         # Their files are opened now: what lies in their place later may be another version.
         vocabulary.encode("")
@@ -567,6 +568,15 @@ class Retriever:
         passage = self.store[index]
         identifier = self.vocabulary.decode(tokens[tokens > 0].tolist())
         return Hit(rank, passage.pid, score, passage.title, passage.text, identifier)
+
+
+def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting that is no whole number where it usually is one."""
+    for name, value in settings.items():
+        if type(usual[name]) is int and (
+            isinstance(value, bool) or not isinstance(value, (int, np.integer))
+        ):
+            raise ValueError(f"{name}: got {value!r}, expected a whole number")
 
 
 def is_text(value: Any) -> bool:
