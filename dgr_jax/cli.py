@@ -20,6 +20,7 @@ import re
 import select
 import sys
 import tokenize
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,9 @@ def reuse_memory() -> None:
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale, text is written, or else spelt
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _open_streams()
+    if interrupts.is_program():
+        sys.excepthook = _show_crash
     with processes.leaving(), interrupts.heard():
         _run(command)
 
@@ -189,8 +190,10 @@ def main(command: Callable[[Sequence[str] | None], None]) -> None:
 def _run(command: Callable[[Sequence[str] | None], None]) -> None:
     try:
         with processes.blaming():
-            command(None)
-            sys.stdout.flush()
+            try:
+                command(None)
+            finally:
+                sys.stdout.flush()
     except Mistake as mistake:
         sys.exit(_complain(str(mistake)))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -204,6 +207,19 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(_complain(f"{message}\n(--verbose shows where)"))
     except KeyboardInterrupt:
         sys.exit(interrupts.EXIT_INTERRUPTED)
+
+
+def _open_streams() -> None:
+    """Text is written whatever the locale, or else spelt; and nowhere, where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, place: Any) -> None:
+    sys.stderr.write(harmless("".join(traceback.format_exception(kind, error, place))))
 
 
 def _complain(message: str) -> int:

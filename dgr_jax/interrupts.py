@@ -86,7 +86,7 @@ class _Listener:
     def close(self) -> None:
         """Signals go where they went before; at the end of a program, nowhere: all is done."""
         signal.set_wakeup_fd(self._descriptor)
-        if not _is_program():
+        if not is_program():
             signal.signal(signal.SIGINT, self._handler)
         os.close(self._write)
 
@@ -122,7 +122,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """A handler, so that the interpreter writes to the descriptor and raises nothing."""
 
 
-def _is_program() -> bool:
+def is_program() -> bool:
     """Whether this process runs one of our commands (`python -m dgr_jax.train`), and no other
     program that calls them."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

@@ -206,6 +206,34 @@ def test_who_reads_no_more_is_told_no_more():
         assert program.wait() == 141
 
 
+def test_help_into_a_closed_pipe():
+    command = f"{sys.executable} -m dgr_jax.train --help | true; exit ${{PIPESTATUS[0]}}"
+    for _ in range(3):  # whoever is faster
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode in (0, 141) and done.stderr == ""
+
+
+def test_closed_streams():
+    command = f"{sys.executable} -m dgr_jax.train --gin_file=none.gin >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 2
+    command = f"{sys.executable} -m dgr_jax.train --help >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_crash_shows_harmless_text():
+    code = "import sys\nfrom dgr_jax import cli, interrupts\ninterrupts.is_program = lambda: True\n"
+    code += "def command(_):\n    raise KeyError(chr(27) + '[31m')\n"
+    code += "def verbose(_):\n    cli.parse(cli.parser('x', ''), ['--verbose'])\n"
+    code += "    raise ValueError(chr(27) + '[31m')\n"
+    for which in ("command", "verbose"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}cli.main({which})"], cwd=ROOT, capture_output=True
+        )
+        assert done.returncode == 1 and b"Traceback" in done.stderr
+        assert b"\\x1b[31m" in done.stderr and b"\x1b" not in done.stderr
+
+
 def test_a_broken_connection_is_no_closed_pipe(capsys, monkeypatch):
     from dgr_jax import cli
 
