@@ -206,6 +206,8 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         told = _group.leave_loop() if _group else self._noted is not None
+        if told and kind is None:
+            logger.warning("%s: stopped at its end; the same command goes on", self._name)
         if self._held is not None:
             self._held.__exit__(kind, *error)
         if told and kind is None:

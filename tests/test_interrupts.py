@@ -158,9 +158,10 @@ def test_without_a_command_handlers_are_put_back():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_sigterm_in_the_last_step_is_not_lost():
+def test_sigterm_in_the_last_step_is_not_lost(caplog):
     with pytest.raises(SystemExit, match="75"), processes.Stop("generate"):
         os.kill(os.getpid(), signal.SIGTERM)
+    assert caplog.messages == ["generate: stopped at its end; the same command goes on"]
 
 
 @pytest.mark.slow
