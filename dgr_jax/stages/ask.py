@@ -59,7 +59,7 @@ def _written(query: str) -> str:
     if not query.strip():
         raise ValueError("--query: got a blank question")
     try:
-        return os.fsencode(query).decode("utf-8")
+        return query if is_text(query) else os.fsencode(query).decode("utf-8")
     except UnicodeError:
         raise ValueError(f"--query: got {query!r}, expected text in UTF-8") from None
 
