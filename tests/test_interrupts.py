@@ -132,6 +132,18 @@ def test_a_press_in_the_last_moment_of_a_loop_is_not_lost():
     assert done.returncode == 130 and "came to its end" not in done.stdout
 
 
+def test_early(tmp_path):
+    """While a command is still being imported."""
+    slow = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor i in range(10**9): pass\n"
+    (tmp_path / "difflib.py").write_text(slow)  # that cli imports
+    done = subprocess.run(
+        [sys.executable, "-m", "dgr_jax.train", "--help"], cwd=ROOT, capture_output=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: nothing was begun\n"
+
+
 def test_the_first_step_is_not_waited_for():
     done = run("interrupts.goes_on('generate')\nwith processes.Stop():\n    press()\n    wait()")
     assert done.returncode == 130
