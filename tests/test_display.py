@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
+from types import SimpleNamespace
 
 import pytest
 
 from dgr_jax import cli, display, evaluation, plots, studies
 from dgr_jax.retrieval.inspection import Table
+from dgr_jax.stages.teach import taught
 from dgr_jax.study_rows import markdown
+from dgr_jax.training import metrics
 
 EVIL = {
     "\x1b[31mred\x1b[0m": "\\x1b[31mred\\x1b[0m",
@@ -128,3 +132,27 @@ def test_labels_of_plots(tmp_path):
     assert plots.success_at_k({name: {1: 0.5, 2: 0.6}}, tmp_path / "k.png", title=name).is_file()
     rows = [{"step": 1, "loss": 1.0}]
     assert plots.training_curves({name: rows}, tmp_path / "curves.png").is_file()
+
+
+# Messages say what is known, in words.
+
+
+def test_progress_says_what_is_known():
+    line = metrics.progress_line("generate", 1, 60, 6.4711, math.nan, 0.0)
+    assert line == "generate 1/60 | loss 6.471"
+
+
+def test_counts_are_words():
+    nothing = SimpleNamespace(passages=(), report={"queries": 2, "fewer_than_two": 2})
+    settings = SimpleNamespace(
+        teacher=SimpleNamespace(rank=lambda texts, **_: {}),
+        lists=SimpleNamespace(select=lambda ranked, **_: nothing),
+        seed=0,
+    )
+    with pytest.raises(ValueError) as error:
+        taught(settings, {"1": "a", "2": "b"}, coverage={})
+    assert str(error.value) == (
+        "no rank list could be made of 2 queries: 2 queries, 2 fewer than two; look at "
+        "Teach.teacher and Teach.lists"
+    )
+    assert studies._shown({"LOSS": "listnet", "SIZE": "3"}) == "LOSS = listnet, SIZE = 3"
