@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from dgr_jax import interrupts, processes, studies
+from dgr_jax.checkpoints import Checkpoints
+from tests import test_loop
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -258,3 +260,18 @@ def test_a_broken_connection_is_no_closed_pipe(capsys, monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         cli.main(command)
     assert "Broken pipe" in capsys.readouterr().err
+
+
+def test_training_saves_its_last_step(tmp_path, caplog):
+    def interrupt(now, state):
+        if now == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+    with pytest.raises(SystemExit, match="130"):
+        test_loop.run(tmp_path, hooks=[interrupt], hook_every=1)
+    with Checkpoints(tmp_path / "checkpoints") as saved:
+        step = saved.latest()
+    assert step in (5, 6)
+    said = f"generate: interrupted: saved step {step}; the same command goes on from there"
+    assert said in caplog.messages

@@ -121,6 +121,7 @@ def train(
                     saved.save(now, state, position, metric=found.get(best_metric))
                 if stopped:
                     saved.wait()
+                    report.end_line()
                     _say_stopped(name, now, stop.status)
                     raise SystemExit(stop.status)
     return state
@@ -212,6 +213,10 @@ class _Report:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+
+    def end_line(self) -> None:
+        """Ends the line of the progress, so that what is said next has its own."""
+        self._progress.close()
 
     def add(self, step: int, metrics: Any, batch: Any) -> None:
         """Keeps a step's metrics; waits only for the step before the last few."""
