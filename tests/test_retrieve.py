@@ -66,6 +66,13 @@ def test_a_terminal_without_columns(columns, capsys, monkeypatch):
 # More passages than a system can find.
 
 
+def retriever() -> Retriever:
+    """One that is asked for too much before it searches."""
+    decoder = SimpleNamespace(limits={"num_beams": 8, "depth": 10}, most_passages=8)
+    decoder.by_pid = lambda pid_of: decoder
+    return Retriever(decoder, None, SimpleNamespace(pid_of=None))
+
+
 def limits(kind: type, **settings) -> dict[str, int]:
     return kind.limits.fget(SimpleNamespace(**settings))
 
@@ -115,9 +122,8 @@ def test_what_bounds_the_passages_is_named(found, message):
     ],
 )
 def test_a_k_of_which_there_is_no_best(k, message):
-    decoder = SimpleNamespace(limits={"num_beams": 8, "depth": 10}, most_passages=8)
     with pytest.raises(ValueError) as error:
-        Retriever(decoder, None, None).search(["why?"], k=k)
+        retriever().search(["why?"], k=k)
     assert str(error.value) == message
 
 
@@ -140,7 +146,7 @@ def test_questions_in_any_locale():
 @pytest.mark.parametrize("query", ["a\ud800", None, 3, b"bees"])
 def test_queries_that_are_no_text(query):
     with pytest.raises(ValueError, match="queries: got .*, expected text that can be written"):
-        Retriever(None, None, None).search(["bees", query])
+        retriever().search(["bees", query])
 
 
 @pytest.mark.parametrize(("name", "value"), [("depth", 2.5), ("num_beams", "8"), ("depth", True)])
