@@ -12,21 +12,26 @@ import ctypes
 import difflib
 import functools
 import inspect
+import io
 import logging
 import os
 import platform
 import re
+import select
 import sys
 import tokenize
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import kept, processes, writer_lock
+from dgr_jax import interrupts, kept, processes, writer_lock
+from dgr_jax.display import LogFormatter, harmless
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
 
+EXIT_CLOSED = 141  # 128 + SIGPIPE, as shells say it: nobody reads any more
 EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
 FLAGS = {"MODEL_DIR": "--model_dir", "DATA_DIR": "--data_dir"}
 
@@ -42,9 +47,16 @@ class Mistake(ValueError):
     """What was asked for cannot be: the message says what is wrong, and what to give instead."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Repeats nothing of what it was given that a terminal would obey."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(harmless(message or ""), file)
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
     """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=f"python -m dgr_jax.{command}",
         allow_abbrev=False,
         description=description,
@@ -138,15 +150,18 @@ def _configure_logging(verbose: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(message)s",
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(LogFormatter("%(message)s"))
     logging.getLogger("dgr_jax").setLevel(logging.INFO)
     # gin logs an error for every folder of its search path that lacks a file.
     logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
     if not verbose:
-        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs, and matplotlib
+        # where there is no home to keep its fonts in.
+        for name in ("absl", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def reuse_memory() -> None:
@@ -165,17 +180,25 @@ def reuse_memory() -> None:
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
     """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
-    with processes.leaving():
+    _open_streams()
+    if interrupts.is_program():
+        sys.excepthook = _show_crash
+    with processes.leaving(), interrupts.heard():
         _run(command)
 
 
 def _run(command: Callable[[Sequence[str] | None], None]) -> None:
     try:
         with processes.blaming():
-            command(None)
+            try:
+                command(None)
+            finally:
+                sys.stdout.flush()
     except Mistake as mistake:
         sys.exit(_complain(str(mistake)))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _close_broken():
+            sys.exit(EXIT_CLOSED)
         if logging.getLogger().level <= logging.INFO:
             raise
         message = str(error)
@@ -183,12 +206,36 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
             message = f"{error.filename}: {error.strerror}"
         sys.exit(_complain(f"{message}\n(--verbose shows where)"))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupts.EXIT_INTERRUPTED)
+
+
+def _open_streams() -> None:
+    """Text is written whatever the locale, or else spelt; and nowhere, where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, place: Any) -> None:
+    sys.stderr.write(harmless("".join(traceback.format_exception(kind, error, place))))
 
 
 def _complain(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(harmless(f"error: {message}\n"))
     return 2
+
+
+def _close_broken() -> bool:
+    """Whether who reads our output has gone, as `| head` does; then nothing more is written."""
+    poll, nowhere = select.poll(), os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # of errors it tells unasked
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(nowhere, descriptor)
+    return bool(gone)
 
 
 def load_experiment(
@@ -209,6 +256,8 @@ def load_experiment(
     files = _gin_files(args)
     if keep and hasattr(args, "num_processes"):
         _join(args)
+    if keep:
+        interrupts.goes_on("the experiment")
     import gin
 
     register()
@@ -220,6 +269,7 @@ def load_experiment(
         _add_search_path(path)
     gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
     for file in files:
+        _check_statements(file, paths)
         with _explained(file):
             gin.parse_config_file(file)
     _bind(files, bindings)
@@ -230,7 +280,7 @@ def load_experiment(
     _check_effects(bindings)
     if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
-    _check_model_dir(getattr(experiment, "model_dir", ""))
+    _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
     if keep and processes.first():
         _keep(experiment)
     return experiment
@@ -272,6 +322,64 @@ def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
             )
 
 
+def _parsed(source: Any, where: str) -> list[Any]:
+    """The statements of a gin file, or of a text, before gin obeys any of them."""
+    from gin import config_parser
+
+    class Names(config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+            return scoped_configurable_name
+
+        def macro(self, macro_name: str) -> str:
+            return macro_name
+
+    with _explained(where):
+        return list(config_parser.ConfigParser(source, Names()))
+
+
+def _check_statements(file: str, paths: Sequence[str]) -> None:
+    """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
+    folders: whoever reads a file of somebody else runs nothing of theirs."""
+    own = _place(file, paths).resolve().parent
+    named = [own, *(Path(path).resolve() for path in paths if path != ".")]
+    _check_included(file, paths, named, ())
+
+
+def _check_included(
+    file: str, paths: Sequence[str], named: Sequence[Path], above: tuple[Path, ...]
+) -> None:
+    """named: folders that an include may give in full; above: the files that include this one."""
+    place = _place(file, paths)
+    if place is None:  # gin says so
+        return
+    if place in above:
+        raise Mistake(f"{above[-1]} includes {file}, which includes it")
+    with place.open(encoding="utf-8") as text:
+        statements = _parsed(text, file)
+    for statement in statements:
+        if module := getattr(statement, "module", None):
+            raise Mistake(
+                f"{place}:{statement.location.line_num}: got an import of {module}, expected none: "
+                "gin files name the components of dgr_jax, and run no other code"
+            )
+        if included := getattr(statement, "filename", None):
+            within = _place(included, paths)
+            free = not Path(included).is_absolute() and ".." not in Path(included).parts
+            folders = [*named, Path.cwd()] if free else named
+            if within and not any(within.resolve().is_relative_to(f) for f in folders):
+                raise Mistake(
+                    f"{place}:{statement.location.line_num}: include {included!r}: expected a file "
+                    f"in {', '.join(map(str, folders))}; add folders by --gin_search_paths"
+                )
+            _check_included(included, paths, named, (*above, place))
+
+
+def _place(file: str, paths: Sequence[str]) -> Path | None:
+    """Where gin finds a file: as it is named, or else in the first folder that has it."""
+    places = (Path(folder, file) for folder in ("", *paths))
+    return next((place for place in places if place.is_file()), None)
+
+
 def _without_packages() -> None:
     """gin also looks into Python packages, and breaks off where a folder of the working directory
     (models/, runs/) has the name of one of our folders: only files are read here."""
@@ -304,7 +412,10 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
             if name in FLAGS:
                 raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
             raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
-        with _explained(f"--gin.{binding.replace(' = ', '=')}"):
+        given = f"--gin.{binding.replace(' = ', '=')}"
+        if [type(found).__name__ for found in _parsed(binding, given)] != ["BindingStatement"]:
+            raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
+        with _explained(given):
             gin.parse_config(binding)
     for name in _MACRO_REFERENCE.findall(_STRING.sub("''", gin.config_str())):
         if name not in macros and name != "gin.REQUIRED":
@@ -418,7 +529,9 @@ def _check_tasks(name: str) -> None:
         raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
 
 
-def _check_model_dir(folder: str) -> None:
+def _check_model_dir(folder: str, given: str | None) -> None:
+    if folder and given and folder != given:
+        raise Mistake(f"--model_dir={given}: the gin files set {folder}, whatever MODEL_DIR is")
     if "://" in folder:
         raise Mistake(
             f"MODEL_DIR: got {folder}, expected a folder: its files are mapped into memory and "

@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import display
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.corpora.words import UNSPACED, marks
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 Run = Mapping[str, Sequence[ScoredPassage]]
 Qrels = Mapping[str, Mapping[str, int]]
@@ -378,23 +380,24 @@ def measures_table(
 
     if measures is None:
         measures = list(dict.fromkeys(name for row in results.values() for name in row))
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title and display.cell(title, "italic"), title_justify="left")
     table.add_column("system", no_wrap=True)
     for name in measures:
         table.add_column(name, justify="right", overflow="fold")
     best = {name: max(row.get(name, -math.inf) for row in results.values()) for name in measures}
     for system, row in results.items():
         table.add_row(
-            system, *(_cell(row.get(name), best[name], len(results)) for name in measures)
+            display.cell(system),
+            *(_cell(row.get(name), best[name], len(results)) for name in measures),
         )
     return table
 
 
-def _cell(value: float | None, best: float, systems: int) -> str:
+def _cell(value: float | None, best: float, systems: int) -> str | Text:
     if value is None:
         return "-"
     cell = f"{value:.3f}"
-    return f"[bold]{cell}[/bold]" if systems > 1 and cell == f"{best:.3f}" else cell
+    return display.cell(cell, "bold") if systems > 1 and cell == f"{best:.3f}" else cell
 
 
 def _p_value(p: float) -> str:

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
-from dgr_jax import partitioning, planning
+from dgr_jax import display, partitioning, planning
 from dgr_jax.experiment import Experiment
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
@@ -175,7 +174,7 @@ def _parameters(experiment: Experiment, corpus: Corpus) -> int:
 
 def show(experiment: Experiment, corpus: Corpus) -> None:
     """Prints the files that the collection lacks or has, and the lines, with their sums."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = display.console(soft_wrap=True)
     splits = (experiment.prepare.train_split, *experiment.prepare.test_splits)
     for name, path in experiment.collection.inputs(splits).items():
         console.print(f"reads {path}" if path else f"lacks {name}")

@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation, kept, processes, shipped, versions, writer_lock
+from dgr_jax import evaluation, interrupts, kept, processes, shipped, versions, writer_lock
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, stage_settings
@@ -37,6 +39,7 @@ from dgr_jax.settings import fingerprint
 
 logger = logging.getLogger(__name__)
 
+_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
@@ -226,6 +229,7 @@ def _run_stage(
     if not processes.agree(_begin(folder, stage, settings) if first else None):
         return
     logger.info("%s: started", stage)
+    interrupts.goes_on(stage)
     start = time.perf_counter()
     if first or stage not in ALONE:
         make(experiment, folder)
@@ -255,6 +259,7 @@ def _begin(folder: Path, stage: str, settings: Any) -> bool:
         logger.info("%s: taken back from an earlier run of the same configuration", stage)
         return False
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.parent)
     mark = fingerprint(settings)
     write_record(folder, status="running", fingerprint=mark, settings=settings)
     return True
@@ -269,6 +274,18 @@ def _cleared(folder: Path, stage: str, settings: Any) -> bool:
     kept.clear(folder)
     write_record(folder, **{**read_record(folder), "status": "damaged"})
     return True
+
+
+def remove_leftovers(model_dir: Path) -> None:
+    """Removes what killed runs had half written, or half put aside, in any stage. Only for the one
+    process that writes in MODEL_DIR."""
+    stages = [path for path in model_dir.iterdir() if path.is_symlink() and path.is_dir()]
+    for top in (model_dir, *stages):  # a study's stages are links, which are not walked into
+        for folder, folders, files in os.walk(top):
+            for name in filter(_LEFTOVER.search, folders):
+                shutil.rmtree(Path(folder) / name, ignore_errors=True)
+            for name in filter(_LEFTOVER.search, files):
+                (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, stage: str, settings: Any) -> None:

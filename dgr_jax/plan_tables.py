@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from dgr_jax import dense_planning, planning
+from dgr_jax import dense_planning, display, planning
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.partitioning import Mesh
 from dgr_jax.planning import GIB, PROGRAMS, Plan, Sizes, Topology
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> None:
@@ -21,7 +24,7 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
 
     Raises ValueError for a topology, mesh, program or number of passages that cannot be.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = display.console(soft_wrap=True)
     topology = planning.topology(args.topology)
     dense = isinstance(experiment, DenseExperiment)
     programs = _programs(args.programs, dense_planning.PROGRAMS if dense else PROGRAMS)

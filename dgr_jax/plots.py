@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax.display import plot_label
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -73,9 +75,9 @@ def training_curves(
         axes = figure.add_subplot(lines, columns, place)
         _curve(axes, steps, values, colours[stage])
         title = name.replace("_", " ")
-        axes.set_title(f"{stage}: {title}", loc="left", fontsize=10, fontweight="bold")
+        axes.set_title(plot_label(f"{stage}: {title}"), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("step")
-        axes.set_ylabel(units.get(name, title))
+        axes.set_ylabel(plot_label(units.get(name, title)))
     return _save(figure, path)
 
 
@@ -108,11 +110,12 @@ def success_at_k(
         ks = sorted(values)
         heights = [values[k] for k in ks]
         axes.plot(
-            ks, heights, color=colour, marker=marker, markersize=5.5, linewidth=1.8, label=name,
+            ks, heights, color=colour, marker=marker, markersize=5.5, linewidth=1.8,
+            label=plot_label(name),
             markeredgecolor="white", markeredgewidth=0.8, clip_on=False, zorder=3,
         )  # fmt: skip
     _success_axes(axes, sorted({k for values in systems.values() for k in values}))
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_title(plot_label(title), loc="left", fontsize=11, fontweight="bold")
     _name_the_lines(axes)
     return _save(figure, path)
 
@@ -147,9 +150,9 @@ def measures_over(
             at = [value for value, _ in points]
             means, lows, highs = zip(*(found[measure] for _, found in points), strict=True)
             axes.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=name)
-        axes.set_title(measure, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(axis)
+            axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=plot_label(name))
+        axes.set_title(plot_label(measure), loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(plot_label(axis))
         if 0 < 8 * values[0] <= values[-1]:
             _log_scale(axes, values)
     if len(series) > 1:

@@ -25,6 +25,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from dgr_jax import interrupts
+
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead
@@ -129,7 +131,7 @@ def leaving() -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    if _group and code in (0, EXIT_STOPPED):
+    if _group and code in (0, EXIT_STOPPED, interrupts.EXIT_INTERRUPTED):
         _group.close()
     elif _group:
         _group.end(code, "")
@@ -157,37 +159,59 @@ def _is_lost(error: BaseException | None) -> bool:
 
 
 class Stop:
-    """SIGTERM while a loop of steps runs. A context manager: when it is left, SIGTERM ends the
-    process as before; with several processes, all of them.
+    """SIGTERM or Ctrl-C while a loop of steps runs. A context manager: when it is left, they end
+    the process as before; with several processes, all of them.
 
-    One process: the handler before it is put back. Several: SIGTERM of any of them counts.
+    One process: the handlers before it are put back. Several: a signal to any of them counts.
+    Before the first step is done, which is compiled for long, there is nothing to save: Ctrl-C ends
+    a command at once.
     """
 
-    def __init__(self) -> None:
-        self._noted = False
-        self._before: Any = None
+    def __init__(self, name: str = "the stage") -> None:
+        """name: of what is trained, for the line that answers Ctrl-C."""
+        self._noted: int | None = None
+        self._before: dict[int, Any] = {}
+        self._name = name
+        self._held: contextlib.ExitStack | None = None
         main = threading.current_thread() is threading.main_thread()
         self._handles = main and _group is None
 
     def __enter__(self) -> Stop:
         if _group:
             _group.enter()
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT) if self._handles else ():
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, *_: object) -> None:
-        self._noted = True
+    def _note(self, number: int, frame: Any) -> None:
+        if number == self._noted == signal.SIGINT and callable(self._before[number]):
+            self._before[number](number, frame)  # a second Ctrl-C does not wait
+        self._noted = self._noted or number
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; every process gets the same answer."""
-        return _group.requested(step) if _group else self._noted
+        if self._held is None:
+            self._held = contextlib.ExitStack()
+            self._held.enter_context(interrupts.held(f"{self._name} is saved after this step"))
+        return _group.requested(step) if _group else self._noted is not None
 
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-        if _group and _group.leave_loop() and kind is None:
-            raise SystemExit(EXIT_STOPPED)
+    @property
+    def status(self) -> int:
+        """The exit status of a process that was told to stop."""
+        number = _group.signal if _group else self._noted
+        return interrupts.EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        told = _group.leave_loop() if _group else self._noted is not None
+        if told and kind is None:
+            logger.warning("%s: stopped at its end; the same command goes on", self._name)
+        if self._held is not None:
+            self._held.__exit__(kind, *error)
+        if told and kind is None:
+            raise SystemExit(self.status)
 
 
 class _Group:
@@ -203,6 +227,8 @@ class _Group:
         self._lock = threading.Lock()
         self._step: int | None = None  # the last one of a loop; None: outside
         self._stopping = False
+        self.signal = signal.SIGTERM  # that told them to stop
+        self._pressed = 0.0  # when Ctrl-C came here first
         self._last: int | None = None  # the step to stop after
         self._closed = threading.Event()
 
@@ -216,7 +242,9 @@ class _Group:
         os.set_blocking(write, False)
         if threading.current_thread() is threading.main_thread():
             # A handler, so that a byte is written: it wakes the watch while Python is busy.
-            signal.signal(signal.SIGTERM, lambda *_: None)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, lambda *_: None)
             signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         self._libc = ctypes.CDLL(None)
@@ -277,13 +305,15 @@ class _Group:
             self._last = 1 + max(int(self._get(f"step/{i}")) for i in range(self.count))
         return step >= self._last
 
-    def _stop(self, by: str) -> None:
+    def _stop(self, by: int, number: int) -> None:
         with self._lock:
-            self._stopping = True
+            self._stopping, self.signal = True, number
             if self._step is not None:
                 self._set(f"step/{self.index}", str(self._step))
                 return
-        self.end(EXIT_STOPPED, f"SIGTERM on {self._names[int(by)]}: all stop")
+        if number == signal.SIGINT:
+            self.end(interrupts.EXIT_INTERRUPTED, f"Ctrl-C on {self._names[by]}: all stop")
+        self.end(EXIT_STOPPED, f"SIGTERM on {self._names[by]}: all stop")
 
     # The watch.
 
@@ -292,14 +322,24 @@ class _Group:
         while not self._closed.is_set():
             try:
                 if select.select([read], [], [], 1.0)[0]:
-                    if signal.SIGTERM in os.read(read, 64):
-                        self._set("stop", str(self.index))
+                    self._tell(os.read(read, 64))
                 beats += 1
                 self._set(f"sign/{self.index}", str(beats))
                 said = dict(self._client.key_value_dir_get(_KEYS))
             except Exception:  # the first process is gone: JAX aborts this one
                 continue
             self._look({key.removeprefix(_KEYS): value for key, value in said.items()})
+
+    def _tell(self, signals: bytes) -> None:
+        """Tells all to stop; a second Ctrl-C ends this process, and so the others, at once."""
+        if signal.SIGINT in signals:
+            now = time.monotonic()
+            if self._pressed and now - self._pressed > interrupts.ONE_PRESS:
+                self.end(interrupts.EXIT_INTERRUPTED, "Ctrl-C again: ends without saving")
+            self._pressed = self._pressed or now
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number in signals:
+                self._set("stop", json.dumps([self.index, number]))
 
     def _look(self, said: dict[str, str]) -> None:
         self._looked = time.monotonic()
@@ -311,7 +351,7 @@ class _Group:
                 code, why = json.loads(said[f"left/{i}"])
                 self.end(code, why or f"{self._names[i]} ended with exit status {code}, see there")
         if "stop" in said and not self._stopping:
-            self._stop(said["stop"])
+            self._stop(*json.loads(said["stop"]))
 
     def _gone(self) -> tuple[int, float] | None:
         """The process that seems dead, and for how many seconds it was silent."""

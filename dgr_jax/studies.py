@@ -29,7 +29,18 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from dgr_jax import cli, costs, evaluation, limits, pipeline, plots, processes, records
+from dgr_jax import (
+    cli,
+    costs,
+    evaluation,
+    interrupts,
+    limits,
+    pipeline,
+    plots,
+    processes,
+    records,
+)
+from dgr_jax.display import harmless
 from dgr_jax.experiment import Experiment, describe
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.settings import fingerprint
@@ -209,7 +220,7 @@ class Runner:
         made = cli.load_experiment(args, bindings)
         if not {"bm25", *made.systems} & set(run.systems):
             raise ValueError(
-                f"Study.systems: got {run.systems} for {run.labels}, expected some of "
+                f"Study.systems: got {run.systems} for {_shown(run.labels)}, expected some of "
                 f"{('bm25', *made.systems)}"
             )
         return made
@@ -232,7 +243,7 @@ class Runner:
             command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
             with log.open("a", encoding="utf-8") as output:
                 status = _status([*command, f"--model_dir={run.folder}"], output, shared)
-            if status == processes.EXIT_STOPPED:
+            if status in (processes.EXIT_STOPPED, interrupts.EXIT_INTERRUPTED):
                 sys.exit(status)
             if status:
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
@@ -280,7 +291,7 @@ class Runner:
             missing[one.run.folder].append(" ".join(told))
             total, unknown = total + (took or 0.0), unknown + (not rates)
         for folder, told in missing.items():
-            sys.stdout.write(f"{folder.name}: {', '.join(told) or 'done'}\n")
+            sys.stdout.write(harmless(f"{folder.name}: {', '.join(told) or 'done'}\n"))
         flops = sum(one.flops or 0.0 for one in stages if not one.done)
         more = f" and {unknown} stages of unknown time" if unknown else ""
         sys.stdout.write(
@@ -369,7 +380,9 @@ class Runner:
         check_fair(rows, self.study.may_differ, self.study.apart)
         baselines = [self._baseline(row, rows) for row in rows]
         if self.study.baseline and not any(baselines):
-            logger.warning("study: no row to test against, Study.baseline %s", self.study.baseline)
+            logger.warning(
+                "study: no row to test against, Study.baseline %s", _shown(self.study.baseline)
+            )
         table = [self._cells(*pair) for pair in zip(rows, baselines, strict=True)]
         self._write_table("table", table)
         for axis, values in self.study.axes.items():
@@ -408,7 +421,10 @@ class Runner:
         with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, table[0].keys())
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows(
+                {key: harmless(v) if isinstance(v, str) else v for key, v in row.items()}
+                for row in table
+            )
         text = markdown(table)
         (self.folder / f"{name}.md").write_text(text, encoding="utf-8")
         sys.stdout.write(text)
@@ -461,27 +477,38 @@ class Runner:
 def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]) -> int:
     """Runs a command to its end, with environment variables that this process does not set.
 
-    SIGTERM is handed on to it, and makes the status EXIT_STOPPED.
+    SIGTERM and Ctrl-C are handed on to it, and make the status that of a process told to stop.
     """
-    told = []
+    told: list[int] = []
     environment = {**settings, **os.environ}
     with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:
 
-        def stop(*_: Any) -> None:
-            told.append(True)
-            child.terminate()
+        def stop(number: int, _: Any) -> None:
+            told.append(number)
+            child.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, stop)
+        heard = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            heard.remove(signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in heard}
         try:
-            status = child.wait()
+            with interrupts.held("waits for the experiment, which saves its last step"):
+                status = child.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
-    return processes.EXIT_STOPPED if told else status
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if told:
+        return interrupts.EXIT_INTERRUPTED if signal.SIGINT in told else processes.EXIT_STOPPED
+    return status
 
 
 def _written(value: Any) -> str:
     """A value as --gin.NAME=VALUE takes it."""
     return value if isinstance(value, str) else repr(value)
+
+
+def _shown(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{axis} = {label}" for axis, label in labels.items()) or "the experiment"
 
 
 def _slug(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax import cli, interrupts
 
 DESCRIPTION = (
     "Run every experiment of a grid that has not been run, sharing stages that are the same, and "
@@ -29,6 +29,7 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax import studies
 
     others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
+    interrupts.goes_on("the study")
     runner = studies.Runner(study, args.model_dir, others, args.gin_search_paths)
     if args.dry_run:
         runner.show_plan()

@@ -13,6 +13,7 @@ import numpy as np
 
 from dgr_jax import evaluation, kept
 from dgr_jax.corpora import beir, trec
+from dgr_jax.display import markdown_cell
 from dgr_jax.experiment import Experiment, describe
 
 Values = Mapping[str, np.ndarray]  # measure -> value of each query
@@ -105,5 +106,7 @@ def _check_group(rows: Sequence[Row], may_differ: Sequence[str]) -> None:
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table."""
     names = list(table[0])
-    lines = [names, ["---"] * len(names), *([str(row[n]) for n in names] for row in table)]
+    rows = [names, *([row[name] for name in names] for row in table)]
+    lines = [[markdown_cell(value) for value in row] for row in rows]
+    lines.insert(1, ["---"] * len(names))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

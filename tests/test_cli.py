@@ -698,3 +698,116 @@ def test_resources_lie_in_the_checkout_or_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
     (tmp_path / "tasks").mkdir()
     assert cli.resources("tasks") == tmp_path / "tasks"
+
+
+# gin files of strangers
+
+
+def write_gin(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import evil",
+        "import evil.inner",
+        "from evil import inner",
+        "import evil as numpy",
+        "from __gin__ import dynamic_registration\nimport evil",
+        "import dgr_jax.cli",
+    ],
+)
+@pytest.mark.parametrize("included", [False, True])
+def test_gin_files_import_nothing(statement, included, tmp_path, monkeypatch):
+    write_gin(tmp_path, "evil/__init__.py", "raise SystemExit('it ran')")
+    write_gin(tmp_path, "evil/inner.py", "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kept = "include 'quickstart.gin'\n"
+    if included:
+        write_gin(tmp_path, "part.gin", statement)
+        write_gin(tmp_path, "config.gin", f"{kept}include 'part.gin'\n")
+    else:
+        write_gin(tmp_path, "config.gin", f"{kept}{statement}\n")
+    line = 1 if included else 2
+    with pytest.raises(cli.Mistake, match=rf".*\.gin:{line}: got an import of .*, expected none"):
+        load(f"--model_dir={tmp_path}")
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("how", ["full", "above", "link", "nested"])
+def test_gin_files_include_within_their_folders(how, tmp_path, monkeypatch):
+    away = write_gin(tmp_path, "away/secret.gin", "SEED = 7")
+    model_dir = tmp_path / "model"
+    included = {"full": str(away), "above": "../away/secret.gin", "link": "linked.gin"}
+    name = included.get(how, "part.gin")
+    config = write_gin(model_dir, "config.gin", f"include 'quickstart.gin'\ninclude '{name}'\n")
+    if how == "link":
+        (model_dir / "linked.gin").symlink_to(away)
+    write_gin(model_dir, "part.gin", f"include '{away}'\n")
+    monkeypatch.chdir(model_dir)
+    with pytest.raises(
+        cli.Mistake, match="gin:[12]: include .*: expected a file in .*search_paths"
+    ):
+        load(f"--model_dir={model_dir}")
+    bound = load(
+        f"--gin_file={config}", f"--gin_search_paths={away.parent}", f"--model_dir={model_dir}"
+    )
+    assert bound.prepare.seed == 7 or how == "above"
+
+
+def test_gin_files_of_a_folder_include_each_other(tmp_path, monkeypatch):
+    part = write_gin(tmp_path, "mine/part.gin", "SEED = 7")
+    file = write_gin(tmp_path, "mine/all.gin", f"include 'quickstart.gin'\ninclude '{part}'\n")
+    monkeypatch.chdir(tmp_path)
+    assert load(f"--gin_file={file}").prepare.seed == 7
+    loop = write_gin(tmp_path, "mine/loop.gin", "include 'mine/loop.gin'\n")
+    with pytest.raises(cli.Mistake, match="includes mine/loop.gin, which includes it"):
+        load(f"--gin_file={loop}")
+
+
+def test_a_binding_is_one_binding():
+    with pytest.raises(cli.Mistake, match="expected one --gin.NAME=VALUE"):
+        load("--gin_file=quickstart.gin", "--gin.SEED=(1,)\nimport evil")
+
+
+def test_model_dir_is_the_one_given(tmp_path):
+    text = f"include 'quickstart.gin'\nExperiment.model_dir = '{tmp_path / 'elsewhere'}'\n"
+    write_gin(tmp_path, "config.gin", text)
+    with pytest.raises(cli.Mistake, match="the gin files set .*elsewhere"):
+        load(f"--model_dir={tmp_path}")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "quickstart/../quickstart", ""])
+def test_tasks_are_names(name):
+    from dgr_jax.stages.prepare import task_file
+
+    with pytest.raises(ValueError, match="Prepare.tasks: got .*, expected one of"):
+        task_file(name)
+
+
+# README
+
+
+def test_readme_says_what_a_gin_file_needs():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| `--gin_file=")]
+    named = {name: row for row in rows for name in re.findall(r"[\w/]+\.gin", row.split("|")[1])}
+    assert len(named) >= 10
+    for name, row in named.items():
+        try:
+            load(f"--gin_file={name}", "--data_dir=FOLDER", "--model_dir=/dev/null/DIR")
+        except cli.Mistake as mistake:
+            for needed in re.findall(r"--gin\.([\w.]+)=\.\.\.", str(mistake)):
+                assert f"--gin.{needed}" in row, (name, needed)
+
+
+def test_readme_imports():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^from dgr_jax\S* import .*$", text, re.MULTILINE):
+        exec(line, {})

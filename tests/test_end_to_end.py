@@ -401,6 +401,54 @@ def test_a_killed_training_ends_where_an_uninterrupted_one_does(command, tiny_mo
     assert_same_params(killed, whole, "generate")
 
 
+@pytest.mark.slow
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+    command, tiny_model_dir, tmp_path
+):
+    """Ctrl-C at random moments: exit status 130, a line how to go on, and nothing else changes."""
+    settings = (*TINY, "--stages=generate", "--gin.GENERATE_STEPS=200",
+                "--gin.Training.checkpoint_every=50")  # fmt: skip
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    for folder in (whole, interrupted):
+        folder.mkdir()
+        shutil.copytree(tiny_model_dir / "prepare", folder / "prepare")
+    start = time.monotonic()
+    command("dgr_jax.train", *settings, f"--model_dir={whole}")
+    longest, random = time.monotonic() - start, np.random.default_rng(0)
+    saved = 0
+    for _ in range(8):
+        process = started("dgr_jax.train", *settings, f"--model_dir={interrupted}")
+        try:
+            process.wait(random.uniform(0.3, 1.0) * longest)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        said = process.communicate()[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == 130, said
+        assert re.search(
+            r"(interrupted(: saved step \d+)?|at its end); the same command goes on", said
+        ), said
+        assert "Traceback" not in said and "Exception" not in said
+        saved += "interrupted: saved step" in said
+    done = command("dgr_jax.train", *settings, f"--model_dir={interrupted}")
+    assert not saved or "generate: goes on from step" in done.stderr + said
+    assert_same_params(interrupted, whole, "generate")
+
+
+def started(*arguments: str) -> subprocess.Popen:
+    """`python -m ARGUMENTS`, all that it says in stdout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def kill_when_there(path: Path, *arguments: str) -> None:
     """Start `python -m ARGUMENTS` and kill it as soon as a path exists."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

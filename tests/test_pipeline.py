@@ -128,6 +128,31 @@ def test_all_stages_run_in_order_and_are_skipped_the_second_time(made):
     assert made.named(SKIPPED) == ALL
 
 
+def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
+    made.run()
+    kept = {path for path in made.folder.rglob("*")}
+    elsewhere = tmp_path / "shared"
+    (made.folder / "control").rename(elsewhere)
+    (made.folder / "control").symlink_to(elsewhere)  # as in a study
+    for name in (
+        "prepare/arrays/labelled.partial-12/rows.npy", "prepare/arrays/labelled.old-7/rows.npy",
+        "prepare/trie/edges.tmp.npy", "distill/runs/.distill.test-ab.trec.99.partial",
+        "candidates/part.partial.npz", "generate/metrics.jsonl.partial", "config.gin.partial",
+        "previous/generate/model.safetensors.tmp", "control/stage.json.partial",
+    ):  # fmt: skip
+        (made.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (made.folder / name).write_text("half")
+    assert made.run() == []  # nobody is disturbed where nothing is to do
+    assert (made.folder / "config.gin.partial").is_file()
+    made.set("evaluate.measures", ("RR@5",))
+    assert made.run() == ["evaluate"]
+    left = {path for path in made.folder.rglob("*") if "previous" not in path.parts} - kept
+    emptied = {made.folder / name for name in ("prepare/arrays", "prepare/trie", "distill/runs")}
+    assert left == emptied
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["output", "stage.json"]
+    assert not list(made.folder.rglob("*.tmp")) and len(kept) > 20
+
+
 def test_the_record_of_a_finished_stage(made):
     made.run()
     record = made.record("candidates")

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from dgr_jax import cli, partitioning, processes
+from dgr_jax.interrupts import EXIT_INTERRUPTED
 from dgr_jax.processes import EXIT_LOST, EXIT_STOPPED
 from tests.conftest import ROOT, TINY
 
@@ -137,7 +138,7 @@ with processes.leaving():
                 break
             if stop.requested(step):
                 print("stopped at", step, flush=True)
-                sys.exit(75)
+                sys.exit(stop.status)
     processes.wait()
 """
 
@@ -206,10 +207,13 @@ def test_they_end_together(steps):
 
 
 @pytest.mark.slow
-def test_four_stop_after_the_same_step(steps):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, EXIT_STOPPED), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_four_stop_after_the_same_step(steps, number, status):
     run = steps(4)
-    run.processes[2].terminate()
-    assert run.codes() == [EXIT_STOPPED] * 4, run.said()
+    run.processes[2].send_signal(number)
+    assert run.codes() == [status] * 4, run.said()
     (last,) = {said.splitlines()[-1] for said in run.said()}
     assert last.startswith("stopped at ")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgr_jax.decoding.selection import joint_top_k, masked_top_k, top_k
+from dgr_jax.decoding.selection import check_k, joint_top_k, masked_top_k, top_k
 
 few = settings(max_examples=20, deadline=None)
 compiled = functools.partial(  # quick to compile, slow to run
@@ -87,3 +87,32 @@ def test_entries_that_tie_with_the_last_block_are_all_searched(k):
     found, place = find_masked(values, bits, np.zeros((1, 2), np.float32), k)
     assert found[0].tolist() == [1] * k
     assert place[0].tolist() == list(range(k))
+
+
+def test_more_scores_than_places_can_tell_apart():
+    """Places in the M * V scores of a query are int32."""
+    shaped = lambda shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    half, prior = 1 << 30, shaped((1, 2), "float32")
+    for allowed in (half - (1 << 15), half):
+        many = allowed == half
+        words = shaped((1, 2, allowed // 32), "uint32")
+        for search, *arguments in (
+            (joint_top_k, shaped((1, 2, allowed)), prior),
+            (masked_top_k, shaped((1, 2, allowed)), words, prior),
+            (top_k, shaped((1, 2 * allowed))),
+        ):
+            evaluated = functools.partial(jax.eval_shape, lambda *a, s=search: s(*a, 5), *arguments)
+            if many:
+                with pytest.raises(
+                    ValueError, match="got 2,147,483,648, expected at most 2,147,418,112"
+                ):
+                    evaluated()
+            else:
+                assert evaluated()[1].dtype == np.int32
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, None, True])
+def test_a_k_that_is_none(k):
+    with pytest.raises(ValueError, match=f"k: got {k}, expected"):
+        check_k(k)
+    check_k(np.int32(3))

@@ -89,7 +89,7 @@ def test_write_errors(tmp_path):
     with pytest.raises(ValueError) as error:
         write_arrays(tmp_path / "task", [_numbered(2), {"tokens": np.zeros((2, 2), np.int32)}])
     assert str(error.value) == (
-        "block from example 2: got {'tokens': (2, 2)}, expected ['tokens', 'weight'] with equally "
+        "block from example 2: got tokens of shape [2, 2]; expected tokens, weight with equally "
         "many rows"
     )
     longer = dict(_numbered(2), tokens=np.zeros((2, 3), np.int32))
@@ -258,8 +258,7 @@ def test_source_errors():
     with pytest.raises(ValueError) as error:
         ArraySource(uneven, 2, 0)
     assert str(error.value) == (
-        "token arrays: got examples {'tokens': 3, 'weight': 4}, expected equally many of each "
-        "feature"
+        "token arrays: got 3 tokens, 4 weight, expected equally many examples of each"
     )
 
 

@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+MOST_ENTRIES = (1 << 31) - (1 << 16)  # that int32 places tell apart, a padded block counted
 
 _SHORT = 1024  # rows below this are left to lax.top_k,
 _FEW = 1 << 14  # and so are fewer entries than this in all: it is as fast
 
 
+def check_k(k: int) -> None:
+    """Raises ValueError for a k of which there can be no best: below 1, or no whole number."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise ValueError(f"k: got {k!r}, expected a whole number")
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected at least 1")
+
+
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """lax.top_k along the last axis: [..., n] -> [..., k], int32 [..., k].
 
+    Raises ValueError for rows longer than MOST_ENTRIES, as the other two do for those of a query.
     Blocks are contiguous, so of equal maxima the earlier block also holds the smaller indices:
     the k best values lie in the k best blocks.
     """
     n = values.shape[-1]
+    _check_entries(1, n)
     block = 1 << max(0, (n // max(k, 1)).bit_length() // 2)
     if n < _SHORT or values.size < _FEW or 4 * k * block > n:
         return tuple(lax.top_k(values, k))
@@ -42,6 +55,7 @@ def joint_top_k(values: jax.Array, prior: jax.Array, k: int) -> tuple[jax.Array,
     -> f32 [B, k] and int32 [B, k] places in the M * n entries.
     """
     batch, beams, n = values.shape
+    _check_entries(beams, n)
     block = min(128, n & -n)
     if block < 8 or beams * n < 4 * k * block:
         return top_k((values.astype(jnp.float32) + prior[..., None]).reshape(batch, -1), k)
@@ -70,6 +84,7 @@ def masked_top_k(
     where even the last of them ties with the k-th, all entries are searched.
     """
     batch, beams, words = bits.shape
+    _check_entries(beams, 32 * words)
     spare = max(4, k // 4)
     planes = values.reshape(batch, beams, 32, words)
 
@@ -94,6 +109,15 @@ def masked_top_k(
     kth = -negated[:, k - 1]
     certain = (found.min(-1) < kth) & (tops.min(-1) < kth) | (kth == -jnp.inf)
     return lax.cond(certain.all(), lambda: (-negated[:, :k], place[:, :k]), search_all)
+
+
+def _check_entries(rows: int, size: int) -> None:
+    if rows * size > MOST_ENTRIES:
+        raise ValueError(
+            f"the best of {rows:,} x {size:,} scores a query (beams x tokens that may be legal): "
+            f"got {rows * size:,}, expected at most {MOST_ENTRIES:,}, as places are int32; set a "
+            "smaller num_beams, or identifiers of more and smaller codes"
+        )
 
 
 def mask(planes: jax.Array, bits: jax.Array) -> jax.Array:

@@ -74,8 +74,8 @@ class Bm25Index:
         Only passages that share a word with the query: fewer than k where there are no more, none
         where no word of the query is known.
         """
-        if k < 1:
-            raise ValueError(f"Bm25 search: got k = {k}, expected 1 or more")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"Bm25 search: got k = {k!r}, expected 1 or more")
         return {qid: self.best(self.scores(text), k) for qid, text in queries.items()}
 
     def best(self, scores: np.ndarray, k: int) -> list[ScoredPassage]:

@@ -275,7 +275,12 @@ class Searcher:
     @property
     def most_passages(self) -> int:
         """Passages that a query can find at most."""
-        return min(self.search.depth, self.index.num_passages)
+        return min(self.limits.values())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What bounds the passages of a query, by name: settings, or 'passages' of the corpus."""
+        return {"depth": self.search.depth, "passages": self.index.num_passages}
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
         """(passage index, score, no tokens: there is no identifier) of each query int32 [n, Q]."""

@@ -34,6 +34,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgr_jax import kept, partitioning
+from dgr_jax.decoding.selection import check_k
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +192,7 @@ class Index:
                 f"queries: got shape {list(queries.shape)}, expected [n, {self.dim}], the width "
                 "of the passage vectors"
             )
-        if k < 1:
-            raise ValueError(f"k: got {k}, expected at least 1")
+        check_k(k)
         passages = np.full((len(queries), k), -1, np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         found = min(k, self.num_passages)

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +28,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.decoding.selection import check_k
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.records import STUDENT
@@ -298,7 +299,12 @@ class Decoder:
     @property
     def most_passages(self) -> int:
         """Passages that a query can find at most."""
-        return min(self.search.num_beams, self.search.depth)
+        return min(self.limits.values())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What bounds the passages of a query, by name: settings, or 'passages' of the corpus."""
+        return {"num_beams": self.search.num_beams, "depth": self.search.depth}
 
     def restrict(self, passage_mask: np.ndarray) -> Decoder:
         """A decoder that finds only some passages, bool [P]; nothing is compiled again.
@@ -487,6 +493,7 @@ class Retriever:
                 f"{', '.join(unknown)}: the {folder.name} retriever of {folder.parent} has no "
                 f"such setting, expected some of {', '.join(described['search'])}"
             )
+        _check_sizes(settings, described["search"])
         vocabulary, store = Vocabulary.load(prepared), PassageStore(prepared / "passages")
         # Their files are opened now: what lies in their place later may be another version.
         vocabulary.encode("")
@@ -517,16 +524,23 @@ class Retriever:
         return cls(decoder, vocabulary, store)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
-        """The best k passages of each query; fewer where the beam found fewer."""
+        """The best k passages of each query; fewer where the beam found fewer.
+
+        Raises ValueError for a k that is no whole number of at least 1, or that the settings do not
+        reach, and for a query that is no text.
+        """
         if isinstance(queries, str):
             raise ValueError(f"queries: got one string {queries!r}, expected a list of strings")
-        search, most = vars(self.decoder.search), self.decoder.most_passages
-        if k > most:
-            limits = (
-                f"{name} ({search[name]})" for name in ("num_beams", "depth") if name in search
-            )
+        for query in queries:
+            if not is_text(query):
+                raise ValueError(f"queries: got {query!r:.80}, expected text that can be written")
+        check_k(k)
+        if k > self.decoder.most_passages:
+            limits = self.decoder.limits.items()
+            told = " and ".join(f"{name} ({limit})" for name, limit in limits if name != "passages")
             raise ValueError(
-                f"k: got {k}, expected at most {most}: set {' and '.join(limits)} in Retriever.load"
+                f"k: got {k}, expected at most {self.decoder.most_passages}: set {told} in "
+                "Retriever.load"
             )
         tokens = self.vocabulary.encode_inputs(queries, self.decoder.query_length)
         return [
@@ -554,6 +568,20 @@ class Retriever:
         passage = self.store[index]
         identifier = self.vocabulary.decode(tokens[tokens > 0].tolist())
         return Hit(rank, passage.pid, score, passage.title, passage.text, identifier)
+
+
+def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting that is no whole number where it usually is one."""
+    for name, value in settings.items():
+        if type(usual[name]) is int and (
+            isinstance(value, bool) or not isinstance(value, (int, np.integer))
+        ):
+            raise ValueError(f"{name}: got {value!r}, expected a whole number")
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string without halves of surrogate pairs, which no encoding can write."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _pairs(passages: np.ndarray, scores: np.ndarray) -> list[tuple[int, float]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept
+from dgr_jax import display, kept
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.store import PassageStore
@@ -56,11 +56,11 @@ class Table:
         return f"Table({self.caption!r}: {len(self.rows)} rows of {', '.join(self.columns)})"
 
     def _repr_html_(self) -> str:
-        caption = f"<p><b>{html.escape(self.caption)}</b></p>"
+        caption = f"<p><b>{html.escape(display.harmless(self.caption))}</b></p>"
         if not self.rows:
             return f"{caption}<p>none</p>"
         sides = [_side(row[i] for row in self.rows) for i in range(len(self.columns))]
-        lines = [_line("th", map(html.escape, self.columns), sides)]
+        lines = [_line("th", [html.escape(display.harmless(name)) for name in self.columns], sides)]
         for place, row in enumerate(self.rows):
             cells = [html.escape(_shown(value)) for value in row]
             for i, cell in enumerate(cells):
@@ -87,7 +87,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):
-        return value
+        return display.harmless(value)
     # + 0.0: no minus before a zero.
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else f"{value:,}"
 

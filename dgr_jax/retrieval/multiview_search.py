@@ -164,7 +164,13 @@ class MultiviewDecoder:
     @property
     def most_passages(self) -> int:
         """Passages that a query can find at most."""
-        return min(self.search.depth, self.search.scoring.max_passages)
+        return min(self.limits.values())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What bounds the passages of a query, by name."""
+        most = self.search.scoring.max_passages
+        return {"depth": self.search.depth, "scoring.max_passages": most}
 
     def restrict(self, passage_mask: np.ndarray) -> MultiviewDecoder:
         """A decoder that finds only some passages, bool [P]; nothing is compiled again.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from dgr_jax import display
 from dgr_jax.corpora import checks, files, lines, trec
 from dgr_jax.corpora.types import RankList
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import speed
-from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.retrieval.generative import Hit, Retriever, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -26,26 +28,20 @@ def answer(args: argparse.Namespace) -> None:
     """--query: print passages; --queries: write a TREC run, or measure speed (--report_speed)."""
     if args.k < 1:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
-    if any(not query.strip() for query in args.query):
-        raise ValueError("--query: got a blank question")
+    asked = [_written(query) for query in args.query]
     queries = read_queries(args.queries) if args.queries else {}
     settings = {"depth": args.k}
     if args.batch_size is not None:
         settings["batch_size"] = args.batch_size
     elif not args.report_speed:
-        settings["batch_size"] = min(32, max(len(args.query), len(queries)))
+        settings["batch_size"] = min(32, max(len(asked), len(queries)))
     if args.num_beams is not None:
         settings["num_beams"] = args.num_beams
     mesh = _mesh(args.mesh) if args.mesh else None
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
-    most = retriever.decoder.most_passages
-    if args.k > most:
-        limit = (
-            "the beams (--num_beams)" if "num_beams" in vars(retriever.decoder.search) else "all"
-        )
-        raise ValueError(f"--k: got {args.k}, expected at most {most}, {limit}")
-    if args.query:
-        _print(retriever, args.query, args.k)
+    _check_k(args.k, retriever.decoder.limits)
+    if asked:
+        _print(retriever, asked, args.k)
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
@@ -53,6 +49,33 @@ def answer(args: argparse.Namespace) -> None:
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
         logger.info("wrote the passages of %d queries to %s", len(run), args.output)
+
+
+def _written(query: str) -> str:
+    """A question of the command line, whatever the locale makes of its bytes, which are UTF-8.
+
+    Raises ValueError where they are not, and for a blank question.
+    """
+    if not query.strip():
+        raise ValueError("--query: got a blank question")
+    try:
+        return query if is_text(query) else os.fsencode(query).decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"--query: got {query!r}, expected text in UTF-8") from None
+
+
+_LIMITS = {
+    "num_beams": "the beams (--num_beams)",
+    "passages": "all of them",
+    "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
+}
+
+
+def _check_k(k: int, limits: Mapping[str, int]) -> None:
+    """Raises ValueError naming what keeps a query from finding k passages."""
+    name = min(limits, key=limits.__getitem__)
+    if k > limits[name]:
+        raise ValueError(f"--k: got {k}, expected at most {limits[name]}, {_LIMITS[name]}")
 
 
 def _mesh(text: str) -> Mesh:
@@ -66,15 +89,14 @@ def _mesh(text: str) -> Mesh:
 def _report_speed(retriever: Retriever, queries: list[str], output: str | None) -> None:
     """Prints the report, and writes it as JSON."""
     report = speed.measure(retriever, queries)
-    console = Console()
+    console = display.console()
     console.print(
         f"{report['device']}; {report['parameters']:,} parameters, {report['dtype']}; "
         + (
             f"{report['vectors']:,} vectors of {report['width']}, {report['storage']}"
             if "vectors" in report
             else f"{report['identifiers']:,} identifiers; {report['num_beams']} beams"
-        ),
-        highlight=False,
+        )
     )
     table = Table("batch", "queries", "queries/s", "p50 ms", "p95 ms", "p99 ms")
     for row in (report["alone"], report["batched"]):
@@ -132,17 +154,26 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _print(retriever: Retriever, queries: list[str], k: int) -> None:
-    console = Console()
+    console = display.console()
     for query, hits in zip(queries, retriever.search(queries, k), strict=True):
-        console.print(f"[bold]{escape(query)}[/bold]")
-        for hit in hits:
+        console.print(display.cell(query, "bold"))
+        if not hits:
             console.print(
-                f"{hit.rank:3d}. [cyan]{escape(hit.title or hit.pid)}[/cyan] "
-                f"[dim]{escape(hit.pid)}  {hit.score:.3f}  {escape(hit.identifier)}[/dim]",
-                highlight=False,
+                "     nothing was found: no identifier that was written is one of a passage"
             )
-            snippet = textwrap.shorten(hit.text, 160, placeholder=" ...")
-            wrapped = textwrap.fill(
-                snippet, min(console.width, 100), initial_indent=" " * 5, subsequent_indent=" " * 5
-            )
-            console.print(escape(wrapped), highlight=False)
+        for hit in hits:
+            _print_hit(console, hit)
+
+
+def _print_hit(console: Console, hit: Hit) -> None:
+    """Rank, title or else pid, pid, score and identifier; then the beginning of the text."""
+    title, pid = display.cell(hit.title.strip(), "cyan"), display.cell(hit.pid, "dim")
+    named = (title, " ", pid) if title.plain else (display.cell(hit.pid, "cyan"),)
+    rest = display.cell(f"  {hit.score:.3f}  {hit.identifier}".rstrip(), "dim")
+    console.print(Text.assemble(f"{hit.rank:3d}. ", *named, rest))
+    snippet = textwrap.shorten(display.harmless_line(hit.text), 160, placeholder=" ...")
+    indent = " " * 5
+    wrapped = textwrap.fill(
+        snippet, min(console.width, 100), initial_indent=indent, subsequent_indent=indent
+    )
+    console.print(wrapped)

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from rich.console import Console
 
-from dgr_jax import evaluation, kept, plots, processes
+from dgr_jax import display, evaluation, kept, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.dense_experiment import DenseExperiment
@@ -25,6 +24,9 @@ from dgr_jax.settings import fingerprint
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 logger = logging.getLogger(__name__)
 
@@ -310,13 +312,13 @@ def _show(measured: Any, compared: Any) -> None:
         for pair, comparison in found:
             if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
-                console.print(line, highlight=False, soft_wrap=True)
+                console.print(line, soft_wrap=True)
 
 
 def _console() -> Console:
     """As wide as the terminal; as wide as any table where there is none, such as in a log."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = display.console()
+    return console if console.is_terminal else display.console(width=200)
 
 
 def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:

@@ -169,10 +169,11 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
 
 def task_file(name: str) -> ModuleType:
     """The module tasks/`name`.py, from the package or the checkout."""
-    path = resources("tasks") / f"{name}.py"
-    if not path.is_file():
-        there = sorted(f.stem for f in path.parent.glob("[a-z]*.py"))
-        raise ValueError(f"Prepare.tasks: got {name!r}, expected one of {there}")
+    folder = resources("tasks")
+    there = sorted(f.stem for f in folder.glob("[a-z]*.py"))
+    if name not in there:
+        raise ValueError(f"Prepare.tasks: got {name!r}, expected one of {', '.join(there)}")
+    path = folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"dgr_jax.tasks.{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -22,6 +22,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.views import normalised
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.display import listed
 from dgr_jax.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.query_generator import PseudoQueries
@@ -274,8 +275,7 @@ def _join(folder: Path, made: Prepared, starts: Iterable[int], speeds: list[floa
 
 def _report(folder: Path, report: dict[str, Any]) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    shown = (f"{value:,} {name.replace('_', ' ')}" for name, value in report.items())
-    logger.info("%s: %s", folder.name, ", ".join(shown))
+    logger.info("%s: %s", folder.name, listed(report))
 
 
 MAKERS: dict[str, Callable[[PseudoQueries, Path], None]] = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from dgr_jax import kept
 from dgr_jax.data import rank_lists
+from dgr_jax.display import listed
 from dgr_jax.experiment import Experiment, Teach
 from dgr_jax.retrieval.multiview_keys import Keyed
 from dgr_jax.retrieval.recipes import RankLists
@@ -100,7 +101,7 @@ def taught(
     lists = settings.lists.select(ranked, qids=list(texts), seed=settings.seed, **known)
     if not len(lists.passages):
         raise ValueError(
-            f"no rank list could be made of {len(texts)} queries: {lists.report}; look at "
+            f"no rank list could be made of {len(texts)} queries: {listed(lists.report)}; look at "
             "Teach.teacher and Teach.lists"
         )
     return lists

@@ -115,10 +115,10 @@ def _write_columns(folder: Path, blocks: Iterable[Mapping[str, np.ndarray]]) -> 
             if not columns:
                 columns = {name: _Column(folder / f"{name}.npy", a) for name, a in rows.items()}
             if rows.keys() != columns.keys() or len({len(a) for a in rows.values()}) != 1:
+                got = ", ".join(f"{name} of shape {list(a.shape)}" for name, a in rows.items())
                 raise ValueError(
-                    f"block from example {count}: got "
-                    f"{ {name: a.shape for name, a in rows.items()} }, expected "
-                    f"{sorted(columns)} with equally many rows"
+                    f"block from example {count}: got {got}; expected {', '.join(sorted(columns))} "
+                    "with equally many rows"
                 )
             for name, values in rows.items():
                 columns[name].append(name, values, count)

@@ -1,7 +1,8 @@
 """The training loop: restore, then step, log, save until the end.
 
 A run can be stopped at any time and started again with the same call. SIGTERM (a preempted
-machine) saves and leaves with exit code 75, "try again"; after SIGKILL the last checkpoint counts.
+machine) saves and leaves with exit code 75, "try again", and so does Ctrl-C, with 130; after
+SIGKILL the last checkpoint counts.
 """
 
 from __future__ import annotations
@@ -78,14 +79,14 @@ def train(
 
     Returns the last state. Raises ValueError on settings that cannot work, FloatingPointError when
     the loss is not a finite number, OSError when a checkpoint cannot be written, SystemExit(75)
-    after SIGTERM, once the state is saved.
+    after SIGTERM and SystemExit(130) after Ctrl-C, once the state is saved.
     """
     _check(total_steps=total_steps, log_every=log_every, checkpoint_every=checkpoint_every)
     folder = Path(folder)
     saved = Checkpoints(
         folder / "checkpoints", keep=keep_checkpoints, keep_best=keep_best, best_is=best_is
     )
-    with saved, processes.Stop() as stop:
+    with saved, processes.Stop(name) as stop:
         abstract = abstract_state(model, optimizer, mesh, rules)
         begin, state = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
         if state is None:
@@ -123,10 +124,20 @@ def train(
                     saved.save(now, state, position, metric=found.get(best_metric))
                 if stopped:
                     saved.wait()
-                    logger.warning("%s: SIGTERM: saved step %d, stopping", name, now)
-                    raise SystemExit(EXIT_PREEMPTED)
+                    report.end_line()
+                    _say_stopped(name, now, stop.status)
+                    raise SystemExit(stop.status)
             report.conclude(model, at_random=at_random)
     return state
+
+
+def _say_stopped(name: str, step: int, status: int) -> None:
+    if status == EXIT_PREEMPTED:
+        logger.warning("%s: SIGTERM: saved step %d, stopping", name, step)
+    else:
+        logger.warning(
+            "%s: interrupted: saved step %d; the same command goes on from there", name, step
+        )
 
 
 def _restore(
@@ -207,6 +218,10 @@ class _Report:
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
+
+    def end_line(self) -> None:
+        """Ends the line of the progress, so that what is said next has its own."""
+        self._progress.close()
 
     def add(self, step: int, metrics: Any, batch: Any) -> None:
         """Keeps a step's metrics; waits only for the step before the last few."""

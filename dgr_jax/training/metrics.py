@@ -109,9 +109,13 @@ def duration(seconds: float) -> str:
 def progress_line(
     name: str, step: int, total: int, loss: float, examples_per_second: float, seconds: float
 ) -> str:
-    """'generate 300/600 | loss 1.234 | 512 examples/s | 0:42 left'"""
+    """'generate 300/600 | loss 1.234 | 512 examples/s | 0:42 left'; before the first look at the
+    clock, without what is not known yet."""
+    known = f"{name} {step}/{total} | loss {loss:.4g}"
+    if not math.isfinite(examples_per_second):
+        return known
     rate = f"{examples_per_second:,.{0 if examples_per_second >= 10 else 1}f}"
-    return f"{name} {step}/{total} | loss {loss:.4g} | {rate} examples/s | {duration(seconds)} left"
+    return f"{known} | {rate} examples/s | {duration(seconds)} left"
 
 
 class Progress:

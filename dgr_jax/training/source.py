@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dgr_jax.display import listed
 from dgr_jax.training.arrays import Features, blocks_of, read_arrays, write_arrays
 
 __all__ = [
@@ -37,7 +38,7 @@ class Source(Protocol):
 def _checked(features: Mapping[str, np.ndarray], name: str) -> Features:
     counts = {key: len(values) for key, values in features.items()}
     if not counts or len(set(counts.values())) != 1 or 0 in counts.values():
-        raise ValueError(f"{name}: got examples {counts}, expected equally many of each feature")
+        raise ValueError(f"{name}: got {listed(counts)}, expected equally many examples of each")
     return dict(features)
 
 

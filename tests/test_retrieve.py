@@ -1,0 +1,157 @@
+"""Questions from the command line: what is printed, and what cannot be asked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dgr_jax import retrieve
+from dgr_jax.retrieval import generative
+from dgr_jax.retrieval.dense import Searcher
+from dgr_jax.retrieval.generative import Decoder, Hit, Retriever
+from dgr_jax.retrieval.multiview_search import MultiviewDecoder
+from dgr_jax.stages import ask
+
+
+class Stub:
+    """A retriever that finds given passages."""
+
+    def __init__(self, *hits: Hit) -> None:
+        self.hits = list(hits)
+
+    def search(self, queries, k):
+        return [self.hits[:k] for _ in queries]
+
+
+def printed(capsys, query: str, *hits: Hit) -> str:
+    ask._print(Stub(*hits), [query], 10)
+    return capsys.readouterr().out
+
+
+def test_a_passage_without_a_title_says_its_pid_once(capsys):
+    out = printed(capsys, "why?", Hit(1, "p7", -1.5, "", "Because.", "3 4"))
+    assert out == "why?\n  1. p7  -1.500  3 4\n     Because.\n"
+    out = printed(capsys, "why?", Hit(1, "p7", -1.5, " ", "Because.", ""))
+    assert out.splitlines()[1] == "  1. p7  -1.500"
+    out = printed(capsys, "why?", Hit(1, "p7", -1.5, "Bees", "Because.", "3 4"))
+    assert out.splitlines()[1] == "  1. Bees p7  -1.500  3 4"
+
+
+def test_nothing_found_is_said(capsys):
+    out = printed(capsys, "why?")
+    assert out.splitlines()[0] == "why?" and "nothing was found" in out
+
+
+def test_what_passages_hold_is_not_obeyed(capsys):
+    """Neither by the terminal nor by rich."""
+    hit = Hit(
+        1, "p\x1b]0;x\x07", 0.5, "[bold]:bee:\x1b[31m\nb", "a\x9b31m\u202e :bee: [red]", "\x1b"
+    )
+    out = printed(capsys, "[bold]:bee:\x1b[2J", hit)
+    assert out == (
+        "[bold]:bee:\\x1b[2J\n"
+        "  1. [bold]:bee:\\x1b[31m b p\\x1b]0;x\\x07  0.500  \\x1b\n"
+        "     a\\x9b31m\\u202e :bee: [red]\n"
+    )
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "7"])
+def test_a_terminal_without_columns(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert "Because" in printed(capsys, "why?", Hit(1, "p7", -1.5, "Bees", "Because. " * 40, "3"))
+
+
+# More passages than a system can find.
+
+
+def retriever() -> Retriever:
+    """One that is asked for too much before it searches."""
+    decoder = SimpleNamespace(limits={"num_beams": 8, "depth": 10}, most_passages=8)
+    decoder.by_pid = lambda pid_of: decoder
+    return Retriever(decoder, None, SimpleNamespace(pid_of=None))
+
+
+def limits(kind: type, **settings) -> dict[str, int]:
+    return kind.limits.fget(SimpleNamespace(**settings))
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            limits(Decoder, search=SimpleNamespace(num_beams=8, depth=600)),
+            "--k: got 600, expected at most 8, the beams (--num_beams)",
+        ),
+        (
+            limits(
+                MultiviewDecoder,
+                search=SimpleNamespace(depth=600, scoring=SimpleNamespace(max_passages=500)),
+            ),
+            "--k: got 600, expected at most 500, the passages that are scored "
+            "(Scoring.max_passages)",
+        ),
+        (
+            limits(
+                Searcher,
+                search=SimpleNamespace(depth=600), index=SimpleNamespace(num_passages=240),
+            ),
+            "--k: got 600, expected at most 240, all of them",
+        ),
+    ],
+)  # fmt: skip
+def test_what_bounds_the_passages_is_named(found, message):
+    with pytest.raises(ValueError) as error:
+        ask._check_k(600, found)
+    assert str(error.value) == message
+    ask._check_k(min(found.values()), found)
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (0, "k: got 0, expected at least 1"),
+        (-1, "k: got -1, expected at least 1"),
+        (2.0, "k: got 2.0, expected a whole number"),
+        (True, "k: got True, expected a whole number"),
+        ("3", "k: got '3', expected a whole number"),
+        (None, "k: got None, expected a whole number"),
+        (9, "k: got 9, expected at most 8: set num_beams (8) and depth (10) in Retriever.load"),
+        (np.int64(0), "k: got 0, expected at least 1"),
+    ],
+)
+def test_a_k_of_which_there_is_no_best(k, message):
+    with pytest.raises(ValueError) as error:
+        retriever().search(["why?"], k=k)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("k", ["0", "-3"])
+def test_k_of_the_command(k, tmp_path):
+    with pytest.raises(ValueError, match=f"--k: got {k}, expected at least 1"):
+        retrieve.command([f"--model_dir={tmp_path}", "--query=bees", f"--k={k}"])
+
+
+def test_questions_in_any_locale():
+    """Python leaves bytes that the locale does not know as halves of surrogate pairs."""
+    unknown = "señal 蜂".encode().decode("ascii", "surrogateescape")
+    assert ask._written(unknown) == "señal 蜂" == ask._written("señal 蜂")
+    with pytest.raises(ValueError, match="--query: got 'a.udcff', expected text in UTF-8"):
+        ask._written("a\udcff")
+    with pytest.raises(ValueError, match="--query: got a blank question"):
+        ask._written(" \n")
+
+
+@pytest.mark.parametrize("query", ["a\ud800", None, 3, b"bees"])
+def test_queries_that_are_no_text(query):
+    with pytest.raises(ValueError, match="queries: got .*, expected text that can be written"):
+        retriever().search(["bees", query])
+
+
+@pytest.mark.parametrize(("name", "value"), [("depth", 2.5), ("num_beams", "8"), ("depth", True)])
+def test_sizes_of_a_search_are_whole_numbers(name, value):
+    usual = {"num_beams": 100, "depth": 100, "renormalise": False}
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}, expected a whole number"):
+        generative._check_sizes({name: value}, usual)
+    generative._check_sizes({"depth": np.int32(3), "renormalise": True}, usual)
