@@ -374,14 +374,16 @@ def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
 def _trained(experiment: DenseExperiment, system: str) -> Any:
     """Parameters of a finished encoder on the experiment's mesh."""
     mesh = partitioning.make_mesh(experiment.mesh)
-    abstract = partitioning.abstract_params(DualEncoder(_config(experiment)), mesh)
+    model, rules = DualEncoder(_config(experiment)), experiment.mesh.rules
+    abstract = partitioning.abstract_params(model, mesh, rules)
     folder = Path(experiment.model_dir) / system / "checkpoints"
     return checkpoints.restore_params(folder, abstract)
 
 
 def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
     mesh = partitioning.make_mesh(experiment.mesh)
-    return Encoder(_config(experiment), _trained(experiment, system), mesh)
+    params = _trained(experiment, system)
+    return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
 
 
 def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
