@@ -8,6 +8,10 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "dgr_jax/__init__.py").read_text())[1]
 
+# tensorflow-text, which SeqIO asks for, has no wheel for other Pythons, nor for Windows. Without
+# them, prepare makes the same token arrays and leaves the SeqIO tasks out.
+with_tensorflow = "python_version < '3.14' and sys_platform != 'win32'"
+
 setup(
     name="dgr_jax",
     version=version,
@@ -36,24 +40,24 @@ setup(
         "flax>=0.10",
         "gin-config>=0.5",
         "ir_measures>=0.3.6",
-        "jax>=0.5",
+        "jax>=0.8",
         "matplotlib>=3.8",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "optax>=0.2.4",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.18",
         "rich>=13",
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "sentencepiece>=0.2",
-        "seqio>=0.0.19",
-        "tensorboard>=2.16",
-        "tensorflow-datasets>=4.9.6",
+        f"seqio>=0.0.20; {with_tensorflow}",
+        "tensorboard>=2.18",
+        f"tensorflow-datasets>=4.9.6; {with_tensorflow}",
     ],
     extras_require={
         "test": [
             "filelock>=3.12",
             "hypothesis>=6.100",
-            "ipykernel>=6",
+            "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.9",
             "pydivsufsort>=0.0.14",
@@ -65,7 +69,7 @@ setup(
             "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
-        "notebook": ["ipykernel>=6", "jupyterlab>=4"],
+        "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],

@@ -468,6 +468,7 @@ class Retriever:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
             devices = partitioning.make_mesh(mesh)
+        rules = partitioning.RULES if mesh is None else mesh.rules
         for _ in range(_TRIES):
             answering = records.answering(Path(model_dir), systems)
             try:
