@@ -76,9 +76,7 @@ def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
 def test_the_same_bytes_for_a_dual_encoder(tmp_path, request, caplog):
     made = prepared_twice(lambda to: dense.prepare(DenseExperiment(), to), tmp_path, request)
     folders = {name.split("/")[1] for name in made if name.startswith("arrays/")}
-    assert folders == {
-        *("labelled_train", "labelled_test", "passages", "pseudo_queries", "corpus")
-    }
+    assert folders == {*("labelled_train", "labelled_test", "passages", "pseudo_queries", "corpus")}
     assert len(said(caplog)) == 1
 
 
