@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import kept, processes, writer_lock
+from dgr_jax import kept, processes, requirements, writer_lock
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,8 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if logging.getLogger().level <= logging.INFO:
             raise
-        message = str(error)
+        missing = isinstance(error, ModuleNotFoundError) and requirements.problem()
+        message = missing or str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"
         sys.exit(_complain(f"{message}\n(--verbose shows where)"))
@@ -207,6 +208,8 @@ def load_experiment(
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
     files = _gin_files(args)
+    if problem := requirements.problem():
+        raise Mistake(problem)
     if keep and hasattr(args, "num_processes"):
         _join(args)
     import gin
