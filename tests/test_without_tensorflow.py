@@ -10,6 +10,7 @@ from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.dense_experiment import DensePrepare
 from dgr_jax.stages import dense
 from dgr_jax.stages.prepare import prepare
+from tests.conftest import with_seqio
 from tests.test_generation_data import Collection, Experiment, examples, files, one_after_the_other
 
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio")
@@ -57,6 +58,7 @@ def said(caplog):
     return [r.getMessage() for r in caplog.records if "SeqIO" in r.getMessage()]
 
 
+@with_seqio
 @pytest.mark.parametrize("everywhere", [None, one_after_the_other])
 def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
     monkeypatch.setattr(examples, "PASSAGES_A_PART", 5)
@@ -73,6 +75,7 @@ def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
     assert line.endswith("tasks/quickstart.py makes features of its own")
 
 
+@with_seqio
 def test_the_same_bytes_for_a_dual_encoder(tmp_path, request, caplog):
     made = prepared_twice(lambda to: dense.prepare(DenseExperiment(), to), tmp_path, request)
     folders = {name.split("/")[1] for name in made if name.startswith("arrays/")}
