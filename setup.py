@@ -43,14 +43,14 @@ setup(
         "matplotlib>=3.8.4",
         "numpy>=2.0",
         "optax>=0.2.4",
-        "orbax-checkpoint>=0.11.18",
+        "orbax-checkpoint>=0.11.22",
         "rich>=13",
         "scikit-learn>=1.4.2",
         "scipy>=1.13",
         "sentencepiece>=0.2",
         f"seqio>=0.0.20; {with_tensorflow}",
         "tensorboard>=2.18",
-        f"tensorflow-datasets>=4.9.6; {with_tensorflow}",
+        f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
     ],
     extras_require={
         "test": [
