@@ -157,6 +157,7 @@ def on_batch_shards(
     """
     rows = PartitionSpec(BATCH_AXES)
 
+    @functools.wraps(function)
     def of_shard(*arguments: Any) -> Any:
         with nn.logical_axis_rules(rules):  # the mesh in force is that of shard_map
             return function(*arguments)
