@@ -125,13 +125,18 @@ def test_the_line_for_a_machine_without_tensorflow():
     assert named == {Requirement(text).name for text in requirements.PACKAGES.values()}
 
 
+# As where they are not installed: no finder finds them.
 BLOCK = """
 import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Blocked())
+class Finder:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] not in {names!r}:
+            return self.finder.find_spec(name, *rest)
+sys.meta_path[:] = map(Finder, sys.meta_path)
 """
 
 
@@ -158,7 +163,7 @@ def others():
 @pytest.mark.slow
 def test_an_experiment_where_nothing_else_can_be_imported(command, tmp_path):
     names = others()
-    assert names >= {"pytest", "packaging"} - {"packaging"} and "jax" not in names
+    assert "pytest" in names and "jax" not in names
     (tmp_path / "sitecustomize.py").write_text(BLOCK.format(names=names))
     path = f"{tmp_path}:{Path(ROOT)}"
     model = f"--model_dir={tmp_path / 'model'}"
@@ -166,7 +171,7 @@ def test_an_experiment_where_nothing_else_can_be_imported(command, tmp_path):
     assert done.stderr.count("neither SeqIO tasks nor a TensorFlow dataset") == 1
     assert done.stderr.count("no TensorBoard summaries") == 1
     found = command(
-        "dgr_jax.retrieve", model, "--query=Why do bees dance?", env={"PYTHONPATH": path}
+        "dgr_jax.retrieve", model, "--k=3", "--query=Why do bees dance?", env={"PYTHONPATH": path}
     )
     assert found.stdout.strip()
     dense = [flag for flag in TINY[1:] if "T5Config" in flag or "Training" in flag]
