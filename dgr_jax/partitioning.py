@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,17 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def on_batch_shards(function: Any, mesh: jax.sharding.Mesh, *, whole: int) -> Any:
+@contextlib.contextmanager
+def in_force(mesh: jax.sharding.Mesh, rules: Any) -> Iterator[None]:
+    """While a program is traced: its activations are cut over `mesh` by `rules`, wherever the model
+    says so (`models.activations.cut`)."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
+        yield
+
+
+def on_batch_shards(
+    function: Any, mesh: jax.sharding.Mesh, *, whole: int, rules: Any = RULES
+) -> Any:
     """function(*whole arguments, batch) -> tree of [B, ...], run by each data shard on its rows.
 
     So no row waits for another shard's, and a loop in it may end early on one of them. Arrays that
@@ -142,10 +153,17 @@ def on_batch_shards(function: Any, mesh: jax.sharding.Mesh, *, whole: int) -> An
 
     Args:
       whole: number of leading arguments that every data shard sees whole.
+      rules: by which the model's activations are cut over the devices of a data shard.
     """
     rows = PartitionSpec(BATCH_AXES)
+
+    @functools.wraps(function)
+    def of_shard(*arguments: Any) -> Any:
+        with nn.logical_axis_rules(rules):  # the mesh in force is that of shard_map
+            return function(*arguments)
+
     return jax.shard_map(
-        function,
+        of_shard,
         mesh=mesh,
         in_specs=(*[PartitionSpec()] * whole, rows),
         out_specs=rows,

@@ -436,7 +436,7 @@ def _search(
     parts = {"parameters": _held(params), "trie": _held(constraint), "batch": _held(tokens)}
 
     def lower() -> Any:
-        decode = decode_fn(config, search.num_beams, layout.max_length, mesh)
+        decode = decode_fn(config, search.num_beams, layout.max_length, mesh, rules=rules)
         return decode.lower(params, constraint, tokens)
 
     work = Work(

@@ -10,7 +10,11 @@ usage: launch_tpu_pod.sh --name=NAME --zone=ZONE --type=TYPE [flags] -- TRAIN_FL
   --name=NAME         of the slice
   --zone=ZONE         such as us-east5-a
   --type=TYPE         accelerator type, such as v5p-128 or v5litepod-16
-  --version=VERSION   runtime of the TPU VM (default: tpu-ubuntu2204-base)
+  --version=VERSION   runtime of the TPU VM (default: the one for the chip, tpu-ubuntu2204-base for
+                      v4 and older, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e,
+                      v2-alpha-tpuv6e for v6e)
+  --python=PROGRAM    a Python 3.11 or newer on the workers (default: python3 where it is one, or
+                      python3.13, python3.12, python3.11; or else uv's Python 3.12)
   --project=PROJECT   of Google Cloud (default: that of gcloud's configuration)
   --spot              cheaper, may be preempted at any time
   --setup=COMMAND     run on every worker before training, such as mounting the shared folder
@@ -30,7 +34,7 @@ fail() {
   exit 2
 }
 
-name='' zone='' type='' version=tpu-ubuntu2204-base project='' setup=''
+name='' zone='' type='' version='' python='' project='' setup=''
 spot=0 delete=0 dry_run=0 max_restarts=100 wait=30
 while (($#)); do
   case $1 in
@@ -38,6 +42,7 @@ while (($#)); do
     --zone=?*) zone=${1#*=} ;;
     --type=?*) type=${1#*=} ;;
     --version=?*) version=${1#*=} ;;
+    --python=?*) python=${1#*=} ;;
     --project=?*) project=${1#*=} ;;
     --setup=?*) setup=${1#*=} ;;
     --max_restarts=?*) max_restarts=${1#*=} ;;
@@ -60,6 +65,15 @@ done
 for flag in name zone type; do
   [[ -n ${!flag} ]] || fail "--$flag is missing, see --help"
 done
+if [[ -z $version ]]; then
+  case $type in
+    v[234]-*) version=tpu-ubuntu2204-base ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v5litepod-* | v5e-*) version=v2-alpha-tpuv5-lite ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    *) fail "--type: got $type, whose runtime is not known here; expected --version=VERSION too" ;;
+  esac
+fi
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts: got $max_restarts, expected a number"
 [[ $wait =~ ^[0-9]+$ ]] || fail "--wait: got $wait, expected a number of seconds"
 (($#)) || fail 'no flags of training; expected -- --gin_file=... --model_dir=...'
@@ -131,7 +145,8 @@ ensure() {
   done
 }
 
-# Puts what is committed here on every worker, with the packages it needs.
+# Puts what is committed here on every worker, with the packages it needs. The Python is looked at
+# before: runtimes of Ubuntu 22.04 have Python 3.10.
 install() {
   local archive=$scratch/dgr_jax.tar.gz
   [[ -z $setup ]] || on_all "$setup" || return
@@ -139,7 +154,22 @@ install() {
   tpu scp "$archive" "$name:" "${where[@]:1}" --worker=all || return
   # shellcheck disable=SC2016 # for the workers' shell
   on_all 'set -e; mkdir -p "$HOME/dgr_jax"; cd "$HOME/dgr_jax"; tar -xzf "$HOME/dgr_jax.tar.gz"
-[ -x .venv/bin/python ] || python3 -m venv .venv
+given='"${python:+$(printf %q "$python")}"'
+fits() { "$1" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }
+fits .venv/bin/python || {
+  rm -rf .venv
+  for python in ${given:-python3 python3.13 python3.12 python3.11}; do
+    if fits "$python"; then "$python" -m venv .venv; break; fi
+  done
+}
+[ -x .venv/bin/python ] || [ -z "$given" ] || {
+  echo "--python: got $given, expected a Python 3.11 or newer with venv on every worker" >&2; exit 2
+}
+[ -x .venv/bin/python ] || {
+  export PATH="$HOME/.local/bin:$PATH"
+  command -v uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  uv venv --quiet --seed --python 3.12 .venv
+}
 .venv/bin/python -m pip install --quiet --upgrade -e ".[tpu]"'
 }
 

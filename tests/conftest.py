@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,7 +51,19 @@ TINY = (
     "--gin.Mesh.data=1",
 )
 
+with_seqio = pytest.mark.skipif(
+    importlib.util.find_spec("seqio") is None, reason="SeqIO has no wheel for this Python"
+)
+
 Command = Callable[..., subprocess.CompletedProcess]
+
+
+def strict_warnings() -> str:
+    """PYTHONWARNINGS under which a deprecation that a line of ours is warned of is an error, as in
+    pyproject.toml; there, a module's name is no pattern."""
+    paths = (path.relative_to(ROOT).with_suffix("") for path in ROOT.glob("dgr_jax/**/*.py"))
+    names = (".".join(path.parts).removesuffix(".__init__") for path in paths)
+    return ",".join(f"error::DeprecationWarning:{name}" for name in sorted(names))
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ def command(tmp_path_factory, together) -> Command:
         "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONWARNINGS": strict_warnings(),
     }
 
     # JAX, imported here, sets it for the processes that are started from here.

@@ -85,8 +85,8 @@ def decoder(
         index = trie.build(table.tokens, table.lengths, vocab_size=config.vocab_size)
     finally:
         trie_build.GATHERS, trie_build.WIDEST_GATHER = before
-    abstract = partitioning.abstract_params(Transformer(config), placed)
+    abstract = partitioning.abstract_params(Transformer(config), placed, mesh.rules)
     params = jax.tree.map(
         lambda x, to: jax.device_put(x, to.sharding), parameters(config), abstract
     )
-    return Decoder(config, params, index, table, search, placed)
+    return Decoder(config, params, index, table, search, placed, rules=mesh.rules)

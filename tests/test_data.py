@@ -12,6 +12,7 @@ from dgr_jax.data import examples, rank_lists
 from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
 from tests import view_collections
+from tests.conftest import with_seqio
 
 PASSAGES = [
     Passage("p0", "Bees make honey in the hive. They dance to show the way to flowers.", "Bees"),
@@ -195,6 +196,7 @@ def test_sources_without_a_rate_are_refused():
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory, vocabulary, table, passages):
     """The tasks of a small collection, with three rank lists, one of them short."""
+    pytest.importorskip("seqio")
     from dgr_jax.data import prepared, tasks
 
     folder = tmp_path_factory.mktemp("tfds")
@@ -281,6 +283,7 @@ def test_rank_list_task_equals_the_arrays_training_reads(registered, vocabulary,
     assert np.isfinite(direct["teacher_scores"]).all()
 
 
+@with_seqio
 def test_dense_tasks(tmp_path, vocabulary, passages):
     """Queries with their positives, the highest grades first, and the text of every passage."""
     from dgr_jax.data import prepared, tasks
@@ -328,6 +331,7 @@ def test_converters_refuse_wrong_lengths(registered):
 
 
 @pytest.mark.slow
+@with_seqio
 def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     from dgr_jax.data import tasks
     from dgr_jax.data.feature_converters import GenerationConverter, ViewListConverter

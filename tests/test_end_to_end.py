@@ -175,7 +175,7 @@ def test_stages_say_what_they_do_in_order(tiny_run):
 def test_step_and_decode_compile_once(tiny_run):
     """One step for each training, and one search for all students and both stages that search."""
     events = re.findall(
-        r"^(\w+): started$|Finished XLA compilation of jit\((step|decode)\)",
+        r"^(?:(\w+): started$|Finished XLA compilation of jit\((step|decode)\))",
         tiny_run.log,
         re.MULTILINE,
     )
@@ -212,8 +212,10 @@ def test_queries_that_are_cut_are_counted(tiny_run):
 
 
 def test_nothing_is_said_by_libraries(tiny_run):
-    """But by JAX, which was asked to."""
+    """But by JAX, which was asked to; older ones say it twice."""
     for line in tiny_run.log.splitlines():
+        if re.match(r"WARNING:[\d :,-]+jax\._src\.", line):
+            continue
         assert not re.match(r"WARNING|[IWE]\d{4} ", line)
         assert "absl" not in line and "Metadata file" not in line
 

@@ -22,6 +22,7 @@ from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.stages import generation_data
 from dgr_jax.stages.prepare import prepare
 from dgr_jax.training.arrays import read_arrays
+from tests.conftest import with_seqio
 
 WORDS = "bees make honey and owls fly over slow rivers of ice in the silent valley".split()
 
@@ -130,6 +131,7 @@ def test_an_error_in_a_part_names_its_line(tmp_path, small_parts):
         list(examples.pairs("pseudo_queries", settings, store=made, part=last))
 
 
+@with_seqio
 def test_records_are_what_tfds_writes():
     import tensorflow as tf
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -159,6 +161,7 @@ def by_one(tmp_path_factory):
     return folder
 
 
+@with_seqio
 def test_arrays_and_records_are_those_of_the_seqio_tasks(by_one):
     from dgr_jax.data import datasets, tasks
     from dgr_jax.data.feature_converters import GenerationConverter
@@ -186,6 +189,7 @@ def sorted_rows(features):
     return rows[np.lexsort(rows.T)]
 
 
+@with_seqio
 def test_a_task_with_features_of_its_own_is_followed(tmp_path, monkeypatch, caplog):
     """A collection's file in tasks/ may register other tasks: here one that adds a word."""
     import seqio
@@ -216,6 +220,7 @@ def test_a_task_with_features_of_its_own_is_followed(tmp_path, monkeypatch, capl
     np.testing.assert_array_equal(found, Vocabulary.load(tmp_path).encode_inputs(texts, 9))
 
 
+@with_seqio
 def test_what_is_compared_with_the_seqio_tasks_is_equal(tmp_path, small_parts, caplog):
     """Files of few examples, which TFDS reads by turns: the arrays are still the direct ones."""
     caplog.set_level("INFO")
@@ -231,6 +236,7 @@ def test_workers_write_the_same_bytes(by_one, tmp_path, small_parts):
 
 
 @pytest.mark.slow
+@with_seqio
 def test_parts_without_examples_leave_no_file(tmp_path, small_parts, monkeypatch):
     class Blank(Collection):
         def passages(self):

@@ -51,6 +51,7 @@ esac
 GIT = 'for f in "$@"; do [[ $f != --output=* ]] || tar -czf "${f#--output=}" -T /dev/null; done\n'
 # python3 -m venv; -m pip; and -m dgr_jax.train, which ends as the next line of `plan` says.
 PYTHON = """
+[[ $1 != -c ]] || { [[ ! -e $FAKE/old_${0##*/} ]]; exit; }
 case $2 in
   venv) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   dgr_jax.train)
@@ -61,6 +62,8 @@ case $2 in
     exit "$plan" ;;
 esac
 """
+# Brings a Python as `uv venv --seed ... .venv` does.
+UV = 'mkdir -p "${!#}/bin"; cp "$FAKE/bin/python3" "${!#}/bin/python"\n'
 SRUN = """
 trap 'echo saved; exit 75' TERM
 plan=$(next plan)
@@ -73,7 +76,8 @@ exit "$plan"
 def fake(tmp_path):
     """fake(script, *arguments, plan=...) -> the finished process, with `.calls`, its programs'."""
     programs = {"gcloud": GCLOUD, "git": GIT, "python3": PYTHON, "srun": SRUN, "mount": ""}
-    programs |= {"sbatch": "", "scontrol": next_status("scontrol_status")}
+    programs |= {"sbatch": "", "scontrol": next_status("scontrol_status"), "uv": UV}
+    programs |= {f"python3.{minor}": PYTHON for minor in (11, 12, 13)}
     (tmp_path / "bin").mkdir()
     for name, body in programs.items():
         path = tmp_path / "bin" / name
@@ -137,6 +141,74 @@ def test_a_slice_is_made_and_training_followed(fake):
     assert ["python", "-m", "pip", "install", "--quiet", "--upgrade", "-e", ".[tpu]"] in done.calls
     assert trained(done.calls) == [RUN]
     assert done.out == "step of 0\n"
+
+
+@pytest.mark.parametrize(
+    ("chip", "version"),
+    [
+        *((f"v{generation}-32", "tpu-ubuntu2204-base") for generation in (2, 3, 4)),
+        ("v5p-128", "v2-alpha-tpuv5"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_a_runtime_for_every_chip(fake, chip, version):
+    flags = ("--name=pod", "--zone=us-a", f"--type={chip}", "--dry_run")
+    assert f"--version={version} " in fake(TPU, *flags, *TRAIN).out
+    assert "--version=other " in fake(TPU, *flags, "--version=other", *TRAIN).out
+
+
+def environments(calls):
+    """What made the environments of the workers, by whom."""
+    made = [call for call in calls if call[1:3] == ["-m", "venv"] or call[:2] == ["uv", "venv"]]
+    return [[call[0], *call[2:]] for call in made]
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ((), ["python3", "venv", ".venv"]),
+        (("python3", "python3.13"), ["python3.12", "venv", ".venv"]),
+        (
+            ("python3", "python3.13", "python3.12", "python3.11"),
+            ["uv", "--quiet", "--seed", "--python", "3.12", ".venv"],
+        ),
+    ],
+)
+def test_a_python_that_is_new_enough(fake, old, expected):
+    for program in old:
+        (fake.folder / f"old_{program}").touch()
+    done = fake(TPU, *SLICE, *TRAIN, plan=["0"])
+    assert done.returncode == 0, done.err
+    assert environments(done.calls) == [expected]
+    assert trained(done.calls) == [RUN]
+
+
+def test_the_python_that_is_given(fake):
+    done = fake(TPU, *SLICE, "--python=python3.11", *TRAIN, plan=["0"])
+    assert done.returncode == 0, done.err
+    assert environments(done.calls) == [["python3.11", "venv", ".venv"]]
+
+
+@pytest.mark.parametrize("program", ["python3.11", "/none"])
+def test_a_given_python_that_is_too_old_or_not_there(fake, program):
+    (fake.folder / "old_python3.11").touch()
+    done = fake(TPU, *SLICE, f"--python={program}", *TRAIN, plan=["0"])
+    assert done.returncode == 2
+    message = f"--python: got {program}, expected a Python 3.11 or newer with venv on every worker"
+    assert message in done.err
+    assert not trained(done.calls) and not environments(done.calls)
+    assert not any("pip" in call for call in done.calls)
+
+
+def test_an_environment_of_an_older_python_is_made_anew(fake):
+    fake(TPU, *SLICE, *TRAIN, plan=["0"])
+    place = fake.folder / "vm" / "dgr_jax" / ".venv"
+    (place / "old").touch()
+    (fake.folder / "old_python").touch()  # .venv/bin/python
+    done = fake(TPU, *SLICE, *TRAIN, plan=["0"])
+    assert done.returncode == 0, done.err
+    assert len(environments(done.calls)) == 2 and not (place / "old").exists()
 
 
 @pytest.mark.slow
@@ -233,6 +305,10 @@ def shell_lines(text):
         ((*SLICE, "--name=", *TRAIN), "got --name=, expected a flag"),
         ((*SLICE, "--max_restarts=many", *TRAIN), "--max_restarts: got many, expected a number"),
         ((*SLICE, "--wait=1m", *TRAIN), "--wait: got 1m, expected a number of seconds"),
+        (
+            (*SLICE[:2], "--type=v9-8", *TRAIN),
+            "--type: got v9-8, whose runtime is not known here; expected --version=VERSION too",
+        ),
         (SLICE, "no flags of training; expected -- --gin_file=..."),
     ],
 )
@@ -358,6 +434,17 @@ def test_the_job_set(tmp_path):
     assert container["command"][:3] == ["python", "-m", "dgr_jax.train"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert container["command"][-1].startswith(f"--model_dir={mounted['shared']}/")
+
+
+def test_the_image():
+    """What it copies is all that the package is made of; its Python is one that setup.py admits."""
+    lines = (SCRIPTS / "Dockerfile").read_text().splitlines()
+    (python,) = (line.split(":")[1] for line in lines if line.startswith("FROM python:"))
+    assert (3, 11) <= tuple(map(int, python.removesuffix("-slim").split("."))) <= (3, 13)
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert all((SCRIPTS.parent / name).exists() for name in copied)
+    assert copied >= {"setup.py", "pyproject.toml", "README.md", "dgr_jax", "gin_configs", "tasks"}
+    assert "docker build --file scripts/Dockerfile" in (SCRIPTS / "launch_gke.yaml").read_text()
 
 
 @pytest.mark.parametrize("program", ["shellcheck", "yamllint"])

@@ -33,6 +33,7 @@ TOP = {
     "experiment",
     "query_generator",
     "pipeline",
+    "requirements",
     "stages",
     "cli",
     "train",

@@ -411,9 +411,15 @@ def test_metrics_file_after_a_restart(tmp_path):
 
 
 def test_without_tensorflow_there_is_still_the_file(tmp_path, monkeypatch, caplog):
+    """And it is said once, not by every stage."""
     monkeypatch.setitem(sys.modules, "clu", None)
+    monkeypatch.setattr(
+        metrics, "_summary_writers", functools.cache(metrics._summary_writers.__wrapped__)
+    )
     with caplog.at_level(logging.INFO), metrics.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": 1.0})
+    with caplog.at_level(logging.INFO), metrics.MetricsWriter(tmp_path, after=1) as writer:
+        pass
     assert _rows(tmp_path) == [{"step": 1, "loss": 1.0}]
     messages = [r.getMessage() for r in caplog.records if r.name == "dgr_jax.training.metrics"]
     assert len(messages) == 1

@@ -28,7 +28,9 @@ from dgr_jax.models.t5 import Transformer
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
 from tests import students
+from tests.conftest import with_seqio
 
+pytestmark = with_seqio
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = importlib.util.find_spec("t5x") is not None
 CONFIG = dataclasses.replace(students.CONFIG, vocab_size=0, dropout_rate=0.2)

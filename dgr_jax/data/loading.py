@@ -1,4 +1,4 @@
-"""Loading TensorFlow without its chatter. No TensorFlow here."""
+"""Loading TensorFlow without its chatter, or what stands in for it where it is not installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from types import ModuleType
 
 _CHATTER = re.compile(rb"I\d{4} |WARNING: All log messages before absl::InitializeLog")
 
@@ -34,3 +35,26 @@ def quietly() -> Iterator[None]:
             for line in said:
                 if not _CHATTER.match(line):
                     os.write(2, line)
+
+
+def missing() -> str:
+    """What keeps SeqIO and TensorFlow Datasets from being used here; "" where they can be."""
+    try:
+        with quietly():
+            import seqio  # noqa: F401
+            import tensorflow_datasets  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def prepared() -> ModuleType:
+    """`dgr_jax.data.prepared`, which writes TFDS records, or `direct` where that is missing."""
+    if missing():
+        from dgr_jax.data import direct
+
+        return direct
+    with quietly():
+        from dgr_jax.data import prepared
+
+    return prepared

@@ -8,21 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-VERSION = "1.0.0"
+from dgr_jax.data.direct import VERSION, Shard, shard_path
+
 _TURN = tfds.ReadConfig().interleave_block_length
-
-
-class Shard(NamedTuple):
-    """Examples and bytes of the records of a file."""
-
-    examples: int
-    num_bytes: int
 
 
 def features(*, views: bool = False) -> tfds.features.FeaturesDict:
@@ -49,11 +43,6 @@ def positives() -> tfds.features.FeaturesDict:
             "qid": tfds.features.Text(),
         }
     )
-
-
-def shard_path(data_dir: Path, name: str, split: str, index: int) -> Path:
-    """The file of a shard of a split."""
-    return data_dir / name / VERSION / f"{name}-{split}.tfrecord-{index:05d}"
 
 
 class ShardWriter:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dgr_jax.models import layers
+from dgr_jax.models import activations, layers
 from dgr_jax.models.t5 import T5Config, Transformer
 
 POOLINGS = ("mean", "first")
@@ -87,7 +87,7 @@ class Tower(nn.Module):
             x = self.projection(x)
         if self.config.similarity == "cosine":
             x = _unit(x)
-        return nn.with_logical_constraint(x, ("batch", None))
+        return activations.cut(x, ("batch", None))
 
 
 def _pool(encoded: jax.Array, valid: jax.Array, pooling: str) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dgr_jax.models import layers
+from dgr_jax.models import activations, layers
 from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
 
 # What a layer keeps of its forward pass, by T5Config.remat (t5x's names): everything; the products
@@ -28,6 +28,7 @@ REMAT = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+_TARGETS = ("batch", "targets", "length", "embed")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class EncoderLayer(nn.Module):
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         x = x + self.dropout(y, deterministic)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        return activations.cut(x, ("batch", "length", "embed"))
 
     def scan(self, x: jax.Array, bias: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
         """`__call__` as a step of a scan over layers."""
@@ -153,7 +154,7 @@ class DecoderLayer(nn.Module):
         y = self.encoder_decoder_attention.shared(q, *cross, cross_bias, deterministic)
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic)
+        return activations.cut(x + self.dropout(y, deterministic), _TARGETS)
 
     def __call__(self, x, bias, encoded, cross_bias, deterministic: bool) -> jax.Array:
         """x [B, R, T, D], bias [H, T, T] or [B, R, H, T, T], encoded [B, Q, D], cross_bias as
@@ -162,8 +163,7 @@ class DecoderLayer(nn.Module):
         k, v = self.self_attention.keys_values(y)
         y = self.self_attention(self.self_attention.queries(y), k, v, bias, deterministic)
         x = x + self.dropout(y, deterministic)
-        x = self._rest(x, self.cross(encoded), cross_bias, deterministic)
-        return nn.with_logical_constraint(x, ("batch", "targets", "length", "embed"))
+        return self._rest(x, self.cross(encoded), cross_bias, deterministic)
 
     def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cross-attention keys and values of a query, [B, Q, H, K] each."""
@@ -235,7 +235,7 @@ class PrefixLayer(DecoderLayer):
 
     def _rest(self, x, cross, cross_bias, deterministic):
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic)
+        return activations.cut(x + self.dropout(y, deterministic), _TARGETS)
 
     def cross(self, encoded: jax.Array) -> None:
         return None

@@ -79,7 +79,12 @@ class DenseSearch:
 
 
 @functools.lru_cache(maxsize=8)
-def encode_fn(config: DualEncoderConfig, method: str, mesh: jax.sharding.Mesh) -> Any:
+def encode_fn(
+    config: DualEncoderConfig,
+    method: str,
+    mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules = partitioning.RULES,
+) -> Any:
     """The compiled encoder: (params, int32 [B, Q]) -> f32 [B, d], whole on every device.
 
     method: 'encode_queries' or 'encode_passages'. Each data shard encodes its own rows.
@@ -89,17 +94,19 @@ def encode_fn(config: DualEncoderConfig, method: str, mesh: jax.sharding.Mesh) -
     def encode(params: Any, tokens: jax.Array) -> jax.Array:
         return model.apply({"params": params}, tokens, method=method)
 
-    on_shards = partitioning.on_batch_shards(encode, mesh, whole=1)
+    on_shards = partitioning.on_batch_shards(encode, mesh, whole=1, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A trained dual encoder; params lie on the mesh as `partitioning.abstract_params` says."""
+    """A trained dual encoder; params lie on the mesh as `partitioning.abstract_params` says, by the
+    same rules."""
 
     config: DualEncoderConfig
     params: Any
     mesh: jax.sharding.Mesh
+    rules: partitioning.Rules = partitioning.RULES
 
     def queries(self, tokens: np.ndarray, search: DenseSearch) -> np.ndarray:
         """int32 [n, Q] -> f32 [n, d]; ValueError for more tokens than query_length."""
@@ -119,7 +126,7 @@ class Encoder:
                 f"DenseSearch.{kind}_length"
             )
         method = "encode_queries" if kind == "query" else "encode_passages"
-        encode = encode_fn(self.config, method, self.mesh)
+        encode = encode_fn(self.config, method, self.mesh, self.rules)
         vectors = np.zeros((len(tokens), self.config.dim), np.float32)
         size, before = self._size(len(tokens), search), None
         planned = self._batches(lengths, longest, search, size)
@@ -222,6 +229,7 @@ def load(
     model: Mapping[str, Any],
     search: Mapping[str, Any],
     mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules = partitioning.RULES,
 ) -> Searcher:
     """A trained encoder and the vectors of its passages, from the folder of its checkpoints.
 
@@ -230,10 +238,10 @@ def load(
     with kept.reading(folder / "student.json"):
         config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
         settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
-    abstract = partitioning.abstract_params(DualEncoder(config), mesh)
+    abstract = partitioning.abstract_params(DualEncoder(config), mesh, rules)
     params = checkpoints.restore_params(folder / "checkpoints", abstract)
     index = open_index(folder / VECTORS, settings.index, mesh)
-    return Searcher(Encoder(config, params, mesh), index, settings)
+    return Searcher(Encoder(config, params, mesh, rules), index, settings)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _LOGITS = 1 << 26  # of a block: 256 MB
 
 @functools.lru_cache(maxsize=8)
 def score_fn(
-    config: T5Config, mesh: jax.sharding.Mesh
+    config: T5Config, mesh: jax.sharding.Mesh, rules: partitioning.Rules = partitioning.RULES
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The compiled scores: (params, identifiers int32 [N, R, T], int32 [B, Q]) -> f32 [B, N*R, T],
     log p(token | those before it, query), 0 at padding.
@@ -50,7 +50,7 @@ def score_fn(
         found = lax.map(of_block, identifiers)
         return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1, identifiers.shape[-1])
 
-    on_shards = partitioning.on_batch_shards(score, mesh, whole=2)
+    on_shards = partitioning.on_batch_shards(score, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
@@ -70,7 +70,7 @@ def identifier_log_probs(
     shards = partitioning.batch_shards(decoder.mesh)
     size = -(-decoder.search.batch_size // shards) * shards
     identifiers = _blocks(rows, block or _block_size(decoder.config, rows.shape[1], size // shards))
-    score = score_fn(decoder.config, decoder.mesh)
+    score = score_fn(decoder.config, decoder.mesh, decoder.rules)
     for start in range(0, len(tokens), size):
         batch = tokens[start : start + size]
         padded = np.zeros((size, tokens.shape[1]), np.int32)

@@ -107,6 +107,7 @@ def decode_fn(
     length: int,
     mesh: jax.sharding.Mesh | None = None,
     record: bool = False,
+    rules: partitioning.Rules = partitioning.RULES,
 ):
     """The compiled search: (params, constraint, int32 [B, Q]) -> BeamResult with M = num_beams.
 
@@ -114,6 +115,7 @@ def decode_fn(
     mesh: each data shard searches for its own rows, without waiting for others; the devices that
       share its parameters work together. Every device gets the whole result. None: no mesh.
     record: with all prefixes that were searched.
+    rules: by which the devices that share parameters cut activations.
     """
     model = Transformer(config)
 
@@ -145,7 +147,7 @@ def decode_fn(
 
     if mesh is None:
         return jax.jit(decode)
-    on_shards = partitioning.on_batch_shards(decode, mesh, whole=2)
+    on_shards = partitioning.on_batch_shards(decode, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
@@ -237,7 +239,7 @@ class _Batch(NamedTuple):
 class Decoder:
     """Parameters, index and settings ready to answer token batches.
 
-    params: placed on the mesh as `partitioning.abstract_params` says.
+    params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
     index: built from the rows of the table, in their order.
     allowed: bool [P], passages that may be returned; None: all. See `restrict`.
     counts: of `sequences` found by searches without a constraint, and of `unknown` ones among them,
@@ -254,11 +256,16 @@ class Decoder:
     allowed: np.ndarray | None = None
     counts: Counter[str] = field(default_factory=Counter)
     pid_of: PidOf | None = None
+    rules: partitioning.Rules = partitioning.RULES
 
     def __post_init__(self) -> None:
         self._constraint = self._trie() if self.search.constrained else self._anything()
         self._decode = decode_fn(
-            self.config, self.search.num_beams, self.index.layout.max_length, self.mesh
+            self.config,
+            self.search.num_beams,
+            self.index.layout.max_length,
+            self.mesh,
+            rules=self.rules,
         )
 
     def _trie(self) -> TrieConstraint:
@@ -467,10 +474,11 @@ class Retriever:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
             devices = partitioning.make_mesh(mesh)
+        rules = partitioning.RULES if mesh is None else mesh.rules
         for _ in range(_TRIES):
             answering = records.answering(Path(model_dir), systems)
             try:
-                retriever = cls._open(answering, devices, settings)
+                retriever = cls._open(answering, devices, rules, settings)
             except (FileNotFoundError, ValueError):
                 if answering.unchanged:
                     raise
@@ -483,7 +491,11 @@ class Retriever:
 
     @classmethod
     def _open(
-        cls, answering: records.Answering, devices: jax.sharding.Mesh, settings: dict[str, Any]
+        cls,
+        answering: records.Answering,
+        devices: jax.sharding.Mesh,
+        rules: partitioning.Rules,
+        settings: dict[str, Any],
     ) -> Retriever:
         """The retriever of a student and the prepare stage that it was trained on."""
         folder, prepared = answering.student, answering.prepared
@@ -501,26 +513,24 @@ class Retriever:
         if "t5" in described["model"]:
             from dgr_jax.retrieval import dense
 
-            searcher = dense.load(
-                folder, described["model"], described["search"] | settings, devices
-            )
+            search = described["search"] | settings
+            searcher = dense.load(folder, described["model"], search, devices, rules)
             return cls(searcher, vocabulary, store)
         with kept.reading(folder / STUDENT):
             config = T5Config(**described["model"])
-        params = checkpoints.restore_params(
-            folder / "checkpoints", partitioning.abstract_params(Transformer(config), devices)
-        )
+        abstract = partitioning.abstract_params(Transformer(config), devices, rules)
+        params = checkpoints.restore_params(folder / "checkpoints", abstract)
         if vocabulary.views:
             from dgr_jax.retrieval import multiview_search as multiview
 
             search = multiview.MultiviewSearch.of(described["search"] | settings)
             indexes = multiview.ViewIndexes.load(prepared, vocabulary)
-            decoder = multiview.MultiviewDecoder.of(config, params, indexes, search, devices)
+            decoder = multiview.MultiviewDecoder.of(config, params, indexes, search, devices, rules)
         else:
             search = Search(**described["search"] | settings)
             index = trie.load(prepared / "trie")
             table = IdentifierTable.load(prepared / "identifiers")
-            decoder = Decoder(config, params, index, table, search, devices)
+            decoder = Decoder(config, params, index, table, search, devices, rules=rules)
         return cls(decoder, vocabulary, store)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:

@@ -74,7 +74,7 @@ class MultiviewSearch:
 class MultiviewDecoder:
     """Parameters, indexes and settings ready to answer token batches.
 
-    params: placed on the mesh as `partitioning.abstract_params` says.
+    params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
     index: text, tables and scoring; its text is not searched where 'body' has no marker.
     tries: built from the rows of the tables, in their order, by view.
     markers: the token that asks for a view; only these views are searched.
@@ -90,6 +90,7 @@ class MultiviewDecoder:
     mesh: jax.sharding.Mesh
     span_tokens: int = 10
     opening: np.ndarray | None = None
+    rules: partitioning.Rules = partitioning.RULES
 
     @classmethod
     def of(
@@ -99,6 +100,7 @@ class MultiviewDecoder:
         indexes: ViewIndexes,
         search: MultiviewSearch,
         mesh: jax.sharding.Mesh,
+        rules: partitioning.Rules = partitioning.RULES,
     ) -> MultiviewDecoder:
         """A decoder over the indexes of a prepared collection."""
         markers = indexes.markers
@@ -108,7 +110,7 @@ class MultiviewDecoder:
         )  # fmt: skip
         return cls(
             config, params, index, indexes.tries, markers, search, mesh,
-            span_tokens=indexes.span_tokens, opening=indexes.opening,
+            span_tokens=indexes.span_tokens, opening=indexes.opening, rules=rules,
         )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -125,7 +127,9 @@ class MultiviewDecoder:
         self._constraints = constraints
         self._decode = {
             view: decode_fn(
-                self.config, self.search.num_beams, length, self.mesh, record=view == "body"
+                *(self.config, self.search.num_beams, length, self.mesh),
+                record=view == "body",
+                rules=self.rules,
             )
             for view, length in lengths.items()
         }

@@ -52,6 +52,7 @@ def sample_fn(
     length: int,
     text_size: int,
     mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules = partitioning.RULES,
 ) -> Callable[[Any, jax.Array, jax.Array], BeamResult]:
     """The compiled sampler: (params, key, int32 [B, Q]) -> BeamResult with M = S, T = length.
 
@@ -84,7 +85,7 @@ def sample_fn(
             best_tokens=settings.top_k,
         )
 
-    on_shards = partitioning.on_batch_shards(draw, mesh, whole=2)
+    on_shards = partitioning.on_batch_shards(draw, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
@@ -92,7 +93,7 @@ def sample_fn(
 class Sampler:
     """Parameters and settings ready to sample queries of token batches.
 
-    params: placed on the mesh as `partitioning.abstract_params` says.
+    params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
     length: tokens of a query, EOS counted. text_size: of the vocabulary.
     """
 
@@ -102,6 +103,7 @@ class Sampler:
     length: int
     text_size: int
     mesh: jax.sharding.Mesh
+    rules: partitioning.Rules = partitioning.RULES
 
     def sequences(self, blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
         """The samples of each block of passages, int32 [n, S, T], padded with 0 after EOS; all 0
@@ -129,7 +131,7 @@ class Sampler:
         shards = partitioning.batch_shards(self.mesh)
         size = -(-self.settings.batch_size // shards) * shards
         compiled = replace(self.settings, seed=0)  # the seed comes with the key
-        draw = sample_fn(self.config, compiled, self.length, self.text_size, self.mesh)
+        draw = sample_fn(self.config, compiled, self.length, self.text_size, self.mesh, self.rules)
         key = jax.random.key(self.settings.seed)
         for first, tokens in blocks:
             for start in range(0, len(tokens), size):

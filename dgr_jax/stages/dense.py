@@ -17,9 +17,9 @@ from flax import linen as nn
 from dgr_jax import checkpoints, kept, partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
-from dgr_jax.data import examples, loading
+from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.dense_experiment import DenseExperiment, Negatives
+from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Negatives
 from dgr_jax.experiment import Training
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
 from dgr_jax.retrieval import dense as retrieval
@@ -31,7 +31,14 @@ from dgr_jax.retrieval.teacher import Coverage
 from dgr_jax.stages import students
 from dgr_jax.stages.evaluate import measure
 from dgr_jax.stages.generation_data import require_examples, source_pairs
-from dgr_jax.stages.prepare import Prepared, cut, read, task_file, write_report
+from dgr_jax.stages.prepare import (
+    Prepared,
+    cut,
+    read,
+    task_file,
+    without_tasks,
+    write_report,
+)
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
@@ -47,8 +54,9 @@ Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passag
 
 def prepare(experiment: DenseExperiment, folder: Path) -> None:
     """Writes passages/, collection/, the vocabulary, tfds/, and in arrays/ the tokens of every
-    passage (corpus) and the queries of each source with their positives. Needs TensorFlow; no later
-    stage does."""
+    passage (corpus) and the queries of each source with their positives. Without TensorFlow and
+    SeqIO, tfds/ is left out, and the arrays are made without the tasks; no later stage needs them.
+    """
     settings = experiment.prepare
     passages, queries, qrels = read(experiment, folder, settings.train_splits)
     vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
@@ -82,11 +90,8 @@ def _datasets(
     queries: Mapping[str, Mapping[str, Query]],
     qrels: Mapping[str, list[Qrel]],
 ) -> dict[str, int]:
-    """The TFDS dataset, its SeqIO tasks, and their token arrays; -> examples a source."""
-    with loading.quietly():
-        from dgr_jax.data import datasets, prepared, tasks
-        from dgr_jax.data.feature_converters import PassageConverter, PositivesConverter
-
+    """The TFDS dataset and the token arrays of its SeqIO tasks; -> examples a source."""
+    prepared = loading.prepared()
     settings, most = experiment.prepare, 1
 
     def examples_of(source: str) -> Iterator[dict[str, Any]]:
@@ -106,24 +111,57 @@ def _datasets(
     counts = prepared.write(folder / "tfds", "positives", streams, prepared.positives())
     require_examples(counts)
     (folder / QIDS).write_text(json.dumps(qids), encoding="utf-8")
+    if without_tasks(settings):
+        made = {source: examples_of(source) for source in streams}
+        blocks = _direct(settings, passages, vocabulary, made, most)
+    else:
+        blocks = _of_tasks(settings, folder, passages, vocabulary, tuple(streams), most)
+    for source, rows in blocks:
+        arrays.write_arrays(folder / "arrays" / source, rows)
+    return counts
+
+
+def _direct(
+    settings: DensePrepare,
+    passages: PassageStore,
+    vocabulary: Vocabulary,
+    made: Mapping[str, Iterator[dict[str, Any]]],
+    most: int,
+) -> Iterator[tuple[str, Iterator[arrays.Features]]]:
+    """(source, token arrays) of every source and the corpus, from the examples themselves."""
+    for source, of in made.items():
+        yield source, direct.positives_arrays(of, vocabulary, settings.query_length, most)
+    texts = (passage.contents for passage in passages)
+    yield CORPUS, direct.passage_arrays(texts, vocabulary, settings.passage_length)
+
+
+def _of_tasks(
+    settings: DensePrepare,
+    folder: Path,
+    passages: PassageStore,
+    vocabulary: Vocabulary,
+    made: tuple[str, ...],
+    most: int,
+) -> Iterator[tuple[str, Iterator[arrays.Features]]]:
+    """The same from the SeqIO tasks that the collection's file in tasks/ registers."""
+    with loading.quietly():
+        from dgr_jax.data import datasets, tasks
+        from dgr_jax.data.feature_converters import PassageConverter, PositivesConverter
+
     task_file(settings.tasks).register(
         tasks.PreparedPositives(
             folder / "tfds",
             vocabulary,
-            tuple(streams),
+            made,
             lambda: ({"inputs": passage.contents} for passage in passages),
         )
     )
     lengths = {"inputs": settings.query_length, "positives": most, "grades": most, "query": 1}
     name = f"{settings.tasks}_dense"
-    for source in streams:
-        blocks = datasets.arrays(f"{name}_{source}", lengths, PositivesConverter())
-        arrays.write_arrays(folder / "arrays" / source, blocks)
-    blocks = datasets.arrays(
-        f"{name}_corpus", {"inputs": settings.passage_length}, PassageConverter()
-    )
-    arrays.write_arrays(folder / "arrays" / CORPUS, blocks)
-    return counts
+    for source in made:
+        yield source, datasets.arrays(f"{name}_{source}", lengths, PositivesConverter())
+    length = {"inputs": settings.passage_length}
+    yield CORPUS, datasets.arrays(f"{name}_corpus", length, PassageConverter())
 
 
 def sources(experiment: DenseExperiment) -> dict[str, str]:
@@ -373,14 +411,16 @@ def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
 def _trained(experiment: DenseExperiment, system: str) -> Any:
     """Parameters of a finished encoder on the experiment's mesh."""
     mesh = partitioning.make_mesh(experiment.mesh)
-    abstract = partitioning.abstract_params(DualEncoder(_config(experiment)), mesh)
+    model, rules = DualEncoder(_config(experiment)), experiment.mesh.rules
+    abstract = partitioning.abstract_params(model, mesh, rules)
     folder = Path(experiment.model_dir) / system / "checkpoints"
     return checkpoints.restore_params(folder, abstract)
 
 
 def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
     mesh = partitioning.make_mesh(experiment.mesh)
-    return Encoder(_config(experiment), _trained(experiment, system), mesh)
+    params = _trained(experiment, system)
+    return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
 
 
 def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from dgr_jax.corpora import beir
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
-from dgr_jax.data import examples, loading
+from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.examples import Part
 from dgr_jax.dense_experiment import DensePrepare
 from dgr_jax.experiment import Prepare
@@ -74,8 +74,7 @@ class Work:
 
         Opens what earlier parts of the stage wrote: where this runs, `folder` must be seen.
         """
-        with loading.quietly():
-            from dgr_jax.data import prepared
+        prepared = loading.prepared()
         opened = reopened(self)
         place = self._place(part)
         writer = prepared.ShardWriter(place.with_suffix(".tfrecord"))
@@ -91,14 +90,11 @@ class Work:
         return self.folder / "parts" / f"{part.source}-{part.number:05d}"
 
     def _shard(self, source: str, index: int) -> Path:
-        from dgr_jax.data import prepared
-
-        return prepared.shard_path(self.folder / "tfds", NAME, source, index)
+        return direct.shard_path(self.folder / "tfds", NAME, source, index)
 
     def stream(self, source: str, opened: Opened, shards: list) -> Iterator[arrays.Features]:
         """Token arrays of a source; its records are written on the way, and `shards` filled."""
-        from dgr_jax.data import prepared
-
+        prepared = loading.prepared()
         for part in self.parts(source, opened):
             path = self._shard(source, len(shards))
             writer = prepared.ShardWriter(path)
@@ -107,22 +103,21 @@ class Work:
             if writer.shard.examples:
                 shards.append(writer.shard)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def gather(self, source: str, opened: Opened, shards: list) -> Iterator[arrays.Features]:
         """The same from what `write_part` wrote of each part."""
-        from dgr_jax.data import prepared
-
         for part in self.parts(source, opened):
             place = self._place(part)
             done = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
             opened.made.drawn.update(done["drawn"])
-            shard = prepared.Shard(*done["shard"])
+            shard = direct.Shard(*done["shard"])
             if not shard.examples:
                 continue
             path = self._shard(source, len(shards))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            place.with_suffix(".tfrecord").replace(path)
+            if (records := place.with_suffix(".tfrecord")).exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                records.replace(path)
             shards.append(shard)
             columns = arrays.read_arrays(place)
             for start in range(0, shard.examples, _BLOCK):
@@ -137,9 +132,7 @@ def write(
 
     everywhere: calls Work.write_part on every part, on this machine or others.
     """
-    with loading.quietly():
-        from dgr_jax.data import prepared
-
+    prepared = loading.prepared()
     sources = list(work.settings.sources.rates())
     read = work.stream
     if everywhere is not None:

@@ -46,7 +46,8 @@ def prepare(
     folder: Path,
     everywhere: Callable[[Work, Iterable[Part]], None] | None = None,
 ) -> None:
-    """Make MODEL_DIR/prepare. Needs TensorFlow; no later stage does.
+    """Make MODEL_DIR/prepare, with a TFDS dataset and by the collection's SeqIO tasks where
+    TensorFlow and SeqIO are installed; no later stage needs them.
 
     everywhere: makes the generation examples on workers, see `generation_data.write`.
     """
@@ -148,6 +149,8 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
     Compared are the first 4,096 examples; of several files, which TFDS reads by turns, those that
     come first of the first file.
     """
+    if without_tasks(settings):
+        return
     with loading.quietly():
         from dgr_jax.data import datasets, prepared, tasks
         from dgr_jax.data.feature_converters import GenerationConverter
@@ -167,13 +170,29 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
             arrays.write_arrays(written, itertools.chain([first], blocks))
 
 
-def task_file(name: str) -> ModuleType:
-    """The module tasks/`name`.py, from the package or the checkout."""
+def without_tasks(settings: Prepare | DensePrepare) -> bool:
+    """Whether there is no SeqIO to follow tasks with: says so."""
+    if reason := loading.missing():
+        path = _task_path(settings.tasks)
+        logger.warning(
+            "prepare: writes token arrays, and neither SeqIO tasks nor a TensorFlow dataset (%s); "
+            "the arrays are the same, unless %s makes features of its own",
+            *(reason, path),
+        )
+    return bool(reason)
+
+
+def _task_path(name: str) -> Path:
     folder = resources("tasks")
     there = sorted(f.stem for f in folder.glob("[a-z]*.py"))
     if name not in there:
         raise ValueError(f"Prepare.tasks: got {name!r}, expected one of {', '.join(there)}")
-    path = folder / f"{name}.py"
+    return folder / f"{name}.py"
+
+
+def task_file(name: str) -> ModuleType:
+    """The module tasks/`name`.py, from the package or the checkout."""
+    path = _task_path(name)
     spec = importlib.util.spec_from_file_location(f"dgr_jax.tasks.{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -173,10 +173,12 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
 def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
     config = model_config(experiment, made.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
-    abstract = partitioning.abstract_params(Transformer(config), mesh)
+    abstract = partitioning.abstract_params(Transformer(config), mesh, experiment.mesh.rules)
     params = checkpoints.restore_params(made.folder.parent / "generate" / "checkpoints", abstract)
     length, text_size = experiment.prepare.query_length, made.vocabulary.text_size
-    return Sampler(config, params, experiment.sample, length, text_size, mesh)
+    return Sampler(
+        *(config, params, experiment.sample, length, text_size, mesh), experiment.mesh.rules
+    )
 
 
 def _inputs(made: Prepared, start: int, length: int) -> np.ndarray:

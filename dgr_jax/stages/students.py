@@ -192,7 +192,8 @@ def _trained(experiment: Experiment, system: str) -> Any:
     model = Transformer(model_config(experiment, vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     folder = Path(experiment.model_dir) / system / "checkpoints"
-    return checkpoints.restore_params(folder, partitioning.abstract_params(model, mesh))
+    abstract = partitioning.abstract_params(model, mesh, experiment.mesh.rules)
+    return checkpoints.restore_params(folder, abstract)
 
 
 def decoder(
@@ -201,8 +202,10 @@ def decoder(
     """A finished student, ready to retrieve; equal scores by pid."""
     config = model_config(experiment, made.vocabulary.size)
     params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
+    rules = experiment.mesh.rules
     if made.indexes is not None:
-        views = MultiviewDecoder.of(config, params, made.indexes, search, mesh)
+        views = MultiviewDecoder.of(config, params, made.indexes, search, mesh, rules)
         return views.by_pid(made.store.pid_of)
-    docids = Decoder(config, params, trie.load(made.folder / "trie"), made.table, search, mesh)
+    index = trie.load(made.folder / "trie")
+    docids = Decoder(config, params, index, made.table, search, mesh, rules=rules)
     return docids.by_pid(made.store.pid_of)

@@ -27,8 +27,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
+from dgr_jax.models import activations
 from dgr_jax.training.objectives import Batch, LossFn, Metrics
 
 Contrastive = Callable[..., jax.Array]
@@ -114,7 +114,7 @@ def _in_batch(queries: jax.Array, passages: jax.Array, batch: Batch) -> tuple[ja
     it holds one of the query's positives or ignored passages.
     """
     size, length = batch["passages"].shape
-    everywhere = nn.with_logical_constraint(passages.reshape(size * length, -1), (None, None))
+    everywhere = activations.cut(passages.reshape(size * length, -1), (None, None))
     scores = jnp.einsum("bd,nd->bn", queries, everywhere, precision=jax.lax.Precision.HIGHEST)
     own = jnp.repeat(jnp.eye(size, dtype=bool), length, axis=1)
     positive = own & batch["positive_mask"].reshape(1, -1)
@@ -124,7 +124,7 @@ def _in_batch(queries: jax.Array, passages: jax.Array, batch: Batch) -> tuple[ja
     same = batch["passages"].reshape(1, -1, 1) == taken[:, None, :]
     known = jnp.any(same & (taken >= 0)[:, None, :], axis=-1)
     mask = batch["passage_mask"].reshape(1, -1) & (own | ~known)
-    return nn.with_logical_constraint(scores, ("batch", None)), positive, mask
+    return activations.cut(scores, ("batch", None)), positive, mask
 
 
 def _in_list(queries: jax.Array, passages: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:

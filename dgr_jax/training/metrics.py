@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -42,19 +43,27 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def _tensorboard(folder: Path) -> Any:
-    """clu's writer of TensorBoard summaries, or None where TensorFlow or TensorBoard is missing."""
+@functools.cache
+def _summary_writers() -> Any:
+    """The module of clu's writers of TensorBoard summaries, or None where TensorFlow, TensorBoard
+    or clu is missing, which is said once."""
     # TensorFlow only writes files here; without this it would take the accelerator's memory.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         with loading.quietly():
             import tensorboard  # noqa: F401
             from clu import metric_writers
-
-        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
     except ImportError as error:
         logger.info("no TensorBoard summaries (%s): metrics go to metrics.jsonl only", error)
         return None
+    return metric_writers
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard summaries, or None."""
+    if (writers := _summary_writers()) is None:
+        return None
+    return writers.AsyncWriter(writers.SummaryWriter(str(folder)))
 
 
 class MetricsWriter:

@@ -186,7 +186,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = hash_random.key(jax.random.fold_in(state.rng, state.step))
-        with mesh, nn.logical_axis_rules(rules):  # for the model's constraints on activations
+        with partitioning.in_force(mesh, rules):
             if microbatches == 1:
                 total = _sums(loss, state.params, batch, rng)
             else:
