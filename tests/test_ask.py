@@ -14,7 +14,11 @@ TSV = b"q1\twho\n\nq2\twhat\tfor\n"
 JSONL = b'{"_id": "q1", "text": "who"}\n{"_id": "q2", "text": "what\\tfor"}\n'
 
 
-@pytest.mark.parametrize("data", [TSV, JSONL, gzip.compress(TSV), gzip.compress(JSONL)])
+@pytest.mark.parametrize(
+    "data",
+    [TSV, JSONL, gzip.compress(TSV, mtime=0), gzip.compress(JSONL, mtime=0)],
+    ids=["tsv", "jsonl", "tsv.gz", "jsonl.gz"],
+)
 @pytest.mark.parametrize("piped", [False, True])
 def test_questions_of_a_file_and_of_a_pipe(tmp_path, data, piped):
     path = tmp_path / "asked"
