@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from dgr_jax import ranges
 
 
 class Missing(ValueError):
@@ -20,7 +23,8 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 
     made = {c.__name__: _checked(c) for c in _components()}
     losses = ranking.LOSSES | contrastive.LOSSES
-    return made | {name: _loss_factory(name, loss) for name, loss in losses.items()}
+    limits = ranking.SETTINGS | contrastive.SETTINGS
+    return made | {name: _loss_factory(name, loss, limits) for name, loss in losses.items()}
 
 
 @functools.cache
@@ -125,7 +129,7 @@ def _as(kind: str, value: Any, setting: str) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if kind == "float":
             return float(value)
-        if kind == "int" and int(value) == value:
+        if kind == "int" and math.isfinite(value) and int(value) == value:
             return int(value)
     elif type(value).__name__ == kind:
         return value
@@ -150,9 +154,11 @@ def _as_component(value: Any, setting: str) -> Any:
     raise ValueError(f"{setting}: got {given!r}, expected a component, written @{example}()")
 
 
-def _loss_factory(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
+def _loss_factory(
+    name: str, loss: Callable[..., Any], limits: Mapping[str, ranges.Range]
+) -> Callable[..., Any]:
     """`@distilled_ranknet()` in gin: the loss with all its settings bound, so that a default that
-    is written down makes no other loss."""
+    is written down makes no other loss. limits: what a setting may be, by name."""
     parameters = inspect.signature(loss).parameters.items()
     known = {k: p for k, p in parameters if p.kind is p.KEYWORD_ONLY}
     usual = {k: p.default for k, p in known.items()}
@@ -160,6 +166,8 @@ def _loss_factory(name: str, loss: Callable[..., Any]) -> Callable[..., Any]:
     def make(**settings: Any) -> functools.partial:
         kinds = {k: str(known[k].annotation) for k in settings}
         checked = {k: _as(kinds[k], v, f"{name}.{k}") for k, v in settings.items()}
+        for setting in checked.keys() & limits.keys():
+            ranges.require(f"{name}.{setting}", checked[setting], limits[setting])
         return functools.partial(loss, **usual | checked)
 
     make.__name__ = make.__qualname__ = name

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
@@ -48,12 +49,10 @@ class DensePrepare:
                 raise ValueError(
                     f"DensePrepare.{name}: got {splits!r}, expected one or more different splits"
                 )
-        for name in ("query_length", "passage_length"):
-            if getattr(self, name) < 2:
-                raise ValueError(
-                    f"DensePrepare.{name}: got {getattr(self, name)}, expected at least 2, EOS "
-                    "counted"
-                )
+        length = ranges.at_least(2, ", EOS counted")
+        ranges.check(
+            self, min_relevance=ranges.at_least(1), query_length=length, passage_length=length
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -82,18 +81,19 @@ class Lists:
     curriculum: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.positives < 1:
-            raise ValueError(f"Lists.positives: got {self.positives}, expected at least 1")
+        ranges.check(self, positives=ranges.at_least(1))
+        weight = ranges.at_least(0)
         for name in ("grade_weights", "weights"):
             given = getattr(self, name)
-            if given and (min(given) < 0 or not any(given)):
+            if given and not (all(map(weight.holds, given)) and any(given)):
                 raise ValueError(
                     f"Lists.{name}: got {given}, expected weights of 0 or more, one of them above 0"
                 )
         if self.curriculum and self.weights:
             raise ValueError("Lists: got both weights and curriculum, expected one of them")
         for phase in self.curriculum:
-            if len(phase) < 2 or min(phase) < 0 or not phase[0] or not any(phase[1:]):
+            valid = len(phase) > 1 and all(map(weight.holds, phase))
+            if not valid or not phase[0] or not any(phase[1:]):
                 raise ValueError(
                     f"Lists.curriculum: got the phase {phase!r}, expected (share of the steps "
                     "above 0, weight of each split ..., one of them above 0)"
@@ -137,11 +137,8 @@ class Negatives:
             raise ValueError(
                 f"Negatives.source: got {self.source!r}, expected one of {', '.join(NEGATIVES)}"
             )
-        if not 1 <= self.count <= self.depth or self.skip < 0:
-            raise ValueError(
-                f"Negatives: got count={self.count}, depth={self.depth}, skip={self.skip}, "
-                "expected 1 or more, at least as many, and 0 or more"
-            )
+        ranges.check(self, count=ranges.at_least(1), skip=ranges.at_least(0), seed=ranges.SEED)
+        ranges.check(self, depth=ranges.at_least(self.count, ", Negatives.count"))
 
 
 @dataclass(frozen=True)
@@ -190,6 +187,9 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
+        self.train.check_batches("Training", "batch_size")
+        if self.refresh is not None:
+            self.refresh.check_batches("refresh/Training", "batch_size")
         self._check_teacher()
 
     def _check_teacher(self) -> None:

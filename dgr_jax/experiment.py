@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.views import ViewMixture
@@ -53,10 +54,12 @@ class Prepare:
     def __post_init__(self) -> None:
         if not self.test_splits:
             raise ValueError("Prepare.test_splits: got (), expected a split or more")
-        if self.query_length < 2:
-            raise ValueError(
-                f"Prepare.query_length: got {self.query_length}, expected at least 2, EOS counted"
-            )
+        ranges.check(
+            self,
+            min_relevance=ranges.at_least(1),
+            query_length=ranges.at_least(2, ", EOS counted"),
+            seed=ranges.SEED,
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -84,10 +87,35 @@ class Training:
     checkpoint_every: int = _without_effect(1000)
     keep_checkpoints: int = _without_effect(2)
 
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            steps=ranges.at_least(0),
+            batch_size=ranges.at_least(0),
+            list_batch_size=ranges.at_least(1),
+            microbatches=ranges.at_least(1),
+            seed=ranges.SEED,
+            log_every=ranges.at_least(1),
+            checkpoint_every=ranges.at_least(1),
+            keep_checkpoints=ranges.at_least(1),
+        )
+
     @property
     def examples(self) -> int:
         """Generation examples a step."""
         return self.batch_size or self.list_batch_size
+
+    def check_batches(self, name: str, *sizes: str) -> None:
+        """Raises ValueError where one of these batch sizes cannot be cut into the microbatches, or
+        is 0 and alone. name: of these settings in gin, such as 'generate/Training'."""
+        if len(sizes) == 1:
+            ranges.require(f"{name}.{sizes[0]}", getattr(self, sizes[0]), ranges.at_least(1))
+        for size in sizes:
+            if getattr(self, size) % self.microbatches:
+                raise ValueError(
+                    f"{name}.microbatches: got {self.microbatches}, expected a number that divides "
+                    f"{name}.{size}, {getattr(self, size)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -111,6 +139,9 @@ class Candidates:
         unknown = [name for name in self.sources if name not in SOURCES]
         if unknown or not self.sources:
             raise ValueError(f"Candidates.sources: got {self.sources}, expected some of {SOURCES}")
+        ranges.check(
+            self, max_queries=ranges.at_least(0), keys=ranges.at_least(1), seed=ranges.SEED
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,9 @@ class Teach:
     teacher: Any
     lists: Any
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(self, seed=ranges.SEED)
 
 
 @dataclass(frozen=True)
@@ -143,6 +177,14 @@ class Evaluate:
     max_queries: int = 0
     bm25: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            min_relevance=ranges.at_least(1),
+            max_queries=ranges.at_least(0),
+            seed=ranges.SEED,
+        )
 
 
 class Stage(NamedTuple):
@@ -195,12 +237,13 @@ class Experiment:
                     f"expected @{expected.__name__}() with identifiers of "
                     f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
                 )
-        if many and not self.distill.batch_size or not self.generate.batch_size:
-            name = "distill" if self.generate.batch_size else "generate"
+        if many and not self.distill.batch_size:
             raise ValueError(
-                f"{name}/Training.batch_size: got 0, expected 1 or more; 0 is for distillation "
+                "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
             )
+        self.generate.check_batches("generate/Training", "batch_size")
+        self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
         rates = self.prepare.sources.rates()
         for source in self.candidates.sources:
             if source != "labelled" and source not in rates:

@@ -16,6 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dgr_jax import ranges
+
 logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "model")
@@ -72,9 +74,16 @@ class Mesh:
     activation_dims: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("parameter_dims", "activation_dims"):
-            if getattr(self, name) not in (1, 2):
-                raise ValueError(f"Mesh.{name}: got {getattr(self, name)}, expected 1 or 2")
+        size = ranges.Range(
+            "a positive number or -1", lambda n: n == -1 or ranges.at_least(1).holds(n)
+        )
+        dims = ranges.Range("1 or 2", lambda n: n in (1, 2))
+        ranges.check(
+            self, data=size, model=size, fsdp=size, parameter_dims=dims, activation_dims=dims
+        )
+        free = [axis for axis in AXES if getattr(self, axis) == -1]
+        if len(free) > 1:
+            raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
 
     @property
     def rules(self) -> Rules:
@@ -88,12 +97,7 @@ def mesh_sizes(settings: Mesh, number: int) -> dict[str, int]:
     Raises ValueError when the axes' product is not the number of devices.
     """
     sizes = {axis: getattr(settings, axis) for axis in AXES}
-    for axis, size in sizes.items():
-        if size != -1 and size < 1:
-            raise ValueError(f"Mesh.{axis}: got {size}, expected a positive number or -1")
     free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"Mesh: got -1 for {' and '.join(free)}, expected at most one -1")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
         sizes[free[0]] = max(1, number // taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiment import Stage, Training
@@ -30,11 +31,10 @@ class Pairs:
     query_length: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("passage_length", "query_length"):
-            if getattr(self, name) < 2:
-                raise ValueError(
-                    f"Pairs.{name}: got {getattr(self, name)}, expected at least 2, EOS counted"
-                )
+        length = ranges.at_least(2, ", EOS counted")
+        ranges.check(
+            self, min_relevance=ranges.at_least(1), passage_length=length, query_length=length
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -56,6 +56,7 @@ class PseudoQueries:
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
+        self.generate.check_batches("Training", "batch_size")
         if self.model.prefix_adaptive_layers:
             raise ValueError(
                 f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers}, "

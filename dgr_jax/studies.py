@@ -38,6 +38,7 @@ from dgr_jax import (
     pipeline,
     plots,
     processes,
+    ranges,
     records,
 )
 from dgr_jax.display import harmless
@@ -110,8 +111,17 @@ class Study:
                 raise ValueError(
                     f"Study.systems: got {asked!r}, expected some of {SYSTEMS}, in a tuple"
                 )
-        if not 0 <= self.spread < 1:
-            raise ValueError(f"Study.spread: got {self.spread}, expected 0 or more, below 1")
+        ranges.check(
+            self,
+            seeds=ranges.each(ranges.SEED),
+            beams=ranges.each(ranges.at_least(1)),
+            spread=ranges.from_to_below(0, 1),
+        )
+        for name in ("seeds", "beams"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(
+                    f"Study.{name}: got {getattr(self, name)}, expected each number once"
+                )
         unknown = set(self.may_differ) - set(FAIR)
         if unknown:
             raise ValueError(f"Study.may_differ: got {sorted(unknown)}, expected some of {FAIR}")

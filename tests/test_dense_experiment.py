@@ -146,7 +146,10 @@ def test_a_setting_belongs_to_the_stages_that_depend_on_it(change, made_again):
             "Sources.passages: got a rate, expected 0: the teacher orders passages",
         ),
         (lambda: Negatives("teacher"), "Negatives.source: got 'teacher', expected one of in_batch"),
-        (lambda: Negatives("bm25", count=9, depth=3), "Negatives: got count=9, depth=3, skip=0"),
+        (
+            lambda: Negatives("bm25", count=9, depth=3),
+            "Negatives.depth: got 3, expected at least 9",
+        ),
         (lambda: DensePrepare("t", train_splits=("a", "a")), "DensePrepare.train_splits: got"),
         (lambda: DensePrepare("t", passage_length=1), "DensePrepare.passage_length: got 1, exp"),
     ],

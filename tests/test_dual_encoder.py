@@ -145,7 +145,7 @@ def test_parameters_are_cut_as_those_of_t5():
             {"projection": 8},
             "projection: got 8, expected 16 to 1024, or 0 for the model's width",
         ),
-        ({"temperature": 0.0}, "temperature: got 0.0, expected more than 0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected above 0"),
     ],
 )
 def test_errors(settings, message):

@@ -121,13 +121,32 @@ def test_generation_examples_of_the_lists_themselves():
     before, after = marks(shared), marks(dataclasses.replace(shared, distill=more))
     differ = {stage for stage in STAGES if before[stage] != after[stage]}
     assert differ == {"distill", "control", "evaluate"}
-    with pytest.raises(ValueError, match=r"generate/Training.batch_size: got 0, expected 1 or mor"):
+    with pytest.raises(
+        ValueError, match=r"generate/Training.batch_size: got 0, expected at least 1"
+    ):
         changed("generate.batch_size", 0)
     several = {"prepare": dataclasses.replace(shared.prepare, identifiers=Multiview())}
     several["candidates"] = Candidates(MultiviewSearch())
     several["evaluate"] = Evaluate(MultiviewSearch())
-    with pytest.raises(ValueError, match=r"distill/Training.batch_size: got 0, expected 1 or more"):
+    with pytest.raises(
+        ValueError, match=r"distill/Training.batch_size: got 0, expected at least 1;"
+    ):
         dataclasses.replace(shared, **several)
+
+
+def test_batches_that_cannot_be_cut_into_microbatches_are_refused():
+    for path, message in (
+        ("generate.microbatches", "generate/Training.microbatches: got 7, expected a number that "
+         "divides generate/Training.batch_size, 64"),
+        ("distill.microbatches", "distill/Training.microbatches: got 7, expected a number that "
+         "divides distill/Training.batch_size, 64"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            changed(path, 7)
+    lists = dataclasses.replace(BASE.distill, microbatches=32)
+    with pytest.raises(ValueError, match="divides distill/Training.list_batch_size, 16"):
+        dataclasses.replace(BASE, distill=lists)
+    assert changed("generate.microbatches", 8).generate.microbatches == 8
 
 
 def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():

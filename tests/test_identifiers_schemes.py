@@ -219,15 +219,6 @@ def test_tie_codes_match_the_twin():
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (ResidualQuantization(num_codes=0), r"ResidualQuantization\.num_codes = 0, expected 1"),
-        (ResidualQuantization(codebook_size=1), r"\.codebook_size = 1, expected 2 or more"),
-        (KMeansTree(branching=1), r"KMeansTree\.branching = 1, expected 2 or more"),
-        (KMeansTree(leaf_size=0), r"KMeansTree\.leaf_size = 0, expected 1 or more"),
-        (Title(max_tokens=0), r"Title\.max_tokens = 0, expected 1 or more"),
-        (
-            ResidualQuantization(embeddings=TfidfSvd(dim=0)),
-            r"TfidfSvd\.dim = 0, expected 1 or more",
-        ),
         (
             ResidualQuantization(embeddings=Vectors([[1.0], [np.nan]])),
             "embeddings: got values that are not finite",
@@ -325,6 +316,26 @@ def test_more_passages_of_one_vector_than_are_spread_are_warned_of(caplog):
     assert table.lengths.max() == 3, "growing did not help, so the first choice stays"
     assert "1,100 tokens that says nothing" in caplog.text
     assert "look whether many passages are the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "message"),
+    [
+        (ResidualQuantization, {"num_codes": 0}, "num_codes: got 0, expected at least 1, or None"),
+        (
+            ResidualQuantization,
+            {"codebook_size": 1},
+            "codebook_size: got 1, expected at least 2, or None",
+        ),
+        (KMeansTree, {"branching": 1}, "branching: got 1, expected at least 2"),
+        (KMeansTree, {"leaf_size": 0}, "leaf_size: got 0, expected at least 1"),
+        (Title, {"max_tokens": 0}, "max_tokens: got 0, expected at least 1"),
+        (TfidfSvd, {"dim": 0}, "dim: got 0, expected at least 1"),
+    ],
+)
+def test_sizes_that_no_scheme_has_are_refused_at_once(scheme, settings, message):
+    with pytest.raises(ValueError, match=f"^{scheme.__name__}.{message}$"):
+        scheme(**settings)
 
 
 # The k-means tree.

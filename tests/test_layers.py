@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dgr_jax"
 
-BOTTOM = {"display", "interrupts", "kept"}  # any module may import them
+BOTTOM = {"display", "interrupts", "kept", "ranges"}  # any module may import them
 L0 = {"corpora", "losses"}
 ALONE = {"decoding", "models", "partitioning", "checkpoints", "processes", "records"}
 ALLOWED = {

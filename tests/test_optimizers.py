@@ -215,18 +215,18 @@ def test_schedules():
 def test_schedule_errors(kind):
     with pytest.raises(ValueError) as error:
         kind(peak=-1.0)
-    expected = f"{kind.__name__}.peak: got -1.0, expected a positive learning rate"
+    expected = f"{kind.__name__}.peak: got -1.0, expected above 0"
     assert str(error.value) == expected
     with pytest.raises(ValueError) as error:
         kind(warmup_steps=-3)
-    assert str(error.value) == f"{kind.__name__}.warmup_steps: got -3, expected 0 or more"
+    assert str(error.value) == f"{kind.__name__}.warmup_steps: got -3, expected at least 0"
 
 
 def test_other_errors():
     with pytest.raises(ValueError) as error:
         ReciprocalSqrt(timescale=0)
-    assert str(error.value) == "ReciprocalSqrt.timescale: got 0, expected 1 or more"
+    assert str(error.value) == "ReciprocalSqrt.timescale: got 0, expected at least 1"
     with pytest.raises(ValueError) as error:
         Adafactor(max_grad_norm=0.0).transformation(STEPS)
-    expected = "Adafactor.max_grad_norm: got 0.0, expected a positive number, or None"
+    expected = "Adafactor.max_grad_norm: got 0.0, expected above 0, or None"
     assert str(error.value) == expected

@@ -56,14 +56,19 @@ def test_make_mesh(settings, number, expected):
             "mesh: got Mesh.data=-1, Mesh.fsdp=1, Mesh.model=3, expected a product of 8, the "
             "number of devices; set Mesh.data, Mesh.model or Mesh.fsdp",
         ),
-        (Mesh(model=-1), "Mesh: got -1 for data and model, expected at most one -1"),
-        (Mesh(model=0), "Mesh.model: got 0, expected a positive number or -1"),
     ],
 )
 def test_make_mesh_errors(settings, message):
     with pytest.raises(ValueError) as error:
         make_mesh(settings, toy.devices(8))
     assert str(error.value) == message
+
+
+def test_mesh_errors_that_no_device_is_needed_for():
+    with pytest.raises(ValueError, match="^Mesh: got -1 for data and model, expected at most one"):
+        Mesh(model=-1)
+    with pytest.raises(ValueError, match="^Mesh.model: got 0, expected a positive number or -1$"):
+        Mesh(model=0)
 
 
 def test_tree_shardings():

@@ -471,7 +471,7 @@ def test_a_study_runs_what_is_missing(finished, command):
     )
     asked = ["dgr_jax.study", f"--gin_file={gin}", f"--model_dir={folder}", *flags]
     done = command(*asked, check=False)
-    assert done.returncode == 2 and "TopM.size = 1, expected 2 or more" in done.stderr
+    assert done.returncode == 2 and "TopM.size: got 1, expected at least 2" in done.stderr
     gin.write_text(gin.read_text().replace("16, 1, 3", "16, 3"), encoding="utf-8")
     done = command(*asked)
     assert done.stdout.count("\n") == 2 + 3, done.stdout  # one control, two distilled

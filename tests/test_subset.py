@@ -40,7 +40,7 @@ def test_the_core_asks_the_same_of_every_size():
 
 
 def test_parts_that_cannot_be():
-    with pytest.raises(ValueError, match="Subset: got size=5, core=9, expected 1 or more"):
+    with pytest.raises(ValueError, match="Subset.core: got 9, expected at most 5"):
         Subset(WHOLE, 5, core=9)
     with pytest.raises(
         ValueError, match="Subset.size: got 241, expected at most 240, the passages"

@@ -98,7 +98,7 @@ def test_bm25_teacher_can_add_its_own_best():
     assert pids(own)["q1"] == ["a", "b"]
     two = rank(Bm25Teacher(own=2), queries={"q1": "hive"}, candidates={"q1": ["c"]}, qrels={})
     assert pids(two)["q1"] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="Bm25Teacher.own = -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="Bm25Teacher.own: got -1, expected at least 0"):
         rank(Bm25Teacher(own=-1))
 
 
@@ -556,7 +556,7 @@ def test_two_lists_of_one_positive_are_equal_and_too_few_negatives_are_counted()
 
 
 def test_bad_recipes_are_named():
-    with pytest.raises(ValueError, match=r"TopM\.size = 1, expected 2 or more"):
+    with pytest.raises(ValueError, match=r"TopM\.size: got 1, expected at least 2"):
         TopM(size=1)
-    with pytest.raises(ValueError, match=r"TwoLists\.negatives = 4 and TwoLists\.depth = 3"):
+    with pytest.raises(ValueError, match=r"TwoLists\.depth: got 3, expected at least 4, TwoLists"):
         TwoLists(negatives=4, depth=3)

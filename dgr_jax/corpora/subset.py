@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 
@@ -30,10 +31,10 @@ class Subset:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 <= self.core <= self.size:
+        ranges.check(self, size=ranges.at_least(1), core=ranges.at_least(0), seed=ranges.SEED)
+        if self.core > self.size:
             raise ValueError(
-                f"Subset: got size={self.size}, core={self.core}, expected 1 or "
-                "more, and a core of at most as many"
+                f"Subset.core: got {self.core}, expected at most {self.size}, Subset.size"
             )
 
     def check(self, splits: Iterable[str] = ()) -> None:

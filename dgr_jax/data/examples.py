@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import lines, words
 from dgr_jax.corpora.types import Passage, Qrel, Query
 
@@ -67,13 +68,13 @@ class Sources:
                 "Sources: every rate is 0; give a positive rate to Sources.labelled, "
                 "Sources.passages or Sources.pseudo_queries"
             )
-        if min(getattr(self, name) for name in SOURCES) < 0:
-            raise ValueError(f"Sources: rates must not be negative, got {rates}")
-        if self.chunk_words < 2:
-            raise ValueError(f"Sources.chunk_words: got {self.chunk_words}, expected at least 2")
-        for name in ("max_chunks", "random_chunks", "max_pseudo_queries"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Sources.{name}: got {getattr(self, name)}, expected 0 or more")
+        counts = ("max_chunks", "random_chunks", "max_pseudo_queries", "min_sentence_words")
+        ranges.check(
+            self,
+            **dict.fromkeys((*SOURCES, *counts), ranges.at_least(0)),
+            chunk_words=ranges.at_least(2),
+            max_sentence_words=ranges.at_least(1),
+        )
         if self.max_chunks and self.random_chunks:
             raise ValueError(
                 f"Sources.random_chunks: got {self.random_chunks} with "

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.data import examples as texts_of
 from dgr_jax.data.vocabulary import UNK_ID, VIEWS, Vocabulary
 
@@ -56,14 +57,12 @@ class ViewMixture:
     preference: float = 8.0
 
     def __post_init__(self) -> None:
-        numbers = (self.titles, self.spans, self.pseudo_queries)
-        if min(numbers) < 0 or not any(numbers):
+        settings = ("titles", "spans", "pseudo_queries", "preference")
+        ranges.check(self, **dict.fromkeys(settings, ranges.at_least(0)))
+        if not (self.titles or self.spans or self.pseudo_queries):
             raise ValueError(
-                f"ViewMixture: got {self.titles} titles, {self.spans} spans and "
-                f"{self.pseudo_queries} pseudo_queries, expected none below 0 and one above"
+                "ViewMixture: got 0 titles, spans and pseudo_queries, expected one of them above 0"
             )
-        if self.preference < 0:
-            raise ValueError(f"ViewMixture.preference: got {self.preference}, expected 0 or more")
 
     def of(self, view: str) -> int:
         """Examples of a view."""

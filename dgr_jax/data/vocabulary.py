@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgr_jax import kept
+from dgr_jax import kept, ranges
 from dgr_jax.corpora import lines
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -53,6 +53,15 @@ class SentencePiece:
     extra_ids: int = 0
     max_sentences: int = 1_000_000
     max_characters: int = 60_000_000
+
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            size=ranges.at_least(UNK_ID + 2),  # a piece beside those that every vocabulary has
+            extra_ids=ranges.at_least(0),
+            max_sentences=ranges.at_least(1),
+            max_characters=ranges.at_least(1),
+        )
 
     def write(self, folder: Path, texts: Iterable[str]) -> Path:
         """Copy or train the model into `folder`/spiece.model.

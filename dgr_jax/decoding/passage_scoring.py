@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dgr_jax import ranges
+
 VIEWS = ("title", "body", "query")
 TITLE, BODY, QUERY = range(3)
 
@@ -63,17 +65,16 @@ class Scoring:
     max_passages: int = 500
 
     def __post_init__(self) -> None:
-        ranges = {
-            "exponent": (self.exponent > 0, "above 0"),
-            "repetition": (0 <= self.repetition <= 1, "0 to 1"),
-            "smoothing": (self.smoothing > 0, "above 0"),
-            "query_cap": (self.query_cap < 0, "below 0"),
-            "common": (self.common >= 1, "at least 1"),
-            "max_passages": (self.max_passages >= 1, "at least 1"),
-        }
-        for name, (valid, expected) in ranges.items():
-            if not valid:
-                raise ValueError(f"Scoring.{name}: got {getattr(self, name)}, expected {expected}")
+        ranges.check(
+            self,
+            exponent=ranges.above(0),
+            repetition=ranges.between(0, 1),
+            smoothing=ranges.above(0),
+            query_shift=ranges.FINITE,
+            query_cap=ranges.below(0),
+            common=ranges.at_least(1),
+            max_passages=ranges.at_least(1),
+        )
 
 
 class Identifiers(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import lines, words
 from dgr_jax.identifiers import kmeans
 
@@ -49,14 +50,18 @@ class TfidfSvd:
     fit_passages: int = 500_000
     iterations: int = 5
 
+    def __post_init__(self) -> None:
+        counts = ("dim", "max_features", "min_count", "fit_passages")
+        ranges.check(
+            self, **dict.fromkeys(counts, ranges.at_least(1)), iterations=ranges.at_least(0)
+        )
+
     def embed(self, store: PassageStore, seed: int) -> np.ndarray:
         """f32 [P, D] unit rows, the same for the same seed.
 
         Where the corpus has fewer than D dimensions, the last columns are 0. A blank passage, or
         one without a known word, gets the first axis: the direction all passages share.
         """
-        if self.dim < 1:
-            raise ValueError(f"TfidfSvd.dim = {self.dim}, expected 1 or more")
         num_passages = _counted(store)
         vectors = _zeros(num_passages, self.dim)
         fit_rows = kmeans.sample(num_passages, self.fit_passages, seed)
@@ -115,6 +120,9 @@ class SentenceEncoder:
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     batch_size: int = 64
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, batch_size=ranges.at_least(1))
 
     def embed(self, store: PassageStore, seed: int) -> np.ndarray:
         """f32 [P, D] unit rows; nothing is drawn, so `seed` changes nothing."""

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import words
 from dgr_jax.identifiers.table import EOS_ID, FIRST_FREE_ID, IdentifierTable
 
@@ -75,9 +76,8 @@ class Multiview:
             raise ValueError(f"Multiview.views: got {self.views}, expected some of {VIEWS}")
         if len(set(self.views)) < len(self.views):
             raise ValueError(f"Multiview.views: got {self.views}, expected each view once")
-        for name in ("title_tokens", "span_tokens", "query_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Multiview.{name}: got {getattr(self, name)}, expected 1 or more")
+        lengths = ("title_tokens", "span_tokens", "query_tokens")
+        ranges.check(self, **dict.fromkeys(lengths, ranges.at_least(1)))
 
     def title_table(
         self, store: PassageStore, *, encode: Encode, marker: int

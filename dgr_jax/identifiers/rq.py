@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
@@ -49,6 +50,16 @@ class ResidualQuantization:
     train_passages: int = 200_000
     full_batch: int = 50_000
 
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            num_codes=ranges.optional(ranges.at_least(1)),
+            codebook_size=ranges.optional(ranges.at_least(2)),
+            spread=ranges.at_least(0),
+            train_passages=ranges.at_least(1),
+            full_batch=ranges.at_least(0),
+        )
+
     def build(
         self,
         store: PassageStore,
@@ -67,7 +78,6 @@ class ResidualQuantization:
         grows where less than 95% of them have codes of their own, as with passages much alike.
         """
         del encode
-        self._check()
         vectors = self.embeddings.embed(store, seed)
         chosen, codes, distinct = self, np.zeros((0, 0), np.int32), 0
         for sized in self._choices(len(vectors)):
@@ -197,16 +207,6 @@ class ResidualQuantization:
             for level, codebook in enumerate(codebooks[:-1]):
                 residuals -= codebook[codes[members, level]]
             codes[members, -1] = _distinct_nearest(residuals, codebooks[-1])
-
-    def _check(self) -> None:
-        if self.num_codes is not None and self.num_codes < 1:
-            raise ValueError(
-                f"ResidualQuantization.num_codes = {self.num_codes}, expected 1 or more"
-            )
-        if self.codebook_size is not None and self.codebook_size < 2:
-            raise ValueError(
-                f"ResidualQuantization.codebook_size = {self.codebook_size}, expected 2 or more"
-            )
 
 
 def _cells(number: int, size: int) -> float:

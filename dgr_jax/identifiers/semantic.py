@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
@@ -38,6 +39,15 @@ class KMeansTree:
     train_passages: int = 200_000
     full_batch: int = 50_000
 
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            branching=ranges.at_least(2),
+            leaf_size=ranges.at_least(1),
+            train_passages=ranges.at_least(1),
+            full_batch=ranges.at_least(0),
+        )
+
     def build(
         self,
         store: PassageStore,
@@ -52,7 +62,6 @@ class KMeansTree:
         follow the deepest level, in one block for leaves of all levels.
         """
         del encode
-        self._check()
         levels, depths, places = self.cluster(self.embeddings.embed(store, seed), seed)
         if not levels and len(store) > 1:
             _log.warning(
@@ -116,9 +125,3 @@ class KMeansTree:
         if (labels == labels[0]).all():
             labels = (np.arange(len(members)) * self.branching // len(members)).astype(np.int32)
         return labels
-
-    def _check(self) -> None:
-        if self.branching < 2:
-            raise ValueError(f"KMeansTree.branching = {self.branching}, expected 2 or more")
-        if self.leaf_size < 1:
-            raise ValueError(f"KMeansTree.leaf_size = {self.leaf_size}, expected 1 or more")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import words
 from dgr_jax.identifiers.table import EOS_ID, UNK_ID, IdentifierTable
 
@@ -27,6 +28,9 @@ class Title:
     one of characters that nobody sees or that have no token."""
 
     max_tokens: int = 15
+
+    def __post_init__(self) -> None:
+        ranges.check(self, max_tokens=ranges.at_least(1))
 
     def build(
         self,
@@ -46,8 +50,6 @@ class Title:
         Raises ValueError when no passage has a row.
         """
         del first_code_id, seed
-        if self.max_tokens < 1:
-            raise ValueError(f"Title.max_tokens = {self.max_tokens}, expected 1 or more")
         if len(store) == 0:
             raise ValueError("the corpus has no passages to take titles from")
         tokens_of = lru_cache(maxsize=65_536)(

@@ -39,7 +39,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dgr_jax import ranges
+
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+
+SETTINGS = {"temperature": ranges.above(0)}  # what the settings of all losses may be, by name
 
 
 def single_lh(

@@ -31,9 +31,26 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dgr_jax import ranges
+
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+
+POSITION_WEIGHTS = ("reciprocal", "uniform")
+GAINS = ("rank", "exponential")
+
+# What the settings of all losses may be, by name.
+SETTINGS = {
+    "margin": ranges.at_least(0),
+    "margin_gap": ranges.at_least(0),
+    "first_weight": ranges.at_least(0),
+    "position_weights": ranges.one_of(*POSITION_WEIGHTS),
+    "positive_above": ranges.optional(ranges.FINITE),
+    "temperature": ranges.above(0),
+    "teacher_temperature": ranges.optional(ranges.above(0)),
+    "gains": ranges.one_of(*GAINS),
+}
 
 
 def distilled_ranknet(
@@ -70,7 +87,7 @@ def distilled_ranknet(
     Returns:
       f32 [...].
     """
-    _one_of("position_weights", position_weights, ("reciprocal", "uniform"))
+    _one_of("position_weights", position_weights, POSITION_WEIGHTS)
     student, teacher, mask = _clean(student, teacher, mask)
     position = _position(teacher, mask)
     if position_weights == "uniform":
@@ -257,7 +274,7 @@ def lambda_loss(
     Returns:
       f32 [...]; 0 where every gain is 0.
     """
-    _one_of("gains", gains, ("rank", "exponential"))
+    _one_of("gains", gains, GAINS)
     _positive("temperature", temperature)
     student, teacher, mask = _clean(student, teacher, mask)
     gain = _gains(teacher, mask, gains)

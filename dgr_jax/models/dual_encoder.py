@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dgr_jax import ranges
 from dgr_jax.models import activations, layers
 from dgr_jax.models.t5 import T5Config, Transformer
 
@@ -58,10 +59,7 @@ class DualEncoderConfig:
                 f"DualEncoderConfig.projection: got {self.projection}, expected {NARROWEST} to "
                 f"{WIDEST}, or 0 for the model's width"
             )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"DualEncoderConfig.temperature: got {self.temperature}, expected more than 0"
-            )
+        ranges.check(self, temperature=ranges.above(0))
 
     @property
     def dim(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dgr_jax import ranges
 from dgr_jax.models import pretrained
 from dgr_jax.models.stacking import stack_layers, unstack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -31,6 +32,9 @@ class Pretrained:
 
     source: str
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(self, seed=ranges.SEED)
 
     def params(self, config: T5Config, *, pieces: int = 0, text_tokens: int = 0) -> Any:
         """The parameters of a student of these sizes.

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dgr_jax import ranges
 from dgr_jax.models import activations, layers
 from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
 
@@ -69,14 +70,16 @@ class T5Config:
             raise ValueError(
                 f"T5Config.dtype: got {self.dtype!r}, expected 'float32' or 'bfloat16'"
             )
-        for name in ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"T5Config.{name}: got {getattr(self, name)}, expected at least 1")
-        if self.prefix_adaptive_layers < 0:
-            raise ValueError(
-                f"T5Config.prefix_adaptive_layers: got {self.prefix_adaptive_layers}, expected 0 "
-                "or more"
-            )
+        sizes = ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers")
+        counts = ("vocab_size", "num_encoder_layers", "prefix_adaptive_layers")
+        ranges.check(
+            self,
+            **dict.fromkeys(sizes, ranges.at_least(1)),
+            **dict.fromkeys(counts, ranges.at_least(0)),
+            dropout_rate=ranges.from_to_below(0, 1),
+            relpos_buckets=ranges.at_least(4),  # half of them, of each direction, are distances
+            relpos_max_distance=ranges.above(self.relpos_buckets / 2),
+        )
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import words
 from dgr_jax.corpora.types import ScoredPassage
 
@@ -32,6 +33,9 @@ class Bm25:
     b: float = 0.4
     stop_words: str = "english"
     stemmer: str = ""
+
+    def __post_init__(self) -> None:
+        ranges.check(self, k1=ranges.at_least(0), b=ranges.between(0, 1))
 
     def fit(self, store: PassageStore) -> Bm25Index:
         """Indexes title and text of every passage."""

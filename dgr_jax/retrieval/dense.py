@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, kept, partitioning
+from dgr_jax import checkpoints, kept, partitioning, ranges
 from dgr_jax.corpora import ranking, words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
@@ -71,11 +71,12 @@ class DenseSearch:
     texts_per_shape: int = _without_effect(1024)
 
     def __post_init__(self) -> None:
-        for name in ("depth", "query_length", "passage_length", "batch_size", "min_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"DenseSearch.{name}: got {getattr(self, name)}, expected at least 1"
-                )
+        lengths = ("query_length", "passage_length", "min_length")
+        ranges.check(
+            self,
+            **dict.fromkeys((*lengths, "depth", "batch_size"), ranges.at_least(1)),
+            texts_per_shape=ranges.at_least(0),
+        )
 
 
 @functools.lru_cache(maxsize=8)

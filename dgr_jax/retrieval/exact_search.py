@@ -33,7 +33,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import kept, partitioning
+from dgr_jax import kept, partitioning, ranges
 from dgr_jax.decoding.selection import check_k
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,8 @@ class ExactSearch:
                 f"ExactSearch.storage: got {self.storage!r}, expected one of "
                 f"{', '.join(map(repr, BYTES))}"
             )
-        for name in ("batch_size", "chunk", "max_scores", "max_device_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"ExactSearch.{name}: got {getattr(self, name)}, expected at least 1"
-                )
+        counts = ("batch_size", "chunk", "max_scores", "max_device_bytes")
+        ranges.check(self, **dict.fromkeys(counts, ranges.at_least(1)))
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a stored vector, its scale counted."""

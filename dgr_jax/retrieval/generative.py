@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, kept, partitioning, records
+from dgr_jax import checkpoints, kept, partitioning, ranges, records
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
@@ -82,9 +82,13 @@ class Search:
     max_replicated_bytes: int = _without_effect(4 << 30)
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "batch_size", "depth", "query_length", "min_query_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Search.{name}: got {getattr(self, name)}, expected at least 1")
+        counts = ("num_beams", "batch_size", "depth", "query_length", "min_query_length")
+        ranges.check(
+            self,
+            **dict.fromkeys(counts, ranges.at_least(1)),
+            queries_per_shape=ranges.at_least(0),
+            max_replicated_bytes=ranges.at_least(0),
+        )
         if self.renormalise and not self.constrained:
             raise ValueError(
                 "Search.renormalise: got True with Search.constrained=False, expected False: "

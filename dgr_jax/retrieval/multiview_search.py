@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, ranges
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
@@ -58,11 +58,12 @@ class MultiviewSearch:
     scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
-        for name, least in (("num_beams", 1), ("batch_size", 1), ("depth", 1), ("query_length", 3)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"MultiviewSearch.{name}: got {getattr(self, name)}, expected at least {least}"
-                )
+        counts = ("num_beams", "batch_size", "depth")
+        ranges.check(
+            self,
+            **dict.fromkeys(counts, ranges.at_least(1)),
+            query_length=ranges.at_least(3, ", the marker of the view and EOS counted"),
+        )
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> MultiviewSearch:

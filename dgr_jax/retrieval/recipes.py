@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora.types import ScoredPassage
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class TopM:
     size: int = 5
 
     def __post_init__(self) -> None:
-        if self.size < 2:
-            raise ValueError(f"TopM.size = {self.size}, expected 2 or more")
+        ranges.check(self, size=ranges.at_least(2))
 
     def select(
         self,
@@ -97,11 +97,8 @@ class TwoLists:
     depth: int = 200
 
     def __post_init__(self) -> None:
-        if self.negatives < 1 or self.depth < self.negatives:
-            raise ValueError(
-                f"TwoLists.negatives = {self.negatives} and TwoLists.depth = {self.depth}, "
-                "expected 1 or more negatives and a depth of at least as many"
-            )
+        ranges.check(self, negatives=ranges.at_least(1))
+        ranges.check(self, depth=ranges.at_least(self.negatives, ", TwoLists.negatives"))
 
     def select(
         self,

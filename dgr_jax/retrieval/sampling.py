@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, ranges
 from dgr_jax.data.vocabulary import EOS_ID, UNK_ID
 from dgr_jax.decoding.beam_search import BeamResult, sample
 from dgr_jax.decoding.constraint import Unconstrained
@@ -38,11 +38,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("number", "top_k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Sampling.{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"Sampling.temperature: got {self.temperature}, expected above 0")
+        counts = ("number", "top_k", "batch_size")
+        ranges.check(
+            self,
+            **dict.fromkeys(counts, ranges.at_least(1)),
+            temperature=ranges.above(0),
+            seed=ranges.SEED,
+        )
 
 
 @functools.lru_cache(maxsize=8)

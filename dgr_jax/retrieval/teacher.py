@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.corpora import checks, files, lines, trec
 from dgr_jax.corpora.types import RankList, ScoredPassage
 from dgr_jax.identifiers.embeddings import load_sentence_transformer, load_vectors
@@ -209,11 +210,12 @@ class Bm25Teacher(Teacher):
     own: int = 0
     judged_first: bool = field(default=True, kw_only=True)
 
+    def __post_init__(self) -> None:
+        ranges.check(self, own=ranges.at_least(0))
+
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
-        if self.own < 0:
-            raise ValueError(f"Bm25Teacher.own = {self.own}, expected 0 or more")
         index = self.bm25.fit(store)
         for qid, pids in pools.items():
             scores = index.scores(queries[qid])
@@ -232,6 +234,9 @@ class CrossEncoderTeacher(Teacher):
     model: str = "cross-encoder/ms-marco-MiniLM-L-6-v2"
     batch_size: int = 64
     max_length: int = 512
+
+    def __post_init__(self) -> None:
+        ranges.check(self, batch_size=ranges.at_least(1), max_length=ranges.at_least(1))
 
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
@@ -290,6 +295,9 @@ class BiEncoderTeacher(Teacher):
     query_prefix: str = ""
     passage_prefix: str = ""
     normalise: bool = True
+
+    def __post_init__(self) -> None:
+        ranges.check(self, batch_size=ranges.at_least(1))
 
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
@@ -403,6 +411,7 @@ class FusionTeacher(Teacher):
                 f"FusionTeacher.weights: got {len(self.weights)}, expected {len(self.teachers)}, "
                 "one a teacher"
             )
+        ranges.check(self, weights=ranges.optional(ranges.each(ranges.FINITE)))
 
     def _order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore

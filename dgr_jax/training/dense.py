@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dgr_jax import ranges
 from dgr_jax.models import activations
 from dgr_jax.training.objectives import Batch, LossFn, Metrics
 
@@ -57,6 +58,7 @@ class Dense:
     teacher_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        ranges.check(self, teacher_weight=ranges.at_least(0))
         if self.loss is None and self.teacher_loss is None:
             raise ValueError(
                 "Dense: got neither Dense.loss nor Dense.teacher_loss, expected one or both"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dgr_jax import ranges
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
@@ -49,6 +50,9 @@ class Generation:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges.check(self, label_smoothing=ranges.from_to_below(0, 1), z_loss=ranges.at_least(0))
 
     def loss_fn(self, model: Any) -> LossFn:
         """f over a generation batch."""
@@ -206,6 +210,17 @@ class Distillation:
     scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            generation_weight=ranges.at_least(0),
+            label_smoothing=ranges.from_to_below(0, 1),
+            prefix_lengths=ranges.each(ranges.at_least(1)),
+            prefix_weights=ranges.each(ranges.at_least(0)),
+        )
+        if sorted(set(self.prefix_lengths)) != list(self.prefix_lengths):
+            raise ValueError(
+                f"Distillation.prefix_lengths: got {self.prefix_lengths}, expected rising numbers"
+            )
         if len(self.prefix_lengths) != len(self.prefix_weights):
             raise ValueError(
                 f"Distillation.prefix_weights: got {len(self.prefix_weights)} weights, expected "

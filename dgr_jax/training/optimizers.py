@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgr_jax import ranges
 from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
 
 NOT_DECAYED = ("scale", "bias", "rel_embedding")
+_GRAD_NORM = ranges.optional(ranges.above(0))
 
 
 def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
@@ -21,11 +23,8 @@ def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
     return jnp.minimum(1.0, (step + 1.0) / max(1, warmup_steps))
 
 
-def _check(name: str, peak: float, warmup_steps: int) -> None:
-    if not peak > 0:
-        raise ValueError(f"{name}.peak: got {peak}, expected a positive learning rate")
-    if warmup_steps < 0:
-        raise ValueError(f"{name}.warmup_steps: got {warmup_steps}, expected 0 or more")
+def _check(schedule: Schedule) -> None:
+    ranges.check(schedule, peak=ranges.above(0), warmup_steps=ranges.at_least(0))
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Constant:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check("Constant", self.peak, self.warmup_steps)
+        _check(self)
 
     def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
         """Learning rate of a step, counted from 0."""
@@ -55,9 +54,8 @@ class ReciprocalSqrt:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check("ReciprocalSqrt", self.peak, self.warmup_steps)
-        if self.timescale < 1:
-            raise ValueError(f"ReciprocalSqrt.timescale: got {self.timescale}, expected 1 or more")
+        _check(self)
+        ranges.check(self, timescale=ranges.at_least(1))
 
     def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
         """Learning rate of a step, counted from 0."""
@@ -83,7 +81,8 @@ class Linear:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("Linear", self.peak, self.warmup_steps)
+        _check(self)
+        ranges.check(self, final=ranges.at_least(0))
 
     def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
         """Learning rate of a step, counted from 0."""
@@ -105,7 +104,8 @@ class Cosine:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("Cosine", self.peak, self.warmup_steps)
+        _check(self)
+        ranges.check(self, final=ranges.at_least(0))
 
     def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
         """Learning rate of a step, counted from 0."""
@@ -122,15 +122,11 @@ Schedule = Constant | ReciprocalSqrt | Linear | Cosine
 
 
 def _clipped(
-    optimizer: optax.GradientTransformation, name: str, max_grad_norm: float | None
+    optimizer: optax.GradientTransformation, max_grad_norm: float | None
 ) -> optax.GradientTransformation:
     """`optimizer` after clipping the gradient's global norm; None: as it is."""
     if max_grad_norm is None:
         return optimizer
-    if not max_grad_norm > 0:
-        raise ValueError(
-            f"{name}.max_grad_norm: got {max_grad_norm}, expected a positive number, or None"
-        )
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
@@ -200,6 +196,15 @@ class Adafactor:
     factor_from: int = 128
     max_grad_norm: float | None = None
 
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            decay_rate=ranges.above(0),
+            clipping_threshold=ranges.above(0),
+            factor_from=ranges.at_least(1),
+            max_grad_norm=_GRAD_NORM,
+        )
+
     def transformation(self, total_steps: int) -> optax.GradientTransformation:
         """The optax transformation of a run of `total_steps` steps."""
         adafactor = optax.adafactor(
@@ -210,7 +215,7 @@ class Adafactor:
             clipping_threshold=self.clipping_threshold,
             momentum=None,
         )
-        return _clipped(_each_layer_apart(adafactor), "Adafactor", self.max_grad_norm)
+        return _clipped(_each_layer_apart(adafactor), self.max_grad_norm)
 
 
 def decayed(params: Any) -> Any:
@@ -233,6 +238,16 @@ class AdamW:
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            b1=ranges.from_to_below(0, 1),
+            b2=ranges.from_to_below(0, 1),
+            eps=ranges.above(0),
+            weight_decay=ranges.at_least(0),
+            max_grad_norm=_GRAD_NORM,
+        )
+
     def transformation(self, total_steps: int) -> optax.GradientTransformation:
         """The optax transformation of a run of `total_steps` steps."""
         adamw = optax.adamw(
@@ -243,4 +258,4 @@ class AdamW:
             weight_decay=self.weight_decay,
             mask=decayed,
         )
-        return _clipped(adamw, "AdamW", self.max_grad_norm)
+        return _clipped(adamw, self.max_grad_norm)

@@ -1,0 +1,76 @@
+"""Which numbers a setting may be, checked where settings are made: before any work starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """What a setting is expected to be, in words, and whether a value is."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: float, note: str = "") -> Range:
+    """From `least` on. note: what the words say beside."""
+    return Range(f"at least {least:g}{note}", _number(lambda value: value >= least))
+
+
+def above(limit: float) -> Range:
+    """More than `limit`."""
+    return Range(f"above {limit:g}", _number(lambda value: value > limit))
+
+
+def below(limit: float) -> Range:
+    """Less than `limit`."""
+    return Range(f"below {limit:g}", _number(lambda value: value < limit))
+
+
+def between(least: float, most: float) -> Range:
+    """`least` to `most`, both included."""
+    return Range(f"{least:,} to {most:,}", _number(lambda value: least <= value <= most))
+
+
+def from_to_below(least: float, limit: float) -> Range:
+    """From `least` on, below `limit`."""
+    words = f"at least {least:g}, below {limit:g}"
+    return Range(words, _number(lambda value: least <= value < limit))
+
+
+def one_of(*allowed: Any) -> Range:
+    """One of these values."""
+    return Range(f"one of {', '.join(map(repr, allowed))}", lambda value: value in allowed)
+
+
+def optional(inner: Range) -> Range:
+    """None, or a value of `inner`."""
+    return Range(f"{inner.words}, or None", lambda value: value is None or inner.holds(value))
+
+
+def each(inner: Range) -> Range:
+    """A tuple, empty or not, whose values are all of `inner`."""
+    return Range(f"each {inner.words}", lambda values: all(map(inner.holds, values)))
+
+
+def _number(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Real) and math.isfinite(value) and holds(value)
+
+
+FINITE = Range("a finite number", _number(lambda value: True))
+SEED = between(0, 2**32 - 1)  # what every library that draws takes
+
+
+def check(settings: Any, **expected: Range) -> None:
+    """Raises ValueError naming the first setting whose value is not what is expected of it."""
+    for name, range_ in expected.items():
+        require(f"{type(settings).__name__}.{name}", getattr(settings, name), range_)
+
+
+def require(setting: str, value: Any, expected: Range) -> None:
+    """Raises ValueError naming the setting, where its value is not what is expected."""
+    if not expected.holds(value):
+        raise ValueError(f"{setting}: got {value!r}, expected {expected.words}")

@@ -1,0 +1,118 @@
+"""Numbers that no setting may be are refused where settings are made, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from dgr_jax import configurables, ranges
+from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.losses import contrastive, ranking
+from dgr_jax.studies import Study
+
+# What the required settings of a component may be, where a number is tried in another one.
+GIVEN = {
+    "str": "x", "int": 8, "Collection": QuickstartCollection(), "tuple[str, ...]": ("x",)
+}  # fmt: skip
+
+# Settings that may be -1, and what it means.
+NEGATIVE = {
+    "Mesh.data": "all devices that the other axes leave",
+    "Mesh.model": "the same",
+    "Mesh.fsdp": "the same",
+    "Scoring.query_shift": "added to a log-probability: of either sign",
+    "Scoring.query_cap": "a log-probability: below 0",
+    "ltrgr.positive_above": "a score of the teacher: of either sign",
+}
+
+
+def numeric():
+    """(component, setting) of every number of everything that gin files can name."""
+    for component in configurables._components():
+        for field in dataclasses.fields(component):
+            if field.type in ("int", "float", "int | None", "float | None"):
+                yield component, field.name
+
+
+def given(component):
+    """A value for each setting that must be given."""
+    required = (
+        field
+        for field in dataclasses.fields(component)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    )
+    return {field.name: GIVEN.get(field.type, object()) for field in required}
+
+
+def make(component, name, value):
+    settings = given(component) | {name: value}
+    if component.__name__ == "Mesh" and name != "data":
+        settings["data"] = 1  # one axis at most is free
+    return component(**settings)
+
+
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [pytest.param(*pair, id=f"{pair[0].__name__}.{pair[1]}") for pair in numeric()],
+)
+def test_every_number_is_checked_where_settings_are_made(component, name):
+    setting = f"{component.__name__}.{name}"
+    for value in (-1, math.nan, math.inf):
+        if value == -1 and setting in NEGATIVE:
+            assert getattr(make(component, name, value), name) == value
+            continue
+        with pytest.raises(ValueError) as error:
+            make(component, name, value)
+        assert str(error.value).startswith(f"{setting}: got {value}, expected ")
+
+
+def test_the_documented_negative_numbers_are_settings():
+    losses = {f"{n}.{s}" for n in ranking.LOSSES for s in configurables.defaults(n)}
+    assert NEGATIVE.keys() <= losses | {f"{c.__name__}.{n}" for c, n in numeric()}
+
+
+@pytest.mark.parametrize("name", sorted(ranking.LOSSES | contrastive.LOSSES))
+def test_every_number_of_a_loss_is_checked_where_it_is_made(name):
+    make_loss = configurables.configurables()[name]
+    for setting, default in configurables.defaults(name).items():
+        if isinstance(default, bool):
+            continue
+        wrong = ("x",) if isinstance(default, str) else (-1.0, math.nan, math.inf)
+        for value in wrong:
+            if value == -1.0 and f"{name}.{setting}" in NEGATIVE:
+                make_loss(**{setting: value})
+                continue
+            with pytest.raises(ValueError) as error:
+                make_loss(**{setting: value})
+            assert str(error.value).startswith(f"{name}.{setting}: got {value!r}, expected ")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.5])
+def test_a_count_that_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match=r"^TopM\.size: got .*, expected a whole number$"):
+        configurables.configurables()["TopM"](size=value)
+
+
+def test_words_of_ranges():
+    found = [
+        range_.words
+        for range_ in (
+            ranges.at_least(2, ", EOS counted"), ranges.above(0), ranges.below(0),
+            ranges.between(0, 1), ranges.from_to_below(0, 1), ranges.one_of("a", "b"),
+            ranges.optional(ranges.above(0)), ranges.each(ranges.at_least(1)), ranges.SEED,
+        )
+    ]  # fmt: skip
+    assert found == [
+        "at least 2, EOS counted", "above 0", "below 0", "0 to 1", "at least 0, below 1",
+        "one of 'a', 'b'", "above 0, or None", "each at least 1", "0 to 4,294,967,295",
+    ]  # fmt: skip
+    assert not ranges.at_least(0).holds("1") and ranges.optional(ranges.above(0)).holds(None)
+
+
+@pytest.mark.parametrize("name", ["seeds", "beams"])
+@pytest.mark.parametrize("values", [(-1,), (1, 1), (math.nan,)])
+def test_numbers_of_a_study_are_checked(name, values):
+    with pytest.raises(ValueError, match=rf"^Study\.{name}: got .*, expected "):
+        Study(gin_files=("a.gin",), **{name: values})
