@@ -193,8 +193,13 @@ class DenseExperiment:
         self._check_teacher()
 
     def _check_teacher(self) -> None:
-        asked = getattr(self.train.objective, "teacher_loss", None) is not None
-        if asked and self.teach is None:
+        if _has_teacher_loss(self.refresh):
+            raise ValueError(
+                "DenseExperiment.refresh: got a teacher loss, expected none: mined negatives have "
+                "no teacher's scores; give refresh/Training.objective = @refresh/Dense() and "
+                "refresh/Dense.teacher_loss = None"
+            )
+        if _has_teacher_loss(self.train) and self.teach is None:
             raise ValueError(
                 "DenseExperiment.teach: got None, expected @Teach() with Dense.teacher_loss"
             )
@@ -209,11 +214,6 @@ class DenseExperiment:
             raise ValueError(
                 f"Sources.{min(others)}: got a rate, expected 0: the teacher orders passages "
                 "of labelled queries alone (DenseExperiment.teach)"
-            )
-        if self.refresh is not None and asked and self.refresh.objective == self.train.objective:
-            raise ValueError(
-                "DenseExperiment.refresh: got a teacher loss, expected none: mined negatives have "
-                "no teacher's scores; give refresh/Training.objective one of its own"
             )
 
     @property
@@ -250,3 +250,7 @@ class DenseExperiment:
             found["mine"] = Stage(("mined",), ("dense",))
             found["refresh"] = Stage(("refresh", "lists"), ("mine",))
         return found | {"evaluate": Stage(("evaluate",), self.systems)}
+
+
+def _has_teacher_loss(training: Training | None) -> bool:
+    return getattr(getattr(training, "objective", None), "teacher_loss", None) is not None

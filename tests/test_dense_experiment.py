@@ -178,6 +178,27 @@ def test_losses_negatives_and_a_refresh_by_a_line_each():
     assert experiment.train.optimizer.learning_rate != experiment.refresh.optimizer.learning_rate
 
 
+@pytest.mark.parametrize("files", [("taught", "refresh"), ("refresh", "taught")])
+@pytest.mark.parametrize("more", [(), ("--gin.Dense.loss=None",)])
+def test_a_taught_encoder_is_refreshed_without_its_teacher(files, more):
+    experiment = load(
+        "--gin_file=dense.gin", *(f"--gin_file=runs/{name}.gin" for name in files), *more
+    )
+    assert experiment.train.objective.teacher_loss.func is ranking.kl_divergence
+    assert (experiment.train.objective.loss is None) == bool(more)
+    assert experiment.refresh.objective.teacher_loss is None
+    assert experiment.refresh.objective.loss.func is contrastive.single_lh
+
+
+def test_a_refresh_with_a_teacher_loss_is_refused_however_it_is_made():
+    """Losses that gin makes are never equal, though they are the same."""
+    flags = ("--gin_file=dense.gin", "--gin_file=runs/refresh.gin", "--gin_file=runs/taught.gin")
+    own = "--gin.refresh/Dense.teacher_loss=@kl_divergence()"
+    for more in ((), ("--gin.DenseExperiment.teach=None", "--gin.Dense.teacher_loss=None")):
+        with pytest.raises(cli.Mistake, match="^DenseExperiment.refresh: got a teacher loss"):
+            load(*flags, own, *more)
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(
         cli.Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"
@@ -332,14 +353,12 @@ def test_a_retriever_answers_as_it_was_measured(finished, capsys):
 
 @pytest.mark.slow
 def test_a_teachers_lists(finished, command, tmp_path):
-    """Made beside the stages that are there already."""
+    """Made beside the stages that are there already; the refresh goes on without the teacher."""
     folder, _ = finished
     again = shutil.copytree(folder, tmp_path / "model", symlinks=True)
-    asked = [
-        flag for flag in flags(folder.parent) if "refresh" not in flag and "REFRESH" not in flag
-    ]
     done = command(
-        "dgr_jax.train", *asked, "--gin_file=runs/taught.gin", f"--model_dir={again}",
+        "dgr_jax.train", *flags(folder.parent), "--gin_file=runs/taught.gin",
+        f"--model_dir={again}",
         "--gin.Negatives.count=2", "--gin.Sources.pseudo_queries=0", "--gin.TopM.size=4",
     )  # fmt: skip
     assert "teach: labelled_llm: 100.0% of" in done.stderr
@@ -351,4 +370,7 @@ def test_a_teachers_lists(finished, command, tmp_path):
     assert hits.any((1, 2)).all()  # the teacher puts a judged passage first
     rows = [json.loads(row) for row in (again / "dense/metrics.jsonl").read_text().splitlines()]
     assert all(row["valid_lists"] > 0.9 and row["teacher_loss"] > 0 for row in rows)
-    assert list(json.loads((again / "evaluate/metrics.json").read_text())) == ["bm25", "dense"]
+    rows = [json.loads(row) for row in (again / "refresh/metrics.jsonl").read_text().splitlines()]
+    assert rows and not any("teacher_loss" in row for row in rows)
+    measured = json.loads((again / "evaluate/metrics.json").read_text())
+    assert list(measured) == ["bm25", "dense", "refresh"]
