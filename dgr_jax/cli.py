@@ -245,12 +245,14 @@ def load_experiment(
     kinds: Sequence[str] = EXPERIMENTS,
     *,
     keep: bool = True,
+    fill: bool | None = None,
 ) -> Any:
     """The experiment that gin files and bindings describe; MODEL_DIR/config.gin keeps it.
 
     Without --gin_file the experiment of --model_dir goes on: its config.gin is read.
     kinds: the components that it may be.
-    keep: False writes nothing, and takes folders and files that are not given for given.
+    keep: False writes nothing.
+    fill: takes folders and files that are not given for given; None: where nothing is written.
     Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
@@ -276,7 +278,7 @@ def load_experiment(
         with _explained(file):
             gin.parse_config_file(file)
     _bind(files, bindings)
-    if not keep:
+    if fill or fill is None and not keep:
         _fill()
     kind = _kind(files, kinds)
     experiment = _call_experiment(files, kind)

@@ -27,6 +27,12 @@ from dgr_jax.stages.prepare import Prepared
 _MANY = 100_000  # passages, where the settings do not tell
 QUERIES = 200  # at most, that are timed, and whose drift is measured
 
+# Why `expected_flops` has nothing to say of some experiments.
+UNCOUNTED = (
+    "whose identifiers are of several views: how many and how long they are is known once they are "
+    "prepared"
+)
+
 COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
 
 Student = Any  # a Decoder, MultiviewDecoder or Searcher

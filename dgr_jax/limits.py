@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval import exhaustive
@@ -11,8 +13,39 @@ from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.stages.evaluate import chosen_queries
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
+from dgr_jax.study_rows import read_kept, write_kept
+
+logger = logging.getLogger(__name__)
 
 TOP = 10  # passages that are compared
+
+
+def measured(
+    experiment: Experiment,
+    folder: Path,
+    system: str,
+    beams: Sequence[int],
+    split: str,
+    spread: float,
+) -> list[Lost]:
+    """`measure`, of which every width is kept beside the run as soon as it is done: what is kept is
+    not measured again.
+
+    folder: of the run.
+    """
+    path = folder / "evaluate" / f"beams-{system}.json"
+    asked = {"split": split or experiment.prepare.test_splits[0], "spread": spread}
+    kept = read_kept(path)
+    if kept.get("asked") != asked:
+        kept = {"asked": asked, "lost": {}}
+    missing = [width for width in beams if str(width) not in kept["lost"]]
+    if missing:
+        logger.info("study: beams of %s, %s", folder.name, system)
+    for lost in measure(experiment, system, missing, split, spread) if missing else ():
+        kept["lost"][str(lost.num_beams)] = {k: v.tolist() for k, v in lost.values().items()}
+        write_kept(path, kept)
+        logger.info("study: %d beams of %s, %s: done", lost.num_beams, folder.name, system)
+    return [Lost.of(width, kept["lost"][str(width)]) for width in beams]
 
 
 def measure(
@@ -21,7 +54,7 @@ def measure(
     beams: Sequence[int],
     split: str = "",
     spread: float = SPREAD,
-) -> list[Lost]:
+) -> Iterator[Lost]:
     """Each width of beam search against all identifiers scored, on the judged queries of a split.
 
     split: '' is the first test split. Queries are those of the evaluate stage. spread: of the
@@ -46,4 +79,6 @@ def measure(
     student = decoder(experiment, system, search, made)
     tokens = made.vocabulary.encode_inputs(texts, student.query_length)
     k = min(TOP, search.depth)
-    return exhaustive.recall_lost(student, tokens, beams, k=k, positives=positives, spread=spread)
+    yield from exhaustive.recall_lost(
+        student, tokens, beams, k=k, positives=positives, spread=spread
+    )

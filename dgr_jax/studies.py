@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import logging
 import os
 import platform
@@ -32,6 +31,7 @@ import numpy as np
 from dgr_jax import (
     cli,
     costs,
+    dependent,
     evaluation,
     interrupts,
     limits,
@@ -40,15 +40,27 @@ from dgr_jax import (
     processes,
     ranges,
     records,
+    writer_lock,
 )
 from dgr_jax.display import harmless
 from dgr_jax.experiment import Experiment, describe
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.settings import fingerprint
-from dgr_jax.study_rows import FAIR, Row, check_fair, fairness, interval, markdown, values_of
+from dgr_jax.study_rows import (
+    FAIR,
+    Row,
+    check_fair,
+    fairness,
+    interval,
+    markdown,
+    read_kept,
+    values_of,
+    write_kept,
+)
 
 logger = logging.getLogger(__name__)
 
+LOG = "log.txt"  # of each run, what its experiment said
 SYSTEMS = ("bm25", "generate", "control", "distill", "dense", "refresh")
 
 
@@ -176,14 +188,22 @@ class Run:
 
 
 class _Planned(NamedTuple):
-    """A stage of a run, where it is kept, its training FLOPs where they are known, and whether it
-    is done."""
+    """A stage of a run, where it is kept, whether it trains, its training FLOPs where they are
+    known, and whether it is done."""
 
     run: Run
     stage: str
     kept: Path
+    trains: bool
     flops: float | None
     done: bool
+
+    @property
+    def work(self) -> list[str]:
+        """Its training FLOPs in words; none of a stage that does not train."""
+        if not self.trains:
+            return []
+        return ["? PFLOP" if self.flops is None else f"{self.flops / 1e15:.3g} PFLOP"]
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -198,6 +218,7 @@ class Runner:
         self, study: Study, model_dir: str, bindings: Sequence[str] = (), search_paths: str = ""
     ) -> None:
         self.study, self.folder = study, Path(model_dir)
+        self._experiments: dict[Path, Experiment] = {}
         self._given = tuple(f"--gin.{b.replace(' = ', '=', 1)}" for b in bindings)
         self._paths = (f"--gin_search_paths={search_paths}",) if search_paths else ()
 
@@ -224,10 +245,16 @@ class Runner:
         return made
 
     def experiment(self, run: Run) -> Experiment:
-        """What the gin files and bindings of a run describe."""
+        """What the gin files and bindings of a run describe; nothing is written."""
+        if run.folder not in self._experiments:
+            self._experiments[run.folder] = self._load(run)
+        return self._experiments[run.folder]
+
+    def _load(self, run: Run, *, keep: bool = False) -> Experiment:
+        """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         args, bindings = cli.parse(cli.parser("train", ""), flags)
-        made = cli.load_experiment(args, bindings)
+        made = cli.load_experiment(args, bindings, keep=keep, fill=False)
         if not {"bm25", *made.systems} & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {_shown(run.labels)}, expected some of "
@@ -235,50 +262,64 @@ class Runner:
             )
         return made
 
-    def run(self) -> None:
-        """Runs what has not been run.
+    def run(self) -> list[str]:
+        """Runs what has not been run; -> a line for each experiment that failed.
 
-        Raises RuntimeError naming the logs of experiments that failed, once all have run. SIGTERM
-        stops the experiment that runs, and ends this process with the status of one told to stop.
+        Raises before anything starts where one of them cannot be. SIGTERM stops the experiment that
+        runs, and ends this process with the status of one told to stop.
         """
-        # Of a host: another's processor may lack instructions of what was compiled here.
-        compiled = self.folder / "compiled" / platform.node()
-        failed, shared = [], {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+        for run in self.runs:
+            self.experiment(run)
+        failures = []
         for number, run in enumerate(self.runs, start=1):
-            state = self._link(run)
-            if all(done for done, _ in state.values()):
+            self._link(run)
+            if all(done for done, _ in self._state(run).values()):
                 continue
             logger.info("study: %d/%d %s", number, len(self.runs), run.folder.name)
-            log = run.folder / "log.txt"
-            command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
-            with log.open("a", encoding="utf-8") as output:
-                status = _status([*command, f"--model_dir={run.folder}"], output, shared)
-            if status in (processes.EXIT_STOPPED, interrupts.EXIT_INTERRUPTED):
-                sys.exit(status)
-            if status:
-                last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-                logger.error("study: %s failed: %s", run.folder.name, *last)
-                failed.append(log)
-        if failed:
-            raise RuntimeError(
-                f"{len(failed)} experiments failed; see {', '.join(map(str, failed))}"
-            )
+            if why := self._train(run):
+                failures.append(f"{run.folder.name} failed: {why} ({run.folder / LOG})")
+                logger.error("study: %s", failures[-1])
+        return failures
 
-    def _link(self, run: Run) -> dict[str, tuple[bool, Path]]:
-        """Links the stages of a run to where they are kept; -> stage -> (done, folder)."""
-        run.folder.mkdir(parents=True, exist_ok=True)
-        experiment, state = self.experiment(run), {}
-        for stage, settings in pipeline.settings_of(experiment).items():
+    def _train(self, run: Run) -> str:
+        """Runs one experiment, which ends when this process does; -> why it failed, or blank."""
+        # Of a host: another's processor may lack instructions of what was compiled here.
+        compiled = self.folder / "compiled" / platform.node()
+        shared = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+        command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
+        with (run.folder / LOG).open("a", encoding="utf-8") as output:
+            begins = output.tell()
+            status = _status([*command, f"--model_dir={run.folder}"], output, shared)
+        if status in (processes.EXIT_STOPPED, interrupts.EXIT_INTERRUPTED):
+            sys.exit(status)
+        with (run.folder / LOG).open("rb") as log:
+            log.seek(begins)
+            return _reason(log.read().decode("utf-8", "replace"), status)
+
+    def _state(self, run: Run) -> dict[str, tuple[bool, Path]]:
+        """stage -> (whether it is done, where it is kept)."""
+        kept = {}
+        for stage, settings in pipeline.settings_of(self.experiment(run)).items():
+            folder = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
+            kept[stage] = records.is_done(folder, settings), folder
+        return kept
+
+    def _link(self, run: Run) -> None:
+        """Links the stages of a run to where they are kept, and makes its folder a MODEL_DIR."""
+        for stage, settings in pipeline.settings_of(self.experiment(run)).items():
             mark = fingerprint(settings)
             kept, link = self.folder / "stages" / f"{stage}-{mark}", run.folder / stage
             if not kept.exists():
                 kept.mkdir(parents=True)
                 records.write_record(kept, status="running", fingerprint=mark, settings=settings)
-            if link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            target = os.path.relpath(kept, run.folder)
+            if link.is_symlink() and os.readlink(link) != target:
                 link.unlink()
-            link.symlink_to(os.path.relpath(kept, run.folder), target_is_directory=True)
-            state[stage] = records.is_done(kept, settings), kept
-        return state
+            if not link.is_symlink():
+                link.symlink_to(target, target_is_directory=True)
+        self._load(run, keep=True)
+        writer_lock.release(run.folder)
 
     def show_plan(self) -> None:
         """Prints the experiments, what of them is still to be made, and what that costs.
@@ -296,8 +337,7 @@ class Runner:
         for one in (one for one in stages if not one.done):
             rates = seconds.get(one.kind)
             took = np.mean(rates) * (one.flops or 1) if rates else None
-            work = [f"{one.flops / 1e15:.3g} PFLOP"] if one.flops else []
-            told = [one.stage, *work, f"{took:.0f} s" if rates else "?"]
+            told = [one.stage, *one.work, f"{took:.0f} s" if rates else "?"]
             missing[one.run.folder].append(" ".join(told))
             total, unknown = total + (took or 0.0), unknown + (not rates)
         for folder, told in missing.items():
@@ -308,6 +348,10 @@ class Runner:
             f"{len(self.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, "
             f"{total / 60:.0f} minutes{more} to go\n"
         )
+        if uncounted := sum(one.trains and one.flops is None for one in stages if not one.done):
+            sys.stdout.write(
+                f"not among them: the PFLOP of {uncounted} training stages, {costs.UNCOUNTED}\n"
+            )
 
     def _stages(self) -> Iterator[_Planned]:
         """Every stage, once, with the first run that needs it."""
@@ -315,22 +359,30 @@ class Runner:
         for run in self.runs:
             experiment = self.experiment(run)
             flops = costs.expected_flops(experiment)
+            trained = {
+                name for system in experiment.systems for name in experiment.training(system)
+            }
             for stage, settings in pipeline.settings_of(experiment).items():
                 kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
                 if kept not in seen:
                     seen.add(kept)
                     done = records.is_done(kept, settings)
-                    yield _Planned(run, stage, kept, flops.get(stage), done)
+                    yield _Planned(run, stage, kept, stage in trained, flops.get(stage), done)
+
+    def finished(self) -> Iterator[list[Run]]:
+        """The runs of each point of the grid that is finished under every seed."""
+        for _, group in itertools.groupby(self.runs, key=lambda run: run.labels):
+            runs = list(group)
+            if all(self._state(run)["evaluate"][0] for run in runs):
+                yield runs
 
     def rows(self) -> list[Row]:
         """The rows that are finished under every seed, each stage of a system once."""
         rows: dict[Any, Row] = {}
-        points = itertools.groupby(self.runs, key=lambda run: run.labels)
-        for labels, group in points:
-            group = list(group)
-            states = [self._link(run) for run in group]
-            if not all(state["evaluate"][0] for state in states):
-                continue
+        for group in self.finished():
+            labels, states = group[0].labels, [self._state(run) for run in group]
+            for run in group:
+                self._link(run)
             for system in group[0].systems:
                 if system == "bm25":
                     made_of = self._asked(group[0])
@@ -370,12 +422,12 @@ class Runner:
             return {}
         path = folder / "evaluate" / f"costs-{system}.json"
         asked = {"split": self.study.split, "drift": self.study.drift}
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        kept = read_kept(path)
         if kept.get("asked") != asked:
             logger.info("study: costs of %s, %s", folder.name, system)
             found = costs.measure(experiment, system, self.study.split, self.study.drift)
             kept = {"asked": asked, "found": found}
-            path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+            write_kept(path, kept)
         found = kept["found"]
         return found if self.study.costs else {"drift": found["drift"]}
 
@@ -406,14 +458,14 @@ class Runner:
         width loses, and what it could find at best."""
         table, series = [], {}
         for labels, group in itertools.groupby(self.runs, key=lambda run: run.labels):
-            runs = [run for run in group if self._link(run)["evaluate"][0]]
-            made = [self.experiment(run) for run in runs]
-            made = [one for one in made if isinstance(one, Experiment)]
-            systems = [s for s in runs[0].systems if s in made[0].systems] if made else []
+            runs = [run for run in group if self._state(run)["evaluate"][0]]
+            runs = [run for run in runs if isinstance(self.experiment(run), Experiment)]
+            known = self.experiment(runs[0]).systems if runs else ()
+            systems = [s for s in runs[0].systems if s in known] if runs else []
             for system in systems:
                 row = {**labels, "system": system}
                 asked = (system, self.study.beams, self.study.split, self.study.spread)
-                found = [limits.measure(one, *asked) for one in made]
+                found = [limits.measured(self.experiment(r), r.folder, *asked) for r in runs]
                 for losses in zip(*found, strict=True):
                     values = [loss.values() for loss in losses]
                     means = {name: interval(Row(row, values, {}), name) for name in values[0]}
@@ -485,13 +537,15 @@ class Runner:
 
 
 def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]) -> int:
-    """Runs a command to its end, with environment variables that this process does not set.
+    """Runs a command to its end, which is that of this process at the latest, with environment
+    variables that this process does not set.
 
     SIGTERM and Ctrl-C are handed on to it, and make the status that of a process told to stop.
     """
     told: list[int] = []
     environment = {**settings, **os.environ}
-    with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as child:
+    bound = dependent.command(command)
+    with subprocess.Popen(bound, stdout=output, stderr=output, env=environment) as child:
 
         def stop(number: int, _: Any) -> None:
             told.append(number)
@@ -510,6 +564,17 @@ def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]
     if told:
         return interrupts.EXIT_INTERRUPTED if signal.SIGINT in told else processes.EXIT_STOPPED
     return status
+
+
+def _reason(log: str, status: int) -> str:
+    """Why an experiment failed, from what it said; blank where it did not."""
+    if not status:
+        return ""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit status {status}"])[-1].removeprefix("error: ")
 
 
 def _written(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax import cli, interrupts
+from dgr_jax import cli, interrupts, writer_lock
 
 DESCRIPTION = (
     "Run every experiment of a grid that has not been run, sharing stages that are the same, and "
@@ -34,9 +34,13 @@ def command(argv: Sequence[str] | None) -> None:
     if args.dry_run:
         runner.show_plan()
         return
-    if not args.table_only:
-        runner.run()
-    runner.report()
+    with writer_lock.held(args.model_dir):
+        failures = [] if args.table_only else runner.run()
+        if not failures or any(runner.finished()):
+            runner.report()
+    if failures:
+        number = f"{len(failures)} of {len(runner.runs)} experiments failed"
+        raise cli.Mistake("\n".join([f"{number}; the same command tries them again", *failures]))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ TOP = {
     "configurables",
     "costs",
     "dense_experiment",
+    "dependent",
     "dense_planning",
     "experiment",
     "query_generator",

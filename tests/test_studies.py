@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, costs, pipeline, plots, records
+from dgr_jax import cli, costs, limits, pipeline, plots, records, studies
+from dgr_jax import study as study_command
 from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
+from dgr_jax.retrieval.exhaustive import Lost
 from dgr_jax.studies import Runner, Study
 from dgr_jax.study_rows import Row, check_fair, interval, markdown
 from tests.conftest import TINY
@@ -452,6 +454,101 @@ def test_a_study_that_is_stopped_stops_what_it_runs(tmp_path):
     assert told == "by the study by the user\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(number), 0)
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+    asked = ["--dry_run", "--model_dir=m", "--data_dir=d"]
+    study_command.command(["--gin_file=studies/dense_negatives_cpu.gin", *asked])
+    said = capsys.readouterr().out
+    assert said.count(" PFLOP ") == 14 + 1 and "? PFLOP" not in said and "not among" not in said
+    study_command.command(["--gin_file=studies/margins_cpu.gin", *asked])
+    said = capsys.readouterr().out.splitlines()
+    assert "generate ? PFLOP ?" in said[0] and "distill ? PFLOP ?" in said[1]
+    assert said[-1].startswith("not among them: the PFLOP of 22 training stages, whose identifiers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_experiments_that_fail_are_named_beside_the_table_of_the_others(finished, monkeypatch):
+    """Here the second of two, whose command says why before it ends."""
+
+    def status(command, output, settings):
+        assert command[-1].endswith("TopM.size=3-seed=0")
+        output.write("teach: started\nerror: no teacher\n(--verbose shows where)\n")
+        output.flush()
+        return 2
+
+    monkeypatch.setattr(studies, "_status", status)
+    monkeypatch.setattr(cli, "load_experiment", once(finished.study, cli.load_experiment))
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+    flags = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in SETTINGS]
+    with pytest.raises(cli.Mistake) as error:
+        study_command.command([f"--model_dir={finished.folder}", *flags])
+    log = finished.folder / "runs" / "TopM.size=3-seed=0" / "log.txt"
+    assert str(error.value).splitlines() == [
+        "1 of 2 experiments failed; the same command tries them again",
+        f"TopM.size=3-seed=0 failed: no teacher ({log})",
+    ]
+    with (finished.folder / "table.csv").open(encoding="utf-8") as file:
+        assert [line["system"] for line in csv.DictReader(file)] == ["control", "distill", "bm25"]
+    assert (finished.folder / "runs" / "TopM.size=16-seed=0" / "config.gin").is_file()
+    assert not list(finished.folder.rglob(".lock"))
+
+
+def once(first, then):
+    """A function that returns `first`, and from then on what `then` returns."""
+    left = [first]
+    return lambda *args, **settings: left.pop() if left else then(*args, **settings)
+
+
+def test_an_experiment_that_cannot_be_stops_a_study_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "_status", None)  # would be called for the first one
+    runner = Runner(study(axes={"TopM.size": (4, 1)}), str(tmp_path), SETTINGS)
+    with pytest.raises(cli.Mistake, match="TopM.size: got 1, expected at least 2"):
+        runner.run()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "reason"),
+    [
+        ("fine\n", 0, ""),
+        ("a\nerror: x\n(--verbose shows where)\n", 2, "x"),
+        ("Traceback\nKeyError: 1\n\n", 1, "KeyError: 1"),
+        ("", 3, "exit status 3"),
+        ("step 5\n", -9, "ended by SIGKILL"),
+    ],
+)
+def test_why_an_experiment_failed(log, status, reason):
+    assert studies._reason(log, status) == reason
+
+
+def test_what_beam_search_loses_is_kept_width_by_width(tmp_path, monkeypatch):
+    (tmp_path / "evaluate").mkdir()
+    asked = []
+
+    def measure(experiment, system, beams, split, spread):
+        for width in beams:
+            asked.append(width)
+            if width == 8:
+                raise KeyboardInterrupt
+            values = np.array([1.0 / width, 0.5])
+            yield Lost(width, values, values, values, values, np.zeros(0))
+
+    monkeypatch.setattr(limits, "measure", measure)
+    measured = lambda *beams: limits.measured(None, tmp_path, "distill", beams, "test", 0.9)
+    with pytest.raises(KeyboardInterrupt):
+        measured(1, 8)
+    four, one = measured(4, 1)
+    assert asked == [1, 8, 4] and (four.num_beams, one.num_beams) == (4, 1)
+    assert {k: v.tolist() for k, v in four.values().items()} == {
+        "passages": [0.25, 0.5], "first": [0.25, 0.5], "recall": [0.25, 0.5],
+        "exhaustive_recall": [0.25, 0.5],
+    }  # fmt: skip
+    (tmp_path / "evaluate" / "beams-distill.json").write_text("{")
+    measured(4)
+    assert asked == [1, 8, 4, 4]
 
 
 def test_a_study_of_nothing_has_no_table(tmp_path):

@@ -7,7 +7,9 @@ length, V vocabulary, P passages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,7 +24,10 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Decoder, Found, rank_passages
 from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling, prefix_starts
 
+logger = logging.getLogger(__name__)
+
 _LOGITS = 1 << 26  # of a block: 256 MB
+_SAY = 10.0  # seconds between two lines that say how far it is
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,7 +76,11 @@ def identifier_log_probs(
     size = -(-decoder.search.batch_size // shards) * shards
     identifiers = _blocks(rows, block or _block_size(decoder.config, rows.shape[1], size // shards))
     score = score_fn(decoder.config, decoder.mesh, decoder.rules)
+    said = time.monotonic()
     for start in range(0, len(tokens), size):
+        if time.monotonic() - said > _SAY:
+            said = time.monotonic()
+            logger.info("every identifier scored for %d of %d queries", start, len(tokens))
         batch = tokens[start : start + size]
         padded = np.zeros((size, tokens.shape[1]), np.int32)
         padded[: len(batch)] = batch
@@ -154,6 +163,12 @@ class Lost:
     exhaustive_recall: np.ndarray
     ceiling: np.ndarray
 
+    @classmethod
+    def of(cls, num_beams: int, values: Mapping[str, Sequence[float]]) -> Lost:
+        """The way back of `values`."""
+        names = (f.name for f in fields(cls)[1:])
+        return cls(num_beams, *(np.asarray(values.get(name, ()), np.float64) for name in names))
+
     def values(self) -> dict[str, np.ndarray]:
         """Name -> value of each query, of what there is."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self)[1:])
@@ -168,8 +183,9 @@ def recall_lost(
     k: int = 10,
     positives: Sequence[Sequence[int]] = (),
     spread: float = SPREAD,
-) -> list[Lost]:
-    """What beam search of each width loses, against the same student without a search.
+) -> Iterator[Lost]:
+    """What beam search of each width loses, against the same student without a search; one width
+    after another.
 
     tokens: queries int32 [n, Q]; positives: passage indices of each query, one or more; spread: of
     `PrefixCeiling`.
@@ -178,14 +194,16 @@ def recall_lost(
     positives of another number of queries.
     """
     _check(decoder, tokens, k, positives)
-    exact = passages(decoder, tokens)[0][:, :k]
-    ceilings = _ceilings(decoder, positives, widths, k, spread)
-    losses = []
-    for width, ceiling in zip(widths, ceilings, strict=True):
-        narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
-        found = narrow.passages(tokens)[0][:, :k]
-        losses.append(lost(width, exact, found, positives, ceiling))
-    return losses
+
+    def losses() -> Iterator[Lost]:
+        exact = passages(decoder, tokens)[0][:, :k]
+        ceilings = _ceilings(decoder, positives, widths, k, spread)
+        for width, ceiling in zip(widths, ceilings, strict=True):
+            narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
+            found = narrow.passages(tokens)[0][:, :k]
+            yield lost(width, exact, found, positives, ceiling)
+
+    return losses()
 
 
 def lost(
