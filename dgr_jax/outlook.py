@@ -1,8 +1,8 @@
 """What an experiment reads, writes and holds, stage by stage, before anything starts.
 
-Estimated from the settings and from the number of passages, of their words and of training queries;
-nothing is read but the names of the collection's files. This is about disk and index: what the
-programs need of a chip is what `dgr_jax.plan` says.
+Estimated from the settings and from the number of passages, of their words and of training queries,
+which are counted where the corpus lies. This is about disk and index: what the programs need of a
+chip is what `dgr_jax.plan` says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 from rich.table import Table
 
 from dgr_jax import display, partitioning, planning
+from dgr_jax.counting import Corpus, TAKEN, counted
 from dgr_jax.experiment import Experiment
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
@@ -26,20 +27,6 @@ _SPAN = 4 + 2 + 0.4  # bytes a token of a suffix array: position, token, branche
 _INT = 4
 
 
-class Corpus(NamedTuple):
-    """Numbers that are not in the settings."""
-
-    passages: int
-    words: float
-    queries: int
-    pseudo_queries: float
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of the text of all passages."""
-        return self.passages * self.words * TOKENS_A_WORD
-
-
 class Line(NamedTuple):
     """What a stage leaves: bytes on disk, and whether every device that searches holds it."""
 
@@ -49,7 +36,7 @@ class Line(NamedTuple):
     on_device: bool = False
 
 
-def corpus(text: str) -> Corpus:
+def given(text: str) -> Corpus:
     """'8.8e6,55,5e5,20': passages, words of each, training queries, pseudo-queries a passage.
 
     Raises ValueError for anything else.
@@ -114,8 +101,15 @@ def _identifiers(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
         yield Line("prepare", f"{rows:,.0f} pseudo-queries", table)
         yield Line("prepare", "their trie", rows * 12.0 * 1.6, on_device=True)
     if "body" in scheme.views:
-        text = corpus.tokens * _SPAN + corpus.passages * 4.0
-        yield Line("prepare", f"suffix array of {corpus.tokens:,.0f} tokens", text, on_device=True)
+        text = _tokens(corpus) * _SPAN + corpus.passages * 4.0
+        yield Line(
+            "prepare", f"suffix array of {_tokens(corpus):,.0f} tokens", text, on_device=True
+        )
+
+
+def _tokens(corpus: Corpus) -> float:
+    """Tokens of the text of all passages."""
+    return corpus.passages * corpus.words * TOKENS_A_WORD
 
 
 def _is_multiview(experiment: Experiment) -> bool:
@@ -146,7 +140,7 @@ def _examples(experiment: Experiment, corpus: Corpus) -> float:
     if sources.random_chunks:
         chunks = min(last + 1, sources.random_chunks)
     pairs = {
-        "labelled": corpus.queries,
+        "labelled": corpus.pairs,
         "passages": corpus.passages * chunks,
         "pseudo_queries": corpus.passages
         * min(corpus.pseudo_queries, sources.max_pseudo_queries or math.inf),
@@ -172,15 +166,26 @@ def _parameters(experiment: Experiment, corpus: Corpus) -> int:
     return sum(leaf.size for leaf in leaves)
 
 
-def show(experiment: Experiment, corpus: Corpus) -> None:
-    """Prints the files that the collection lacks or has, and the lines, with their sums."""
+def show(experiment: Experiment, corpus: Corpus | None) -> None:
+    """Prints the files that the collection lacks or has, and the lines, with their sums.
+
+    corpus: None: the one that lies there is counted.
+    """
     console = display.console(soft_wrap=True)
     splits = (experiment.prepare.train_split, *experiment.prepare.test_splits)
     for name, path in experiment.collection.inputs(splits).items():
         console.print(f"reads {path}" if path else f"lacks {name}")
+    origin = "as given by --corpus"
+    if corpus is None:
+        corpus, where = counted(experiment)
+        origin = f"as counted in {where}"
+        if corpus is None:
+            corpus = TAKEN
+            origin = f"those of MS MARCO, as {where}: give the collection, or --corpus"
     console.print(
         f"estimated from {corpus.passages:,} passages of {corpus.words:g} words, "
-        f"{corpus.queries:,} training queries, {corpus.pseudo_queries:g} pseudo-queries a passage"
+        f"{corpus.queries:,} training queries, {corpus.pseudo_queries:g} pseudo-queries a "
+        f"passage, {origin}"
     )
     table = Table("stage", "what", "on disk", "on the device")
     for column in table.columns[2:]:
@@ -194,7 +199,7 @@ def show(experiment: Experiment, corpus: Corpus) -> None:
     console.print(table)
     limit = (1 << 31) - 1
     scheme = experiment.prepare.identifiers
-    if _is_multiview(experiment) and "body" in scheme.views and corpus.tokens > limit:
+    if _is_multiview(experiment) and "body" in scheme.views and _tokens(corpus) > limit:
         console.print(
             f"a suffix array holds {limit:,} tokens: take Multiview.views=('title', 'query'), or "
             "fewer passages"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dgr_jax import dense_planning, display, planning
+from dgr_jax import counting, dense_planning, display, planning
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.partitioning import Mesh
@@ -28,12 +29,12 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     topology = planning.topology(args.topology)
     dense = isinstance(experiment, DenseExperiment)
     programs = _programs(args.programs, dense_planning.PROGRAMS if dense else PROGRAMS)
-    if not args.passages >= 2:
-        raise ValueError(f"--passages: got {args.passages:g}, expected 2 or more")
+    passages, origin = _passages(args.passages, experiment)
+    console.print(f"{passages:,} passages, {origin}")
     if dense:
-        _show_dense(console, args, experiment, topology, programs)
+        _show_dense(console, args, experiment, topology, programs, passages)
         return
-    sizes = planning.estimated_sizes(experiment, int(args.passages))
+    sizes = planning.estimated_sizes(experiment, passages)
     console.print(assumptions(experiment, sizes, topology))
     if args.sweep is not None:
         for name in programs:
@@ -48,16 +49,29 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
             console.print(f"{found.program} ({verdict}): {line}")
 
 
+def _passages(given: float | None, experiment: Experiment | DenseExperiment) -> tuple[int, str]:
+    """Passages of the corpus, and how they are known. Raises ValueError for fewer than two."""
+    if given is not None:
+        if not 2 <= given < math.inf:
+            raise ValueError(f"--passages: got {given:g}, expected 2 or more")
+        return int(given), "as given by --passages"
+    corpus, where = counting.counted(experiment)
+    if corpus is None:
+        return counting.TAKEN.passages, f"as many as MS MARCO has, as {where}: give --passages"
+    return max(2, corpus.passages), f"as counted in {where}"
+
+
 def _show_dense(
     console: Console,
     args: argparse.Namespace,
     experiment: DenseExperiment,
     topology: Topology,
     programs: Sequence[str],
+    passages: int,
 ) -> None:
     if args.sweep is not None:
         raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
-    passages, mesh = int(args.passages), mesh_of(args.mesh, experiment.mesh)
+    mesh = mesh_of(args.mesh, experiment.mesh)
     console.print(dense_planning.assumptions(experiment, passages, topology))
     plans = [dense_planning.plan(name, experiment, passages, topology, mesh) for name in programs]
     console.print(*(table for table in tables(plans)))

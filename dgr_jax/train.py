@@ -27,10 +27,9 @@ def command(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument(
         "--corpus",
-        default="8.8e6,55,5e5,20",
         metavar="PASSAGES,WORDS,QUERIES,PSEUDO",
-        help="for --plan: passages, words of each, training queries, pseudo-queries a passage "
-        "(default: those of MS MARCO)",
+        help="for --plan: passages, words of each, training queries, pseudo-queries a passage, as "
+        "8.8e6,55,5e5,20 (default: those of the corpus that lies there are counted)",
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
@@ -40,7 +39,7 @@ def command(argv: Sequence[str] | None) -> None:
     if args.plan:
         from dgr_jax import outlook
 
-        outlook.show(experiment, outlook.corpus(args.corpus))
+        outlook.show(experiment, outlook.given(args.corpus) if args.corpus else None)
         return
 
     from dgr_jax import pipeline, stages

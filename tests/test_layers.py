@@ -28,6 +28,7 @@ ALLOWED = {
 TOP = {
     "configurables",
     "costs",
+    "counting",
     "dense_experiment",
     "dependent",
     "dense_planning",

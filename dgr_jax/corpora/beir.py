@@ -84,15 +84,20 @@ class BeirCollection:
 
 def write_beir(
     folder: str | os.PathLike,
-    passages: Iterable[Passage],
+    passages: Iterable[Passage] | None,
     queries: Iterable[Query],
     qrels_by_split: Mapping[str, Iterable[Qrel]],
 ) -> None:
-    """Writes a BEIR folder, each file whole or not at all. Answers go to metadata.answers."""
+    """Writes a BEIR folder, each file whole or not at all. Answers go to metadata.answers.
+
+    passages: None: they are kept elsewhere, and corpus.jsonl is not written.
+    """
     folder = Path(folder)
-    with lines.writing(folder / "corpus.jsonl") as handle:
-        for passage in passages:
-            handle.write(_json({"_id": passage.pid, "title": passage.title, "text": passage.text}))
+    if passages is not None:
+        with lines.writing(folder / "corpus.jsonl") as handle:
+            for passage in passages:
+                fields = {"_id": passage.pid, "title": passage.title, "text": passage.text}
+                handle.write(_json(fields))
     with lines.writing(folder / "queries.jsonl") as handle:
         for query in queries:
             record: dict = {"_id": query.qid, "text": query.text}

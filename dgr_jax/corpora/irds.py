@@ -47,6 +47,15 @@ class IrDatasetsCollection:
             for number, path in enumerate(_own_files(name, part), start=1)
         }
 
+    def is_here(self) -> bool:
+        """Whether the passages can be read without fetching them, as far as the library tells."""
+        docs = _part(self.dataset, "docs")
+        try:
+            path = docs.docs_path(force=False)
+        except (AttributeError, TypeError):  # nothing is fetched, or the library does not tell
+            return True
+        return path is None or Path(path).exists()
+
     def passages(self) -> Iterator[Passage]:
         """All documents in the library's order."""
         return _checked(_rows(self.dataset, "docs"), _passage, self.dataset, "passage")

@@ -108,7 +108,7 @@ def read(
     qrels = {}
     for split in settings.splits:
         if (found := _judgements(collection, split, queries[split], split in train)) is None:
-            beir.write_beir(folder / UNJUDGED / split, (), queries[split].values(), {})
+            beir.write_beir(folder / UNJUDGED / split, None, queries[split].values(), {})
             continue
         where = f"qrels of split {split!r}"
         qrels[split] = checks.check_qrels(found, queries[split], passages, where=where).kept
@@ -121,7 +121,7 @@ def read(
                 f"more ({type(settings).__name__}.min_relevance)"
             )
     judged = {q.qid: q for split in qrels for q in queries[split].values()}
-    beir.write_beir(folder / "collection", (), judged.values(), qrels)
+    beir.write_beir(folder / "collection", None, judged.values(), qrels)
     learned = {q.qid: q.text for split in train for q in queries[split].values()}
     with _part("vocabulary"):
         texts = itertools.chain((p.contents for p in passages), learned.values())
