@@ -1,8 +1,8 @@
 """What a dense retriever needs of a machine that is not here; see `planning`.
 
 Two programs: 'dense', a step of training with its lists; 'search', a batch of query vectors against
-those of all passages. Encoding the passages, once, and the queries is not among them. A product in
-float32 counts as the six of bfloat16 that TPUs make of it.
+those of all passages. Encoding the passages, once, and the queries is not among them. Products of a
+search in float32 are exact, see `planning.PRODUCTS`.
 """
 
 from __future__ import annotations
@@ -113,10 +113,11 @@ def _search(
         mesh=dict(mesh.shape),
         topology=topology,
         parts={**parts, "temporaries": 2 * scores},
-        flops=2.0 * queries * rows * dim * (6 if settings.storage == "float32" else 1),
+        flops=2.0 * queries * rows * dim,
         moved=held + 2 * scores * index.chunks,
         sent={"all-gather": 8.0 * queries * k * (chips - 1)} if chips > 1 else {},
         queries=queries,
+        products="exact float32" if settings.storage == "float32" else "bfloat16",
     )
 
     def lower() -> Any:

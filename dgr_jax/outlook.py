@@ -66,7 +66,7 @@ def lines(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     yield Line("generate", f"{kept} checkpoints", kept * weights * 1.01)
     yield Line("generate", "parameters", weights, on_device=True)
     depth, many = experiment.candidates.search.depth, _is_multiview(experiment)
-    asked = experiment.candidates.max_queries or corpus.queries
+    asked = _asked(experiment, corpus)
     yield Line("candidates", f"{depth} passages of {asked:,} queries", asked * depth * 8.0)
     if many:
         keys = experiment.candidates.keys
@@ -80,7 +80,8 @@ def lines(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     names = experiment.candidates.keys if many else 1
     size = lists * width * names * _INT * (length + (7 if many else 1))
     yield Line("teach", f"{lists:,} rank lists of {width}", size)
-    yield Line("distill", f"{experiment.distill.keep_checkpoints} checkpoints", kept * weights)
+    kept = experiment.distill.keep_checkpoints
+    yield Line("distill", f"{kept} checkpoints", kept * weights * 1.01)
 
 
 def _identifiers(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
@@ -131,24 +132,37 @@ def _length(experiment: Experiment, corpus: Corpus) -> int:
     return max(2, math.ceil(math.log10(corpus.passages)) + 1)
 
 
+def _asked(experiment: Experiment, corpus: Corpus) -> int:
+    """Texts that the student retrieves candidates for."""
+    settings, texts = experiment.candidates, _texts(experiment, corpus)
+    texts["labelled"] = corpus.queries
+    most = settings.max_queries or math.inf
+    return round(sum(min(most, texts[source]) for source in settings.sources))
+
+
 def _examples(experiment: Experiment, corpus: Corpus) -> float:
     """Examples of all sources."""
-    sources, mixture = experiment.prepare.sources, experiment.prepare.mixture
+    texts, of_each = _texts(experiment, corpus), 1
+    if _is_multiview(experiment):
+        mixture = experiment.prepare.mixture
+        of_each = sum(mixture.of(view) for view in experiment.prepare.identifiers.views)
+    return sum(texts[name] for name in experiment.prepare.sources.rates()) * of_each
+
+
+def _texts(experiment: Experiment, corpus: Corpus) -> dict[str, float]:
+    """Pairs of a text and a passage, by source."""
+    sources = experiment.prepare.sources
     step = max(1, sources.chunk_words // 2)
     last = max(0.0, corpus.words - sources.chunk_words)
     chunks = min(math.ceil(last / step) + 1, sources.max_chunks or math.inf)
     if sources.random_chunks:
         chunks = min(last + 1, sources.random_chunks)
-    pairs = {
+    return {
         "labelled": corpus.pairs,
         "passages": corpus.passages * chunks,
         "pseudo_queries": corpus.passages
         * min(corpus.pseudo_queries, sources.max_pseudo_queries or math.inf),
     }
-    of_each = 1
-    if _is_multiview(experiment):
-        of_each = sum(mixture.of(view) for view in experiment.prepare.identifiers.views)
-    return sum(pairs[name] for name in sources.rates()) * of_each
 
 
 def _parameters(experiment: Experiment, corpus: Corpus) -> int:

@@ -158,6 +158,8 @@ def _work(plans: Sequence[Plan]) -> Table:
 
 def _time(plans: Sequence[Plan]) -> Table:
     table = _table("time at best", plans)
+    table.add_row("products in", *(_peak(found)[1] for found in plans))
+    table.add_row("FLOP/s at best", *(_number(_peak(found)[0]) for found in plans))
     for name in ("compute", "memory", "network"):
         table.add_row(f"bound by {name}", *(_seconds(found.times[name]) for found in plans))
     table.add_row("queries a step", *(f"{found.queries:,}" for found in plans))
@@ -169,6 +171,10 @@ def _time(plans: Sequence[Plan]) -> Table:
     if any(found.seconds for found in plans):
         table.add_row("compiled in", *(_seconds(found.seconds) for found in plans))
     return table
+
+
+def _peak(found: Plan) -> tuple[float, str]:
+    return found.topology.chip.peak(found.products)
 
 
 def _sweep(
@@ -235,6 +241,7 @@ def as_dict(found: Plan) -> Mapping[str, object]:
         "flops": found.flops,
         "moved": found.moved,
         "sent": dict(found.sent),
+        "products": found.products,
         "seconds": found.times,
         "queries_per_second": found.queries_per_second,
         "source": found.source,

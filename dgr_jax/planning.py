@@ -46,7 +46,8 @@ GIB = 1 << 30
 @dataclass(frozen=True)
 class Chip:
     """Of one chip, from its maker: bytes of memory, bf16 FLOP/s, bytes/s of memory, and bytes/s
-    that it can send to others; far_network: to chips outside of its host of `near` chips."""
+    that it can send to others; far_network: to chips outside of its host of `near` chips. tf32,
+    fp32: FLOP/s of GPUs in these; TPUs have neither, and 0."""
 
     memory: float
     flops: float
@@ -55,17 +56,40 @@ class Chip:
     dimensions: int = 1
     near: int = 0
     far_network: float = 0.0
+    tf32: float = 0.0
+    fp32: float = 0.0
+
+    def peak(self, products: str) -> tuple[float, str]:
+        """FLOP/s of products of matrices, one of PRODUCTS, and how the chip makes them.
+
+        As JAX does (`jax.lax.Precision`): float32 by default is one pass of bfloat16 on TPUs and
+        TF32 on these GPUs; exact float32 is six passes on TPUs and no work of GPUs' tensor cores.
+        """
+        if products == "bfloat16":
+            return self.flops, "bfloat16"
+        if products == "float32":
+            return (self.tf32, "TF32") if self.tf32 else (self.flops, "one bfloat16 pass")
+        return (self.fp32, "float32") if self.fp32 else (self.flops / 6, "six bfloat16 passes")
+
+
+# Products of matrices of bfloat16; of float32, at the precision that JAX takes by default; and of
+# float32 at the highest.
+PRODUCTS = ("bfloat16", "float32", "exact float32")
 
 
 # cloud.google.com/tpu/docs (interconnect: all links of a chip, one way) and NVIDIA's data sheets
-# (SXM, dense; NVLink one way in a host of 8, InfiniBand of 400 and 200 Gbit/s beyond).
+# (SXM, without sparsity; NVLink one way in a host of 8, InfiniBand of 400 and 200 Gbit/s beyond).
 CHIPS = {
     "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, dimensions=3),
     "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, dimensions=2),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, dimensions=3),
     "v6e": Chip(32 * GIB, 918e12, 1640e9, 400e9, dimensions=2),
-    "h100": Chip(80 * GIB, 989e12, 3350e9, 450e9, near=8, far_network=50e9),
-    "a100": Chip(80 * GIB, 312e12, 2039e9, 300e9, near=8, far_network=25e9),
+    "h100": Chip(
+        80 * GIB, 989e12, 3350e9, 450e9, near=8, far_network=50e9, tf32=494e12, fp32=67e12
+    ),
+    "a100": Chip(
+        80 * GIB, 312e12, 2039e9, 300e9, near=8, far_network=25e9, tf32=156e12, fp32=19.5e12
+    ),
 }
 
 
@@ -453,8 +477,9 @@ def _search(
 class Plan:
     """One program on one mesh, a chip's share of it.
 
-    parts: bytes by name, `temporaries` included. sent: bytes by collective. source: 'compiled',
-    'formula', or what the compiler said when it did not fit.
+    parts: bytes by name, `temporaries` included. sent: bytes by collective. products: what most of
+    the FLOPs are, one of PRODUCTS. source: 'compiled', 'formula', or what the compiler said when it
+    did not fit.
     """
 
     program: str
@@ -465,6 +490,7 @@ class Plan:
     moved: float
     sent: Mapping[str, float]
     queries: int
+    products: str = "bfloat16"
     source: str = "formula"
     seconds: float = 0.0
 
@@ -483,7 +509,7 @@ class Plan:
         far = chip.near and self.topology.size > chip.near
         network = chip.far_network if far else chip.network
         return {
-            "compute": self.flops / chip.flops,
+            "compute": self.flops / chip.peak(self.products)[0],
             "memory": self.moved / chip.bandwidth,
             "network": sum(self.sent.values()) / network,
         }
@@ -550,6 +576,7 @@ def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> 
         moved=_moved(config, made, temporaries, runs),
         sent=_sent(config, made, axes, tokens, runs),
         queries=work.queries,
+        products=config.dtype,
     )
 
 

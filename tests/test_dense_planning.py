@@ -44,7 +44,9 @@ def test_vectors_of_a_large_corpus_on_one_gpu():
     small, _ = search("--gin.ExactSearch.storage=int8", raised)
     assert small.parts["vectors"] == pytest.approx(8.8e6 * (768 + 4), rel=0.01)
     exact, _ = search("--gin.ExactSearch.max_device_bytes=34359738368")
-    assert exact.flops == pytest.approx(6 * resident.flops, rel=0.01)
+    assert exact.flops == pytest.approx(resident.flops, rel=0.01)
+    slower = exact.times["compute"] / resident.times["compute"]
+    assert slower == pytest.approx(989 / 67, rel=0.01)  # no tensor core computes float32 exactly
 
 
 def test_vectors_that_do_not_fit():

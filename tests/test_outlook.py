@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from dgr_jax import cli, costs, outlook, planning, train
+from dgr_jax.corpora.beir import write_beir
+from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.counting import Corpus, TAKEN, counted
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
-from dgr_jax.outlook import Corpus
 from dgr_jax.retrieval.generative import Retriever
 from dgr_jax.stages.prepare import Prepared
 
@@ -28,7 +32,12 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     words = np.mean([len(passage.contents.split()) for passage in made.store])
     sentences = sum(1 for p in made.store for _ in experiment.prepare.sources.sentences(p))
     pairs = sum(grade >= 2 for row in made.qrels("train").values() for grade in row.values())
-    corpus = Corpus(len(made.store), words, pairs, sentences / len(made.store))
+    corpus, where = counted(experiment)
+    assert where == str(tiny_model_dir / "prepare")
+    asked = len({qid for qid, row in made.qrels("train").items() if 2 in row.values()})
+    assert corpus == Corpus(
+        len(made.store), round(words, 1), asked, round(sentences / len(made.store), 1), pairs
+    )
     told = {line.what: line.size for line in outlook.lines(experiment, corpus)}
     prepared = tiny_model_dir / "prepare"
     (examples,) = (what for what in told if "examples" in what)
@@ -72,8 +81,79 @@ def test_a_plan_starts_nothing(name, capsys, tmp_path, monkeypatch):
     train.command([f"--gin_file={name}", "--plan", "--model_dir=m", "--corpus=21e6,100,6e4,5"])
     said = capsys.readouterr().out
     assert "estimated from 21,000,000 passages of 100 words" in said and "together" in said
+    assert "as given by --corpus" in said
     assert ("a suffix array holds 2,147,483,647 tokens" in said) == (name == "msmarco_dgr.gin")
     assert not list(tmp_path.iterdir())
     for wrong in ("1,2,3", "0,1,1,1", "a,b,c,d"):
         with pytest.raises(ValueError, match="--corpus: got .* expected PASSAGES,WORDS"):
             train.command([f"--gin_file={name}", "--plan", f"--corpus={wrong}"])
+
+
+@pytest.fixture
+def collection(tmp_path):
+    """Three passages of 4, 6 and 8 words with their titles, and two training queries."""
+    texts = ("one two three.", "one two three four five.", "One two three four. A b c.")
+    passages = [Passage(f"p{i}", text, "title") for i, text in enumerate(texts)]
+    queries = [Query("a", "x"), Query("b", "y")]
+    qrels = [Qrel("a", "p0", 1), Qrel("b", "p1", 1), Qrel("b", "p2", 1), Qrel("b", "p0", 0)]
+    write_beir(tmp_path / "data", passages, queries, {"train": qrels, "test": qrels[:1]})
+    return tmp_path / "data"
+
+
+def load(*flags):
+    args, bindings = cli.parse(cli.parser("train", ""), ["--model_dir=m", *flags])
+    return cli.load_experiment(args, bindings, keep=False)
+
+
+def test_what_lies_there_is_counted(collection, tmp_path):
+    beir = ("--gin_file=beir.gin", f"--data_dir={collection}", "--gin.Sources.min_sentence_words=3")
+    assert counted(load(*beir)) == (Corpus(3, 6.0, 2, 1.3, 3), "BeirCollection")
+    assert load(*beir).generate.steps and counted(load("--gin_file=beir.gin")) == (
+        None, "the collection lacks corpus.jsonl, queries.jsonl",
+    )  # fmt: skip
+    file = tmp_path / "queries.tsv"
+    file.write_text("".join(f"p0\tq{i}\n" for i in range(6)))
+    assert counted(load(*beir, f"--gin.Sources.pseudo_query_path={file}"))[0].pseudo_queries == 2
+    part = ("--gin.COLLECTION=@Subset()", "--gin.Subset.collection=@BeirCollection()")
+    assert counted(load(*beir, *part, "--gin.Subset.size=2"))[0].passages == 2
+    for lost in ("qrels/train.tsv", "corpus.jsonl"):
+        (collection / lost).unlink()
+        corpus, why = counted(load(*beir))
+        assert (corpus and corpus.queries) == (0 if "qrels" in lost else None)
+    assert why == "the collection lacks corpus.jsonl"
+
+
+def test_a_plan_counts_the_embedded_collection(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+    train.command(["--gin_file=quickstart.gin", "--plan"])
+    said = capsys.readouterr().out
+    assert "estimated from 240 passages of 81.8 words, 1,440 training queries" in said
+    assert "as counted in QuickstartCollection" in said and "MB │" in said and "GB" not in said
+    train.command(["--gin_file=beir.gin", "--plan"])
+    said = capsys.readouterr().out
+    assert f"estimated from {TAKEN.passages:,} passages" in said
+    assert "those of MS MARCO, as the collection lacks corpus.jsonl, queries.jsonl" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_plans_fetch_nothing(monkeypatch, tmp_path):
+    """ir_datasets says where the documents would lie, and whether they do."""
+    there = tmp_path / "docs"
+    docs = [SimpleNamespace(doc_id="1", text="a b", title="")]
+    asked = [SimpleNamespace(query_id="q", text="a")]
+    judged = [SimpleNamespace(query_id="q", doc_id="1", relevance=1)]
+    data = SimpleNamespace(
+        has_docs=lambda: True, docs_iter=lambda: iter(docs),
+        docs_path=lambda force: there if not force else pytest.fail("fetched"),
+        has_queries=lambda: True, queries_iter=lambda: iter(asked),
+        has_qrels=lambda: True, qrels_iter=lambda: iter(judged),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ir_datasets", SimpleNamespace(load=lambda name: data))
+    flags = ("--gin_file=beir.gin", "--gin.COLLECTION=@IrDatasetsCollection()",
+             "--gin.IrDatasetsCollection.dataset=some/set")  # fmt: skip
+    assert counted(load(*flags)) == (None, "the library has not fetched some/set yet")
+    there.touch()
+    assert counted(load(*flags))[0] == Corpus(1, 2.0, 1, 0.0, 1)
+    del data.docs_path
+    assert counted(load(*flags))[0].passages == 1

@@ -205,6 +205,28 @@ def test_bounds():
     assert (near.times["network"], far.times["network"]) == (1.0, 9.0)
 
 
+def test_the_peak_is_that_of_the_products():
+    """On TPUs JAX multiplies float32 in one bfloat16 pass by default, on GPUs in TF32."""
+    made = {dtype: experiment(f"--gin.T5Config.dtype={dtype}") for dtype in ("float32", "bfloat16")}
+    for name, ratio in (("h100:8", 989 / 494), ("a100:8", 312 / 156), ("v5p:2x2x2", 1.0)):
+        slow, fast = (
+            planning.plan("generate", one, planning.estimated_sizes(one, 1000),
+                          planning.topology(name), Mesh(data=8), compile=False)
+            for one in made.values()
+        )  # fmt: skip
+        assert slow.flops == fast.flops and [slow.products, fast.products] == list(made)
+        assert slow.times["compute"] / fast.times["compute"] == pytest.approx(ratio)
+    peaks = {
+        name: [planning.CHIPS[name].peak(kind) for kind in planning.PRODUCTS]
+        for name in ("v5e", "h100")
+    }
+    assert peaks == {
+        "v5e": [(197e12, "bfloat16"), (197e12, "one bfloat16 pass"),
+                (197e12 / 6, "six bfloat16 passes")],
+        "h100": [(989e12, "bfloat16"), (494e12, "TF32"), (67e12, "float32")],
+    }  # fmt: skip
+
+
 def test_what_to_change():
     assert not _plan().fits
     assert planning.advice(_plan(), experiment()) == [
@@ -228,6 +250,22 @@ def test_the_command_plans_gpus_by_formula(capsys, tmp_path, monkeypatch):
     assert "estimated: 8,800,000 passages, vocabulary of 34,176, identifiers of 8 tokens" in out
     for line in ("parameters", "optimizer", "trie", "temporaries", "bound by network", "queries/s"):
         assert line in out
+    assert "8,800,000 passages, as many as MS MARCO has, as the collection lacks" in out
+    assert out.count("bfloat16  bfloat16  bfloat16") == 1
+    assert "989.00 T" in out.partition("FLOP/s at best")[2].split("\n")[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_passages_of_a_corpus_that_is_at_hand_are_counted(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan.command(["--gin_file=quickstart.gin", "--topology=h100:1", "--programs=decode"])
+    out = capsys.readouterr().out
+    assert "240 passages, as counted in QuickstartCollection" in out and "TF32" in out
+    plan.command(["--gin_file=quickstart_dense.gin", "--topology=h100:1", "--programs=search",
+                  "--passages=1000"])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "1,000 passages, as given by --passages" in out
+    assert "products in" in out and "float32" in out.partition("products in")[2].split("\n")[0]
     assert list(tmp_path.iterdir()) == []
 
 
