@@ -212,12 +212,23 @@ class _Planned(NamedTuple):
 
 
 class Runner:
-    """A study and where it is written; `bindings` are over those of the study."""
+    """A study and where it is written.
+
+    bindings: over those of the study. fill: folders and files that are not given are taken for
+    given, where nothing is run.
+    """
 
     def __init__(
-        self, study: Study, model_dir: str, bindings: Sequence[str] = (), search_paths: str = ""
+        self,
+        study: Study,
+        model_dir: str,
+        bindings: Sequence[str] = (),
+        search_paths: str = "",
+        *,
+        fill: bool = False,
     ) -> None:
         self.study, self.folder = study, Path(model_dir)
+        self._fill = fill
         self._experiments: dict[Path, Experiment] = {}
         self._given = tuple(f"--gin.{b.replace(' = ', '=', 1)}" for b in bindings)
         self._paths = (f"--gin_search_paths={search_paths}",) if search_paths else ()
@@ -254,7 +265,7 @@ class Runner:
         """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         args, bindings = cli.parse(cli.parser("train", ""), flags)
-        made = cli.load_experiment(args, bindings, keep=keep, fill=False)
+        made = cli.load_experiment(args, bindings, keep=keep, fill=self._fill)
         if not {"bm25", *made.systems} & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {_shown(run.labels)}, expected some of "

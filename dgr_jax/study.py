@@ -30,7 +30,8 @@ def command(argv: Sequence[str] | None) -> None:
 
     others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
     interrupts.goes_on("the study")
-    runner = studies.Runner(study, args.model_dir, others, args.gin_search_paths)
+    paths, fill = args.gin_search_paths, args.dry_run
+    runner = studies.Runner(study, args.model_dir, others, paths, fill=fill)
     if args.dry_run:
         runner.show_plan()
         return

@@ -226,3 +226,15 @@ def test_other_encodings_are_refused(folder, encoding):
     (folder / "corpus.jsonl").write_bytes('{"_id": "a", "text": "t"}\n'.encode(encoding))
     with pytest.raises(ValueError, match="corpus.jsonl, line 1: found .*; expected"):
         list(beir.BeirCollection(str(folder)).passages())
+
+
+def test_passages_that_are_kept_elsewhere_leave_no_empty_file(tmp_path):
+    """Folders of older versions have one: it is not read for queries and judgements."""
+    queries, qrels = [Query("q", "who")], {"test": [Qrel("q", "p", 1)]}
+    beir.write_beir(tmp_path / "new", None, queries, qrels)
+    beir.write_beir(tmp_path / "old", (), queries, qrels)
+    assert not (tmp_path / "new" / "corpus.jsonl").exists()
+    for name in ("new", "old"):
+        collection = beir.BeirCollection(str(tmp_path / name))
+        assert list(collection.queries("test")) == queries
+        assert list(collection.qrels("test")) == qrels["test"]

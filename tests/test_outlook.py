@@ -40,6 +40,7 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     )
     told = {line.what: line.size for line in outlook.lines(experiment, corpus)}
     prepared = tiny_model_dir / "prepare"
+    assert not (prepared / "collection" / "corpus.jsonl").exists()  # it would be empty
     (examples,) = (what for what in told if "examples" in what)
     assert 0.5 < told["passages"] / size_of(prepared / "passages") < 2
     assert 0.5 < told["identifiers"] / size_of(prepared / "identifiers") < 2

@@ -467,6 +467,8 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "generate ? PFLOP ?" in said[0] and "distill ? PFLOP ?" in said[1]
     assert said[-1].startswith("not among them: the PFLOP of 22 training stages, whose identifiers")
+    study_command.command(["--gin_file=studies/dgr_teachers_cpu.gin", *asked[:2]])
+    assert "6 experiments; " in capsys.readouterr().out  # without the files that it needs
     assert not list(tmp_path.iterdir())
 
 
