@@ -105,6 +105,19 @@ class Training:
         """Generation examples a step."""
         return self.batch_size or self.list_batch_size
 
+    def check_shards(self, stage: str, shards: int) -> None:
+        """Raises ValueError where the data shards cannot share the batches of a stage."""
+        sizes = {"batch_size": self.batch_size}
+        if stage == "distill" or not self.batch_size:
+            sizes["list_batch_size"] = self.list_batch_size
+        for name, size in sizes.items():
+            if size % (self.microbatches * shards):
+                raise ValueError(
+                    f"{stage}: got Training.{name}={size}, expected a multiple of "
+                    f"{self.microbatches * shards}, Training.microbatches x the data shards of the "
+                    "mesh; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
+                )
+
     def check_batches(self, name: str, *sizes: str) -> None:
         """Raises ValueError where one of these batch sizes cannot be cut into the microbatches, or
         is 0 and alone. name: of these settings in gin, such as 'generate/Training'."""

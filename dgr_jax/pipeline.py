@@ -16,13 +16,25 @@ import hashlib
 import logging
 import os
 import re
+import math
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import evaluation, interrupts, kept, processes, shipped, versions, writer_lock
+import jax
+
+from dgr_jax import (
+    evaluation,
+    interrupts,
+    kept,
+    partitioning,
+    processes,
+    shipped,
+    versions,
+    writer_lock,
+)
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
 from dgr_jax.experiment import Experiment, stage_settings
@@ -68,6 +80,9 @@ def run(
         if processes.first():
             for stage in wanted:
                 _check(experiment, stage, settings[stage], named)
+            _check_devices(
+                experiment, [s for s in wanted if not _is_made(experiment, s, settings[s])]
+            )
             _say_other_versions(experiment, settings)
         for stage in experiment.stages:
             if stage in wanted:
@@ -208,6 +223,17 @@ def _check_measures(experiment: Experiment) -> None:
     settings = experiment.evaluate
     evaluation.check(settings.measures, min_relevance=settings.min_relevance)
     _check_answers(experiment)
+
+
+def _check_devices(experiment: Experiment, stages: Iterable[str]) -> None:
+    """Raises ValueError where the devices that are here cannot share the batches of stages."""
+    systems = getattr(experiment, "systems", ())
+    trained = {k: v for system in systems for k, v in experiment.training(system).items()}
+    for stage in stages:
+        if stage in trained:
+            mesh = partitioning.mesh_sizes(experiment.mesh, jax.device_count())
+            shards = math.prod(mesh[axis] for axis in partitioning.BATCH_AXES)
+            trained[stage].check_shards(stage, shards)
 
 
 def _check_answers(experiment: Experiment) -> None:

@@ -26,6 +26,7 @@ from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiment import STAGES
 from dgr_jax.identifiers.embeddings import FromFile
 from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.teacher import RunTeacher, VectorTeacher
 from dgr_jax.settings import fingerprint
 from tests import test_experiment
@@ -264,6 +265,30 @@ def test_an_unknown_stage(made):
     with pytest.raises(ValueError, match="unknown stage 'genrate', expected one of .*'generate'"):
         made.run("genrate")
     assert not made.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("generate.batch_size", 12, "generate: got Training.batch_size=12, expected a multiple of"),
+        ("distill.list_batch_size", 6, "distill: got Training.list_batch_size=6, expected a mult"),
+        ("distill.microbatches", 4, "distill: got Training.list_batch_size=16, expected .* of 32"),
+        ("mesh", Mesh(data=3), "mesh: got Mesh.data=3, .* expected a product of 8, the number of"),
+    ],
+)
+def test_batches_that_devices_cannot_share_are_refused_before_work_starts(
+    made, path, value, message
+):
+    made.set(path, value)
+    with pytest.raises(ValueError, match=message):
+        made.run()
+    assert made.run("prepare") == ["prepare"]  # other devices may train
+
+
+def test_finished_stages_ask_for_no_devices(made):
+    made.run()
+    made.set("mesh", Mesh(data=3))
+    assert made.run() == []
 
 
 def test_control_can_be_left_out(made):
