@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dgr_jax import configurables, ranges
+from dgr_jax import cli, configurables, ranges
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.losses import contrastive, ranking
 from dgr_jax.studies import Study
@@ -116,3 +116,28 @@ def test_words_of_ranges():
 def test_numbers_of_a_study_are_checked(name, values):
     with pytest.raises(ValueError, match=rf"^Study\.{name}: got .*, expected "):
         Study(gin_files=("a.gin",), **{name: values})
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("distill/Training.steps=-1", "Training.steps: got -1, expected at least 0"),
+        ("SEED=-1", "Prepare.seed: got -1, expected 0 to 4,294,967,295"),
+        ("LEARNING_RATE=0", "Linear.peak: got 0.0, expected above 0"),
+        ("Training.checkpoint_every=0", "Training.checkpoint_every: got 0, expected at least 1"),
+        ("T5Config.dropout_rate=1", "T5Config.dropout_rate: got 1.0, expected at least 0, below 1"),
+        ("Generation.label_smoothing=1e999", "Generation.label_smoothing: got inf, expected at"),
+        ("ranknet.temperature=0", "ranknet.temperature: got 0.0, expected above 0"),
+        ("KMeansTree.branching=1", None),  # no part of this experiment
+        ("Training.microbatches=5", "generate/Training.microbatches: got 5, expected a number th"),
+    ],
+)
+def test_the_command_line_names_the_setting(binding, message):
+    flags = ("--gin_file=quickstart.gin", "--model_dir=m", f"--gin.{binding}")
+    load = lambda: cli.load_experiment(*cli.parse(cli.parser("train", ""), flags), keep=False)
+    if message is None:
+        load()
+        return
+    with pytest.raises(cli.Mistake) as error:
+        load()
+    assert str(error.value).startswith(message)
