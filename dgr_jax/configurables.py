@@ -29,7 +29,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 
 @functools.cache
 def _components() -> tuple[type, ...]:
-    from dgr_jax import dense_experiment, experiment, partitioning, query_generator, studies
+    from dgr_jax import dense_experiment, experiment, partitioning, query_generator, study_grid
     from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
@@ -66,7 +66,7 @@ def _components() -> tuple[type, ...]:
         dense_experiment.DenseExperiment, dense_experiment.DensePrepare, dense_experiment.Lists,
         dense_experiment.Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,
         dense.DenseSearch, exact_search.ExactSearch,
-        query_generator.PseudoQueries, query_generator.Pairs, sampling.Sampling, studies.Study,
+        query_generator.PseudoQueries, query_generator.Pairs, sampling.Sampling, study_grid.Study,
     )  # fmt: skip
 
 

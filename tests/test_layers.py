@@ -16,7 +16,7 @@ L0 = {"corpora", "losses"}
 ALONE = {"decoding", "models", "partitioning", "checkpoints", "processes", "records"}
 ALLOWED = {
     **{room: set() for room in L0 | ALONE},
-    **{room: set() for room in ("settings", "shipped", "versions", "writer_lock")},
+    **{room: set() for room in ("settings", "shipped", "versions", "writer_lock", "dependent")},
     "records": {"settings", "writer_lock"},
     "identifiers": {"corpora"},
     "data": {"corpora"},
@@ -30,7 +30,6 @@ TOP = {
     "costs",
     "counting",
     "dense_experiment",
-    "dependent",
     "dense_planning",
     "experiment",
     "query_generator",
@@ -52,6 +51,7 @@ TOP = {
     "planning",
     "studies",
     "study",
+    "study_grid",
     "study_rows",
     "t5x_adapter",
 }

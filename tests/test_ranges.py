@@ -10,7 +10,7 @@ import pytest
 from dgr_jax import cli, configurables, ranges
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.losses import contrastive, ranking
-from dgr_jax.studies import Study
+from dgr_jax.study_grid import Study
 
 # What the required settings of a component may be, where a number is tried in another one.
 GIVEN = {

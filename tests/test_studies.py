@@ -20,7 +20,8 @@ from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
 from dgr_jax.retrieval.exhaustive import Lost
-from dgr_jax.studies import Runner, Study
+from dgr_jax.studies import Runner
+from dgr_jax.study_grid import Study
 from dgr_jax.study_rows import Row, check_fair, interval, markdown
 from tests.conftest import TINY
 from tests.test_dependent import is_running
