@@ -14,7 +14,6 @@ from dgr_jax import pipeline, records
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
-from dgr_jax.data.examples import Sources
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment
 from dgr_jax.stages.prepare import Prepared
@@ -55,6 +54,7 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, st
         judged = (
             (qid, grade)
             for split in _train_splits(experiment)
+            if (made.folder / "collection" / "qrels" / f"{split}.tsv").is_file()
             for qid, grades in made.qrels(split).items()
             for grade in grades.values()
         )
@@ -109,7 +109,10 @@ def _corpus(
             sentences += sum(1 for _ in sources.sentences(passage))
     number = number or last
     positives = [qid for qid, grade in judged if grade >= experiment.prepare.min_relevance]
-    written = _lines(sources) / number if sources.pseudo_query_path else sentences / seen
+    written = sentences / seen
+    if sources.pseudo_query_path:
+        file = lines.place(sources.pseudo_query_path)
+        written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
     return Corpus(
         number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
     )
@@ -129,7 +132,5 @@ def _every(passages: Iterable[Passage]) -> Iterator[tuple[int, Passage]]:
         yield number, passage
 
 
-def _lines(sources: Sources) -> int:
-    """Pseudo-queries of a file; 0 where it is missing."""
-    path = lines.place(sources.pseudo_query_path)
-    return sum(count for *_, count in lines.places(path, _LINES)) if path.is_file() else 0
+def _lines(path: Path) -> int:
+    return sum(count for *_, count in lines.places(path, _LINES))

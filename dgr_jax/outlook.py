@@ -16,7 +16,8 @@ from rich.table import Table
 
 from dgr_jax import display, partitioning, planning
 from dgr_jax.counting import Corpus, TAKEN, counted
-from dgr_jax.experiment import Experiment
+from dgr_jax.experiment import Experiment, paths
+from dgr_jax.corpora.lines import place
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -189,6 +190,10 @@ def show(experiment: Experiment, corpus: Corpus | None) -> None:
     splits = (experiment.prepare.train_split, *experiment.prepare.test_splits)
     for name, path in experiment.collection.inputs(splits).items():
         console.print(f"reads {path}" if path else f"lacks {name}")
+    for settings in (experiment.prepare, experiment.teach):
+        for name, path in paths(settings).items():
+            is_there = place(path).is_file()
+            console.print(f"reads {path}" if is_there else f"lacks {name}")
     origin = "as given by --corpus"
     if corpus is None:
         corpus, where = counted(experiment)

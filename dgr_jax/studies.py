@@ -202,19 +202,26 @@ class Runner:
 
     def _state(self, run: Run) -> dict[str, tuple[bool, Path]]:
         """stage -> (whether it is done, where it is kept)."""
-        kept = {}
+        state = {}
         for stage, settings in pipeline.settings_of(self.experiment(run)).items():
-            folder = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
-            kept[stage] = records.is_done(folder, settings), folder
-        return kept
+            kept = self._kept(stage, settings)
+            state[stage] = records.is_done(kept, settings), kept
+        return state
+
+    def _kept(self, stage: str, settings: Any) -> Path:
+        """Where a stage is kept, which an older version may have named by fewer settings."""
+        stages = self.folder / "stages"
+        kept = stages / f"{stage}-{fingerprint(settings)}"
+        older = () if kept.exists() else sorted(stages.glob(f"{stage}-*"))
+        return next((o for o in older if records.is_done(o, settings)), kept)
 
     def _link(self, run: Run) -> None:
         """Links the stages of a run to where they are kept, and makes its folder a MODEL_DIR."""
         for stage, settings in pipeline.settings_of(self.experiment(run)).items():
-            mark = fingerprint(settings)
-            kept, link = self.folder / "stages" / f"{stage}-{mark}", run.folder / stage
+            kept, link = self._kept(stage, settings), run.folder / stage
             if not kept.exists():
                 kept.mkdir(parents=True)
+                mark = fingerprint(settings)
                 records.write_record(kept, status="running", fingerprint=mark, settings=settings)
             link.parent.mkdir(parents=True, exist_ok=True)
             target = os.path.relpath(kept, run.folder)
@@ -267,7 +274,7 @@ class Runner:
                 name for system in experiment.systems for name in experiment.training(system)
             }
             for stage, settings in pipeline.settings_of(experiment).items():
-                kept = self.folder / "stages" / f"{stage}-{fingerprint(settings)}"
+                kept = self._kept(stage, settings)
                 if kept not in seen:
                     seen.add(kept)
                     done = records.is_done(kept, settings)

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from dgr_jax import experiment as experiments
+from dgr_jax import configurables
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.data.examples import Sources
@@ -272,3 +273,11 @@ def test_candidates_of_a_source_that_is_not_prepared():
         dataclasses.replace(
             BASE, prepare=unused, candidates=Candidates(Search(), sources=("labelled", "passages"))
         )
+
+
+def test_defaults_that_fingerprints_are_compared_with_are_plain_values():
+    """What gin makes anew each time, such as a loss, equals nothing: it would always differ."""
+    for component in configurables._components():
+        for field in dataclasses.fields(component):
+            if field.metadata.get("fingerprint") == "unless default":
+                assert isinstance(field.default, (bool, int, float, str, tuple)), field

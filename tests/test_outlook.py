@@ -106,15 +106,18 @@ def load(*flags):
     return cli.load_experiment(args, bindings, keep=False)
 
 
-def test_what_lies_there_is_counted(collection, tmp_path):
+def test_what_lies_there_is_counted(collection, tmp_path, capsys):
     beir = ("--gin_file=beir.gin", f"--data_dir={collection}", "--gin.Sources.min_sentence_words=3")
     assert counted(load(*beir)) == (Corpus(3, 6.0, 2, 1.3, 3), "BeirCollection")
-    assert load(*beir).generate.steps and counted(load("--gin_file=beir.gin")) == (
-        None, "the collection lacks corpus.jsonl, queries.jsonl",
-    )  # fmt: skip
+    nothing = counted(load("--gin_file=beir.gin"))
+    assert nothing == (None, "the collection lacks corpus.jsonl, queries.jsonl")
     file = tmp_path / "queries.tsv"
     file.write_text("".join(f"p0\tq{i}\n" for i in range(6)))
     assert counted(load(*beir, f"--gin.Sources.pseudo_query_path={file}"))[0].pseudo_queries == 2
+    lost = "--gin.Sources.pseudo_query_path=lost.tsv"
+    assert counted(load(*beir, lost))[0].pseudo_queries == TAKEN.pseudo_queries
+    outlook.show(load(*beir, lost), Corpus(3, 6.0, 2, 1.0))
+    assert "lacks Sources.pseudo_query_path" in capsys.readouterr().out
     part = ("--gin.COLLECTION=@Subset()", "--gin.Subset.collection=@BeirCollection()")
     assert counted(load(*beir, *part, "--gin.Subset.size=2"))[0].passages == 2
     for lost in ("qrels/train.tsv", "corpus.jsonl"):
@@ -133,7 +136,7 @@ def test_a_plan_counts_the_embedded_collection(capsys, tmp_path, monkeypatch):
     assert "as counted in QuickstartCollection" in said and "MB │" in said and "GB" not in said
     train.command(["--gin_file=beir.gin", "--plan"])
     said = capsys.readouterr().out
-    assert f"estimated from {TAKEN.passages:,} passages" in said
+    assert f"estimated from {TAKEN.passages:,} passages" in said and "lacks corpus.jsonl" in said
     assert "those of MS MARCO, as the collection lacks corpus.jsonl, queries.jsonl" in said
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -380,6 +381,20 @@ def test_what_is_left_to_do(finished, capsys):
     assert f"distill {expected / 1e15:.3g} PFLOP " in said[1] and " s" in said[1].split("PFLOP")[1]
     assert said[2].startswith(f"2 experiments; {expected / 1e15:.3g} PFLOP of training, ")
     assert said[2].endswith(" minutes to go")  # the times of the stages that are done
+
+
+def test_stages_that_an_older_version_has_named_are_found(finished):
+    """It knew nothing of the file in tasks/, which belongs to the settings now."""
+    (kept,) = (finished.folder / "stages").glob("prepare-*")
+    settings = records.read_record(kept)["settings"]
+    assert list(settings["files"]) == ["tasks/quickstart.py"]
+    older = {name: value for name, value in settings.items() if name != "files"}
+    made, mark = kept.resolve(), pipeline.fingerprint(older)
+    kept.unlink()
+    kept = kept.with_name(f"prepare-{mark}")
+    shutil.copytree(made, kept)
+    records.write_record(kept, status="done", fingerprint=mark, settings=older, seconds=1.0)
+    assert finished._state(finished.runs[0])["prepare"] == (True, kept)
 
 
 def test_the_table_of_what_is_finished(finished):
