@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from dgr_jax import experiment as experiments
 from dgr_jax import configurables
+from dgr_jax import experiment as experiments
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.data.examples import Sources
