@@ -15,9 +15,9 @@ import jax
 from rich.table import Table
 
 from dgr_jax import display, partitioning, planning
-from dgr_jax.counting import Corpus, TAKEN, counted
-from dgr_jax.experiment import Experiment, paths
 from dgr_jax.corpora.lines import place
+from dgr_jax.counting import TAKEN, Corpus, counted
+from dgr_jax.experiment import Experiment, paths
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.models.t5 import T5Config, Transformer

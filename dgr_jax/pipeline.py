@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
-import math
 import shutil
 import time
 from collections.abc import Callable, Container, Iterable

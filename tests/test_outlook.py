@@ -13,7 +13,7 @@ import pytest
 from dgr_jax import cli, costs, outlook, planning, train
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
-from dgr_jax.counting import Corpus, TAKEN, counted
+from dgr_jax.counting import TAKEN, Corpus, counted
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
 from dgr_jax.retrieval.generative import Retriever
