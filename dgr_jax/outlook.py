@@ -175,7 +175,7 @@ def _parameters(experiment: Experiment, corpus: Corpus) -> int:
 def show(experiment: Experiment, corpus: Corpus) -> None:
     """Prints the files that the collection lacks or has, and the lines, with their sums."""
     console = display.console(soft_wrap=True)
-    splits = (experiment.prepare.train_split, *experiment.prepare.test_splits)
+    splits = experiment.prepare.splits
     for name, path in experiment.collection.inputs(splits).items():
         console.print(f"reads {path}" if path else f"lacks {name}")
     console.print(

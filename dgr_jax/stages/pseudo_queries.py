@@ -20,7 +20,7 @@ from dgr_jax import checkpoints, partitioning
 from dgr_jax.corpora import checks, lines, store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
-from dgr_jax.data.views import normalised
+from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
 from dgr_jax.kept import Damaged, entry, read_json
