@@ -118,8 +118,13 @@ def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[Passag
         )
     judged.write(folder, found)
     if not settings.train_splits:
-        sources = " and ".join(settings.sources.rates())
-        logger.info("prepare: no labels to learn from, but %s (Prepare.train_split)", sources)
+        owner, sources = type(settings).__name__, " and ".join(settings.sources.rates())
+        logger.info(
+            "prepare: there are no labels: what is learned from is %s, and a teacher orders "
+            "passages for these (%s)",
+            sources.replace("_", "-"),
+            f"{owner}.{'train_split' if owner == 'Prepare' else 'train_splits'}",
+        )
     learned = {
         q.qid: q.text for split in settings.train_splits for q in found.queries[split].values()
     }
