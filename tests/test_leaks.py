@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -484,3 +485,64 @@ def test_one_passage_is_refused_before_work_starts(tmp_path):
     with pytest.raises(ValueError, match=r"the collection has one passage, 'p0', expected two or"):
         read(experiment, tmp_path / "prepare")
     assert not (tmp_path / "prepare/spiece.model").exists()
+
+
+TINY_MODEL = [f"--gin.T5Config.{name}" for name in (
+    "emb_dim=16", "num_heads=2", "head_dim=8", "mlp_dim=32", "num_encoder_layers=1",
+    "num_decoder_layers=1",
+)]  # fmt: skip
+FEW_STEPS = ["--gin.WARMUP_STEPS=1", "--gin.BATCH_SIZE=4", "--gin.SentencePiece.size=90"]
+LAPTOP = ["--gin_file=laptop.gin", *TINY_MODEL, *FEW_STEPS, "--gin.GENERATE_STEPS=2",
+          "--gin.DISTILL_STEPS=1", "--gin.LIST_BATCH_SIZE=4"]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_queries", [True, False])
+def test_a_collection_without_labels_is_learned_and_asked(with_queries, command, tmp_path):
+    folder, data = tmp_path / "model", tmp_path / "data"
+    qrels = {"test": [Qrel("a", "p0", 1), Qrel("b", "p3", 1)]} if with_queries else {}
+    collection(data, SHARED if with_queries else (), qrels)
+    flags = (*LAPTOP, f"--data_dir={data}", f"--model_dir={folder}")
+    log = command("dgr_jax.train", *flags).stderr
+    said = "prepare: there are no labels: what is learned from is passages and pseudo-queries, and"
+    assert said in log
+    assert ("nothing to measure" in log) != with_queries
+    metrics = json.loads((folder / "evaluate/metrics.json").read_text())
+    assert [*metrics] == ["bm25", "generate", "control", "distill"]
+    assert [*metrics["distill"]] == ["test"] * with_queries
+    lists = np.load(folder / "teach/rank_lists.npz")
+    assert {qid.partition(":")[0] for qid in lists["qids"]} == {"passages", "pseudo_queries"}
+    answered = command("dgr_jax.retrieve", f"--model_dir={folder}", "--query=otter", "--k=2")
+    assert "1. p" in answered.stdout
+    shutil.rmtree(data)  # what is prepared says that there are no labels
+    again = command("dgr_jax.train", f"--model_dir={folder}").stderr
+    assert again.count("done already") == 7
+
+
+@pytest.mark.slow
+def test_queries_that_are_passages_in_every_dense_stage(command, tmp_path):
+    """Each passage is a query too, with the next one as its answer."""
+    folder, data = tmp_path / "model", tmp_path / "data"
+    queries = [Query(passage.pid, passage.text) for passage in PASSAGES]
+    after = [Qrel(f"p{i}", f"p{(i + 1) % 8}", 1) for i in range(8)]
+    collection(data, queries, {"train": after, "test": after})
+    log = command(
+        "dgr_jax.train", "--gin_file=dense.gin", "--gin_file=runs/refresh.gin", *TINY_MODEL,
+        *FEW_STEPS, "--gin.STEPS=2", "--gin.REFRESH_STEPS=1", "--gin.NEGATIVES=bm25",
+        "--gin.Negatives.depth=3", "--gin.PASSAGE_LENGTH=8", f"--data_dir={data}",
+        f"--model_dir={folder}",
+    ).stderr  # fmt: skip
+    assert "8 test queries have the id of a passage, which they do not find, unless it" in log
+    assert "8 train queries are test queries too (8 by their id, 0 by their text)" in log
+    report = json.loads((folder / "prepare/report.json").read_text())
+    assert report["queries_that_are_passages"] == {"train": 8, "test": 8}
+    cut = report["inputs_cut"]
+    assert cut["corpus"]["inputs"] == cut["corpus"]["cut"] == 8
+    assert cut["labelled_train"]["inputs"] == 8
+    for stage in ("negatives", "mine"):
+        pools = np.load(folder / stage / "labelled_train.npy")
+        assert pools.shape[1] >= 3 and not (pools == np.arange(8)[:, None]).any()
+    for system in ("bm25", "dense", "refresh"):
+        run = trec.run_in_memory(trec.runs(folder / f"evaluate/{system}.test.trec"))
+        assert run and all(p.pid != qid for qid, found in run.items() for p in found)
+    assert {len(found) for found in run.values()} == {7}
