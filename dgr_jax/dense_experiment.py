@@ -46,7 +46,8 @@ class DensePrepare(DataRules):
 
     def __post_init__(self) -> None:
         self.check_rules()
-        unlabelled = not self.train_splits and self.sources.rates().keys() - {"labelled"}
+        others = self.sources.rates().keys() - {"labelled"}
+        unlabelled = bool(others) and not self.train_splits
         for name in ("train_splits", "test_splits"):
             splits = getattr(self, name)
             if not (splits or unlabelled) or len(set(splits)) < len(splits):

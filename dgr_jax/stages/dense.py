@@ -88,7 +88,8 @@ def _passages_cut(
 ) -> Counter[str]:
     """Counts of passages as encoder inputs int32 [P, S], see `examples.count_inputs`. Those alone
     that fill their row are looked at again."""
-    lengths = (np.asarray(tokens) > 0).sum(1)
+    blocks = (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
+    lengths = np.concatenate([(np.asarray(block) > 0).sum(1) for block in blocks])
     for row in np.flatnonzero(lengths == tokens.shape[1]):
         lengths[row] = len(vocabulary.encode(passages[row].contents)) + 1
     counts: Counter[str] = Counter()
@@ -216,18 +217,23 @@ def negatives(experiment: DenseExperiment, folder: Path) -> None:
 def _own(experiment: DenseExperiment, made: Prepared) -> dict[str, np.ndarray]:
     """Source -> int32 [n, 1], the passage that a query itself is and must not find, -1 for most; {}
     where there is none."""
+    report = kept.read_json(made.folder / "report.json")
+    counted = report.get("queries_that_are_passages", {})
+    if "inputs_cut" in report and not counted.keys() & set(experiment.prepare.train_splits):
+        return {}  # an older report has neither
     qids = kept.read_json(made.folder / QIDS)
     found = {}
     for source in sources(experiment):
-        own = np.full((len(_queries(experiment, source)["query"]), 1), -1, np.int32)
-        if split := source.removeprefix(_LABELLED) if source.startswith(_LABELLED) else "":
-            named = _named(experiment, source, qids)
-            left_out = self_hits(experiment.prepare, named, made.store, made.qrels(split))
-            for row, qid in enumerate(named):
-                if qid in left_out:
-                    own[row] = made.store.index_of(qid)
-        found[source] = own
-    return found if any((own >= 0).any() for own in found.values()) else {}
+        rows = found[source] = np.full(
+            (len(_queries(experiment, source)["query"]), 1), -1, np.int32
+        )
+        if not source.startswith(_LABELLED):
+            continue
+        named = _named(experiment, source, qids)
+        qrels = made.qrels(source.removeprefix(_LABELLED))
+        own = self_hits(experiment.prepare, named, made.store, qrels)
+        rows[:, 0] = [made.store.index_of(qid) if qid in own else -1 for qid in named]
+    return found if any((rows >= 0).any() for rows in found.values()) else {}
 
 
 def _named(
@@ -306,7 +312,7 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
     the pool and the positives of each query; and report.json, see `stages.teach`."""
     made = _prepared(experiment)
     qids = kept.read_json(made.folder / QIDS)
-    report = {}
+    own, report = _own(experiment, made), {}
     for source in sources(experiment):
         pool = _pool(experiment, "negatives", source)
         queries = _queries(experiment, source)
@@ -314,6 +320,9 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
         lists, coverage = _ranked(experiment, made, source, named, pool)
         names = ("encoder_input_tokens", "positives")
         rows = {name: queries[name][lists.query_rows] for name in names}
+        if own:  # no positives, as no list holds them; but no negatives in lists of others either
+            itself = own[source][lists.query_rows]
+            rows["positives"] = np.hstack([rows["positives"], itself])
         scores = lists.teacher_scores.astype(np.float32)
         arrays.write_arrays(
             folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]

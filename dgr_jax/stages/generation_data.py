@@ -76,11 +76,12 @@ class Work:
         stream = made.examples(pairs, part.number)
         while held := list(itertools.islice(stream, _BLOCK)):
             writer.add(held)
-            counts: Counter = Counter()
-            yield examples.features(
+            counts: Counter[str] = Counter()
+            features = examples.features(
                 held, made.vocabulary, settings.query_length, made.length, counts
             )
             opened.counts.update({f"{part.source} {name}": n for name, n in counts.items()})
+            yield features
 
     def write_part(self, part: Part) -> None:
         """Writes records and arrays of a part apart from all others, its record of work last.

@@ -113,8 +113,8 @@ def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[Passag
         found = judged.read(collection, settings, passages)
     if len(passages) < 2:
         raise ValueError(
-            f"the collection has one passage, {passages.pids[0]!r}, expected two or more: nothing "
-            "can be learned of an order of one"
+            f"the collection has one passage, {passages.pids[0]!r}, expected two or more, for a "
+            "student to choose from and a teacher to order"
         )
     judged.write(folder, found)
     if not settings.train_splits:
