@@ -288,7 +288,14 @@ def load_experiment(
     _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
     if keep and processes.first():
         _keep(experiment)
-    return experiment
+    return _labelled(experiment) if kind in EXPERIMENTS else experiment
+
+
+def _labelled(experiment: Any) -> Any:
+    """The experiment as its collection lets it be, see `pipeline.without_labels`."""
+    from dgr_jax import pipeline
+
+    return pipeline.without_labels(experiment)
 
 
 def _fill() -> None:

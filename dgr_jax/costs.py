@@ -21,7 +21,7 @@ from dgr_jax.retrieval import drift, speed
 from dgr_jax.retrieval.generative import Retriever
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder
 from dgr_jax.stages import dense, students
-from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepare import Prepared
 
 _MANY = 100_000  # passages, where the settings do not tell
@@ -53,7 +53,7 @@ def measure(
     Raises ValueError for drift of identifiers of several views, or a run of none of the queries.
     """
     made = Prepared.load(experiment.model_dir, identifiers=isinstance(experiment, Experiment))
-    split = split or experiment.prepare.test_splits[0]
+    split = split or first_test_split(experiment)
     asked = {q: query.text for q, query in chosen_queries(experiment, made, split).items()}
     student = opened(experiment, system, made)
     timed = speed.measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes, texts
 from dgr_jax.models.dual_encoder import DualEncoderConfig
@@ -21,13 +23,14 @@ NEGATIVES = ("in_batch", "random", "bm25", "own")
 
 
 @dataclass(frozen=True)
-class DensePrepare:
+class DensePrepare(DataRules):
     """Collection -> vocabulary, SeqIO tasks, token arrays of queries and of passages.
 
     tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
     sources: texts that are queries in training; by default the labelled ones alone. A chunk or
       sentence of a passage has this passage as its positive.
-    train_splits: names of qrels to learn from, such as those of people and those of an LLM.
+    train_splits: names of qrels to learn from, such as those of people and those of an LLM; (): no
+      labels, see `Prepare.train_split`.
     test_splits: names of qrels to be measured on.
     min_relevance: grade from which a judged passage is a positive.
     query_length, passage_length: tokens of a text, EOS counted; longer ones are cut.
@@ -36,16 +39,19 @@ class DensePrepare:
     tasks: str
     vocabulary: SentencePiece = SentencePiece()
     sources: Sources = Sources(passages=0.0, pseudo_queries=0.0)
-    train_splits: tuple[str, ...] = ("train",)
-    test_splits: tuple[str, ...] = ("test",)
+    train_splits: tuple[str, ...] = (TRAIN_SPLIT,)
+    test_splits: tuple[str, ...] = TEST_SPLITS
     min_relevance: int = 1
     query_length: int = 32
     passage_length: int = 128
 
     def __post_init__(self) -> None:
+        self.check_rules()
+        others = self.sources.rates().keys() - {"labelled"}
+        unlabelled = bool(others) and not self.train_splits
         for name in ("train_splits", "test_splits"):
             splits = getattr(self, name)
-            if not splits or len(set(splits)) < len(splits):
+            if not (splits or unlabelled) or len(set(splits)) < len(splits):
                 raise ValueError(
                     f"DensePrepare.{name}: got {splits!r}, expected one or more different splits"
                 )
@@ -53,6 +59,8 @@ class DensePrepare:
         ranges.check(
             self, min_relevance=ranges.at_least(1), query_length=length, passage_length=length
         )
+        if unlabelled:
+            object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
 
     @property
     def splits(self) -> tuple[str, ...]:

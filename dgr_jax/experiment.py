@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.identifiers.multiview import Multiview
@@ -29,13 +30,15 @@ def _without_effect(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(DataRules):
     """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
 
     tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
     identifiers: a scheme of `dgr_jax.identifiers`; with Multiview, a passage has many.
     mixture: examples of each (text, passage) pair by view, of Multiview.
-    train_split, test_splits: names of qrels of the collection.
+    train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
+      from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
+      `pipeline.without_labels`); then test_splits may be () too.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
     """
@@ -45,14 +48,15 @@ class Prepare:
     vocabulary: SentencePiece = SentencePiece()
     sources: Sources = Sources()
     mixture: ViewMixture = ViewMixture()
-    train_split: str = "train"
-    test_splits: tuple[str, ...] = ("test",)
+    train_split: str = TRAIN_SPLIT
+    test_splits: tuple[str, ...] = TEST_SPLITS
     min_relevance: int = 1
     query_length: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.test_splits:
+        self.check_rules()
+        if self.train_split and not self.test_splits:
             raise ValueError("Prepare.test_splits: got (), expected a split or more")
         ranges.check(
             self,
@@ -60,11 +64,24 @@ class Prepare:
             query_length=ranges.at_least(2, ", EOS counted"),
             seed=ranges.SEED,
         )
+        if not self.train_split:
+            rates = self.sources.rates().keys() - {"labelled"}
+            if not rates:
+                raise ValueError(
+                    "Prepare.train_split: got '', no labels, with Sources.passages=0 and "
+                    "Sources.pseudo_queries=0, expected a rate for one of them, such as 0.5"
+                )
+            object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
 
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return (self.train_split, *self.test_splits)
+        return (*self.train_splits, *self.test_splits)
+
+    @property
+    def train_splits(self) -> tuple[str, ...]:
+        """Splits that are learned from: one, or none without labels."""
+        return (self.train_split,) if self.train_split else ()
 
 
 @dataclass(frozen=True)
@@ -258,6 +275,10 @@ class Experiment:
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
         rates = self.prepare.sources.rates()
+        if not self.prepare.train_split:
+            asked = tuple(name for name in self.candidates.sources if name != "labelled")
+            unlabelled = dataclasses.replace(self.candidates, sources=asked or tuple(rates))
+            object.__setattr__(self, "candidates", unlabelled)
         for source in self.candidates.sources:
             if source != "labelled" and source not in rates:
                 raise ValueError(

@@ -10,7 +10,7 @@ from dgr_jax.experiment import Experiment
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.exhaustive import Lost
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
-from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.study_rows import read_kept, write_kept
@@ -68,7 +68,7 @@ def measure(
             "Study.beams: got an experiment of several views, whose spans cannot all be scored; "
             "expected one identifier a passage (Prepare.identifiers)"
         )
-    split = split or experiment.prepare.test_splits[0]
+    split = split or first_test_split(experiment)
     judged, least = made.qrels(split), experiment.evaluate.min_relevance
     texts, positives = [], []
     for qid, query in chosen_queries(experiment, made, split).items():

@@ -187,7 +187,7 @@ def show(experiment: Experiment, corpus: Corpus | None) -> None:
     corpus: None: the one that lies there is counted.
     """
     console = display.console(soft_wrap=True)
-    splits = (experiment.prepare.train_split, *experiment.prepare.test_splits)
+    splits = experiment.prepare.splits
     for name, path in experiment.collection.inputs(splits).items():
         console.print(f"reads {path}" if path else f"lacks {name}")
     for settings in (experiment.prepare, experiment.teach):

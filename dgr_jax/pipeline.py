@@ -12,6 +12,7 @@ stage is made again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -37,6 +38,7 @@ from dgr_jax import (
 )
 from dgr_jax import experiment as experiments
 from dgr_jax.corpora import lines
+from dgr_jax.data.rules import TRAIN_SPLIT, check_apart
 from dgr_jax.experiment import Experiment, stage_settings
 from dgr_jax.records import (
     PREVIOUS,
@@ -54,6 +56,7 @@ logger = logging.getLogger(__name__)
 _LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
+_NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
 
 
@@ -70,9 +73,10 @@ def run(
     an earlier call with the same settings began.
     named: files and folders that must be there also where what is read of them is made already.
     Raises FileNotFoundError or ValueError, before any stage starts, where one of them could only
-    fail: it would lack a file, or not know a measure; writer_lock.Locked where another process
-    writes into MODEL_DIR.
+    fail: it would lack a file, not know a measure, or measure on what it has learned;
+    writer_lock.Locked where another process writes into MODEL_DIR.
     """
+    check_apart(experiment.prepare)
     alone = writer_lock.held(experiment.model_dir)
     with alone if processes.first() else contextlib.nullcontext():
         settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
@@ -201,7 +205,10 @@ def _check_files(experiment: Experiment, stage: str, named: Container[str] | Non
     """
     asked = lambda path: named is None or path in named
     if stage == "prepare" and asked(_folder(experiment.collection)):
-        experiment.collection.check(experiment.prepare.splits)
+        if splits := experiment.prepare.splits:
+            experiment.collection.check(splits)
+        else:
+            next(iter(experiment.collection.passages()))
     for owner in experiment.stages[stage].settings if stage in READING else ():
         for name, path in experiments.paths(getattr(experiment, owner)).items():
             if asked(path) and not lines.place(path).is_file():
@@ -339,3 +346,44 @@ def _make_room(folder: Path, stage: str, settings: Any) -> None:
         swap.rename(aside)
     elif back:
         aside.rename(folder)
+
+
+def without_labels(experiment: Experiment) -> Experiment:
+    """The experiment as it goes on where its collection has no judgements to learn from.
+
+    Where the settings name no split but 'train', and the collection lacks it and has a test split,
+    or no queries at all, the student learns from passages and pseudo-queries. Without queries there
+    is nothing to measure either. A prepare stage that is done decides where the collection is not
+    at hand, and goes on where its split is gone.
+    """
+    changed = processes.agree(_without_labels(experiment) if processes.first() else None)
+    if not changed:
+        return experiment
+    prepare = dataclasses.replace(experiment.prepare, **{name: _NO_SPLIT[name] for name in changed})
+    return dataclasses.replace(experiment, prepare=prepare)
+
+
+def _without_labels(experiment: Experiment) -> list[str]:
+    """The settings of prepare that name no split then; [] where there are labels, or no texts."""
+    prepare, collection = experiment.prepare, experiment.collection
+    if prepare.train_splits != (TRAIN_SPLIT,) or not hasattr(collection, "lacking"):
+        return []
+    record = read_record(Path(experiment.model_dir) / "prepare")
+    before = record.get("settings", {}).get("prepare", {}) if record.get("status") == "done" else {}
+    lacking, has_queries = collection.lacking(prepare.splits), collection.has_queries
+    if before.get("train_split") or before.get("train_splits"):
+        return []
+    if before and lacking is None:
+        lacking, has_queries = (TRAIN_SPLIT,), bool(before.get("test_splits"))
+    tested = lacking is not None and not set(prepare.test_splits) <= set(lacking)
+    if TRAIN_SPLIT not in (lacking or ()) or has_queries and not tested:
+        return []
+    if not prepare.sources.rates().keys() - {"labelled"}:
+        logger.warning(
+            "there is no split %r: to learn without labels, give Sources.passages or "
+            "Sources.pseudo_queries a rate, such as 0.5",
+            TRAIN_SPLIT,
+        )
+        return []
+    learned = next(name for name in ("train_split", "train_splits") if name in vars(prepare))
+    return [learned] if has_queries else [learned, "test_splits"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiment import Stage, Training
 from dgr_jax.models.t5 import T5Config
@@ -24,8 +25,8 @@ class Pairs:
     """
 
     vocabulary: SentencePiece = SentencePiece()
-    train_split: str = "train"
-    test_splits: tuple[str, ...] = ("test",)
+    train_split: str = TRAIN_SPLIT
+    test_splits: tuple[str, ...] = TEST_SPLITS
     min_relevance: int = 1
     passage_length: int = 192
     query_length: int = 32

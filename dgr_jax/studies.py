@@ -44,6 +44,7 @@ from dgr_jax import (
 from dgr_jax.display import harmless
 from dgr_jax.experiment import Experiment, describe
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages.evaluate import first_test_split
 from dgr_jax.study_grid import Study, choices
 from dgr_jax.study_rows import (
     Row,
@@ -312,7 +313,7 @@ class Runner:
     def _asked(self, run: Run) -> str:
         """What BM25 is asked, and of what: the same in experiments of every kind."""
         experiment = self.experiment(run)
-        split = self.study.split or experiment.prepare.test_splits[0]
+        split = self.study.split or first_test_split(experiment)
         asked = (experiment.evaluate.max_queries, experiment.evaluate.min_relevance)
         return fingerprint([describe(experiment.collection), split, *asked])
 
@@ -321,7 +322,7 @@ class Runner:
         measures = self.study.measures
         for run in runs:
             experiment = self.experiment(run)
-            split = self.study.split or experiment.prepare.test_splits[0]
+            split = self.study.split or first_test_split(experiment)
             values.append(values_of(experiment, run.folder, labels["system"], split, measures))
             fair = fairness(experiment, run.folder, labels["system"], split)
             cost.append(self._costs(experiment, run.folder, labels["system"]))

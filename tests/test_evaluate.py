@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from dgr_jax import plots
-from dgr_jax.corpora import store
+from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.stages.evaluate import first_test_split
 from dgr_jax.stages.evaluate import measure as measure_systems
 from tests import test_experiment
 
@@ -60,25 +61,27 @@ def measured(tmp_path, monkeypatch):
         (model_dir / stage).mkdir(parents=True)
         (model_dir / stage / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
-    def measure(failing="", depth=3, **settings):
+    def measure(failing="", depth=3, found=0, self_hits="drop", **settings):
+        """found: passages that the student finds, where it is asked for more than `depth`."""
         opened = []
 
         def open_student(system):
             if system == failing:
                 raise OSError("lost")
             opened.append(system)
-            return Student(depth)
+            return Student(found or depth)
 
         experiment = dataclasses.replace(
             test_experiment.BASE,
             model_dir=str(model_dir),
+            prepare=dataclasses.replace(test_experiment.BASE.prepare, self_hits=self_hits),
             evaluate=Evaluate(Search(depth=depth), **{"bm25": False, **settings}),
         )
         measure_systems(experiment, model_dir / "evaluate", made, open_student)
         metrics = json.loads((model_dir / "evaluate/metrics.json").read_text())
         return metrics["generate"]["test"], opened
 
-    measure.model_dir = model_dir
+    measure.model_dir, measure.made = model_dir, made
     return measure
 
 
@@ -131,6 +134,46 @@ def test_bm25_is_asked_once_whatever_the_students_search(measured):
 def unplotted(monkeypatch):
     for name in ("success_at_k", "training_curves"):
         monkeypatch.setattr(plots, name, lambda *_, **__: None)
+
+
+def test_queries_do_not_find_themselves(measured, caplog):
+    """The first 4 queries are passages, of the same id: p1 to p3 find themselves second, p0 finds
+    nothing. Each still has two passages."""
+    caplog.set_level("INFO", logger="dgr_jax")
+    own = {f"p{i}": Query(f"p{i}", f"word{i}") for i in range(4)}
+    others = {"q1": QUERIES["q1"]}
+    measured.made.queries = lambda split: own | others
+    measured.made.qrels = lambda split: {
+        qid: {f"p{(int(qid[1:]) + 2) % 4}": 1} for qid in own | others
+    }
+    metrics, opened = measured(depth=2, found=3, bm25=True, measures=("RR@10",))
+    assert opened == SYSTEMS
+    shown = measured.model_dir / "evaluate/generate.test.trec"
+    run = {ranked.qid: [p.pid for p in ranked.passages] for ranked in trec.runs(shown)}
+    assert run == {"p1": ["p2", "p3"], "p2": ["p3", "p0"], "p3": ["p0", "p1"], "q1": ["p2", "p1"]}
+    assert metrics["RR@10"] == pytest.approx((3 * 0.5 + 0) / 5)
+    baseline = trec.runs(measured.model_dir / "evaluate/bm25.test.trec")
+    assert {ranked.qid for ranked in baseline} == {"q1"}
+    said = "evaluate: generate on test: 3 queries found themselves, left out"
+    assert said in caplog.messages
+    kept = measured(depth=3, self_hits="keep", measures=("RR@10",))[0]
+    assert kept["RR@10"] == pytest.approx((3 + 1) / 3 / 5)
+
+
+def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
+    caplog.set_level("INFO", logger="dgr_jax")
+    unlabelled = dataclasses.replace(test_experiment.BASE.prepare, train_split="", test_splits=())
+    experiment = dataclasses.replace(
+        test_experiment.BASE, model_dir=str(measured.model_dir), prepare=unlabelled
+    )
+    measure_systems(experiment, measured.model_dir / "evaluate", measured.made, None)
+    assert caplog.messages == [
+        "evaluate: there are no test queries (Prepare.test_splits): nothing to measure"
+    ]
+    written = json.loads((measured.model_dir / "evaluate/metrics.json").read_text())
+    assert written == {system: {} for system in ("bm25", *SYSTEMS)}
+    with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_splits\)"):
+        first_test_split(experiment)
 
 
 def _kept_and_shown(measured):

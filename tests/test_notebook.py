@@ -298,6 +298,13 @@ def test_an_unfinished_experiment_is_told_apart_from_none(tmp_path):
         Inspection.load(tmp_path)
 
 
+def test_an_experiment_that_measured_nothing(model_dir, tmp_path):
+    folder = shutil.copytree(model_dir, tmp_path / "unlabelled")
+    write_json(folder / "evaluate" / "metrics.json", bm25={}, generate={}, distill={})
+    with pytest.raises(ValueError, match="nothing was measured, there was no test split"):
+        Inspection.load(folder)._split(None)
+
+
 def test_an_experiment_without_identifiers_or_teacher(model_dir, tmp_path):
     """Such as a dense retriever; and one with identifiers of several views."""
     folder = tmp_path / "dense"

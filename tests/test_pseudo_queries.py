@@ -88,6 +88,20 @@ def test_pairs_are_passages_with_the_queries_they_answer(collection, tmp_path):
     assert report["test_queries"] == 2
 
 
+def test_a_passage_of_several_pairs_fills_the_input_once(tmp_path):
+    long = Passage("p1", "The bee dances to show where flowers are and tells how far they are.")
+    queries = [Query(f"q{i}", f"why do bees dance {i}") for i in range(4)]
+    qrels = [Qrel(query.qid, "p1", 1) for query in queries]
+    tests = [Qrel("t", "p2", 1)]
+    train = [*qrels, qrels[0]]  # judged twice
+    data = tmp_path / "data"
+    write_beir(data, [long, PASSAGES[1]], queries + TESTS, {"train": train, "test": tests})
+    stage.prepare(experiment_on(BeirCollection(str(data)), tmp_path), tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["passages"], report["pairs"], report["repeated_judgements"]) == (2, 4, 1)
+    assert report["passages_that_fill_the_input"] == 1
+
+
 def test_no_pair_to_learn_from(collection, tmp_path):
     with pytest.raises(ValueError) as caught:
         stage.prepare(experiment_on(collection, tmp_path, min_relevance=2), tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,8 +49,22 @@ class BeirCollection:
         checks.require(self._root, wanted, "BeirCollection.folder")
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
-        """Corpus, queries and the qrels of `splits`: name -> file, None where it is missing."""
-        return checks.locate(self._root, [_CORPUS, _QUERIES, *map(_qrels, splits)])
+        """Corpus, queries and the qrels of `splits`: name -> file, None where it is missing; of no
+        splits the corpus alone."""
+        of_splits = [_QUERIES, *map(_qrels, splits)] if splits else []
+        return checks.locate(self._root, [_CORPUS, *of_splits])
+
+    def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
+        """Those of the splits that have no qrels; None where the folder has no corpus."""
+        if _CORPUS.find(self._root) is None:
+            return None
+        return tuple(split for split in splits if _qrels(split).find(self._root) is None)
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether there is a file of queries that is not empty."""
+        path = _QUERIES.find(self._root)
+        return path is not None and path.stat().st_size > 0
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order."""

@@ -241,6 +241,44 @@ def check_qrels(
     return CheckedQrels(kept, dropped, len(unknown_qids), len(unknown_pids))
 
 
+def judged_once(
+    qrels: Iterable[Qrel],
+    *,
+    contradictions: str = "last",
+    where: str = "qrels",
+    setting: str = "",
+) -> tuple[list[Qrel], int]:
+    """Each (query, passage) pair once, in the order of first judgements; and how many were left
+    out.
+
+    contradictions: of several grades of a pair the "last" or the "highest" counts; "error" raises
+    ValueError that counts such pairs, names three, and `setting`, which `contradictions` is of. The
+    same grade again is never an error.
+    """
+    judged: dict[tuple[str, str], Qrel] = {}
+    contradictory: dict[tuple[str, str], list[int]] = {}
+    total = 0
+    for qrel in qrels:
+        total += 1
+        pair = (qrel.qid, qrel.pid)
+        before = judged.setdefault(pair, qrel)
+        if before.relevance != qrel.relevance:
+            contradictory.setdefault(pair, [before.relevance]).append(qrel.relevance)
+            if contradictions != "highest" or qrel.relevance > before.relevance:
+                judged[pair] = qrel
+    if contradictory and contradictions == "error":
+        examples = ", ".join(
+            f"{qid} {pid}: {' and '.join(map(str, dict.fromkeys(grades)))}"
+            for (qid, pid), grades in heapq.nsmallest(3, contradictory.items())
+        )
+        hint = f", or {setting} = 'last' or 'highest', which decides" if setting else ""
+        raise ValueError(
+            f"{where}: found {_count(contradictory, 'pair')} of query and passage with different "
+            f"grades ({examples}); expected one grade for each{hint}"
+        )
+    return list(judged.values()), total - len(judged)
+
+
 def _key(record: Passage | Query) -> str:
     return record.pid if isinstance(record, Passage) else record.qid
 

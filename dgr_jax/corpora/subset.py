@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,16 @@ class Subset:
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
         """As those of the whole collection."""
         return self.collection.inputs(splits)
+
+    def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
+        """As those of the whole collection; () of one that does not say."""
+        told = getattr(self.collection, "lacking", None)
+        return told(splits) if told else ()
+
+    @property
+    def has_queries(self) -> bool:
+        """As the whole collection; True of one that does not say."""
+        return getattr(self.collection, "has_queries", True)
 
     def passages(self) -> Iterator[Passage]:
         """The passages of the part, in corpus order.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgr_jax import ranges
-from dgr_jax.corpora import lines, words
+from dgr_jax.corpora import checks, lines, words
 from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.data.same_text import normalised
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SOURCES = ("labelled", "passages", "pseudo_queries")
+INPUTS = ("inputs", "cut", "tokens", "tokens_lost")  # what is counted of a source
 PASSAGES_A_PART = 50_000
 LINES_A_PART = 500_000
 
@@ -146,12 +149,19 @@ def parts(source: str, settings: Sources, *, num_passages: int, num_qrels: int =
 
 
 def pseudo_queries(
-    path: str, store: PassageStore, part: Part | None = None
+    path: str,
+    store: PassageStore,
+    part: Part | None = None,
+    *,
+    test_queries: Container[str] = frozenset(),
+    counts: Counter | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(passage index, text) of a pseudo-query file, or of a part of it.
 
     Those of passages that the store lacks, of which it may hold a part, are left out; at the end
-    their number is logged. Raises ValueError naming file and line of a line that is no pair.
+    their number is logged. Copies of `test_queries`, which are `normalised`, are left out too, and
+    added to counts["copies_of_test_queries"]: a student would learn what it is tested on.
+    Raises ValueError naming file and line of a line that is no pair.
     """
     unknown, total, one = 0, 0, ""
     found = lines.read(path)
@@ -165,10 +175,13 @@ def pseudo_queries(
                 f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
             )
         total += 1
-        if pid in store:
-            yield store.index_of(pid), text.strip()
-        else:
+        if pid not in store:
             unknown, one = unknown + 1, one or pid
+        elif test_queries and normalised(text) in test_queries:
+            if counts is not None:
+                counts["copies_of_test_queries"] += 1
+        else:
+            yield store.index_of(pid), text.strip()
     if unknown:
         logger.warning(
             "%s: left out %s of %s pseudo-queries: their passages, such as %r, are not in the "
@@ -186,13 +199,17 @@ def pairs(
     qrels: Sequence[Qrel] = (),
     min_relevance: int = 1,
     part: Part | None = None,
+    test_queries: Container[str] = frozenset(),
+    counts: Counter | None = None,
 ) -> Iterator[tuple[str, int, str]]:
     """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
 
     part: only of this part. qid is blank but for labelled queries. Judgements below `min_relevance`
-    give none.
+    give none; a pair judged twice gives one, by its last judgement, as in measures. test_queries,
+    counts: see `pseudo_queries`.
     """
     if source == "labelled":
+        qrels, _ = checks.judged_once(qrels)
         for qrel in qrels[part.start : part.stop] if part else qrels:
             if qrel.relevance >= min_relevance:
                 yield query_texts[qrel.qid], store.index_of(qrel.pid), qrel.qid
@@ -201,7 +218,9 @@ def pairs(
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        found = pseudo_queries(settings.pseudo_query_path, store, part)
+        found = pseudo_queries(
+            settings.pseudo_query_path, store, part, test_queries=test_queries, counts=counts
+        )
         for index, text in _first(found, settings.max_pseudo_queries, len(store)):
             yield text, index, ""
     elif source == "pseudo_queries":
@@ -238,9 +257,9 @@ def of_judged(
     queries: Mapping[str, Query], qrels: Iterable[Qrel], store: PassageStore, min_relevance: int
 ) -> Iterator[dict[str, Any]]:
     """One example a query with a positive, in the order of the qrels, as `of_positives`; the
-    highest grades come first."""
+    highest grades come first. A pair judged twice counts once, see `pairs`."""
     judged: dict[str, list[tuple[int, int]]] = {}
-    for qrel in qrels:
+    for qrel in checks.judged_once(qrels)[0]:
         if qrel.relevance >= min_relevance:
             judged.setdefault(qrel.qid, []).append((qrel.relevance, store.index_of(qrel.pid)))
     for number, (qid, found) in enumerate(judged.items()):
@@ -285,19 +304,35 @@ def of_docids(
             yield {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
 
 
+def count_inputs(lengths: np.ndarray, longest: int, counts: Counter) -> None:
+    """Adds to INPUTS of counts: inputs of so many tokens int [n], EOS counted; those cut to
+    `longest`; their tokens; and those that are lost."""
+    lost = np.maximum(0, np.asarray(lengths, np.int64) - longest)
+    found = (len(lost), (lost > 0).sum(), np.sum(lengths), lost.sum())
+    counts.update(dict(zip(INPUTS, map(int, found), strict=True)))
+
+
 def features(
-    examples: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, query_length: int, length: int
+    examples: Sequence[Mapping[str, Any]],
+    vocabulary: Vocabulary,
+    query_length: int,
+    length: int,
+    counts: Counter | None = None,
 ) -> dict[str, np.ndarray]:
     """Model features of E examples: as the SeqIO tasks and GenerationConverter make them.
 
     encoder_input_tokens int32 [E, query_length], EOS and the marker of a view counted;
     decoder_input_tokens and decoder_target_tokens int32 [E, length]; decoder_loss_weights f32
-    [E, length].
+    [E, length]. counts: see `count_inputs`.
     """
     views = bool(vocabulary.views)
     number: dict[str, int] = {}  # of each text: examples of several views share theirs
     rows = [number.setdefault(example["inputs"], len(number)) for example in examples]
-    inputs = vocabulary.encode_inputs(list(number), query_length - views)[rows]
+    texts = vocabulary.encode_all(list(number))
+    inputs = vocabulary.inputs(texts, query_length - views)[rows]
+    if counts is not None:
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
+        count_inputs(lengths[rows], query_length - views, counts)
     if views:
         first = np.array([[vocabulary.marker(e["view"])] for e in examples], np.int32)
         inputs = np.hstack([first, inputs])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.data import examples as texts_of
+from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import UNK_ID, VIEWS, Vocabulary
 
 _BLOCK = 256  # pairs; what is drawn depends on it
@@ -382,27 +382,7 @@ def pseudo_queries(
 
     What the file must hold, and what else is left out: see `examples.pseudo_queries`.
     """
-    forbidden = set(map(normalised, copies_of))
-    for index, text in texts_of.pseudo_queries(path, store):
-        copied = normalised(text) in forbidden
-        counts["copies_of_test_queries" if copied else "pseudo_queries"] += 1
-        if not copied:
-            yield index, text
-
-
-class _Spaces(dict):
-    """For str.translate: punctuation, symbols, separators and control characters -> a space."""
-
-    def __missing__(self, code: int) -> int:
-        self[code] = 32 if unicodedata.category(chr(code))[0] in "PSZC" else code
-        return self[code]
-
-
-_SPACES = _Spaces()
-
-
-def normalised(text: str) -> str:
-    """The words of a text, case folded (NFKC), with one space between: what makes two queries the
-    same. A text without a letter, digit or mark stays as it is."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(folded.translate(_SPACES).split()) or text.strip()
+    tests = frozenset(map(normalised, copies_of))
+    for pair in texts_of.pseudo_queries(path, store, test_queries=tests, counts=counts):
+        counts["pseudo_queries"] += 1
+        yield pair

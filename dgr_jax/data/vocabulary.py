@@ -246,10 +246,18 @@ class Vocabulary:
 
         view: its marker stands first, and counts as a piece; blank: none.
         """
+        return self.inputs(self.encode_all(texts), length, view=view)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `encode`."""
+        return self._processor.encode(list(texts))
+
+    def inputs(self, texts: Sequence[Sequence[int]], length: int, *, view: str = "") -> np.ndarray:
+        """The same of token ids, as `encode_all` gives them."""
         first = [self.marker(view)] if view else []
         rows = np.zeros((len(texts), length), np.int32)
-        for row, ids in zip(rows, self._processor.encode(list(texts)), strict=True):
-            ids = (first + ids)[: length - 1] + [EOS_ID]
+        for row, ids in zip(rows, texts, strict=True):
+            ids = [*first, *ids][: length - 1] + [EOS_ID]
             row[: len(ids)] = ids
         return rows
 

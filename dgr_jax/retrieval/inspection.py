@@ -338,6 +338,8 @@ class Inspection:
     def _split(self, split: str | None) -> str:
         if split is not None and split not in self.splits:
             raise ValueError(f"split: got {split!r}, expected one of {', '.join(self.splits)}")
+        if not self.splits:
+            raise ValueError(f"{self.model_dir}: nothing was measured, there was no test split")
         return split or self.splits[0]
 
 

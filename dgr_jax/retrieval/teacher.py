@@ -59,6 +59,7 @@ class Teacher(ABC):
         *,
         min_relevance: int = 1,
         coverage: Mapping[str, Coverage] | None = None,
+        self_hits: Container[str] = (),
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         """(qid, the teacher's list) of every query once, as the teacher comes to them.
 
@@ -69,11 +70,14 @@ class Teacher(ABC):
 
         coverage: the one of a query is told of the teacher's own order, before judged passages are
           moved to the front.
+        self_hits: queries that are passages of the corpus: the passage of their id is left out.
         """
         pools = _Pools(queries, candidates, store, qrels, min_relevance)
         left, counts = dict.fromkeys(queries), Counter()
         for qid, listed in self._order(queries, pools, store):
             del left[qid]
+            if qid in self_hits:
+                listed = [passage for passage in listed if passage.pid != qid]
             own = [passage for passage in listed if math.isfinite(passage.score)]
             counts["scores"] += len(listed)
             counts["not_finite"] += len(listed) - len(own)

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from dgr_jax import kept, processes
 from dgr_jax.experiment import Candidates, Experiment
+from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.generative import BLOCK, Decoder
 from dgr_jax.retrieval.multiview import best
 from dgr_jax.retrieval.multiview_keys import keys
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder
+from dgr_jax.stages import judged
 from dgr_jax.stages.generation_data import source_pairs
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
@@ -40,7 +42,11 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     made = Prepared.load(experiment.model_dir)
     asked = training_queries(experiment, made)
     qids, texts = list(asked.texts), list(asked.texts.values())
-    student = decoder(experiment, "generate", experiment.candidates.search, made)
+    own = np.array([made.store.index_of(q) if q in asked.own else -1 for q in qids], np.int64)
+    search = experiment.candidates.search
+    if asked.own:
+        search = self_hits.deeper(search)
+    student = decoder(experiment, "generate", search, made)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not _is_whole(part)]
     missing = processes.agree(missing)  # what others see may be of a moment ago
@@ -50,6 +56,8 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     for start, found in zip(missing, _found(experiment, made, student, blocks), strict=True):
         if not processes.first():
             continue
+        if asked.own:
+            found = self_hits.left_out(found, own[start : start + BLOCK])
         temporary = folder / "part.partial.npz"
         np.savez(temporary, **found)
         temporary.replace(parts[start])
@@ -86,7 +94,7 @@ def _found(
             yield {"passages": passages, "scores": scores}
         return
     settings = experiment.candidates
-    depth = settings.search.depth
+    depth = student.search.depth
     sizes = {"depth": depth, "limit": settings.keys, "identifiers": student.most_identifiers}
     counted, blocks = itertools.tee(blocks)
     scored = student.scored(blocks)
@@ -115,11 +123,12 @@ def _join(folder: Path, parts: Sequence[Path]) -> None:
 @dataclass(frozen=True)
 class TrainingQueries:
     """What the student is asked: qid -> text, qid -> pid -> relevance of its positives, and
-    qid -> the source of the query."""
+    qid -> the source of the query. own: those that must not find the passage of their id."""
 
     texts: dict[str, str]
     qrels: dict[str, dict[str, int]]
     sources: dict[str, str]
+    own: frozenset[str] = frozenset()
 
 
 def training_queries(experiment: Experiment, made: Prepared) -> TrainingQueries:
@@ -131,17 +140,19 @@ def training_queries(experiment: Experiment, made: Prepared) -> TrainingQueries:
         asked.texts.update(texts)
         asked.qrels.update(qrels)
         asked.sources.update(dict.fromkeys(texts, source))
-    return asked
+    labelled = [qid for qid, source in asked.sources.items() if source == "labelled"]
+    own = judged.self_hits(experiment.prepare, labelled, made.store, asked.qrels)
+    return replace(asked, own=own)
 
 
 def _labelled(experiment: Experiment, made: Prepared) -> _TextsAndQrels:
     """Queries of the training split that have a positive."""
     queries = made.queries(experiment.prepare.train_split)
-    judged = made.qrels(experiment.prepare.train_split)
+    grades = made.qrels(experiment.prepare.train_split)
     least = experiment.prepare.min_relevance
-    qids = [qid for qid in queries if max(judged[qid].values()) >= least]
+    qids = [qid for qid in queries if max(grades[qid].values()) >= least]
     qids = [qids[i] for i in _drawn(len(qids), experiment.candidates)]
-    return {q: queries[q].text for q in qids}, {q: judged[q] for q in qids}
+    return {q: queries[q].text for q in qids}, {q: grades[q] for q in qids}
 
 
 def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQrels:
@@ -149,7 +160,8 @@ def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQr
     made of are the positives."""
     settings, vocabulary = experiment.prepare, made.vocabulary
     longest = settings.query_length - 1 - bool(vocabulary.views)  # EOS and the marker of a view
-    read = partial(source_pairs, settings, source, made.store, {}, ())
+    tests = judged.test_texts(settings, made.folder)
+    read = partial(source_pairs, settings, source, made.store, {}, (), test_queries=tests)
     least, pids = settings.min_relevance, made.store.pids
     count = sum(1 for _ in read())
     chosen = set(_drawn(count, experiment.candidates).tolist())

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from flax import linen as nn
 
 from dgr_jax import checkpoints, kept, partitioning
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Negatives
@@ -28,9 +28,10 @@ from dgr_jax.retrieval.generative import BLOCK, write_student
 from dgr_jax.retrieval.negatives import mine as mined
 from dgr_jax.retrieval.recipes import RankLists
 from dgr_jax.retrieval.teacher import Coverage
-from dgr_jax.stages import students
-from dgr_jax.stages.evaluate import measure
+from dgr_jax.stages import generation_data, students
+from dgr_jax.stages.evaluate import measure, search_of
 from dgr_jax.stages.generation_data import require_examples, source_pairs
+from dgr_jax.stages.judged import Judged, self_hits, test_texts
 from dgr_jax.stages.prepare import (
     Prepared,
     cut,
@@ -58,22 +59,42 @@ def prepare(experiment: DenseExperiment, folder: Path) -> None:
     SeqIO, tfds/ is left out, and the arrays are made without the tasks; no later stage needs them.
     """
     settings = experiment.prepare
-    passages, queries, qrels = read(experiment, folder, settings.train_splits)
+    passages, found = read(experiment, folder)
     vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
     vocabulary.save()
-    counts = _datasets(experiment, folder, passages, vocabulary, queries, qrels)
+    inputs: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    counts = _datasets(experiment, folder, passages, vocabulary, found, inputs)
     tokens = arrays.read_arrays(folder / "arrays" / CORPUS)["passage_tokens"]
+    inputs[CORPUS] = _passages_cut(passages, vocabulary, tokens)
+    copies = sum(counted.pop(generation_data.COPIES, 0) for counted in inputs.values())
     report = {
         "passages": len(passages),
         "passages_that_fill_the_input": int((tokens[:, -1] > 0).sum()),
-        "queries": {split: len(found) for split, found in queries.items()},
-        "queries_cut": cut(vocabulary, queries, settings.query_length),
-        "qrels": {split: len(found) for split, found in qrels.items()},
+        "queries": {split: len(queries) for split, queries in found.queries.items()},
+        "queries_cut": cut(vocabulary, found.queries, settings.query_length),
+        "inputs_cut": inputs,
+        "qrels": {split: len(qrels) for split, qrels in found.qrels.items()},
+        **found.report,
+        "copies_of_test_queries": copies,
         "examples": counts,
         "positives": _positives(folder, counts),
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
     }
     write_report(folder, report, settings)
+
+
+def _passages_cut(
+    passages: PassageStore, vocabulary: Vocabulary, tokens: np.ndarray
+) -> Counter[str]:
+    """Counts of passages as encoder inputs int32 [P, S], see `examples.count_inputs`. Those alone
+    that fill their row are looked at again."""
+    blocks = (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
+    lengths = np.concatenate([(np.asarray(block) > 0).sum(1) for block in blocks])
+    for row in np.flatnonzero(lengths == tokens.shape[1]):
+        lengths[row] = len(vocabulary.encode(passages[row].contents)) + 1
+    counts: Counter[str] = Counter()
+    examples.count_inputs(lengths, tokens.shape[1], counts)
+    return counts
 
 
 def _positives(folder: Path, counts: Mapping[str, int]) -> dict[str, float]:
@@ -87,26 +108,36 @@ def _datasets(
     folder: Path,
     passages: PassageStore,
     vocabulary: Vocabulary,
-    queries: Mapping[str, Mapping[str, Query]],
-    qrels: Mapping[str, list[Qrel]],
+    judged: Judged,
+    inputs: Mapping[str, Counter[str]],
 ) -> dict[str, int]:
-    """The TFDS dataset and the token arrays of its SeqIO tasks; -> examples a source."""
+    """The TFDS dataset and the token arrays of its SeqIO tasks; -> examples a source.
+
+    inputs, by source: counts are added of what is cut, and of copies of test queries left out.
+    """
     prepared = loading.prepared()
     settings, most = experiment.prepare, 1
+    tests = test_texts(settings, folder)
 
-    def examples_of(source: str) -> Iterator[dict[str, Any]]:
-        nonlocal most
+    def examples_of(source: str, counts: Counter | None = None) -> Iterator[dict[str, Any]]:
         split = source.removeprefix(_LABELLED)
         if split == source:
-            yield from examples.of_positives(source_pairs(settings, source, passages, {}, ()))
-            return
-        judged = examples.of_judged(queries[split], qrels[split], passages, settings.min_relevance)
-        for example in judged:
+            rules = {"test_queries": tests, "counts": counts}
+            return examples.of_positives(source_pairs(settings, source, passages, {}, (), **rules))
+        of_split = judged.queries[split], judged.qrels[split]
+        return examples.of_judged(*of_split, passages, settings.min_relevance)
+
+    def counted(source: str) -> Iterator[dict[str, Any]]:
+        nonlocal most
+        for example in examples_of(source, inputs[source]):
+            length = len(vocabulary.encode(example["inputs"])) + 1
+            examples.count_inputs([length], settings.query_length, inputs[source])
             most = max(most, len(example["positives"]))
-            qids[source].append(example["qid"])
+            if source.startswith(_LABELLED):
+                qids[source].append(example["qid"])
             yield example
 
-    streams = {source: examples_of(source) for source in sources(experiment)}
+    streams = {source: counted(source) for source in sources(experiment)}
     qids: dict[str, list[str]] = {source: [] for source in streams}
     counts = prepared.write(folder / "tfds", "positives", streams, prepared.positives())
     require_examples(counts)
@@ -178,18 +209,50 @@ def sources(experiment: DenseExperiment) -> dict[str, str]:
 def negatives(experiment: DenseExperiment, folder: Path) -> None:
     """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
     settings = experiment.negatives
-    made = Prepared.load(experiment.model_dir, identifiers=False)
-    _write_pools(experiment, folder, settings, _finder(settings, made))
+    made = _prepared(experiment)
+    own = _own(experiment, made)
+    _write_pools(experiment, folder, settings, _finder(settings, made, deeper=bool(own)), own)
 
 
-def _finder(settings: Negatives, made: Prepared) -> Find:
+def _own(experiment: DenseExperiment, made: Prepared) -> dict[str, np.ndarray]:
+    """Source -> int32 [n, 1], the passage that a query itself is and must not find, -1 for most; {}
+    where there is none."""
+    report = kept.read_json(made.folder / "report.json")
+    counted = report.get("queries_that_are_passages", {})
+    if "inputs_cut" in report and not counted.keys() & set(experiment.prepare.train_splits):
+        return {}  # an older report has neither
+    qids = kept.read_json(made.folder / QIDS)
+    found = {}
+    for source in sources(experiment):
+        rows = found[source] = np.full(
+            (len(_queries(experiment, source)["query"]), 1), -1, np.int32
+        )
+        if not source.startswith(_LABELLED):
+            continue
+        named = _named(experiment, source, qids)
+        qrels = made.qrels(source.removeprefix(_LABELLED))
+        own = self_hits(experiment.prepare, named, made.store, qrels)
+        rows[:, 0] = [made.store.index_of(qid) if qid in own else -1 for qid in named]
+    return found if any((rows >= 0).any() for rows in found.values()) else {}
+
+
+def _named(
+    experiment: DenseExperiment, source: str, qids: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The qid of each row of a source of labelled queries."""
+    return [qids[source][number] for number in _queries(experiment, source)["query"][:, 0]]
+
+
+def _finder(settings: Negatives, made: Prepared, *, deeper: bool = False) -> Find:
+    """deeper: by a passage, as the query's own may be found and is left out."""
     if settings.source == "random":
         return lambda tokens: np.zeros((len(tokens), 0), np.int32)
     index = settings.bm25.fit(made.store)
 
     def find(tokens: np.ndarray) -> np.ndarray:
         """What BM25 finds for the queries as the encoder reads them."""
-        found = np.full((len(tokens), settings.skip + settings.depth), -1, np.int32)
+        depth = settings.skip + settings.depth + deeper
+        found = np.full((len(tokens), depth), -1, np.int32)
         for row, ids in zip(found, tokens, strict=True):
             scores = index.scores(made.vocabulary.decode(ids.tolist()))
             best = index.best(scores, len(row))
@@ -200,19 +263,26 @@ def _finder(settings: Negatives, made: Prepared) -> Find:
 
 
 def _write_pools(
-    experiment: DenseExperiment, folder: Path, settings: Negatives, find: Find
+    experiment: DenseExperiment,
+    folder: Path,
+    settings: Negatives,
+    find: Find,
+    own: Mapping[str, np.ndarray],
 ) -> None:
-    """One pool a source, of queries in blocks."""
+    """One pool a source, of queries in blocks; own: see `_own`."""
     number = len(PassageStore(Path(experiment.model_dir) / "prepare" / "passages"))
     for source in sources(experiment):
         queries = _queries(experiment, source)
+        others = queries["positives"]
+        if own:
+            others = np.hstack([others, own[source]])
         pools = []
         for start in range(0, len(queries["positives"]), BLOCK):
             block = slice(start, start + BLOCK)
             pools.append(
                 mined(
                     find(np.asarray(queries["encoder_input_tokens"][block])),
-                    queries["positives"][block],
+                    others[block],
                     count=settings.depth,
                     num_passages=number,
                     skip=settings.skip,
@@ -229,6 +299,10 @@ def _pool(experiment: DenseExperiment, stage: str, source: str) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
+def _prepared(experiment: DenseExperiment) -> Prepared:
+    return Prepared.load(experiment.model_dir, identifiers=False)
+
+
 def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
     return arrays.read_arrays(Path(experiment.model_dir) / "prepare" / "arrays" / source)
 
@@ -236,16 +310,19 @@ def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
 def teach(experiment: DenseExperiment, folder: Path) -> None:
     """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
     the pool and the positives of each query; and report.json, see `stages.teach`."""
-    made = Prepared.load(experiment.model_dir, identifiers=False)
+    made = _prepared(experiment)
     qids = kept.read_json(made.folder / QIDS)
-    report = {}
+    own, report = _own(experiment, made), {}
     for source in sources(experiment):
         pool = _pool(experiment, "negatives", source)
         queries = _queries(experiment, source)
-        named = [qids[source][number] for number in queries["query"][:, 0]]
+        named = _named(experiment, source, qids)
         lists, coverage = _ranked(experiment, made, source, named, pool)
         names = ("encoder_input_tokens", "positives")
         rows = {name: queries[name][lists.query_rows] for name in names}
+        if own:  # no positives, as no list holds them; but no negatives in lists of others either
+            itself = own[source][lists.query_rows]
+            rows["positives"] = np.hstack([rows["positives"], itself])
         scores = lists.teacher_scores.astype(np.float32)
         arrays.write_arrays(
             folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
@@ -260,15 +337,16 @@ def _ranked(
     experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
 ) -> tuple[RankLists, Coverage]:
     split, coverage = source.removeprefix(_LABELLED), Coverage()
-    queries = made.queries(split)
+    queries, qrels = made.queries(split), made.qrels(split)
     lists = taught(
         experiment.teach,
         {qid: queries[qid].text for qid in qids},
         coverage=dict.fromkeys(qids, coverage),
         candidates=CandidateLists(qids, pool, made.store.pids),
         store=made.store,
-        qrels=made.qrels(split),
+        qrels=qrels,
         min_relevance=experiment.prepare.min_relevance,
+        self_hits=self_hits(experiment.prepare, qids, made.store, qrels),
     )
     return lists, coverage
 
@@ -295,13 +373,15 @@ def batches(experiment: DenseExperiment, stage: str) -> Source:
 def mine(experiment: DenseExperiment, folder: Path) -> None:
     """Writes pools as `negatives` does, of what the trained encoder finds."""
     settings = experiment.mined
-    made = Prepared.load(experiment.model_dir, identifiers=False)
-    find = _finder(settings, made) if settings.source != "own" else None
+    made = _prepared(experiment)
+    own = _own(experiment, made)
+    find = _finder(settings, made, deeper=bool(own)) if settings.source != "own" else None
     if find is None:
-        depth = min(settings.skip + settings.depth + _most(experiment), len(made.store))
+        depth = settings.skip + settings.depth + _most(experiment) + bool(own)
+        depth = min(depth, len(made.store))
         student = searcher(experiment, "dense", _search(experiment, depth=depth))
         find = lambda tokens: student.passages(tokens)[0]
-    _write_pools(experiment, folder, settings, find)
+    _write_pools(experiment, folder, settings, find, own)
 
 
 def _most(experiment: DenseExperiment) -> int:
@@ -323,6 +403,8 @@ def _lists(
         tasks[source] = dict(_queries(experiment, source))
         if pool is not None:
             tasks[source]["negatives"] = _pool(experiment, stage, source)
+    for source, own in _own(experiment, _prepared(experiment)).items():
+        tasks[source]["own"] = own
     corpus = _queries(experiment, CORPUS)["passage_tokens"]
     lists = experiment.lists
     return ListSource(
@@ -389,7 +471,7 @@ def _train(experiment: DenseExperiment, folder: Path, settings: Training, start:
     model = DualEncoder(config)
     source = batches(experiment, folder.name)
     students.train(experiment, folder, folder.name, settings, model, source, start)
-    made = Prepared.load(experiment.model_dir, identifiers=False)
+    made = _prepared(experiment)
     retrieval.embed(
         _encoder(experiment, folder.name),
         made.store,
@@ -433,11 +515,8 @@ def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> S
 
 def evaluate(experiment: DenseExperiment, folder: Path) -> None:
     """Measures the encoders as students are measured: see `stages.evaluate.measure`."""
-    made, search = (
-        Prepared.load(experiment.model_dir, identifiers=False),
-        experiment.evaluate.search,
-    )
-    order = made.store.pid_of
+    made = _prepared(experiment)
+    search, order = search_of(experiment, made), made.store.pid_of
     opened = lambda system: searcher(experiment, system, search).by_pid(order)
     measure(experiment, folder, made, opened)
 

@@ -6,7 +6,7 @@ import collections
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,9 +18,11 @@ from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, describe
+from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages import judged
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.stages.students import decoder
 from dgr_jax.training import metrics
@@ -38,8 +40,23 @@ COMPARED = ("Success@1", "Success@10", "RR@10")
 
 def evaluate(experiment: Experiment, folder: Path) -> None:
     """Measures every student; see `measure`."""
-    made, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
+    made = Prepared.load(experiment.model_dir)
+    search = search_of(experiment, made)
     measure(experiment, folder, made, lambda system: decoder(experiment, system, search, made))
+
+
+def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
+    """Evaluate.search; a passage deeper where test queries are passages, which are left out."""
+    splits = experiment.prepare.test_splits
+    own = any(_own(experiment, made, split, made.queries(split)) for split in splits)
+    return self_hits.deeper(experiment.evaluate.search) if own else experiment.evaluate.search
+
+
+def _own(
+    experiment: Experiment | DenseExperiment, made: Prepared, split: str, qids: Iterable[str]
+) -> frozenset[str]:
+    """The queries that must not find the passage of their id."""
+    return judged.self_hits(experiment.prepare, qids, made.store, made.qrels(split))
 
 
 def measure(
@@ -56,18 +73,21 @@ def measure(
     searched again by an evaluation that differs in other settings or in another student. What lies
     in the stage's folder is a copy, for people.
 
-    opened: a system -> what retrieves, such as a `Decoder`.
+    opened: a system -> what retrieves, such as a `Decoder`, by `search_of`.
     """
     splits = experiment.prepare.test_splits
+    if not splits:
+        logger.info("evaluate: there are no test queries (Prepare.test_splits): nothing to measure")
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
+    own = {split: _own(experiment, made, split, asked) for split, asked in queries.items()}
     for split, asked in queries.items():
         if not asked:
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     values: dict[str, dict[str, Values]] = {}
     for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
-        runs = {split: _kept_run(experiment, system, split) for split in splits}
-        _search(experiment, made, system, opened, queries, runs)
+        runs = {split: _kept_run(experiment, system, split, bool(own[split])) for split in splits}
+        _search(experiment, made, system, opened, queries, runs, own)
         if processes.first():
             values[system] = {
                 split: _measure(experiment, made, queries[split], split, path)
@@ -93,7 +113,8 @@ def measure(
         for split, found in compared.items()
     }
     _write_json(folder / "comparisons.json", described)
-    _plot(experiment, folder, {system: found[splits[0]] for system, found in values.items()})
+    first = {s: found[splits[0]] if splits else {} for s, found in values.items()}
+    _plot(experiment, folder, first)
     _show(measured, compared)
 
 
@@ -111,12 +132,26 @@ def chosen_queries(
     return {qids[i]: queries[qids[i]] for i in keep}
 
 
-def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str) -> Path:
-    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus."""
+def first_test_split(experiment: Experiment | DenseExperiment) -> str:
+    """ValueError where there is none."""
+    for split in experiment.prepare.test_splits:
+        return split
+    raise ValueError(
+        f"{experiment.model_dir} has no test split to measure on "
+        f"({type(experiment.prepare).__name__}.test_splits)"
+    )
+
+
+def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
+    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus.
+
+    own: whether queries are passages, which are left out of the run.
+    """
     settings = experiment.evaluate
     student = system != "bm25"
     asked = (settings.search if student else settings.search.depth, settings.max_queries)
-    mark = fingerprint(describe([*asked, settings.seed if settings.max_queries else 0]))
+    drawn = settings.seed if settings.max_queries else 0
+    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own]))
     folder = Path(experiment.model_dir) / (system if student else "prepare") / "runs"
     return folder / f"{system}.{split}-{mark}.trec"
 
@@ -128,16 +163,21 @@ def _search(
     opened: Callable[[str], Any],
     queries: dict[str, dict[str, Query]],
     runs: dict[str, Path],
+    own: dict[str, frozenset[str]],
 ) -> None:
-    """Writes the runs (by split) that are not there yet, or not as they were written."""
+    """Writes the runs (by split) that are not there yet, or not as they were written; own: the
+    queries of each that must not find the passage of their id."""
     first = processes.first()
     absent = [split for split, path in runs.items() if not _is_kept(path)] if first else None
     absent = processes.agree(absent)
     if not absent or system == "bm25" and not processes.first():
         return
-    search = _searcher(experiment, made, system, opened)
+    depth = experiment.evaluate.search.depth
+    search = _searcher(made, system, opened, depth + any(own.values()))
     for split in absent:
         found = search({qid: query.text for qid, query in queries[split].items()})
+        if any(own.values()):
+            found = _without_self_hits(found, own[split], depth, f"{system} on {split}")
         if processes.first():
             lists = (rank_list for run in found for rank_list in trec.rank_lists(run))
             written = runs[split].with_name(f"{runs[split].stem}.partial.trec")
@@ -162,15 +202,24 @@ def _is_kept(path: Path) -> bool:
     return True
 
 
+def _without_self_hits(
+    runs: Iterator[Run], own: frozenset[str], depth: int, name: str
+) -> Iterator[Run]:
+    """Blocks of a run without the queries' own passages, whose number is logged."""
+    hits = 0
+    for run in runs:
+        hits += sum(p.pid == qid for qid in own & run.keys() for p in run[qid])
+        yield self_hits.without(run, own, depth)
+    if hits:
+        logger.info("evaluate: %s: %s queries found themselves, left out", name, f"{hits:,}")
+
+
 def _searcher(
-    experiment: Experiment | DenseExperiment,
-    made: Prepared,
-    system: str,
-    opened: Callable[[str], Any],
+    made: Prepared, system: str, opened: Callable[[str], Any], depth: int
 ) -> Callable[[dict[str, str]], Iterator[Run]]:
     """queries -> the run of a system in blocks."""
     if system == "bm25":
-        index, depth = Bm25().fit(made.store), experiment.evaluate.search.depth
+        index = Bm25().fit(made.store)
         return lambda queries: (index.search(b, depth) for b in _blocks(queries))
     student = opened(system)
     return lambda queries: _retrieve(student, made, queries)
@@ -198,10 +247,10 @@ def _measure(
 ) -> Values:
     """What a run is worth: every measure that is asked for, compared or plotted; of a split without
     judgements, those of answers."""
-    settings, judged = experiment.evaluate, made.qrels(split)
+    settings, qrels = experiment.evaluate, made.qrels(split)
     names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search)))
     of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
-    of_judgements = [name for name in names if name not in of_answers] if judged else []
+    of_judgements = [name for name in names if name not in of_answers] if qrels else []
 
     def text(pid: str) -> str:
         return made.store[made.store.index_of(pid)].text
@@ -215,7 +264,7 @@ def _measure(
             asked = [queries[qid] for qid in run]
             found |= evaluation.answer_hits(run, asked, text, of_answers)
         if of_judgements:
-            grades = {qid: judged[qid] for qid in run}
+            grades = {qid: qrels[qid] for qid in run}
             found |= evaluation.per_query(
                 run, grades, of_judgements, min_relevance=settings.min_relevance
             )
@@ -292,7 +341,7 @@ def _plot(
         means = evaluation.means({name: found[name] for name in points if name in found})
         curves[system] = {points[name]: mean for name, mean in means.items()}
     if any(curves.values()):  # the split has judgements
-        title = f"Success@k, {experiment.prepare.test_splits[0]}"
+        title = f"Success@k, {first_test_split(experiment)}"
         plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
     # BM25 has no curve, but a colour: the others have theirs in both plots.

@@ -11,19 +11,19 @@ import json
 import logging
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dgr_jax.corpora import beir
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.examples import Part
 from dgr_jax.dense_experiment import DensePrepare
 from dgr_jax.experiment import Prepare
-from dgr_jax.stages import identifiers
+from dgr_jax.stages import identifiers, judged
 from dgr_jax.stages.identifiers import Identified
 from dgr_jax.training import arrays
 
@@ -31,16 +31,24 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 4096
 NAME = "examples"
+COPIES = "copies_of_test_queries"
 _held = threading.local()
 
 
-class Opened(NamedTuple):
-    """What examples are made of."""
+@dataclass(frozen=True)
+class Opened:
+    """What examples are made of.
+
+    test_queries: `normalised`; no pseudo-query may copy them. counts: of what is left out and cut,
+    filled while examples are made, see `by_source`.
+    """
 
     passages: PassageStore
     made: Identified
     queries: Mapping[str, Query]
     qrels: Sequence[Qrel]
+    test_queries: frozenset[str] = frozenset()
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,18 @@ class Work:
         """Token arrays of a part, [n <= 4096, ...] a block; its records go to `writer`."""
         settings, made = self.settings, opened.made
         pairs = source_pairs(
-            settings, part.source, opened.passages, opened.queries, opened.qrels, part
-        )
+            settings, part.source, opened.passages, opened.queries, opened.qrels, part,
+            test_queries=opened.test_queries, counts=opened.counts,
+        )  # fmt: skip
         stream = made.examples(pairs, part.number)
         while held := list(itertools.islice(stream, _BLOCK)):
             writer.add(held)
-            yield examples.features(held, made.vocabulary, settings.query_length, made.length)
+            counts: Counter[str] = Counter()
+            features = examples.features(
+                held, made.vocabulary, settings.query_length, made.length, counts
+            )
+            opened.counts.update({f"{part.source} {name}": n for name, n in counts.items()})
+            yield features
 
     def write_part(self, part: Part) -> None:
         """Writes records and arrays of a part apart from all others, its record of work last.
@@ -79,11 +93,12 @@ class Work:
         place = self._place(part)
         writer = prepared.ShardWriter(place.with_suffix(".tfrecord"))
         opened.made.drawn.clear()
+        opened.counts.clear()
         blocks = self.blocks(part, opened, writer)
         if (first := next(blocks, None)) is not None:
             arrays.write_arrays(place, itertools.chain([first], blocks))
         writer.close()
-        done = {"shard": writer.shard, "drawn": opened.made.drawn}
+        done = {"shard": writer.shard, "drawn": opened.made.drawn, "counts": opened.counts}
         place.with_suffix(".json").write_text(json.dumps(done), encoding="utf-8")
 
     def _place(self, part: Part) -> Path:
@@ -111,6 +126,7 @@ class Work:
             place = self._place(part)
             done = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
             opened.made.drawn.update(done["drawn"])
+            opened.counts.update(done["counts"])
             shard = direct.Shard(*done["shard"])
             if not shard.examples:
                 continue
@@ -152,6 +168,16 @@ def write(
     return {source: sum(shard.examples for shard in of) for source, of in found.items()}
 
 
+def by_source(counts: Counter[str], names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """source -> name -> count, of counts by "source name"."""
+    found: dict[str, dict[str, int]] = {}
+    for key in counts:
+        source, _, name = key.partition(" ")
+        if name in names:
+            found.setdefault(source, dict.fromkeys(names, 0))[name] = counts[key]
+    return found
+
+
 def require_examples(counts: Mapping[str, int]) -> None:
     """Raises ValueError for a source without any example."""
     empty = [name for name, count in counts.items() if not count]
@@ -171,12 +197,16 @@ def reopened(work: Work) -> Opened:
 def _open(work: Work) -> Opened:
     settings, folder = work.settings, work.folder
     passages = PassageStore(folder / "passages")
-    judged = beir.BeirCollection(str(folder / "collection"))
+    queries: dict[str, Query] = {}
+    qrels: list[Qrel] = []
+    for split in settings.train_splits:
+        queries, qrels = judged.queries(folder, split), judged.qrels(folder, split)
     return Opened(
         passages,
         identifiers.reopened(settings, folder, passages),
-        {query.qid: query for query in judged.queries(settings.train_split)},
-        list(judged.qrels(settings.train_split)),
+        queries,
+        qrels,
+        judged.test_texts(settings, folder),
     )
 
 
@@ -187,8 +217,14 @@ def source_pairs(
     queries: Mapping[str, Query],
     qrels: Sequence[Qrel],
     part: Part | None = None,
+    *,
+    test_queries: frozenset[str] = frozenset(),
+    counts: Counter | None = None,
 ) -> Iterator[tuple[str, int, str]]:
-    """(text, passage index, qid) of a source of the mixture: what examples are made of."""
+    """(text, passage index, qid) of a source of the mixture: what examples are made of.
+
+    test_queries, counts: see `examples.pseudo_queries`.
+    """
     texts = {query.qid: query.text for query in queries.values()} if source == "labelled" else {}
     return examples.pairs(
         source,
@@ -198,4 +234,6 @@ def source_pairs(
         qrels=qrels,
         min_relevance=settings.min_relevance,
         part=part,
+        test_queries=test_queries,
+        counts=counts,
     )

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import kept, writer_lock
-from dgr_jax.corpora import beir, checks, store, trec
+from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import Collection, Qrel, Query
-from dgr_jax.data import loading
+from dgr_jax.corpora.types import Query
+from dgr_jax.data import examples, loading
 from dgr_jax.data.examples import Part
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.dense_experiment import DenseExperiment, DensePrepare
@@ -31,14 +31,13 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.records import RECORD, read_record, write_record
 from dgr_jax.retrieval.view_indexes import ViewIndexes
 from dgr_jax.shipped import resources
-from dgr_jax.stages import generation_data, identifiers
+from dgr_jax.stages import generation_data, identifiers, judged
 from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
+from dgr_jax.stages.judged import Judged
 from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)
-
-UNJUDGED = "unjudged"  # folder of the queries of splits without judgements, in BEIR layout
 
 
 def prepare(
@@ -51,24 +50,33 @@ def prepare(
 
     everywhere: makes the generation examples on workers, see `generation_data.write`.
     """
-    settings, train = experiment.prepare, experiment.prepare.train_split
-    passages, queries, qrels = read(experiment, folder, (train,))
+    settings = experiment.prepare
+    passages, found = read(experiment, folder)
     with _part("identifiers"):
         if isinstance(settings.identifiers, Multiview):
-            tested = (query for split in settings.test_splits for query in queries[split].values())
-            made = identifiers.views(settings, folder, passages, tested)
+            made = identifiers.views(settings, folder, passages, found.tested(settings))
         else:
             made = identifiers.docids(settings, folder, passages)
-    opened = Opened(passages, made, queries[train], qrels[train])
+    train = settings.train_split
+    opened = Opened(
+        passages,
+        made,
+        found.queries.get(train, {}),
+        found.qrels.get(train, []),
+        judged.test_texts(settings, folder),
+    )
     with _part("examples"):
         counts = generation_data.write(Work(settings, folder), opened, everywhere)
     vocabulary = made.vocabulary
     _follow_tasks(settings, folder, made)
     report = {
         "passages": len(passages),
-        "queries": {split: len(found) for split, found in queries.items()},
-        "queries_cut": cut(vocabulary, queries, settings.query_length),
-        "qrels": {split: len(found) for split, found in qrels.items()},
+        "queries": {split: len(queries) for split, queries in found.queries.items()},
+        "queries_cut": cut(vocabulary, found.queries, settings.query_length),
+        "inputs_cut": generation_data.by_source(opened.counts, examples.INPUTS),
+        "qrels": {split: len(qrels) for split, qrels in found.qrels.items()},
+        **found.report,
+        "copies_of_test_queries": opened.counts[generation_data.COPIES],
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
         "identifiers": made.report,
@@ -91,55 +99,39 @@ def _part(name: str) -> Iterator[None]:
     logger.info("prepare: %s in %.1f s", name, time.perf_counter() - start)
 
 
-def read(
-    experiment: Experiment | DenseExperiment, folder: Path, train: tuple[str, ...]
-) -> tuple[PassageStore, dict[str, dict[str, Query]], dict[str, list[Qrel]]]:
-    """Writes passages/, collection/ (queries and judgements) and spiece.model; -> the passages,
-    and split -> queries by qid, and judgements of those splits that have some.
+def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[PassageStore, Judged]:
+    """Writes passages/, queries and judgements (see `judged.write`) and spiece.model; -> the
+    passages, and what is asked of them.
 
-    train: splits to learn from; each must have a positive. A test split may have answers instead of
-    judgements, see `evaluation.answer_hits`: its queries lie in unjudged/.
+    Raises ValueError for judgements that cannot be used, and for a single passage.
     """
     settings, collection = experiment.prepare, experiment.collection
-    collection.check(settings.splits)
+    if settings.splits:
+        collection.check(settings.splits)
     with _part("passages"):
         passages = store.write(collection.passages(), folder / "passages")
-        queries = {s: {q.qid: q for q in collection.queries(s)} for s in settings.splits}
-    qrels = {}
-    for split in settings.splits:
-        if (found := _judgements(collection, split, queries[split], split in train)) is None:
-            beir.write_beir(folder / UNJUDGED / split, None, queries[split].values(), {})
-            continue
-        where = f"qrels of split {split!r}"
-        qrels[split] = checks.check_qrels(found, queries[split], passages, where=where).kept
-        if not qrels[split]:
-            raise ValueError(f"{where}: found none; expected a judged query or more")
-    for split in train:
-        if not any(qrel.relevance >= settings.min_relevance for qrel in qrels[split]):
-            raise ValueError(
-                f"split {split!r} has no positive: no relevance of {settings.min_relevance} or "
-                f"more ({type(settings).__name__}.min_relevance)"
-            )
-    judged = {q.qid: q for split in qrels for q in queries[split].values()}
-    beir.write_beir(folder / "collection", None, judged.values(), qrels)
-    learned = {q.qid: q.text for split in train for q in queries[split].values()}
+        found = judged.read(collection, settings, passages)
+    if len(passages) < 2:
+        raise ValueError(
+            f"the collection has one passage, {passages.pids[0]!r}, expected two or more, for a "
+            "student to choose from and a teacher to order"
+        )
+    judged.write(folder, found)
+    if not settings.train_splits:
+        owner, sources = type(settings).__name__, " and ".join(settings.sources.rates())
+        logger.info(
+            "prepare: there are no labels: what is learned from is %s, and a teacher orders "
+            "passages for these (%s)",
+            sources.replace("_", "-"),
+            f"{owner}.{'train_split' if owner == 'Prepare' else 'train_splits'}",
+        )
+    learned = {
+        q.qid: q.text for split in settings.train_splits for q in found.queries[split].values()
+    }
     with _part("vocabulary"):
         texts = itertools.chain((p.contents for p in passages), learned.values())
         settings.vocabulary.write(folder, texts)
-    return passages, queries, qrels
-
-
-def _judgements(
-    collection: Collection, split: str, queries: Mapping[str, Query], learned: bool
-) -> list[Qrel] | None:
-    """None of a test split that has answers instead."""
-    try:
-        return list(collection.qrels(split))
-    except FileNotFoundError:
-        if learned or not any(query.answers for query in queries.values()):
-            raise
-    logger.info("prepare: split %r has no judgements, only answers", split)
-    return None
+    return passages, found
 
 
 def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
@@ -223,25 +215,11 @@ class Prepared:
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""
-        alone = self._unjudged(split)
-        found = alone.all_queries() if alone else self._judged.queries(split)
-        return {query.qid: query for query in found}
+        return judged.queries(self.folder, split)
 
     def qrels(self, split: str) -> dict[str, dict[str, int]]:
         """qid -> pid -> relevance of a split; {} of one that has answers instead."""
-        return {} if self._unjudged(split) else trec.qrels_in_memory(self._judged.qrels(split))
-
-    def _unjudged(self, split: str) -> beir.BeirCollection | None:
-        folder = self.folder / UNJUDGED / split
-        if not folder.is_dir():
-            return None
-        kept.whole(folder)
-        return beir.BeirCollection(str(folder))
-
-    @property
-    def _judged(self) -> beir.BeirCollection:
-        kept.whole(self.folder / "collection")
-        return beir.BeirCollection(str(self.folder / "collection"))
+        return trec.qrels_in_memory(judged.qrels(self.folder, split))
 
 
 def export(experiment: Experiment | DenseExperiment, target: str) -> None:
@@ -278,8 +256,10 @@ def cut(
 def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Iterator[str]:
     found = report.get("identifiers", {})
     yield (
-        f"{report['passages']:,} passages, "
-        + ", ".join(f"{n:,} {split} queries" for split, n in report["queries"].items())
+        ", ".join(
+            [f"{report['passages']:,} passages"]
+            + [f"{n:,} {split} queries" for split, n in report["queries"].items()]
+        )
         + "; examples: "
         + ", ".join(f"{n:,} {name}" for name, n in report["examples"].items())
     )
@@ -290,6 +270,21 @@ def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Itera
                 f"{settings.query_length} tokens and are cut "
                 f"({type(settings).__name__}.query_length)"
             )
+    for source, counted in report["inputs_cut"].items():
+        if counted["cut"] and not source.startswith("labelled"):
+            length = "passage_length" if source == "corpus" else "query_length"
+            inputs = f"{counted['inputs']:,} {source.replace('_', ' ')} inputs"
+            yield (
+                f"{counted['cut']:,} of {inputs} are longer than {getattr(settings, length)} "
+                f"tokens and are cut, {counted['tokens_lost']:,} of {counted['tokens']:,} tokens "
+                f"are lost ({type(settings).__name__}.{length})"
+            )
+    if copies := report["copies_of_test_queries"]:
+        yield (
+            f"{copies:,} pseudo-queries are copies of test queries and are left out "
+            "(Sources.pseudo_query_path)"
+        )
+    yield from judged.readable(report, settings)
     if "positives" in report:
         yield f"positives a query: {_line(report['positives'])}"
     if line := _line(found):

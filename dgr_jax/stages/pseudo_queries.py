@@ -20,7 +20,7 @@ from dgr_jax import checkpoints, partitioning
 from dgr_jax.corpora import checks, lines, store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
-from dgr_jax.data.views import normalised
+from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
 from dgr_jax.kept import Damaged, entry, read_json
@@ -71,8 +71,12 @@ def prepare(experiment: PseudoQueries, folder: Path) -> None:
     collection.check((settings.train_split, *settings.test_splits))
     passages = store.write(collection.passages(), folder / "passages")
     texts = {query.qid: query.text for query in collection.queries(settings.train_split)}
-    qrels = list(collection.qrels(settings.train_split))
-    checks.check_qrels(qrels, texts, passages, where=f"qrels of split {settings.train_split!r}")
+    where = f"qrels of split {settings.train_split!r}"
+    judged = checks.check_qrels(
+        collection.qrels(settings.train_split), texts, passages, where=where
+    )
+    counts: Counter = Counter()
+    qrels, counts["repeated_judgements"] = checks.judged_once(judged.kept, where=where)
     tests = {
         normalised(query.text)
         for split in settings.test_splits
@@ -83,9 +87,9 @@ def prepare(experiment: PseudoQueries, folder: Path) -> None:
     settings.vocabulary.write(folder, corpus)
     vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
     vocabulary.save()
-    counts: Counter = Counter()
     pairs = _pairs(experiment, passages, texts, qrels, tests, counts)
-    arrays.write_arrays(folder / "pairs", _features(experiment, vocabulary, pairs, counts))
+    features = _features(experiment, vocabulary, passages, pairs, counts)
+    arrays.write_arrays(folder / "pairs", features)
     _report(folder, {"passages": len(passages), "test_queries": len(tests), **counts})
 
 
@@ -96,9 +100,9 @@ def _pairs(
     qrels: list[Qrel],
     tests: set[str],
     counts: Counter,
-) -> Iterator[tuple[str, str]]:
-    """(passage, query) of every positive, without copies of test queries. Raises ValueError when
-    there is none."""
+) -> Iterator[tuple[int, str]]:
+    """(passage index, query) of every positive, without copies of test queries. Raises ValueError
+    when there is none."""
     settings = experiment.prepare
     for qrel in qrels:
         if qrel.relevance < settings.min_relevance or not texts[qrel.qid].strip():
@@ -107,7 +111,7 @@ def _pairs(
             counts["pairs_with_copies_of_test_queries"] += 1
             continue
         counts["pairs"] += 1
-        yield passages[passages.index_of(qrel.pid)].contents, texts[qrel.qid]
+        yield passages.index_of(qrel.pid), texts[qrel.qid]
     if not counts["pairs"]:
         raise ValueError(
             f"split {settings.train_split!r} has no pair to learn from: no relevance of "
@@ -119,16 +123,20 @@ def _pairs(
 def _features(
     experiment: PseudoQueries,
     vocabulary: Vocabulary,
-    pairs: Iterator[tuple[str, str]],
+    passages: PassageStore,
+    pairs: Iterator[tuple[int, str]],
     counts: Counter,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of the pairs in blocks, as GenerationConverter makes them."""
     settings = experiment.prepare
+    filling = np.zeros(len(passages), bool)  # a passage has several pairs, and counts once
     while block := list(itertools.islice(pairs, _PAIRS)):
-        passages, queries = zip(*block, strict=True)
-        inputs = vocabulary.encode_inputs(passages, settings.passage_length)
+        rows, queries = zip(*block, strict=True)
+        texts = [passages[row].contents for row in rows]
+        inputs = vocabulary.encode_inputs(texts, settings.passage_length)
         targets = vocabulary.encode_inputs(queries, settings.query_length)
-        counts["passages_that_fill_the_input"] += int((inputs[:, -1] > 0).sum())
+        filling[np.array(rows)[inputs[:, -1] > 0]] = True
+        counts["passages_that_fill_the_input"] = int(filling.sum())
         counts["queries_that_fill_the_target"] += int((targets[:, -1] > 0).sum())
         yield {
             "encoder_input_tokens": inputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def teach(experiment: Experiment, folder: Path) -> None:
     made = Prepared.load(experiment.model_dir)
     candidates = CandidateLists.load(experiment, made)
     asked = training_queries(experiment, made)
-    texts, judged = asked.texts, asked.qrels
+    texts, qrels = asked.texts, asked.qrels
     qids = list(texts)
     coverage = {source: Coverage() for source in dict.fromkeys(asked.sources.values())}
     lists = taught(
@@ -51,8 +51,9 @@ def teach(experiment: Experiment, folder: Path) -> None:
         coverage={qid: coverage[source] for qid, source in asked.sources.items()},
         candidates=candidates,
         store=made.store,
-        qrels=judged,
+        qrels=qrels,
         min_relevance=experiment.prepare.min_relevance,
+        self_hits=asked.own,
     )
     np.savez(
         folder / "rank_lists.npz",
@@ -90,14 +91,20 @@ def teach(experiment: Experiment, folder: Path) -> None:
 
 
 def taught(
-    settings: Teach, texts: Mapping[str, str], *, coverage: Mapping[str, Coverage], **known: Any
+    settings: Teach,
+    texts: Mapping[str, str],
+    *,
+    coverage: Mapping[str, Coverage],
+    self_hits: Container[str] = (),
+    **known: Any,
 ) -> RankLists:
     """The teacher's lists of the queries, qid -> text, cut as the recipe says.
 
-    coverage: of each query, added to; known: candidates, store, qrels and min_relevance, as
-    teachers and recipes take them. Raises ValueError where no list could be made.
+    coverage: of each query, added to; self_hits: queries whose lists lack the passage of their id;
+    known: candidates, store, qrels and min_relevance, as teachers and recipes take them. Raises
+    ValueError where no list could be made.
     """
-    ranked = settings.teacher.rank(texts, coverage=coverage, **known)
+    ranked = settings.teacher.rank(texts, coverage=coverage, self_hits=self_hits, **known)
     lists = settings.lists.select(ranked, qids=list(texts), seed=settings.seed, **known)
     if not len(lists.passages):
         raise ValueError(

@@ -34,7 +34,8 @@ class ListSource:
     ) -> None:
         """Args:
         queries: gives encoder_input_tokens, positives int32 [B, R] (passage indices, the highest
-          grades first; -1: free), grades int32 [B, R] and, for negatives, negatives int32 [B, D].
+          grades first; -1: free), grades int32 [B, R] and, for negatives, negatives int32 [B, D];
+          own int32 [B, 1], where queries are passages, is the one that is neither.
         passage_tokens: int32 [passages, S].
         positives, negatives: P and M.
         fixed: the first P positives, none drawn.
@@ -74,6 +75,8 @@ class ListSource:
         }
         if relevant.shape[1] > self._positives or not self._weights.all():
             batch["ignored_passages"] = relevant
+        if "own" in found:
+            batch["ignored_passages"] = np.hstack([relevant, found["own"]])
         return batch
 
 
