@@ -53,7 +53,7 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, st
         made = Prepared.load(experiment.model_dir, identifiers=False)
         judged = (
             (qid, grade)
-            for split in _train_splits(experiment)
+            for split in experiment.prepare.train_splits
             if (made.folder / "collection" / "qrels" / f"{split}.tsv").is_file()
             for qid, grades in made.qrels(split).items()
             for grade in grades.values()
@@ -64,7 +64,7 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, st
     logger.info("counting the passages of %s", type(experiment.collection).__name__)
     judged = (
         (qrel.qid, qrel.relevance)
-        for split in _train_splits(experiment)
+        for split in experiment.prepare.train_splits
         for qrel in _judgements(experiment, split)
     )
     passages = _every(experiment.collection.passages())
@@ -80,11 +80,6 @@ def _is_absent(collection: Any) -> str:
     if not getattr(collection, "is_here", lambda: True)():
         return f"the library has not fetched {collection.dataset} yet"
     return ""
-
-
-def _train_splits(experiment: Experiment | DenseExperiment) -> tuple[str, ...]:
-    prepare = experiment.prepare
-    return getattr(prepare, "train_splits", None) or (prepare.train_split,)
 
 
 def _judgements(experiment: Experiment | DenseExperiment, split: str) -> Iterator[Any]:

@@ -110,7 +110,7 @@ def test_what_lies_there_is_counted(collection, tmp_path, capsys):
     beir = ("--gin_file=beir.gin", f"--data_dir={collection}", "--gin.Sources.min_sentence_words=3")
     assert counted(load(*beir)) == (Corpus(3, 6.0, 2, 1.3, 3), "BeirCollection")
     nothing = counted(load("--gin_file=beir.gin"))
-    assert nothing == (None, "the collection lacks corpus.jsonl, queries.jsonl")
+    assert nothing == (None, "the collection lacks corpus.jsonl")
     file = tmp_path / "queries.tsv"
     file.write_text("".join(f"p0\tq{i}\n" for i in range(6)))
     assert counted(load(*beir, f"--gin.Sources.pseudo_query_path={file}"))[0].pseudo_queries == 2
@@ -137,7 +137,7 @@ def test_a_plan_counts_the_embedded_collection(capsys, tmp_path, monkeypatch):
     train.command(["--gin_file=beir.gin", "--plan"])
     said = capsys.readouterr().out
     assert f"estimated from {TAKEN.passages:,} passages" in said and "lacks corpus.jsonl" in said
-    assert "those of MS MARCO, as the collection lacks corpus.jsonl, queries.jsonl" in said
+    assert "those of MS MARCO, as the collection lacks corpus.jsonl" in said
     assert not list(tmp_path.iterdir())
 
 
