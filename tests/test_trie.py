@@ -36,12 +36,14 @@ fixed_rows = st.integers(1, 5).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(rows=any_rows)
 def test_holds_the_rows_closed_by_eos(rows):
     index = trie.build(*ragged(rows), eos_id=EOS, vocab_size=10)
     assert rows_of(index) == reference.unique_rows(rows, eos_id=EOS)
 
 
+@settings(deadline=None)
 @given(rows=fixed_rows, big=st.sampled_from([0, 200, 60_000, 130_000]))
 def test_holds_rows_of_one_length_and_any_vocabulary(rows, big):
     rows = np.asarray(rows)
@@ -51,6 +53,7 @@ def test_holds_rows_of_one_length_and_any_vocabulary(rows, big):
     assert index.layout.ends == "fixed"
 
 
+@settings(deadline=None)
 @given(rows=any_rows)
 def test_holds_prefix_free_rows_of_several_lengths_and_refuses_others(rows):
     legal = reference.unique_rows(rows)
@@ -62,6 +65,7 @@ def test_holds_prefix_free_rows_of_several_lengths_and_refuses_others(rows):
         assert rows_of(trie.build(*ragged(rows), vocab_size=10)) == legal
 
 
+@settings(deadline=None)
 @given(rows=any_rows, seed=st.integers(0, 9))
 def test_order_and_repeats_of_the_rows_change_nothing(rows, seed):
     legal = sorted({tuple(row) for row in rows})

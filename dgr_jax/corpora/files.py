@@ -32,7 +32,8 @@ def place(path: str | os.PathLike) -> Path:
     """
     if not isinstance(path, (str, os.PathLike)):
         return path  # in a bucket, found before
-    text = os.fspath(path)
+    # Paths in buckets may be Paths too, which os.fspath is not for.
+    text = str(path) if isinstance(path, Path) else os.fspath(path)
     if "://" not in text:
         return Path(text).expanduser()
     try:
