@@ -81,6 +81,8 @@ def run(
     with alone if processes.first() else contextlib.nullcontext():
         settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
         wanted = list(settings)
+        if processes.count() > 1:
+            jax.device_count()  # the first look at devices is one of all processes together
         if processes.first():
             for stage in wanted:
                 _check(experiment, stage, settings[stage], named)

@@ -63,7 +63,8 @@ def test_decoding_step_by_step_equals_one_pass(dtype, scan, adaptive):
         logits, cache = apply(targets[:, :, t], cache, t, cross, queries, method="step")
         steps.append(logits)
     assert whole.dtype == jnp.float32
-    atol = 3e-5 if dtype == "float32" else 0.05
+    # Sums of other shapes are rounded otherwise, by each processor in its way; logits are up to 15.
+    atol = 4e-5 if dtype == "float32" else 0.05
     np.testing.assert_allclose(np.stack(steps, 2), whole, atol=atol)
     np.testing.assert_allclose(apply(ahead, method="logits"), whole[:, :, 2:], atol=atol)
 
