@@ -17,6 +17,7 @@ from matplotlib import image
 
 from dgr_jax import cli, costs, limits, pipeline, plots, records, studies
 from dgr_jax import study as study_command
+from dgr_jax.data.examples import Sources
 from dgr_jax.dense_experiment import Lists
 from dgr_jax.experiment import describe
 from dgr_jax.losses import contrastive
@@ -203,6 +204,12 @@ def test_label_mixtures_share_what_is_prepared(name, tmp_path):
     assert len({pipeline.fingerprint(pipeline.settings_of(one)["prepare"]) for one in found}) == 1
     compared = [one.compared("dense") for one in found]
     assert all(one == compared[0] for one in compared) and found[0].lists.positives == 4
+    unlabelled = dataclasses.replace(
+        found[0].prepare, train_splits=(), sources=Sources(passages=1.0)
+    )
+    lists = dataclasses.replace(found[0].lists, weights=())
+    without = dataclasses.replace(found[0], prepare=unlabelled, lists=lists)
+    assert without.compared("dense")["data"][0] == ""
     phases = {
         run.labels["labels"]: one.lists.phases(2)
         for run, one in zip(runner.runs[::2], found, strict=True)
