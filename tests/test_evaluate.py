@@ -16,7 +16,7 @@ from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.stages.evaluate import first_test_split
+from dgr_jax.stages.evaluate import chosen_queries, first_test_split, search_of
 from dgr_jax.stages.evaluate import measure as measure_systems
 from tests import test_experiment
 
@@ -158,6 +158,21 @@ def test_queries_do_not_find_themselves(measured, caplog):
     assert said in caplog.messages
     kept = measured(depth=3, self_hits="keep", measures=("RR@10",))[0]
     assert kept["RR@10"] == pytest.approx((3 + 1) / 3 / 5)
+
+
+def test_a_search_goes_deeper_for_the_queries_that_are_asked_alone(tmp_path):
+    passages = store.write(PASSAGES, tmp_path / "passages")
+    queries = {qid: Query(qid, "text") for qid in ("a", "p1", "b")}
+    made = SimpleNamespace(store=passages, queries=lambda _: queries, qrels=lambda _: {})
+
+    depths = set()
+    for seed in range(9):
+        evaluate = Evaluate(Search(depth=3), max_queries=1, seed=seed)
+        experiment = dataclasses.replace(test_experiment.BASE, evaluate=evaluate)
+        itself = "p1" in chosen_queries(experiment, made, "test")
+        assert search_of(experiment, made).depth == 3 + itself
+        depths.add(3 + itself)
+    assert depths == {3, 4}
 
 
 def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
