@@ -203,6 +203,21 @@ def test_unknown_judgements_of_a_part_of_a_corpus(tmp_path, passages):
     assert found.report == {"unknown_judgements": {"train": 2}}
 
 
+def test_one_id_has_one_text_in_all_splits(passages):
+    class Numbered:
+        """Splits of two data sets, each with a query 1."""
+
+        def queries(self, split):
+            return [Query("1", f"a question of {split}")]
+
+        def qrels(self, split):
+            return [Qrel("1", "p0", 1)]
+
+    message = "split 'test': the query '1' is 'a question of test', and in split 'train' it is 'a q"
+    with pytest.raises(ValueError, match=message):
+        judged.read(Numbered(), settings(), passages)
+
+
 # copies of test queries in a file of pseudo-queries
 
 

@@ -47,7 +47,8 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
     """Queries and judgements of all splits, as the rules let them be.
 
     A test split may have answers instead of judgements, see `evaluation.answer_hits`. Raises
-    ValueError where a split has no judgements, or one to learn from no positive.
+    ValueError where a split has no judgements, or one to learn from no positive, and where the
+    queries of two splits have one id and different texts.
     """
     judged = Judged()
     for split in settings.splits:
@@ -57,6 +58,7 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
             judged.qrels[split] = _checked(judged, qrels, split, settings, passages)
         same = [qid for qid in judged.queries[split] if qid in passages]
         judged.count("queries_that_are_passages", split, len(same))
+    _check_texts(judged)
     for split in settings.train_splits:
         _shared(judged, split, settings)
         if not any(q.relevance >= settings.min_relevance for q in judged.qrels[split]):
@@ -111,6 +113,20 @@ def _checked(
     return kept
 
 
+def _check_texts(judged: Judged) -> None:
+    """The judged queries of all splits are kept together, by their ids."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split in judged.qrels:
+        for query in judged.queries[split].values():
+            other, text = seen.setdefault(query.qid, (split, query.text))
+            if text != query.text:
+                raise ValueError(
+                    f"split {split!r}: the query {query.qid!r} is {query.text[:60]!r}, and in "
+                    f"split {other!r} it is {text[:60]!r}; expected one text of each id: give "
+                    "other splits, or other ids"
+                )
+
+
 def _shared(judged: Judged, split: str, settings: Settings) -> None:
     """Counts the queries of a training split that are test queries too, and drops them where they
     are not to be kept."""
@@ -160,7 +176,7 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
 
 def write(folder: Path, judged: Judged) -> None:
     """Writes what `queries` and `qrels` read: collection/, and unjudged/<split>/."""
-    for split in judged.queries.keys() - judged.qrels.keys():
+    for split in sorted(judged.queries.keys() - judged.qrels.keys()):
         beir.write_beir(folder / UNJUDGED / split, None, judged.queries[split].values(), {})
     if judged.qrels:
         kept = {q.qid: q for split in judged.qrels for q in judged.queries[split].values()}
