@@ -140,6 +140,8 @@ def windows(text: str) -> list[str]:
     Any run of pieces, joined by nothing and stripped, is a part of the text with single spaces. In
     spaced scripts the pieces are what spaces divide; in others they are two characters each.
     """
+    if text.isascii() or not _patterns().unspaced.search(text):
+        return [" " + word for word in text.split()]
     pieces: list[str] = []
     for word in text.split():
         if word.isascii() or not _patterns().unspaced.search(word):

@@ -204,13 +204,12 @@ def pairs(
 ) -> Iterator[tuple[str, int, str]]:
     """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
 
-    part: only of this part. qid is blank but for labelled queries. Judgements below `min_relevance`
-    give none; a pair judged twice gives one, by its last judgement, as in measures. test_queries,
-    counts: see `pseudo_queries`.
+    part: only of this part, of qrels that hold each pair once. qid is blank but for labelled
+    queries. Judgements below `min_relevance` give none; a pair judged twice gives one, by its last
+    judgement, as in measures. test_queries, counts: see `pseudo_queries`.
     """
     if source == "labelled":
-        qrels, _ = checks.judged_once(qrels)
-        for qrel in qrels[part.start : part.stop] if part else qrels:
+        for qrel in qrels[part.start : part.stop] if part else checks.judged_once(qrels)[0]:
             if qrel.relevance >= min_relevance:
                 yield query_texts[qrel.qid], store.index_of(qrel.pid), qrel.qid
     elif source == "passages":
