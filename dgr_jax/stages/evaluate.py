@@ -46,8 +46,8 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
-    """Evaluate.search; a passage deeper where some of the queries that are asked are passages, which
-    they must not find."""
+    """Evaluate.search; a passage deeper where queries that are asked are passages, which they must
+    not find."""
     own = any(
         _own(experiment, made, split, chosen_queries(experiment, made, split))
         for split in experiment.prepare.test_splits
