@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import plots
+from dgr_jax import limits, plots
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiment import Evaluate
@@ -187,8 +187,12 @@ def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
     ]
     written = json.loads((measured.model_dir / "evaluate/metrics.json").read_text())
     assert written == {system: {} for system in ("bm25", *SYSTEMS)}
-    with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_splits\)"):
-        first_test_split(experiment)
+    for measured_on in (
+        first_test_split,
+        lambda e: limits.measured(e, measured.model_dir, "distill", (), "", 0),
+    ):
+        with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_split"):
+            measured_on(experiment)
 
 
 def _kept_and_shown(measured):
