@@ -48,7 +48,7 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
 
     A test split may have answers instead of judgements, see `evaluation.answer_hits`. Raises
     ValueError where a split has no judgements, or one to learn from no positive, and where the
-    queries of two splits have one id and different texts.
+    queries of two splits have one id and different words.
     """
     judged = Judged()
     for split in settings.splits:
@@ -119,7 +119,7 @@ def _check_texts(judged: Judged) -> None:
     for split in judged.qrels:
         for query in judged.queries[split].values():
             other, text = seen.setdefault(query.qid, (split, query.text))
-            if text != query.text:
+            if text != query.text and normalised(text) != normalised(query.text):
                 raise ValueError(
                     f"split {split!r}: the query {query.qid!r} is {query.text[:60]!r}, and in "
                     f"split {other!r} it is {text[:60]!r}; expected one text of each id: give "
