@@ -202,7 +202,14 @@ def test_unknown_judgements_of_a_part_of_a_corpus(tmp_path, passages):
     found = judged.read(data, settings(unknown_judgements="drop"), passages)
     assert found.qrels["train"] == [Qrel("a", "p0", 1)]
     assert found.queries["train"].keys() == {"a"}  # b has no judgement left
-    assert found.report == {"unknown_judgements": {"train": 2}}
+    assert found.report == {
+        "unknown_judgements": {"train": 2}, "queries_without_judgements": {"train": 1},
+    }  # fmt: skip
+    rule = settings(unknown_judgements="drop")
+    assert list(judged.readable(found.report, rule)) == [
+        "1 train queries have no judgement of a known passage, and are left out "
+        "(Prepare.unknown_judgements = 'drop')"
+    ]
 
 
 def test_one_id_has_one_text_in_all_splits(passages):

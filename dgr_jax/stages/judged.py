@@ -110,6 +110,8 @@ def _checked(
     if checked.dropped:
         left = {qrel.qid for qrel in kept}
         judged.queries[split] = {qid: q for qid, q in queries.items() if qid in left}
+        lost = len(queries) - len(judged.queries[split])
+        judged.count("queries_without_judgements", split, lost)
     return kept
 
 
@@ -164,6 +166,11 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
         yield (
             f"{number:,} {split} judgements are of pairs that were judged before, and are left out"
             f"{grade} ({owner}.contradictory_judgements = {rule!r})"
+        )
+    for split, number in report.get("queries_without_judgements", {}).items():
+        yield (
+            f"{number:,} {split} queries have no judgement of a known passage, and are left out "
+            f"({owner}.unknown_judgements = {settings.unknown_judgements!r})"
         )
     for split, number in report.get("queries_that_are_passages", {}).items():
         kept = settings.self_hits == "keep"
