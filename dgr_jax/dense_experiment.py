@@ -241,7 +241,7 @@ class DenseExperiment:
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
-            "data": (splits if len(splits) > 1 else splits[0], *texts(self.prepare)),
+            "data": (splits if len(splits) > 1 else "".join(splits), *texts(self.prepare)),
         }
 
     @property

@@ -320,7 +320,7 @@ class Experiment:
 
 def texts(prepare: Any) -> tuple[Any, ...]:
     """What a mixture is made of, beside its judgements."""
-    return prepare.min_relevance, json.dumps(describe(prepare.sources))
+    return prepare.min_relevance, prepare.shared_queries, json.dumps(describe(prepare.sources))
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.

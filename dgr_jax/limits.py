@@ -34,7 +34,7 @@ def measured(
     folder: of the run.
     """
     path = folder / "evaluate" / f"beams-{system}.json"
-    asked = {"split": split or experiment.prepare.test_splits[0], "spread": spread}
+    asked = {"split": split or first_test_split(experiment), "spread": spread}
     kept = read_kept(path)
     if kept.get("asked") != asked:
         kept = {"asked": asked, "lost": {}}

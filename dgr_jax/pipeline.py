@@ -249,11 +249,11 @@ def _check_answers(experiment: Experiment) -> None:
     """Raises ValueError for a measure of answers that the collection's queries lack, where the
     collection is at hand; what was prepared of it is checked when it is measured."""
     collection, splits = experiment.collection, experiment.prepare.test_splits
-    if all(collection.inputs(splits).values()):
+    measures = experiment.evaluate.measures
+    of_answers = any(evaluation.answer_cutoff(name) is not None for name in measures)
+    if of_answers and all(collection.inputs(splits).values()):
         for split in splits:
-            evaluation.require_answers(
-                experiment.evaluate.measures, collection.queries(split), split
-            )
+            evaluation.require_answers(measures, collection.queries(split), split)
 
 
 def _run_stage(

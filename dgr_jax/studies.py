@@ -315,7 +315,8 @@ class Runner:
         experiment = self.experiment(run)
         split = self.study.split or first_test_split(experiment)
         asked = (experiment.evaluate.max_queries, experiment.evaluate.min_relevance)
-        return fingerprint([describe(experiment.collection), split, *asked])
+        rules = experiment.prepare.rules_of_measures
+        return fingerprint([describe(experiment.collection), split, *asked, *rules])
 
     def _row(self, labels: dict[str, str], runs: Sequence[Run]) -> Row:
         values, fair, cost = [], {}, []

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import evaluation, kept
-from dgr_jax.corpora import beir, trec
+from dgr_jax.corpora import trec
 from dgr_jax.display import markdown_cell
 from dgr_jax.experiment import Experiment, describe
+from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.prepare import Prepared
 
 Values = Mapping[str, np.ndarray]  # measure -> value of each query
 
@@ -52,14 +54,11 @@ def values_of(
     experiment: Experiment, folder: Path, system: str, split: str, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Every measure of each query, in the order of the qids."""
-    path = kept.opened(folder / "evaluate" / f"{system}.{split}.trec")
-    kept.whole(folder / "prepare" / "collection")
-    run = trec.run_in_memory(trec.runs(path))
-    judged = beir.BeirCollection(str(folder / "prepare" / "collection"))
-    grades = trec.qrels_in_memory(judged.qrels(split))
-    least, asked = experiment.evaluate.min_relevance, experiment.evaluate.max_queries
-    if asked:
-        grades = {qid: found for qid, found in grades.items() if qid in run}
+    made = Prepared.load(folder, identifiers=False)
+    run = trec.run_in_memory(trec.runs(kept.opened(folder / "evaluate" / f"{system}.{split}.trec")))
+    least, grades = experiment.evaluate.min_relevance, made.qrels(split)
+    if experiment.evaluate.max_queries:
+        grades = {qid: grades[qid] for qid in chosen_queries(experiment, made, split)}
     found = evaluation.per_query(run, grades, measures, min_relevance=least)
     return {name: np.array([found[name][qid] for qid in sorted(grades)]) for name in measures}
 
@@ -67,7 +66,8 @@ def values_of(
 def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
     """What rows of a table must have in common, see Study.may_differ."""
     collection = json.dumps(describe(experiment.collection), sort_keys=True)
-    fair = {"split": (split, experiment.evaluate.max_queries, collection)}
+    measured = split, experiment.evaluate.max_queries, collection
+    fair = {"split": (*measured, *experiment.prepare.rules_of_measures)}
     if system == "bm25":
         return fair
     prepared = folder / "prepare"

@@ -91,6 +91,14 @@ def test_wrong_ids_are_refused(library, collection, message):
         collection.check()
 
 
+def test_one_id_is_not_two_splits(library):
+    twice = IrDatasetsCollection("pages", splits=(("train", "pages/test"), ("test", "pages/test")))
+    twice.check(["train"])
+    message = "got 'pages/test' for 'train' and for 'test', expected another id for each"
+    with pytest.raises(ValueError, match=message):
+        twice.check(["train", "test"])
+
+
 def test_records_without_any_text_are_refused(library):
     collection = IrDatasetsCollection("bare", {"test": "bare"})
     with pytest.raises(ValueError, match="a record of 'bare' with the fields query_id, title; exp"):

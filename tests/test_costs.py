@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,10 @@ def test_drift_of_vectors_is_that_of_the_softmax_of_their_scores(monkeypatch):
         twin.divergence({i: 1 / 3, i + 9: 2 / 3}, row) for i, row in enumerate(chances.tolist())
     ]
     np.testing.assert_allclose(drift.measure(one, asked, relevance), expected, rtol=1e-4)
+    without = dataclasses.replace(one, index=Index(vectors, hidden=[3]))
+    chances[:, 3] = 0
+    found = np.exp(np.concatenate(list(drift.passage_log_probs(without, asked))))
+    np.testing.assert_allclose(found, chances / chances.sum(1, keepdims=True), rtol=1e-4)
     small = Index(vectors, ExactSearch(storage="int8"))
     assert one.index_bytes == 30 * 4 * 4
     assert Searcher(Vectors(None, None, None), small, search).index_bytes == 30 * (4 + 4)

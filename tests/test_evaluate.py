@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import plots
+from dgr_jax import limits, plots
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiment import Evaluate
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.stages.evaluate import first_test_split
+from dgr_jax.stages.evaluate import chosen_queries, first_test_split, search_of
 from dgr_jax.stages.evaluate import measure as measure_systems
 from tests import test_experiment
 
@@ -160,6 +160,21 @@ def test_queries_do_not_find_themselves(measured, caplog):
     assert kept["RR@10"] == pytest.approx((3 + 1) / 3 / 5)
 
 
+def test_a_search_goes_deeper_for_the_queries_that_are_asked_alone(tmp_path):
+    passages = store.write(PASSAGES, tmp_path / "passages")
+    queries = {qid: Query(qid, "text") for qid in ("a", "p1", "b")}
+    made = SimpleNamespace(store=passages, queries=lambda _: queries, qrels=lambda _: {})
+
+    depths = set()
+    for seed in range(9):
+        evaluate = Evaluate(Search(depth=3), max_queries=1, seed=seed)
+        experiment = dataclasses.replace(test_experiment.BASE, evaluate=evaluate)
+        itself = "p1" in chosen_queries(experiment, made, "test")
+        assert search_of(experiment, made).depth == 3 + itself
+        depths.add(3 + itself)
+    assert depths == {3, 4}
+
+
 def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
     caplog.set_level("INFO", logger="dgr_jax")
     unlabelled = dataclasses.replace(test_experiment.BASE.prepare, train_split="", test_splits=())
@@ -172,8 +187,12 @@ def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
     ]
     written = json.loads((measured.model_dir / "evaluate/metrics.json").read_text())
     assert written == {system: {} for system in ("bm25", *SYSTEMS)}
-    with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_splits\)"):
-        first_test_split(experiment)
+    for measured_on in (
+        first_test_split,
+        lambda e: limits.measured(e, measured.model_dir, "distill", (), "", 0),
+    ):
+        with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_split"):
+            measured_on(experiment)
 
 
 def _kept_and_shown(measured):

@@ -22,6 +22,7 @@ from dgr_jax.data import examples
 from dgr_jax.data.rules import check_apart
 from dgr_jax.data.same_text import normalised, shared
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.dense_experiment import DensePrepare
 from dgr_jax.experiment import Candidates, Prepare
 from dgr_jax.identifiers.atomic import Atomic
@@ -29,6 +30,7 @@ from dgr_jax.query_generator import Pairs
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Decoder, Search
+from dgr_jax.retrieval.multiview_search import MultiviewSearch
 from dgr_jax.retrieval.teacher import Bm25Teacher
 from dgr_jax.stages import judged
 from dgr_jax.stages.candidates import candidates, training_queries
@@ -200,7 +202,29 @@ def test_unknown_judgements_of_a_part_of_a_corpus(tmp_path, passages):
     found = judged.read(data, settings(unknown_judgements="drop"), passages)
     assert found.qrels["train"] == [Qrel("a", "p0", 1)]
     assert found.queries["train"].keys() == {"a"}  # b has no judgement left
-    assert found.report == {"unknown_judgements": {"train": 2}}
+    assert found.report == {
+        "unknown_judgements": {"train": 2}, "queries_without_judgements": {"train": 1},
+    }  # fmt: skip
+    rule = settings(unknown_judgements="drop")
+    assert list(judged.readable(found.report, rule)) == [
+        "1 train queries have no judgement of a known passage, and are left out "
+        "(Prepare.unknown_judgements = 'drop')"
+    ]
+
+
+def test_one_id_has_one_text_in_all_splits(passages):
+    class Numbered:
+        """Splits of two data sets, each with a query 1."""
+
+        def queries(self, split):
+            return [Query("1", f"a question of {split}")]
+
+        def qrels(self, split):
+            return [Qrel("1", "p0", 1)]
+
+    message = "split 'test': the query '1' is 'a question of test', and in split 'train' it is 'a q"
+    with pytest.raises(ValueError, match=message):
+        judged.read(Numbered(), settings(), passages)
 
 
 # copies of test queries in a file of pseudo-queries
@@ -294,7 +318,13 @@ def test_inputs_with_the_marker_of_a_view_have_a_token_less(tmp_path):
 def test_a_deeper_search_has_as_many_passages_as_were_asked_for():
     assert self_hits.deeper(Search(num_beams=5, depth=5)) == Search(num_beams=6, depth=6)
     assert self_hits.deeper(Search(num_beams=9, depth=5)) == Search(num_beams=9, depth=6)
+    assert self_hits.deeper(Search(num_beams=2, depth=5)) == Search(num_beams=3, depth=6)
     assert self_hits.deeper(DenseSearch(depth=5)) == DenseSearch(depth=6)
+    for most, grown in ((4, 5), (5, 6), (6, 6)):
+        views = MultiviewSearch(depth=5, scoring=Scoring(max_passages=most))
+        assert self_hits.deeper(views) == MultiviewSearch(
+            depth=6, scoring=Scoring(max_passages=grown)
+        )
     found = {
         "passages": np.array([[3, 1, 2], [3, 1, 2], [0, -1, -1], [3, 1, 2]]),
         "scores": np.array([[3.0, 2, 1], [3, 2, 1], [3, -np.inf, -np.inf], [3, 2, 1]]),

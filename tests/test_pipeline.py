@@ -528,6 +528,23 @@ def test_changed_files_of_settings_are_noticed(made, tmp_path, at, make, names, 
         file.write_text("other")
 
 
+def test_queries_are_read_for_measures_of_answers_alone(made):
+    """A collection of a library that is not here has no files, and no queries either."""
+
+    class Elsewhere:
+        def inputs(self, splits):
+            return {}
+
+        def queries(self, split):
+            raise ImportError("needs the library")
+
+    made.set("collection", Elsewhere())
+    pipeline._check_measures(made.experiment)
+    made.set("evaluate.measures", ("AnswerHits@5",))
+    with pytest.raises(ImportError, match="needs the library"):
+        pipeline._check_measures(made.experiment)
+
+
 def test_measures_are_asked_for_before_anything_runs(made):
     made.set("evaluate.measures", ("RR@10", "Sucess@1"))
     with pytest.raises(ValueError, match="unknown measure 'Sucess@1'"):

@@ -47,6 +47,15 @@ def test_what_falls_already_stays_as_it_is():
         ranking.falling([1.0, float("nan")])
 
 
+@given(st.lists(st.sampled_from([1.0, 1 + 1e-12, 1 - 2**-24, 0.5, 2**-126, 0.0, -(2**-126), -3.5])))
+def test_many_ties_fall_as_one_after_another(scores):
+    scores = sorted(scores, reverse=True)
+    expected = scores[:1]
+    for score in scores[1:]:
+        expected.append(min(score, float(ranking._below(np.float64(expected[-1])))))
+    assert ranking.falling(scores) == expected
+
+
 def sorted_by_score(path, number, docno_falls):
     """qid -> pids, as a tool sorts them that looks at scores alone and reads them as `number`."""
     rows = [line.split() for line in path.read_text().splitlines()]

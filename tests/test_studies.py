@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,20 @@ from matplotlib import image
 
 from dgr_jax import cli, costs, limits, pipeline, plots, records, studies
 from dgr_jax import study as study_command
+from dgr_jax.corpora import trec
+from dgr_jax.corpora.types import Query, RankList, ScoredPassage
+from dgr_jax.data.examples import Sources
 from dgr_jax.dense_experiment import Lists
-from dgr_jax.experiment import describe
+from dgr_jax.experiment import Evaluate, describe
 from dgr_jax.losses import contrastive
 from dgr_jax.retrieval.exhaustive import Lost
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.stages.evaluate import chosen_queries
+from dgr_jax.stages.prepare import Prepared
 from dgr_jax.studies import Runner
 from dgr_jax.study_grid import Study
-from dgr_jax.study_rows import Row, check_fair, interval, markdown
+from dgr_jax.study_rows import Row, check_fair, fairness, interval, markdown, values_of
+from tests import test_experiment
 from tests.conftest import TINY
 from tests.test_dependent import is_running
 
@@ -129,6 +137,34 @@ def test_rows_of_axes_apart_are_not_compared():
         study(apart=("y",))
 
 
+def test_a_query_that_finds_nothing_counts_where_some_are_drawn(tmp_path, monkeypatch):
+    queries = {f"q{i}": Query(f"q{i}", "text") for i in range(6)}
+    qrels = {qid: {"p": 1} for qid in queries}
+    made = SimpleNamespace(queries=lambda split: queries, qrels=lambda split: qrels)
+    monkeypatch.setattr(Prepared, "load", lambda *_, **__: made)
+    evaluated = Evaluate(Search(), max_queries=3)
+    experiment = dataclasses.replace(test_experiment.BASE, evaluate=evaluated)
+    first, *_ = chosen_queries(experiment, made, "test")
+    run = [RankList(first, (ScoredPassage("p", 1.0),))]
+    trec.write_run(tmp_path / "evaluate/distill.test.trec", run, "t")
+    found = values_of(experiment, tmp_path, "distill", "test", ("RR@10",))
+    assert sorted(found["RR@10"]) == [0.0, 0.0, 1.0]
+
+
+def test_rows_of_other_rules_for_judgements_are_not_the_same():
+    runner = SimpleNamespace(study=SimpleNamespace(split="test"), experiment=lambda run: run)
+    base = test_experiment.BASE
+    for rule, same in (("self_hits", False), ("shared_queries", True)):
+        value = {"self_hits": "keep", "shared_queries": "drop"}[rule]
+        other = dataclasses.replace(
+            base, prepare=dataclasses.replace(base.prepare, **{rule: value})
+        )
+        assert (Runner._asked(runner, base) == Runner._asked(runner, other)) == same
+        fair = [fairness(one, None, "bm25", "test") for one in (base, other)]
+        assert (fair[0] == fair[1]) == same
+        assert (base.compared("generate") == other.compared("generate")) != same
+
+
 def shipped(name, tmp_path, *more):
     flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d", *more)
     args, bindings = cli.parse(cli.parser("study", ""), flags)
@@ -203,6 +239,12 @@ def test_label_mixtures_share_what_is_prepared(name, tmp_path):
     assert len({pipeline.fingerprint(pipeline.settings_of(one)["prepare"]) for one in found}) == 1
     compared = [one.compared("dense") for one in found]
     assert all(one == compared[0] for one in compared) and found[0].lists.positives == 4
+    unlabelled = dataclasses.replace(
+        found[0].prepare, train_splits=(), sources=Sources(passages=1.0)
+    )
+    lists = dataclasses.replace(found[0].lists, weights=())
+    without = dataclasses.replace(found[0], prepare=unlabelled, lists=lists)
+    assert without.compared("dense")["data"][0] == ""
     phases = {
         run.labels["labels"]: one.lists.phases(2)
         for run, one in zip(runner.runs[::2], found, strict=True)

@@ -30,8 +30,17 @@ class IrDatasetsCollection:
 
     def check(self, splits: Iterable[str] = ()) -> None:
         """Raises ImportError without the library, ValueError for an id that it does not know or
-        that lacks what it is asked for. Looks at no file: the library fetches and checks them."""
+        that lacks what it is asked for, and for two splits of one id. Looks at no file: the library
+        fetches and checks them."""
         _part(self.dataset, "docs")
+        named: dict[str, str] = {}
+        for split in splits:
+            name = self._id(split)
+            if (other := named.setdefault(name, split)) != split:
+                raise ValueError(
+                    f"IrDatasetsCollection.splits: got {name!r} for {other!r} and for {split!r}, "
+                    "expected another id for each: what is learned from would be measured on"
+                )
         for split in dict.fromkeys([*dict(self.splits), *splits]):
             _part(self._id(split), "queries")
             _part(self._id(split), "qrels")

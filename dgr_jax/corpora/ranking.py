@@ -22,6 +22,8 @@ PidOf = Callable[[int], str]  # passage index -> pid
 
 _SMALLEST = np.float32(2.0**-126)  # what lies between it and 0 is out of range for some readers
 
+_NEAR_ZERO = int(_SMALLEST.view(np.int32)) - 1  # how many float32 lie between the two
+
 _HIGHEST = float(np.finfo(np.float32).max)
 
 
@@ -43,6 +45,9 @@ def falling(scores: Sequence[float]) -> list[float]:
             f"found the score {values[~np.isfinite(values)][0]}; expected a finite number"
         )
     too_high, lowered = values[1:] > _below(values[:-1]), False
+    if too_high.any() and (limits := _limits(values)) is not None:
+        values[1:] = np.minimum(values[1:], limits)
+        return values.tolist()
     for place in range(1, len(values)) if too_high.any() else ():
         if lowered or too_high[place - 1]:
             limit = _below(values[place - 1])
@@ -53,6 +58,33 @@ def falling(scores: Sequence[float]) -> list[float]:
         for place in range(len(values) - 2, -1, -1):
             values[place] = max(values[place], np.nextafter(values[place + 1], np.inf))
     return values.tolist()
+
+
+def _limits(values: np.ndarray) -> np.ndarray | None:
+    """f64 [n - 1]: the highest that each score but the first may be, all at once; None where one is
+    near 0 or out of the range of float32, or would become so.
+
+    The float32 from the lowest to the highest have whole numbers, those near 0 left out: of each
+    score counts the highest that is not above it, and each must be below the one before.
+    """
+    sizes = np.abs(values)
+    if not (((sizes == 0) | (sizes >= _SMALLEST)) & (sizes <= _HIGHEST)).all():
+        return None
+    floor = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        floor = np.where(floor > values, np.nextafter(floor, np.float32(-np.inf)), floor)
+    place = np.arange(len(values))
+    numbers = np.minimum.accumulate(_numbers(floor) + place) - place
+    below = numbers[:-1] - 1
+    size = np.where(below == 0, 0, np.abs(below) + _NEAR_ZERO).astype(np.int32)
+    found = np.copysign(size.view(np.float32), below).astype(np.float64)
+    return found if np.isfinite(found).all() else None
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """int64: the place of each float32 in their order, 0 has 0."""
+    sizes = np.abs(values).view(np.int32).astype(np.int64)
+    return np.where(sizes == 0, 0, np.copysign(sizes - _NEAR_ZERO, values)).astype(np.int64)
 
 
 def groups(query: np.ndarray, scores: np.ndarray) -> np.ndarray:

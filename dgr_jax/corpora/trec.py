@@ -152,7 +152,7 @@ def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
     Raises ValueError at a control character, which no id can hold.
     """
     for line, text in lines.read(path):
-        if unfit := _UNFIT.search(text):
+        if not text.isprintable() and (unfit := _UNFIT.search(text)):
             raise lines.error(path, line, f"the character {unfit[0]!r}", "columns without it")
         fields = text.split() if text.isascii() else _SPACE.split(text.strip(" \t"))
         if fields and fields[0]:

@@ -55,7 +55,8 @@ _ENDS = re.compile(
 )
 _THAI_PHRASE = re.compile("(?<=[\u0e01-\u0e4e\u0e81-\u0ede])\\s+(?=[\u0e01-\u0e4e\u0e81-\u0ede])")
 _PARAGRAPH = "\u2029"
-_SENTENCE = re.compile(rf"(?<=[.!?])\s+|{_PARAGRAPH}")
+_ASCII_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE = re.compile(rf"{_ASCII_SENTENCE.pattern}|{_PARAGRAPH}")
 
 
 class _Patterns(NamedTuple):
@@ -134,12 +135,15 @@ def visible(text: str) -> bool:
     return any(unicodedata.category(character)[0] in "LNPS" for character in seen)
 
 
-def windows(text: str) -> list[str]:
-    """The text in pieces of about a word: a piece that begins after a space has one before it.
+def windows(text: str) -> tuple[list[str], str]:
+    """The text in pieces of about a word, and what stands between two of them.
 
-    Any run of pieces, joined by nothing and stripped, is a part of the text with single spaces. In
-    spaced scripts the pieces are what spaces divide; in others they are two characters each.
+    Any run of pieces, joined by that and stripped, is a part of the text with single spaces. In
+    spaced scripts the pieces are what spaces divide; in others they are two characters each, and
+    those that begin after a space have one before them.
     """
+    if text.isascii() or not _patterns().unspaced.search(text):
+        return text.split(), " "
     pieces: list[str] = []
     for word in text.split():
         if word.isascii() or not _patterns().unspaced.search(word):
@@ -147,7 +151,7 @@ def windows(text: str) -> list[str]:
             continue
         cut = _cut(word)
         pieces += [" " + cut[0], *cut[1:]]
-    return pieces
+    return pieces, ""
 
 
 def _cut(word: str) -> list[str]:
@@ -172,6 +176,7 @@ def sentences(text: str) -> list[str]:
 
     Thai and Lao have none: there a space ends a phrase.
     """
-    if not text.isascii():
-        text = _THAI_PHRASE.sub(_PARAGRAPH, _ENDS.sub(rf"\1{_PARAGRAPH}", text))
-    return [sentence for sentence in _SENTENCE.split(text) if sentence]
+    if text.isascii():
+        return list(filter(None, _ASCII_SENTENCE.split(text)))
+    text = _THAI_PHRASE.sub(_PARAGRAPH, _ENDS.sub(rf"\1{_PARAGRAPH}", text))
+    return list(filter(None, _SENTENCE.split(text)))

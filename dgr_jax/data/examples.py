@@ -91,9 +91,9 @@ class Sources:
     def chunks(self, passage: Passage) -> Iterator[str]:
         """Windows of `chunk_words` words, each half a window further or at random places, with the
         title before."""
-        pieces = words.windows(passage.text)
+        pieces, between = words.windows(passage.text)
         for start in self._starts(passage.pid, max(0, len(pieces) - self.chunk_words)):
-            chunk = "".join(pieces[start : start + self.chunk_words]).strip()
+            chunk = between.join(pieces[start : start + self.chunk_words]).strip()
             if text := f"{passage.title} {chunk}".strip():
                 yield text
 
@@ -108,9 +108,9 @@ class Sources:
     def sentences(self, passage: Passage) -> Iterator[str]:
         """Sentences of the text, as pseudo-queries."""
         for sentence in words.sentences(passage.text):
-            pieces = words.windows(sentence)
+            pieces, between = words.windows(sentence)
             if len(pieces) >= self.min_sentence_words:
-                yield "".join(pieces[: self.max_sentence_words]).strip()
+                yield between.join(pieces[: self.max_sentence_words]).strip()
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,12 @@ def pairs(
 ) -> Iterator[tuple[str, int, str]]:
     """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
 
-    part: only of this part. qid is blank but for labelled queries. Judgements below `min_relevance`
-    give none; a pair judged twice gives one, by its last judgement, as in measures. test_queries,
-    counts: see `pseudo_queries`.
+    part: only of this part, of qrels that hold each pair once. qid is blank but for labelled
+    queries. Judgements below `min_relevance` give none; a pair judged twice gives one, by its last
+    judgement, as in measures. test_queries, counts: see `pseudo_queries`.
     """
     if source == "labelled":
-        qrels, _ = checks.judged_once(qrels)
-        for qrel in qrels[part.start : part.stop] if part else qrels:
+        for qrel in qrels[part.start : part.stop] if part else checks.judged_once(qrels)[0]:
             if qrel.relevance >= min_relevance:
                 yield query_texts[qrel.qid], store.index_of(qrel.pid), qrel.qid
     elif source == "passages":

@@ -41,6 +41,11 @@ class DataRules:
     unknown_judgements: str = _rule("unknown_judgements")
     self_hits: str = _rule("self_hits")
 
+    @property
+    def rules_of_measures(self) -> tuple[str, ...]:
+        """Those that measures depend on, whatever was learned from."""
+        return self.contradictory_judgements, self.unknown_judgements, self.self_hits
+
     def check_rules(self) -> None:
         """Raises ValueError for a rule that there is not."""
         for name, known in _RULES.items():

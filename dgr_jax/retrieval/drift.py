@@ -59,8 +59,9 @@ def passage_log_probs(student: Decoder | Searcher, tokens: np.ndarray) -> Iterat
         for start in range(0, len(tokens), size):
             vectors = student.encoder.queries(tokens[start : start + size], student.search)
             passages, scores = student.index.search(vectors, count)
-            found = np.empty(scores.shape, np.float64)
-            np.put_along_axis(found, passages, scores.astype(np.float64), axis=1)
+            found = np.full(scores.shape, -np.inf)
+            query, place = np.nonzero(passages >= 0)  # passages without a text are never found
+            found[query, passages[query, place]] = scores[query, place]
             yield found - logsumexp(found, axis=1, keepdims=True)
         return
     for rows in exhaustive.identifier_log_probs(student, tokens):

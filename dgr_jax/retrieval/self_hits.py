@@ -14,13 +14,20 @@ import numpy as np
 
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview_search import MultiviewSearch
 
 
 def deeper(search: Any) -> Any:
-    """The settings of a search that finds one passage more."""
+    """The settings of a search that finds one passage more: of what bounds the passages of a query,
+    the smallest grows by one."""
     depth = search.depth + 1
     if isinstance(search, Search):
-        return replace(search, depth=depth, num_beams=max(search.num_beams, depth))
+        beams = search.num_beams + (search.num_beams <= search.depth)
+        return replace(search, depth=depth, num_beams=beams)
+    if isinstance(search, MultiviewSearch):
+        most = search.scoring.max_passages
+        scoring = replace(search.scoring, max_passages=most + (most <= search.depth))
+        return replace(search, depth=depth, scoring=scoring)
     return replace(search, depth=depth)
 
 

@@ -46,9 +46,12 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
-    """Evaluate.search; a passage deeper where test queries are passages, which are left out."""
-    splits = experiment.prepare.test_splits
-    own = any(_own(experiment, made, split, made.queries(split)) for split in splits)
+    """Evaluate.search; a passage deeper where queries that are asked are passages, which they must
+    not find."""
+    own = any(
+        _own(experiment, made, split, chosen_queries(experiment, made, split))
+        for split in experiment.prepare.test_splits
+    )
     return self_hits.deeper(experiment.evaluate.search) if own else experiment.evaluate.search
 
 

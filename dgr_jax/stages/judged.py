@@ -47,7 +47,8 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
     """Queries and judgements of all splits, as the rules let them be.
 
     A test split may have answers instead of judgements, see `evaluation.answer_hits`. Raises
-    ValueError where a split has no judgements, or one to learn from no positive.
+    ValueError where a split has no judgements, or one to learn from no positive, and where the
+    queries of two splits have one id and different words.
     """
     judged = Judged()
     for split in settings.splits:
@@ -57,6 +58,7 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
             judged.qrels[split] = _checked(judged, qrels, split, settings, passages)
         same = [qid for qid in judged.queries[split] if qid in passages]
         judged.count("queries_that_are_passages", split, len(same))
+    _check_texts(judged)
     for split in settings.train_splits:
         _shared(judged, split, settings)
         if not any(q.relevance >= settings.min_relevance for q in judged.qrels[split]):
@@ -108,7 +110,23 @@ def _checked(
     if checked.dropped:
         left = {qrel.qid for qrel in kept}
         judged.queries[split] = {qid: q for qid, q in queries.items() if qid in left}
+        lost = len(queries) - len(judged.queries[split])
+        judged.count("queries_without_judgements", split, lost)
     return kept
+
+
+def _check_texts(judged: Judged) -> None:
+    """The judged queries of all splits are kept together, by their ids."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split in judged.qrels:
+        for query in judged.queries[split].values():
+            other, text = seen.setdefault(query.qid, (split, query.text))
+            if text != query.text and normalised(text) != normalised(query.text):
+                raise ValueError(
+                    f"split {split!r}: the query {query.qid!r} is {query.text[:60]!r}, and in "
+                    f"split {other!r} it is {text[:60]!r}; expected one text of each id: give "
+                    "other splits, or other ids"
+                )
 
 
 def _shared(judged: Judged, split: str, settings: Settings) -> None:
@@ -149,6 +167,11 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
             f"{number:,} {split} judgements are of pairs that were judged before, and are left out"
             f"{grade} ({owner}.contradictory_judgements = {rule!r})"
         )
+    for split, number in report.get("queries_without_judgements", {}).items():
+        yield (
+            f"{number:,} {split} queries have no judgement of a known passage, and are left out "
+            f"({owner}.unknown_judgements = {settings.unknown_judgements!r})"
+        )
     for split, number in report.get("queries_that_are_passages", {}).items():
         kept = settings.self_hits == "keep"
         yield (
@@ -160,7 +183,7 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
 
 def write(folder: Path, judged: Judged) -> None:
     """Writes what `queries` and `qrels` read: collection/, and unjudged/<split>/."""
-    for split in judged.queries.keys() - judged.qrels.keys():
+    for split in sorted(judged.queries.keys() - judged.qrels.keys()):
         beir.write_beir(folder / UNJUDGED / split, None, judged.queries[split].values(), {})
     if judged.qrels:
         kept = {q.qid: q for split in judged.qrels for q in judged.queries[split].values()}
