@@ -18,6 +18,7 @@ from dgr_jax.settings import fingerprint
 
 RECORD = "stage.json"
 PREVIOUS = "previous"
+SWAP = ".swap"  # after the name of a stage in PREVIOUS, while two versions change places
 STUDENT = "student.json"  # what a reader needs to know of a trained model, beside its checkpoints
 
 # The system that an experiment trains after another in any case.
@@ -152,8 +153,10 @@ def _whole(
     return None
 
 
-def _versions(model_dir: Path, stage: str) -> tuple[Path, Path]:
-    return model_dir / stage, model_dir / PREVIOUS / stage
+def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:
+    """Where a stage, and what it was before, may lie."""
+    aside = model_dir / PREVIOUS
+    return model_dir / stage, aside / stage, aside / f"{stage}{SWAP}"
 
 
 def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:

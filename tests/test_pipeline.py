@@ -145,8 +145,14 @@ def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
         (made.folder / name).write_text("half")
     assert made.run() == []  # nobody is disturbed where nothing is to do
     assert (made.folder / "config.gin.partial").is_file()
+    others = made.folder / "another/arrays.partial", made.folder / "download.partial"
+    for path in others:  # not of the stages
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of somebody")
     made.set("evaluate.measures", ("RR@5",))
     assert made.run() == ["evaluate"]
+    assert all(path.exists() for path in others)
+    kept |= {others[0].parent, *others}
     left = {path for path in made.folder.rglob("*") if "previous" not in path.parts} - kept
     emptied = {made.folder / name for name in ("prepare/arrays", "prepare/trie", "distill/runs")}
     assert left == emptied
@@ -329,6 +335,82 @@ def test_what_was_made_is_taken_back_with_its_settings(made):
     made.set("teach.lists.size", 7)
     assert made.run() == []
     assert (made.folder / "teach" / "mark").read_text() == "second"
+
+
+@pytest.fixture
+def swapped(made):
+    """`prepare` with the seed 1, and what it was with the seed 0 put aside."""
+    made.run("prepare")
+    made.set("prepare.seed", 1)
+    made.run("prepare")
+    made.place, made.aside = made.folder / "prepare", made.folder / "previous" / "prepare"
+    made.swap = made.folder / "previous" / "prepare.swap"
+    return made
+
+
+def seeds(made):
+    """seed of prepare -> where it lies."""
+    found = {f: records.read_record(f) for f in (made.place, made.aside, made.swap)}
+    return {
+        record["settings"]["prepare"]["seed"]: folder.relative_to(made.folder).as_posix()
+        for folder, record in found.items()
+        if record
+    }
+
+
+def run_until(made, monkeypatch, renames):
+    """Runs `prepare` in a process that is killed after so many folders were renamed."""
+    left, real = [renames], type(made.folder).rename
+
+    def rename(path, target):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made.folder), "rename", rename)
+        return made.run("prepare")
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_process_killed_while_versions_change_places_loses_neither(
+    swapped, monkeypatch, renames, seed
+):
+    swapped.set("prepare.seed", 0)
+    assert run_until(swapped, monkeypatch, renames) == (["killed"] if renames < 3 else [])
+    swapped.set("prepare.seed", seed)
+    assert swapped.run("prepare") == []
+    assert seeds(swapped) == {seed: "prepare", 1 - seed: "previous/prepare"}
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_process_killed_while_it_puts_a_version_aside_does_not_lose_it(
+    swapped, monkeypatch, renames
+):
+    swapped.set("prepare.seed", 2)
+    run_until(swapped, monkeypatch, renames)
+    swapped.set("prepare.seed", 1)
+    assert swapped.run("prepare") == []
+    swapped.set("prepare.seed", 3)
+    swapped.run("prepare")
+    assert seeds(swapped) == {3: "prepare", 1: "previous/prepare"}
+    assert sorted(path.name for path in swapped.aside.parent.iterdir()) == ["prepare"]
+
+
+def test_what_older_versions_left_when_they_were_killed_is_put_in_its_place(swapped):
+    swapped.place.rename(swapped.swap)  # what is aside was removed, in part
+    (swapped.aside / "stage.json").unlink()
+    assert swapped.run("prepare") == []
+    assert seeds(swapped) == {1: "prepare"}
+    shutil.copytree(swapped.place, swapped.swap)
+    swapped.set("prepare.seed", 2)
+    swapped.run("prepare")
+    assert seeds(swapped) == {2: "prepare", 1: "previous/prepare"}
+    shutil.copytree(swapped.place, swapped.swap)
+    assert swapped.run("prepare") == []
+    assert not swapped.swap.exists()
 
 
 def test_only_the_latest_other_output_is_kept(made):

@@ -77,6 +77,15 @@ def test_while_prepare_is_made_again_the_last_whole_version_answers(made):
     assert made.answering()[:2] == ("distill", "previous/prepare")
 
 
+def test_readers_find_a_version_that_changes_places_with_another(made):
+    made.prepare(1, "previous/prepare")
+    aside = made.folder / "previous"
+    (made.folder / "prepare").rename(aside / "prepare.swap")
+    assert made.answering()[:2] == ("distill", "previous/prepare.swap")
+    (aside / "prepare").rename(made.folder / "prepare")
+    assert made.answering()[:2] == ("distill", "previous/prepare.swap")
+
+
 def test_while_a_student_is_trained_again_the_last_whole_version_answers(made):
     (made.folder / "previous").mkdir()
     (made.folder / "distill").rename(made.folder / "previous/distill")
