@@ -113,7 +113,16 @@ def _locked(place: Path) -> IO[str] | None:
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        file = (place / FILE).open("a+", encoding="utf-8")
+        try:
+            file = (place / FILE).open("a+", encoding="utf-8")
+        except PermissionError:
+            if not os.access(place, os.W_OK):
+                raise
+            _take_over(place)
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)
+            continue
         try:
             if _try(file) and _is_at(file, place / FILE):
                 return file
@@ -129,11 +138,29 @@ def _locked(place: Path) -> IO[str] | None:
         said = file.read()
         file.close()
         if time.monotonic() > deadline:
-            raise Locked(
-                f"MODEL_DIR {place} is being written by {_described(said)}. Wait for it, stop it, "
-                "or give another --model_dir"
-            )
+            raise _locked_by(place, _described(said))
         time.sleep(_PAUSE)
+
+
+def _take_over(place: Path) -> None:
+    """Removes what a dead writer of another user has left, a file that this one may not write into.
+
+    Raises Locked where that writer lives, or where that cannot be told.
+    """
+    lock, writer = place / FILE, holder(place)
+    if not writer and os.access(lock, os.R_OK):
+        with contextlib.suppress(PermissionError):
+            lock.unlink(missing_ok=True)
+    if lock.exists():
+        told = f"a process of another user (if it has ended, {lock} may be removed)"
+        raise _locked_by(place, writer or told)
+
+
+def _locked_by(place: Path, writer: str) -> Locked:
+    return Locked(
+        f"MODEL_DIR {place} is being written by {writer}. Wait for it, stop it, or give another "
+        "--model_dir"
+    )
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
