@@ -58,6 +58,7 @@ _LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 _NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}
+_BEFORE = "files_before"  # in stage.json: what a damaged stage had made, while it is made again
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
 
 
@@ -274,7 +275,9 @@ def _run_stage(
     processes.wait()
     seconds = time.perf_counter() - start
     if first:
-        mark = fingerprint(settings)
+        mark, signed = fingerprint(settings), kept.sign(folder)
+        if stage in ALONE:
+            _say_other_contents(experiment, stage, read_record(folder).get(_BEFORE), signed)
         write_record(
             folder,
             status="done",
@@ -282,7 +285,7 @@ def _run_stage(
             settings=settings,
             seconds=round(seconds, 1),
             versions=versions.here(),
-            files_made=kept.sign(folder),
+            files_made=signed,
         )
     logger.info("%s: done in %.1f s", stage, seconds)
 
@@ -298,9 +301,31 @@ def _begin(folder: Path, stage: str, settings: Any) -> bool:
         return False
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    mark = fingerprint(settings)
-    write_record(folder, status="running", fingerprint=mark, settings=settings)
+    record, mark = read_record(folder), fingerprint(settings)
+    before = record.get(_BEFORE, record.get(kept.KEY))  # of a stage that was damaged
+    more = {_BEFORE: before} if before else {}
+    write_record(folder, status="running", fingerprint=mark, settings=settings, **more)
     return True
+
+
+def _say_other_contents(
+    experiment: Experiment, stage: str, before: kept.Listed | None, signed: kept.Listed
+) -> None:
+    """Says where a damaged stage was made again otherwise, and which finished stages were made from
+    what it was."""
+    changed = [name for name, entry in signed.items() if before and before.get(name) != entry]
+    later = [
+        other
+        for other in experiment.stages
+        if other != stage and stage in _with_upstream(experiment, [other])
+        if read_record(Path(experiment.model_dir) / other).get("status") == "done"
+    ]
+    if changed and later:
+        logger.warning(
+            "%s: was made again with other contents than before (%s), as by other versions of "
+            "libraries; %s were made from those before, and do not fit: remove their folders",
+            *(stage, ", ".join(changed[:3]), ", ".join(later)),
+        )
 
 
 def _cleared(folder: Path, stage: str, settings: Any) -> bool:

@@ -201,6 +201,24 @@ def test_a_damaged_stage_is_made_again_from_nothing(made, damage, message):
     assert made.run() == []
 
 
+def test_a_damaged_stage_that_is_made_again_otherwise_is_said(made):
+    made.run()
+    record = made.folder / "prepare" / "stage.json"
+    record.write_text(record.read_text().replace('"bytes": 11', '"bytes": 12'))
+    made.killed_in = "prepare"
+    assert made.run("prepare") == ["prepare", "killed"]
+    made.killed_in = ""
+    assert made.run("prepare") == ["prepare"]
+    said = "prepare: was made again with other contents than before (output), as by other versions"
+    assert any(line.startswith(said) for line in made.said)
+    assert any("generate, candidates, teach, distill, control, evaluate" in s for s in made.said)
+    assert "files_before" not in made.record("prepare")
+    for _ in range(2):  # what was cut off before is not; then the same
+        _empty(made.folder / "prepare" / "output")
+        made.run("prepare")
+    assert not any("other contents than before" in line for line in made.said)
+
+
 def test_a_damaged_stage_that_is_killed_while_it_is_made_again_goes_on(made):
     made.run()
     _empty(made.folder / "distill" / "output")
