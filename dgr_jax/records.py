@@ -123,15 +123,23 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
     meanwhile = f". MODEL_DIR is being written by {writer}" if writer else ""
     command = f"python -m dgr_jax.train --model_dir={model_dir}"
     if strangers:
-        raise ValueError(
-            f"{strangers[0]}: was trained on other identifiers than {model_dir / 'prepare'} holds"
-            f"{_differences(strangers[0], model_dir / 'prepare')}; {command} trains it again"
-            f"{meanwhile}"
-        )
+        raise ValueError(f"{_stranger(strangers[0], model_dir / 'prepare', command)}{meanwhile}")
     wanted = ", ".join(f"{name}/{STUDENT}" for name in systems)
     raise FileNotFoundError(
         f"no trained student in {model_dir}: looked for {wanted}; train one with {command}"
         f"{meanwhile}"
+    )
+
+
+def _stranger(student: Path, prepared: Path, command: str) -> str:
+    """Why a student does not answer, and what mends it."""
+    record = read_record(prepared)
+    was = _prepare_settings(read_record(student).get("settings"))
+    if record.get("status") != "done" and is_made_from(record, was):
+        return f"{prepared}: is not whole, and {student} was trained on it; {command} completes it"
+    return (
+        f"{student}: was trained on other identifiers than {prepared} holds"
+        f"{_differences(student, prepared)}; {command} trains it again"
     )
 
 

@@ -131,6 +131,15 @@ def test_of_a_dense_retriever_the_first_student_may_be_the_best(tmp_path):
     assert made.answering()[2] == "dense answers, as refresh is not trained yet"
 
 
+def test_identifiers_that_are_made_again_are_said_to_be(made):
+    made.prepare(0, status="running")
+    with pytest.raises(ValueError, match=r"prepare: is not whole, and .*distill was trained on it"):
+        made.answering()
+    made.prepare(1, status="running")
+    with pytest.raises(ValueError, match="distill: was trained on other identifiers than"):
+        made.answering()
+
+
 def test_nothing_trained_says_who_is_at_it(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no trained student in .*distill/student.json"
