@@ -44,6 +44,7 @@ from dgr_jax.records import (
     PREVIOUS,
     RECORD,
     SWAP,
+    as_recorded,
     changed_settings,
     is_done,
     is_made_from,
@@ -370,7 +371,8 @@ def _make_room(folder: Path, stage: str, settings: Any) -> None:
     if not record and (folder / RECORD).exists():
         logger.warning("%s: %s cannot be read; made again", stage, folder / RECORD)
     if record:
-        names = changed_settings(record.get("settings"), settings)
+        before = record.get("settings")
+        names = changed_settings(before, as_recorded(settings, before))
         logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))
     aside.parent.mkdir(parents=True, exist_ok=True)
     if back:  # a process that is killed between these is followed by `_put_back`

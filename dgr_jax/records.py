@@ -74,6 +74,11 @@ def as_recorded(settings: Any, recorded: Any) -> Any:
     return asked
 
 
+def are_same(old: Any, new: Any) -> bool:
+    """Whether two stages are of the same settings, as far as both have signed their files."""
+    return fingerprint(as_recorded(old, new)) == fingerprint(as_recorded(new, old))
+
+
 def changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
     """Names of the settings that differ, as paths such as 'prepare.sources.labelled'."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -135,7 +140,7 @@ def _stranger(student: Path, prepared: Path, command: str) -> str:
     """Why a student does not answer, and what mends it."""
     record = read_record(prepared)
     was = _prepare_settings(read_record(student).get("settings"))
-    if record.get("status") != "done" and is_made_from(record, was):
+    if record.get("status") != "done" and are_same(record.get("settings"), was):
         return f"{prepared}: is not whole, and {student} was trained on it; {command} completes it"
     return (
         f"{student}: was trained on other identifiers than {prepared} holds"
@@ -175,7 +180,7 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
         return folders[0]
     for folder in folders:
         prepared = read_record(folder)
-        if prepared.get("status") == "done" and is_made_from(prepared, settings):
+        if prepared.get("status") == "done" and are_same(prepared.get("settings"), settings):
             return folder
     return None
 

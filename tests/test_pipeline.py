@@ -710,6 +710,9 @@ def test_stages_made_before_task_files_were_signed_are_not_made_again(made, tmp_
     monkeypatch.undo()
     assert "files" not in made.record("prepare")["settings"]
     assert made.run() == []
+    made.set("evaluate.measures", ("RR@5",))
+    assert made.run() == ["evaluate"]
+    assert "evaluate: settings changed (evaluate.measures); made again" in made.said
 
 
 def test_what_is_named_must_be_there_also_when_it_was_read_already(on_data, tmp_path):

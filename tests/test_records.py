@@ -167,6 +167,17 @@ def test_records_before_a_file_was_signed_are_of_the_same_settings(made):
     assert not records.is_made_from(record, prepare_settings(1))
 
 
+def test_a_student_from_before_files_were_signed_answers_over_identifiers_made_since(made):
+    signed = prepare_settings(0) | {"files": {"tasks/beir.py": {"bytes": 3}}}
+    made.write("prepare", signed)
+    assert made.answering() == ("distill", "prepare", "")
+    other = signed | {"files": {"tasks/beir.py": {"bytes": 4}}}
+    made.write("distill", {"distill": {}, "teach": {"prepare": other}})
+    assert made.answering()[0] == "generate"
+    made.write("distill", {"distill": {}, "teach": {"prepare": signed}})
+    assert made.answering() == ("distill", "prepare", "")
+
+
 def test_a_record_that_cannot_be_read_is_none(made):
     for text in ('{"status": ', "[]", "\x00\x01", "[" * 100_000):
         (made.folder / "prepare" / records.RECORD).write_text(text)
