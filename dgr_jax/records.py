@@ -63,9 +63,10 @@ def as_recorded(settings: Any, recorded: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     recorded = recorded if isinstance(recorded, dict) else {}
+    of_stage = "is" not in settings  # a collection may have a setting of this name
     asked = {}
     for name, value in settings.items():
-        if name != "files":
+        if name != "files" or not of_stage or not isinstance(value, dict):
             asked[name] = as_recorded(value, recorded.get(name))
             continue
         signed = recorded.get("files") or {}

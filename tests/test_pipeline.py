@@ -682,6 +682,21 @@ def test_what_collections_read(data, tmp_path):
     assert IrDatasetsCollection("beir/scifact").inputs(["test"]) == {}
 
 
+def test_a_collection_may_have_a_setting_that_is_called_files(made, tmp_path):
+    (tmp_path / "collection.tsv").write_text("p\ttext\n")
+    files = (("train", "queries.tsv", "qrels.tsv"), ("test", "queries.tsv", "qrels.tsv"))
+    (tmp_path / "queries.tsv").write_text("q\twhy\n")
+    (tmp_path / "qrels.tsv").write_text("q 0 p 1\n")
+    made.set("collection", MsmarcoCollection(str(tmp_path), files=files))
+    assert made.run() == ALL
+    assert made.run() == []
+    assert made.record("prepare")["settings"]["files"].keys() == {
+        "collection", "tasks/quickstart.py"
+    }  # fmt: skip
+    made.set("collection", MsmarcoCollection(str(tmp_path), files=(*files, ("dev", "q", "r"))))
+    assert made.run() == ALL
+
+
 def test_versions_that_changed_are_said_and_nothing_runs_again(made, monkeypatch):
     made.run()
     monkeypatch.setattr(versions, "here", lambda: {"dgr_jax": "9.9", "new_library": "1"})
