@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FILE = ".lock"
 PATIENCE = 1.0  # seconds that a writer waits for a lock, such as one that a reader looks at
 _PAUSE = 0.05
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a folder that cannot be written
 _HELD_BY_OTHERS = (errno.EAGAIN, errno.EACCES)
 
 # Closing any descriptor of a file gives up the locks that this process has on it: while a file is
@@ -53,7 +53,7 @@ def take(folder: str | Path) -> None:
     try:
         file = _locked(place)
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in READ_ONLY:
             raise
         return
     _held[place] = file
