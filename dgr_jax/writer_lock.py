@@ -152,14 +152,16 @@ def _take_over(place: Path) -> None:
         with contextlib.suppress(PermissionError):
             lock.unlink(missing_ok=True)
     if lock.exists():
-        told = f"a process of another user (if it has ended, {lock} may be removed)"
-        raise _locked_by(place, writer or told)
+        raise _locked_by(place, writer or "a process of another user")
 
 
 def _locked_by(place: Path, writer: str) -> Locked:
+    """Of a host that is gone, some file servers keep the locks."""
+    here = f" on {socket.gethostname()} since " in writer
+    gone = "" if here else f"; if it has ended, remove {place / FILE}"
     return Locked(
         f"MODEL_DIR {place} is being written by {writer}. Wait for it, stop it, or give another "
-        "--model_dir"
+        f"--model_dir{gone}"
     )
 
 

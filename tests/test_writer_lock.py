@@ -71,6 +71,16 @@ def test_a_dead_writer_is_no_writer(tmp_path, other):
     assert not (tmp_path / "model").joinpath(writer_lock.FILE).exists()
 
 
+def test_of_another_host_it_is_said_how_its_lock_is_removed(tmp_path, other, monkeypatch):
+    """As of a server that does not notice when a host is gone."""
+    with pytest.raises(writer_lock.Locked) as here:
+        writer_lock.take(tmp_path / "model")
+    assert "has ended" not in str(here.value)
+    monkeypatch.setattr(writer_lock.socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(writer_lock.Locked, match="; if it has ended, remove .*model/.lock$"):
+        writer_lock.take(tmp_path / "model")
+
+
 def test_a_reader_that_looks_takes_nothing_from_the_writer(tmp_path, other):
     for _ in range(3):
         writer_lock.holder(tmp_path / "model")
@@ -165,5 +175,5 @@ def test_where_it_cannot_be_told_whether_another_user_writes_nothing_is_taken(
     refuse_to_append(monkeypatch, tmp_path)
     access = lambda path, mode: mode != os.R_OK  # nor be read
     monkeypatch.setattr(os, "access", access)
-    with pytest.raises(writer_lock.Locked, match=r"of another user \(if it has ended, .*\.lock"):
+    with pytest.raises(writer_lock.Locked, match=r"of another user\. .* ended, remove .*\.lock"):
         writer_lock.take(tmp_path)
