@@ -55,7 +55,7 @@ from dgr_jax.settings import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
+_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz|\.trec)?$|\.part$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 _NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}

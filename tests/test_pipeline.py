@@ -138,6 +138,7 @@ def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
     for name in (
         "prepare/arrays/labelled.partial-12/rows.npy", "prepare/arrays/labelled.old-7/rows.npy",
         "prepare/trie/edges.tmp.npy", "distill/runs/.distill.test-ab.trec.99.partial",
+        "distill/runs/distill.test-ab.partial.trec", "prepare/identifiers/lines.part",
         "candidates/part.partial.npz", "generate/metrics.jsonl.partial", "config.gin.partial",
         "previous/generate/model.safetensors.tmp", "control/stage.json.partial",
     ):  # fmt: skip
@@ -154,7 +155,8 @@ def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
     assert all(path.exists() for path in others)
     kept |= {others[0].parent, *others}
     left = {path for path in made.folder.rglob("*") if "previous" not in path.parts} - kept
-    emptied = {made.folder / name for name in ("prepare/arrays", "prepare/trie", "distill/runs")}
+    names = ("prepare/arrays", "prepare/trie", "prepare/identifiers", "distill/runs")
+    emptied = {made.folder / name for name in names}
     assert left == emptied
     assert sorted(path.name for path in elsewhere.iterdir()) == ["output", "stage.json"]
     assert not list(made.folder.rglob("*.tmp")) and len(kept) > 20
