@@ -44,7 +44,6 @@ from dgr_jax.records import (
     PREVIOUS,
     RECORD,
     SWAP,
-    as_recorded,
     changed_settings,
     is_done,
     is_made_from,
@@ -371,8 +370,7 @@ def _make_room(folder: Path, stage: str, settings: Any) -> None:
     if not record and (folder / RECORD).exists():
         logger.warning("%s: %s cannot be read; made again", stage, folder / RECORD)
     if record:
-        before = record.get("settings")
-        names = changed_settings(before, as_recorded(settings, before))
+        names = changed_settings(record.get("settings"), settings)
         logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))
     aside.parent.mkdir(parents=True, exist_ok=True)
     if back:  # a process that is killed between these is followed by `_put_back`

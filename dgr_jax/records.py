@@ -80,14 +80,19 @@ def are_same(old: Any, new: Any) -> bool:
     return fingerprint(as_recorded(old, new)) == fingerprint(as_recorded(new, old))
 
 
-def changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
-    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'."""
+def changed_settings(old: Any, new: Any) -> list[str]:
+    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'; of files,
+    those that both have signed."""
+    return _changed(as_recorded(old, new), as_recorded(new, old))
+
+
+def _changed(old: Any, new: Any, at: str = "") -> list[str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [at]
     changed = []
     for key in sorted(old.keys() | new.keys()):
         path = f"{at}.{key}" if at else key
-        changed += changed_settings(old.get(key), new.get(key), path)
+        changed += _changed(old.get(key), new.get(key), path)
     return changed
 
 

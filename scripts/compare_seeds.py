@@ -105,10 +105,7 @@ def check(finished: Sequence[Finished], split: str) -> None:
                 raise ValueError(
                     f"{first.folder} and {one.folder}: got other {name}, expected one collection"
                 )
-        ours = records.as_recorded(first.settings, one.settings)
-        if differ := records.changed_settings(
-            ours, records.as_recorded(one.settings, first.settings)
-        ):
+        if differ := records.changed_settings(first.settings, one.settings):
             raise ValueError(
                 f"{first.folder} and {one.folder}: got other settings ({', '.join(differ[:5])}), "
                 "expected those of one experiment, with other seeds alone"

@@ -171,6 +171,11 @@ def test_a_student_from_before_files_were_signed_answers_over_identifiers_made_s
     signed = prepare_settings(0) | {"files": {"tasks/beir.py": {"bytes": 3}}}
     made.write("prepare", signed)
     assert made.answering() == ("distill", "prepare", "")
+    made.prepare(0, "previous/prepare")
+    made.write("prepare", prepare_settings(1) | {"files": signed["files"]})
+    assert "made again (changed: prepare.seed) and" in made.answering()[2]
+    made.write("prepare", signed)
+    (made.folder / "previous" / "prepare" / records.RECORD).unlink()
     other = signed | {"files": {"tasks/beir.py": {"bytes": 4}}}
     made.write("distill", {"distill": {}, "teach": {"prepare": other}})
     assert made.answering()[0] == "generate"
