@@ -579,8 +579,13 @@ def _keep(experiment: Any) -> None:
     if _read(folder / "config.gin") == kept:
         return
     partial = folder / "config.gin.partial"
-    partial.write_text(kept, encoding="utf-8")
-    partial.replace(folder / "config.gin")
+    try:
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(folder / "config.gin")
+    except OSError as error:  # what is finished there can be read all the same
+        if error.errno not in writer_lock.READ_ONLY:
+            raise
+        logger.warning("%s: %s; it stays as it is", folder / "config.gin", error.strerror)
 
 
 def _read(file: Path) -> str:

@@ -43,6 +43,7 @@ from dgr_jax.experiment import Experiment, stage_settings
 from dgr_jax.records import (
     PREVIOUS,
     RECORD,
+    SWAP,
     changed_settings,
     is_done,
     is_made_from,
@@ -53,10 +54,11 @@ from dgr_jax.settings import fingerprint
 
 logger = logging.getLogger(__name__)
 
-_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz)?$|\.old-\d+$|\.tmp(\.npy)?$")
+_LEFTOVER = re.compile(r"\.partial(-\d+|\.npz|\.trec)?$|\.part$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
 ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
 _NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}
+_BEFORE = "files_before"  # in stage.json: what a damaged stage had made, while it is made again
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
 
 
@@ -76,9 +78,11 @@ def run(
     fail: it would lack a file, not know a measure, or measure on what it has learned;
     writer_lock.Locked where another process writes into MODEL_DIR.
     """
-    check_apart(experiment.prepare)
     alone = writer_lock.held(experiment.model_dir)
     with alone if processes.first() else contextlib.nullcontext():
+        check_apart(experiment.prepare)
+        if processes.first():
+            _put_back(Path(experiment.model_dir))
         settings = processes.agree(settings_of(experiment, stages) if processes.first() else None)
         wanted = list(settings)
         if processes.count() > 1:
@@ -271,7 +275,9 @@ def _run_stage(
     processes.wait()
     seconds = time.perf_counter() - start
     if first:
-        mark = fingerprint(settings)
+        mark, signed = fingerprint(settings), kept.sign(folder)
+        if stage in ALONE:
+            _say_other_contents(experiment, stage, read_record(folder).get(_BEFORE), signed)
         write_record(
             folder,
             status="done",
@@ -279,7 +285,7 @@ def _run_stage(
             settings=settings,
             seconds=round(seconds, 1),
             versions=versions.here(),
-            files_made=kept.sign(folder),
+            files_made=signed,
         )
     logger.info("%s: done in %.1f s", stage, seconds)
 
@@ -295,9 +301,31 @@ def _begin(folder: Path, stage: str, settings: Any) -> bool:
         return False
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
-    mark = fingerprint(settings)
-    write_record(folder, status="running", fingerprint=mark, settings=settings)
+    record, mark = read_record(folder), fingerprint(settings)
+    before = record.get(_BEFORE, record.get(kept.KEY))  # of a stage that was damaged
+    more = {_BEFORE: before} if before else {}
+    write_record(folder, status="running", fingerprint=mark, settings=settings, **more)
     return True
+
+
+def _say_other_contents(
+    experiment: Experiment, stage: str, before: kept.Listed | None, signed: kept.Listed
+) -> None:
+    """Says where a damaged stage was made again otherwise, and which finished stages were made from
+    what it was."""
+    changed = [name for name, entry in signed.items() if before and before.get(name) != entry]
+    later = [
+        other
+        for other in experiment.stages
+        if other != stage and stage in _with_upstream(experiment, [other])
+        if read_record(Path(experiment.model_dir) / other).get("status") == "done"
+    ]
+    if changed and later:
+        logger.warning(
+            "%s: was made again with other contents than before (%s), as by other versions of "
+            "libraries; %s were made from those before, and do not fit: remove their folders",
+            *(stage, ", ".join(changed[:3]), ", ".join(later)),
+        )
 
 
 def _cleared(folder: Path, stage: str, settings: Any) -> bool:
@@ -313,10 +341,13 @@ def _cleared(folder: Path, stage: str, settings: Any) -> bool:
 
 def remove_leftovers(model_dir: Path) -> None:
     """Removes what killed runs had half written, or half put aside, in any stage. Only for the one
-    process that writes in MODEL_DIR."""
-    stages = [path for path in model_dir.iterdir() if path.is_symlink() and path.is_dir()]
-    for top in (model_dir, *stages):  # a study's stages are links, which are not walked into
-        for folder, folders, files in os.walk(top):
+    process that writes in MODEL_DIR; what else lies there is not looked into."""
+    for top in model_dir.iterdir():
+        if top.name.startswith(("config.gin.partial", f"{kept.MEMORY}.partial")):
+            top.unlink(missing_ok=True)
+        if top.name != PREVIOUS and not (top / RECORD).is_file():
+            continue
+        for folder, folders, files in os.walk(top):  # a study's stages are links
             for name in filter(_LEFTOVER.search, folders):
                 shutil.rmtree(Path(folder) / name, ignore_errors=True)
             for name in filter(_LEFTOVER.search, files):
@@ -327,27 +358,55 @@ def _make_room(folder: Path, stage: str, settings: Any) -> None:
     """Put the output of other settings aside, and take back what these settings made before."""
     record = read_record(folder)
     if is_made_from(record, settings):
-        logger.info("%s: was cut off; goes on", stage)
+        if record.get("status") == "running":
+            logger.info("%s: was cut off; goes on", stage)
         return
     aside = folder.parent / PREVIOUS / stage
     back = is_made_from(read_record(aside), settings)
-    if folder.exists():
-        if not record and (folder / RECORD).exists():
-            logger.warning("%s: %s cannot be read; made again", stage, folder / RECORD)
-        if record:
-            names = changed_settings(record.get("settings"), settings)
-            logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))
-        swap = folder.parent / PREVIOUS / f"{stage}.swap"
-        swap.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(swap, ignore_errors=True)
-        folder.rename(swap)
+    if not folder.exists():
         if back:
             aside.rename(folder)
-        else:
-            shutil.rmtree(aside, ignore_errors=True)
-        swap.rename(aside)
-    elif back:
+        return
+    if not record and (folder / RECORD).exists():
+        logger.warning("%s: %s cannot be read; made again", stage, folder / RECORD)
+    if record:
+        names = changed_settings(record.get("settings"), settings)
+        logger.info("%s: settings changed (%s); made again", stage, ", ".join(names[:5]))
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    if back:  # a process that is killed between these is followed by `_put_back`
+        swap = aside.with_name(f"{stage}{SWAP}")
+        folder.rename(swap)
         aside.rename(folder)
+        swap.rename(aside)
+    else:
+        _replace(aside, folder)
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    """Puts a folder in the place of what lies aside, which is removed: under a name of leftovers,
+    so that it is never there in part."""
+    old = aside.with_name(f"{aside.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
+    if aside.exists():
+        aside.rename(old)
+    folder.rename(aside)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(model_dir: Path) -> None:
+    """Ends what a process that was killed in `_make_room` had begun: a folder that it was moving
+    goes back to its place or, where that is taken, aside. One that older versions left there gives
+    way to what was put aside later."""
+    for swap in (model_dir / PREVIOUS).glob(f"*{SWAP}"):
+        stage = swap.name.removesuffix(SWAP)
+        folder, aside = model_dir / stage, swap.with_name(stage)
+        with contextlib.suppress(OSError):  # a MODEL_DIR that cannot be written stays as it is
+            if not folder.exists():
+                swap.rename(folder)
+            elif read_record(aside).get("status") != "done":
+                _replace(aside, swap)
+            else:
+                shutil.rmtree(swap)
 
 
 def without_labels(experiment: Experiment) -> Experiment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from dgr_jax import cli
+from dgr_jax import cli, processes
 
 DESCRIPTION = (
     "Run the prepare stage of an experiment. With --export, copy what the later stages need into "
@@ -39,7 +39,7 @@ def command(argv: Sequence[str] | None) -> None:
         everywhere = partial(beam.write_parts, options=args.beam_options)
         makers = makers | {"prepare": partial(makers["prepare"], everywhere=everywhere)}
     pipeline.run(experiment, makers, ["prepare"], named=cli.named(bindings))
-    if args.export:
+    if args.export and processes.first():
         from dgr_jax.stages.prepare import export
 
         export(experiment, args.export)

@@ -18,6 +18,7 @@ from dgr_jax.settings import fingerprint
 
 RECORD = "stage.json"
 PREVIOUS = "previous"
+SWAP = ".swap"  # after the name of a stage in PREVIOUS, while two versions change places
 STUDENT = "student.json"  # what a reader needs to know of a trained model, beside its checkpoints
 
 # The system that an experiment trains after another in any case.
@@ -62,9 +63,10 @@ def as_recorded(settings: Any, recorded: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
     recorded = recorded if isinstance(recorded, dict) else {}
+    of_stage = "is" not in settings  # a collection may have a setting of this name
     asked = {}
     for name, value in settings.items():
-        if name != "files":
+        if name != "files" or not of_stage or not isinstance(value, dict):
             asked[name] = as_recorded(value, recorded.get(name))
             continue
         signed = recorded.get("files") or {}
@@ -73,14 +75,24 @@ def as_recorded(settings: Any, recorded: Any) -> Any:
     return asked
 
 
-def changed_settings(old: Any, new: Any, at: str = "") -> list[str]:
-    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'."""
+def are_same(old: Any, new: Any) -> bool:
+    """Whether two stages are of the same settings, as far as both have signed their files."""
+    return fingerprint(as_recorded(old, new)) == fingerprint(as_recorded(new, old))
+
+
+def changed_settings(old: Any, new: Any) -> list[str]:
+    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'; of files,
+    those that both have signed."""
+    return _changed(as_recorded(old, new), as_recorded(new, old))
+
+
+def _changed(old: Any, new: Any, at: str = "") -> list[str]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [at]
     changed = []
     for key in sorted(old.keys() | new.keys()):
         path = f"{at}.{key}" if at else key
-        changed += changed_settings(old.get(key), new.get(key), path)
+        changed += _changed(old.get(key), new.get(key), path)
     return changed
 
 
@@ -122,15 +134,23 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
     meanwhile = f". MODEL_DIR is being written by {writer}" if writer else ""
     command = f"python -m dgr_jax.train --model_dir={model_dir}"
     if strangers:
-        raise ValueError(
-            f"{strangers[0]}: was trained on other identifiers than {model_dir / 'prepare'} holds"
-            f"{_differences(strangers[0], model_dir / 'prepare')}; {command} trains it again"
-            f"{meanwhile}"
-        )
+        raise ValueError(f"{_stranger(strangers[0], model_dir / 'prepare', command)}{meanwhile}")
     wanted = ", ".join(f"{name}/{STUDENT}" for name in systems)
     raise FileNotFoundError(
         f"no trained student in {model_dir}: looked for {wanted}; train one with {command}"
         f"{meanwhile}"
+    )
+
+
+def _stranger(student: Path, prepared: Path, command: str) -> str:
+    """Why a student does not answer, and what mends it."""
+    record = read_record(prepared)
+    was = _prepare_settings(read_record(student).get("settings"))
+    if record.get("status") != "done" and are_same(record.get("settings"), was):
+        return f"{prepared}: is not whole, and {student} was trained on it; {command} completes it"
+    return (
+        f"{student}: was trained on other identifiers than {prepared} holds"
+        f"{_differences(student, prepared)}; {command} trains it again"
     )
 
 
@@ -152,8 +172,10 @@ def _whole(
     return None
 
 
-def _versions(model_dir: Path, stage: str) -> tuple[Path, Path]:
-    return model_dir / stage, model_dir / PREVIOUS / stage
+def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:
+    """Where a stage, and what it was before, may lie."""
+    aside = model_dir / PREVIOUS
+    return model_dir / stage, aside / stage, aside / f"{stage}{SWAP}"
 
 
 def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
@@ -164,7 +186,7 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
         return folders[0]
     for folder in folders:
         prepared = read_record(folder)
-        if prepared.get("status") == "done" and is_made_from(prepared, settings):
+        if prepared.get("status") == "done" and are_same(prepared.get("settings"), settings):
             return folder
     return None
 

@@ -214,7 +214,8 @@ class Runner:
         stages = self.folder / "stages"
         kept = stages / f"{stage}-{fingerprint(settings)}"
         older = () if kept.exists() else sorted(stages.glob(f"{stage}-*"))
-        return next((o for o in older if records.is_done(o, settings)), kept)
+        same = [o for o in older if records.is_made_from(records.read_record(o), settings)]
+        return max(same, key=lambda o: records.is_done(o, settings), default=kept)
 
     def _link(self, run: Run) -> None:
         """Links the stages of a run to where they are kept, and makes its folder a MODEL_DIR."""

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FILE = ".lock"
 PATIENCE = 1.0  # seconds that a writer waits for a lock, such as one that a reader looks at
 _PAUSE = 0.05
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a folder that cannot be written
 _HELD_BY_OTHERS = (errno.EAGAIN, errno.EACCES)
 
 # Closing any descriptor of a file gives up the locks that this process has on it: while a file is
@@ -53,7 +53,7 @@ def take(folder: str | Path) -> None:
     try:
         file = _locked(place)
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in READ_ONLY:
             raise
         return
     _held[place] = file
@@ -113,7 +113,16 @@ def _locked(place: Path) -> IO[str] | None:
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        file = (place / FILE).open("a+", encoding="utf-8")
+        try:
+            file = (place / FILE).open("a+", encoding="utf-8")
+        except PermissionError:
+            if not os.access(place, os.W_OK):
+                raise
+            _take_over(place)
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)
+            continue
         try:
             if _try(file) and _is_at(file, place / FILE):
                 return file
@@ -129,11 +138,31 @@ def _locked(place: Path) -> IO[str] | None:
         said = file.read()
         file.close()
         if time.monotonic() > deadline:
-            raise Locked(
-                f"MODEL_DIR {place} is being written by {_described(said)}. Wait for it, stop it, "
-                "or give another --model_dir"
-            )
+            raise _locked_by(place, _described(said))
         time.sleep(_PAUSE)
+
+
+def _take_over(place: Path) -> None:
+    """Removes what a dead writer of another user has left, a file that this one may not write into.
+
+    Raises Locked where that writer lives, or where that cannot be told.
+    """
+    lock, writer = place / FILE, holder(place)
+    if not writer and os.access(lock, os.R_OK):
+        with contextlib.suppress(PermissionError):
+            lock.unlink(missing_ok=True)
+    if lock.exists():
+        raise _locked_by(place, writer or "a process of another user")
+
+
+def _locked_by(place: Path, writer: str) -> Locked:
+    """Of a host that is gone, some file servers keep the locks."""
+    here = f" on {socket.gethostname()} since " in writer
+    gone = "" if here else f"; if it has ended, remove {place / FILE}"
+    return Locked(
+        f"MODEL_DIR {place} is being written by {writer}. Wait for it, stop it, or give another "
+        f"--model_dir{gone}"
+    )
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

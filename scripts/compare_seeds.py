@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dgr_jax import evaluation, pipeline
+from dgr_jax import evaluation, kept, records
 from dgr_jax.corpora import beir, trec
 from dgr_jax.corpora.types import ScoredPassage
 
@@ -48,7 +48,7 @@ class Finished(NamedTuple):
 
 def read(folder: Path) -> Finished:
     """Raises ValueError where nothing was measured, or what was measured cannot be read."""
-    record = pipeline.read_record(folder / "evaluate")
+    record = records.read_record(folder / "evaluate")
     if record.get("status") != "done":
         raise ValueError(
             f"{folder}: got no finished stage evaluate, expected one: python -m dgr_jax.train "
@@ -70,14 +70,14 @@ def _without_seeds(settings: Any, at: str, seeds: dict[str, int]) -> Any:
         return [_without_seeds(v, f"{at}[{i}]", seeds) for i, v in enumerate(settings)]
     if not isinstance(settings, dict):
         return settings
-    kept = {}
+    others = {}
     for name, value in settings.items():
         path = f"{at}.{name}" if at else name
         if name == "seed":
             seeds[path] = value
         elif not path.endswith("prepare.files.collection"):
-            kept[name] = _without_seeds(value, path, seeds)
-    return kept
+            others[name] = _without_seeds(value, path, seeds)
+    return others
 
 
 def collection(folder: Path) -> dict[str, str]:
@@ -105,7 +105,7 @@ def check(finished: Sequence[Finished], split: str) -> None:
                 raise ValueError(
                     f"{first.folder} and {one.folder}: got other {name}, expected one collection"
                 )
-        if differ := pipeline.changed_settings(first.settings, one.settings):
+        if differ := records.changed_settings(first.settings, one.settings):
             raise ValueError(
                 f"{first.folder} and {one.folder}: got other settings ({', '.join(differ[:5])}), "
                 "expected those of one experiment, with other seeds alone"
@@ -123,10 +123,10 @@ def check(finished: Sequence[Finished], split: str) -> None:
 
 
 def read_runs(one: Finished, split: str) -> Runs:
-    """Of every system that was measured."""
+    """Of every system that was measured, as they were written."""
+    paths = {system: one.folder / "evaluate" / f"{system}.{split}.trec" for system in one.measured}
     return {
-        system: trec.run_in_memory(trec.runs(one.folder / "evaluate" / f"{system}.{split}.trec"))
-        for system in one.measured
+        system: trec.run_in_memory(trec.runs(kept.opened(path))) for system, path in paths.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import re
 import subprocess
@@ -274,6 +275,20 @@ def test_config_gin_names_the_defaults_of_what_was_made():
         "ranknet.temperature = 1.0",
     ):
         assert line in lines
+
+
+def test_a_finished_experiment_that_cannot_be_written_is_read(monkeypatch, caplog):
+    """Such as one of an older version, which knew fewer defaults."""
+    load(QUICKSTART, "--model_dir=m")
+    kept = Path("m/config.gin").read_text()
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert load("--model_dir=m", "--gin.TopM.size=4").teach.lists.size == 4
+    assert Path("m/config.gin").read_text() == kept
+    assert caplog.messages == ["m/config.gin: Permission denied; it stays as it is"]
 
 
 def test_an_experiment_that_is_not_read_leaves_nothing():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dgr_jax import pipeline
+from dgr_jax import kept, pipeline
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
@@ -63,6 +63,27 @@ def test_seeds_of_one_experiment_are_pooled(tmp_path, capsys):
 def test_what_is_no_other_seed_is_refused(other, message, tmp_path):
     folders = [finished(tmp_path / "one", 0), finished(tmp_path / "other", **other)]
     with pytest.raises(SystemExit, match=f"^error: .*one and .*other: {message}"):
+        main(folders)
+
+
+def test_a_seed_from_before_files_were_signed_is_one(tmp_path, capsys):
+    folders = [finished(tmp_path / f"s{seed}", seed) for seed in (0, 1)]
+    record = tmp_path / "s1" / "evaluate" / "stage.json"
+    made = json.loads(record.read_text())
+    made["settings"]["distill"]["prepare"]["files"]["tasks/beir.py"] = {"bytes": 3}
+    record.write_text(json.dumps(made))
+    main(folders)
+    assert "distill and generate" in capsys.readouterr().out
+
+
+def test_a_run_that_was_edited_is_refused(tmp_path):
+    folders = [finished(tmp_path / f"s{seed}", seed) for seed in (0, 1)]
+    stage = tmp_path / "s1" / "evaluate"
+    record = json.loads((stage / "stage.json").read_text())
+    pipeline.write_record(stage, **record, files_made=kept.sign(stage))
+    run = stage / "distill.test.trec"
+    run.write_text("".join(reversed(run.read_text().splitlines(keepends=True))))
+    with pytest.raises(SystemExit, match=r"^error: .*distill\.test\.trec: got other contents"):
         main(folders)
 
 

@@ -138,6 +138,7 @@ def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
     for name in (
         "prepare/arrays/labelled.partial-12/rows.npy", "prepare/arrays/labelled.old-7/rows.npy",
         "prepare/trie/edges.tmp.npy", "distill/runs/.distill.test-ab.trec.99.partial",
+        "distill/runs/distill.test-ab.partial.trec", "prepare/identifiers/lines.part",
         "candidates/part.partial.npz", "generate/metrics.jsonl.partial", "config.gin.partial",
         "previous/generate/model.safetensors.tmp", "control/stage.json.partial",
     ):  # fmt: skip
@@ -145,10 +146,17 @@ def test_leftovers_of_killed_runs_are_removed_by_the_next(made, tmp_path):
         (made.folder / name).write_text("half")
     assert made.run() == []  # nobody is disturbed where nothing is to do
     assert (made.folder / "config.gin.partial").is_file()
+    others = made.folder / "another/arrays.partial", made.folder / "download.partial"
+    for path in others:  # not of the stages
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of somebody")
     made.set("evaluate.measures", ("RR@5",))
     assert made.run() == ["evaluate"]
+    assert all(path.exists() for path in others)
+    kept |= {others[0].parent, *others}
     left = {path for path in made.folder.rglob("*") if "previous" not in path.parts} - kept
-    emptied = {made.folder / name for name in ("prepare/arrays", "prepare/trie", "distill/runs")}
+    names = ("prepare/arrays", "prepare/trie", "prepare/identifiers", "distill/runs")
+    emptied = {made.folder / name for name in names}
     assert left == emptied
     assert sorted(path.name for path in elsewhere.iterdir()) == ["output", "stage.json"]
     assert not list(made.folder.rglob("*.tmp")) and len(kept) > 20
@@ -193,6 +201,24 @@ def test_a_damaged_stage_is_made_again_from_nothing(made, damage, message):
     assert made.output("teach") == "half whole "
     assert (made.folder / "teach" / "notes").read_text() == "of somebody"
     assert made.run() == []
+
+
+def test_a_damaged_stage_that_is_made_again_otherwise_is_said(made):
+    made.run()
+    record = made.folder / "prepare" / "stage.json"
+    record.write_text(record.read_text().replace('"bytes": 11', '"bytes": 12'))
+    made.killed_in = "prepare"
+    assert made.run("prepare") == ["prepare", "killed"]
+    made.killed_in = ""
+    assert made.run("prepare") == ["prepare"]
+    said = "prepare: was made again with other contents than before (output), as by other versions"
+    assert any(line.startswith(said) for line in made.said)
+    assert any("generate, candidates, teach, distill, control, evaluate" in s for s in made.said)
+    assert "files_before" not in made.record("prepare")
+    for _ in range(2):  # what was cut off before is not; then the same
+        _empty(made.folder / "prepare" / "output")
+        made.run("prepare")
+    assert not any("other contents than before" in line for line in made.said)
 
 
 def test_a_damaged_stage_that_is_killed_while_it_is_made_again_goes_on(made):
@@ -329,6 +355,82 @@ def test_what_was_made_is_taken_back_with_its_settings(made):
     made.set("teach.lists.size", 7)
     assert made.run() == []
     assert (made.folder / "teach" / "mark").read_text() == "second"
+
+
+@pytest.fixture
+def swapped(made):
+    """`prepare` with the seed 1, and what it was with the seed 0 put aside."""
+    made.run("prepare")
+    made.set("prepare.seed", 1)
+    made.run("prepare")
+    made.place, made.aside = made.folder / "prepare", made.folder / "previous" / "prepare"
+    made.swap = made.folder / "previous" / "prepare.swap"
+    return made
+
+
+def seeds(made):
+    """seed of prepare -> where it lies."""
+    found = {f: records.read_record(f) for f in (made.place, made.aside, made.swap)}
+    return {
+        record["settings"]["prepare"]["seed"]: folder.relative_to(made.folder).as_posix()
+        for folder, record in found.items()
+        if record
+    }
+
+
+def run_until(made, monkeypatch, renames):
+    """Runs `prepare` in a process that is killed after so many folders were renamed."""
+    left, real = [renames], type(made.folder).rename
+
+    def rename(path, target):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(made.folder), "rename", rename)
+        return made.run("prepare")
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_process_killed_while_versions_change_places_loses_neither(
+    swapped, monkeypatch, renames, seed
+):
+    swapped.set("prepare.seed", 0)
+    assert run_until(swapped, monkeypatch, renames) == (["killed"] if renames < 3 else [])
+    swapped.set("prepare.seed", seed)
+    assert swapped.run("prepare") == []
+    assert seeds(swapped) == {seed: "prepare", 1 - seed: "previous/prepare"}
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_process_killed_while_it_puts_a_version_aside_does_not_lose_it(
+    swapped, monkeypatch, renames
+):
+    swapped.set("prepare.seed", 2)
+    run_until(swapped, monkeypatch, renames)
+    swapped.set("prepare.seed", 1)
+    assert swapped.run("prepare") == []
+    swapped.set("prepare.seed", 3)
+    swapped.run("prepare")
+    assert seeds(swapped) == {3: "prepare", 1: "previous/prepare"}
+    assert sorted(path.name for path in swapped.aside.parent.iterdir()) == ["prepare"]
+
+
+def test_what_older_versions_left_when_they_were_killed_is_put_in_its_place(swapped):
+    swapped.place.rename(swapped.swap)  # what is aside was removed, in part
+    (swapped.aside / "stage.json").unlink()
+    assert swapped.run("prepare") == []
+    assert seeds(swapped) == {1: "prepare"}
+    shutil.copytree(swapped.place, swapped.swap)
+    swapped.set("prepare.seed", 2)
+    swapped.run("prepare")
+    assert seeds(swapped) == {2: "prepare", 1: "previous/prepare"}
+    shutil.copytree(swapped.place, swapped.swap)
+    assert swapped.run("prepare") == []
+    assert not swapped.swap.exists()
 
 
 def test_only_the_latest_other_output_is_kept(made):
@@ -582,6 +684,21 @@ def test_what_collections_read(data, tmp_path):
     assert IrDatasetsCollection("beir/scifact").inputs(["test"]) == {}
 
 
+def test_a_collection_may_have_a_setting_that_is_called_files(made, tmp_path):
+    (tmp_path / "collection.tsv").write_text("p\ttext\n")
+    files = (("train", "queries.tsv", "qrels.tsv"), ("test", "queries.tsv", "qrels.tsv"))
+    (tmp_path / "queries.tsv").write_text("q\twhy\n")
+    (tmp_path / "qrels.tsv").write_text("q 0 p 1\n")
+    made.set("collection", MsmarcoCollection(str(tmp_path), files=files))
+    assert made.run() == ALL
+    assert made.run() == []
+    assert made.record("prepare")["settings"]["files"].keys() == {
+        "collection", "tasks/quickstart.py"
+    }  # fmt: skip
+    made.set("collection", MsmarcoCollection(str(tmp_path), files=(*files, ("dev", "q", "r"))))
+    assert made.run() == ALL
+
+
 def test_versions_that_changed_are_said_and_nothing_runs_again(made, monkeypatch):
     made.run()
     monkeypatch.setattr(versions, "here", lambda: {"dgr_jax": "9.9", "new_library": "1"})
@@ -610,6 +727,9 @@ def test_stages_made_before_task_files_were_signed_are_not_made_again(made, tmp_
     monkeypatch.undo()
     assert "files" not in made.record("prepare")["settings"]
     assert made.run() == []
+    made.set("evaluate.measures", ("RR@5",))
+    assert made.run() == ["evaluate"]
+    assert "evaluate: settings changed (evaluate.measures); made again" in made.said
 
 
 def test_what_is_named_must_be_there_also_when_it_was_read_already(on_data, tmp_path):

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from dgr_jax import cli, partitioning, processes
+from dgr_jax import cli, partitioning, pipeline, prepare, processes, stages
 from dgr_jax.interrupts import EXIT_INTERRUPTED
 from dgr_jax.processes import EXIT_LOST, EXIT_STOPPED
 from tests.conftest import ROOT, TINY
@@ -32,6 +33,19 @@ def no_environment(monkeypatch):
 
 
 # What is asked for.
+
+
+@pytest.mark.parametrize(("first", "exported"), [(True, ["away"]), (False, [])])
+def test_one_process_exports_for_all(first, exported, monkeypatch):
+    targets = []
+    monkeypatch.setattr(cli, "load_experiment", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(stages, "makers", lambda _: {})
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: None)
+    exporter = SimpleNamespace(export=lambda _, target: targets.append(target))
+    monkeypatch.setitem(sys.modules, "dgr_jax.stages.prepare", exporter)
+    monkeypatch.setattr(processes, "first", lambda: first)
+    prepare.command(["--model_dir=model", "--export=away"])
+    assert targets == exported
 
 
 def test_flags_and_environment(monkeypatch):

@@ -77,6 +77,15 @@ def test_while_prepare_is_made_again_the_last_whole_version_answers(made):
     assert made.answering()[:2] == ("distill", "previous/prepare")
 
 
+def test_readers_find_a_version_that_changes_places_with_another(made):
+    made.prepare(1, "previous/prepare")
+    aside = made.folder / "previous"
+    (made.folder / "prepare").rename(aside / "prepare.swap")
+    assert made.answering()[:2] == ("distill", "previous/prepare.swap")
+    (aside / "prepare").rename(made.folder / "prepare")
+    assert made.answering()[:2] == ("distill", "previous/prepare.swap")
+
+
 def test_while_a_student_is_trained_again_the_last_whole_version_answers(made):
     (made.folder / "previous").mkdir()
     (made.folder / "distill").rename(made.folder / "previous/distill")
@@ -122,6 +131,15 @@ def test_of_a_dense_retriever_the_first_student_may_be_the_best(tmp_path):
     assert made.answering()[2] == "dense answers, as refresh is not trained yet"
 
 
+def test_identifiers_that_are_made_again_are_said_to_be(made):
+    made.prepare(0, status="running")
+    with pytest.raises(ValueError, match=r"prepare: is not whole, and .*distill was trained on it"):
+        made.answering()
+    made.prepare(1, status="running")
+    with pytest.raises(ValueError, match="distill: was trained on other identifiers than"):
+        made.answering()
+
+
 def test_nothing_trained_says_who_is_at_it(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no trained student in .*distill/student.json"
@@ -147,6 +165,22 @@ def test_records_before_a_file_was_signed_are_of_the_same_settings(made):
     record = records.read_record(made.folder / "prepare")
     assert records.is_made_from(record, settings)
     assert not records.is_made_from(record, prepare_settings(1))
+
+
+def test_a_student_from_before_files_were_signed_answers_over_identifiers_made_since(made):
+    signed = prepare_settings(0) | {"files": {"tasks/beir.py": {"bytes": 3}}}
+    made.write("prepare", signed)
+    assert made.answering() == ("distill", "prepare", "")
+    made.prepare(0, "previous/prepare")
+    made.write("prepare", prepare_settings(1) | {"files": signed["files"]})
+    assert "made again (changed: prepare.seed) and" in made.answering()[2]
+    made.write("prepare", signed)
+    (made.folder / "previous" / "prepare" / records.RECORD).unlink()
+    other = signed | {"files": {"tasks/beir.py": {"bytes": 4}}}
+    made.write("distill", {"distill": {}, "teach": {"prepare": other}})
+    assert made.answering()[0] == "generate"
+    made.write("distill", {"distill": {}, "teach": {"prepare": signed}})
+    assert made.answering() == ("distill", "prepare", "")
 
 
 def test_a_record_that_cannot_be_read_is_none(made):

@@ -437,6 +437,8 @@ def test_stages_that_an_older_version_has_named_are_found(finished):
     shutil.copytree(made, kept)
     records.write_record(kept, status="done", fingerprint=mark, settings=older, seconds=1.0)
     assert finished._state(finished.runs[0])["prepare"] == (True, kept)
+    records.write_record(kept, status="running", fingerprint=mark, settings=older)
+    assert finished._state(finished.runs[0])["prepare"] == (False, kept)
 
 
 def test_the_table_of_what_is_finished(finished):

@@ -71,6 +71,16 @@ def test_a_dead_writer_is_no_writer(tmp_path, other):
     assert not (tmp_path / "model").joinpath(writer_lock.FILE).exists()
 
 
+def test_of_another_host_it_is_said_how_its_lock_is_removed(tmp_path, other, monkeypatch):
+    """As of a server that does not notice when a host is gone."""
+    with pytest.raises(writer_lock.Locked) as here:
+        writer_lock.take(tmp_path / "model")
+    assert "has ended" not in str(here.value)
+    monkeypatch.setattr(writer_lock.socket, "gethostname", lambda: "elsewhere")
+    with pytest.raises(writer_lock.Locked, match="; if it has ended, remove .*model/.lock$"):
+        writer_lock.take(tmp_path / "model")
+
+
 def test_a_reader_that_looks_takes_nothing_from_the_writer(tmp_path, other):
     for _ in range(3):
         writer_lock.holder(tmp_path / "model")
@@ -128,3 +138,42 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "open", refuse)
     with writer_lock.held(tmp_path):
         assert writer_lock.holder(tmp_path) == ""
+
+
+def refuse_to_append(monkeypatch, folder):
+    """The lock's file is of another user: it may be read, not written into."""
+    real = type(folder).open
+
+    def opened(path, mode="r", **how):
+        if path.exists() and "a" in mode:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, mode, **how)
+
+    monkeypatch.setattr(type(folder), "open", opened)
+
+
+def test_a_writer_of_another_user_is_a_writer(tmp_path, other, monkeypatch):
+    refuse_to_append(monkeypatch, tmp_path)
+    with pytest.raises(writer_lock.Locked, match=f"written by process {other.pid} "):
+        writer_lock.take(tmp_path / "model")
+    assert (tmp_path / "model" / writer_lock.FILE).exists()
+
+
+def test_a_dead_writer_of_another_user_is_none(tmp_path, other, monkeypatch):
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    refuse_to_append(monkeypatch, tmp_path)
+    monkeypatch.setattr(writer_lock, "PATIENCE", 1.0)
+    with writer_lock.held(tmp_path / "model"):
+        assert writer_lock.holder(tmp_path / "model") == "this process"
+
+
+def test_where_it_cannot_be_told_whether_another_user_writes_nothing_is_taken(
+    tmp_path, monkeypatch
+):
+    (tmp_path / writer_lock.FILE).write_text("")
+    refuse_to_append(monkeypatch, tmp_path)
+    access = lambda path, mode: mode != os.R_OK  # nor be read
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(writer_lock.Locked, match=r"of another user\. .* ended, remove .*\.lock"):
+        writer_lock.take(tmp_path)

@@ -228,11 +228,11 @@ def export(experiment: Experiment | DenseExperiment, target: str) -> None:
     There every later stage runs without TensorFlow and without the collection.
     """
     origin = Path(experiment.model_dir) / "prepare"
-    kept.whole(origin)
     folder = Path(target) / "prepare"
     if read_record(folder):
         raise ValueError(f"--export={target}: there is an experiment already ({folder / RECORD})")
-    with writer_lock.held(target):
+    with writer_lock.held(experiment.model_dir), writer_lock.held(target):
+        kept.whole(origin)
         shutil.copytree(
             origin, folder, ignore=shutil.ignore_patterns("tfds", RECORD), dirs_exist_ok=True
         )
