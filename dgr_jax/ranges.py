@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -60,14 +61,20 @@ def _number(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Real) and math.isfinite(value) and holds(value)
 
 
+_COUNTS = ("int", "int | None")
 FINITE = Range("a finite number", _number(lambda value: True))
 SEED = between(0, 2**32 - 1)  # what every library that draws takes
 
 
 def check(settings: Any, **expected: Range) -> None:
-    """Raises ValueError naming the first setting whose value is not what is expected of it."""
+    """Raises ValueError naming the first setting whose value is not what is expected of it, or that
+    is no whole number, where its type asks for one."""
+    kinds = {field.name: field.type for field in dataclasses.fields(settings)}
     for name, range_ in expected.items():
-        require(f"{type(settings).__name__}.{name}", getattr(settings, name), range_)
+        setting, value = f"{type(settings).__name__}.{name}", getattr(settings, name)
+        require(setting, value, range_)
+        if kinds.get(name) in _COUNTS and value is not None and value != int(value):
+            raise ValueError(f"{setting}: got {value!r}, expected a whole number")
 
 
 def require(setting: str, value: Any, expected: Range) -> None:

@@ -68,6 +68,16 @@ def test_every_number_is_checked_where_settings_are_made(component, name):
         assert str(error.value).startswith(f"{setting}: got {value}, expected ")
 
 
+@pytest.mark.parametrize("component", configurables._components(), ids=lambda c: c.__name__)
+def test_a_part_of_a_step_is_no_count(component):
+    for field in dataclasses.fields(component):
+        if field.type not in ("int", "int | None"):
+            continue
+        with pytest.raises(ValueError) as error:
+            make(component, field.name, 2.5)
+        assert str(error.value).startswith(f"{component.__name__}.{field.name}: got 2.5, expected ")
+
+
 def test_the_documented_negative_numbers_are_settings():
     losses = {f"{n}.{s}" for n in ranking.LOSSES for s in configurables.defaults(n)}
     assert NEGATIVE.keys() <= losses | {f"{c.__name__}.{n}" for c, n in numeric()}
