@@ -39,7 +39,8 @@ def error(path: str | os.PathLike, line: int, found: str, expected: str) -> Valu
 def shown(value: Any) -> str:
     """A value from a file as a message shows it: its beginning, with nothing that a terminal would
     obey."""
-    short = reprlib.Repr(maxstring=60, maxother=60, maxlong=60)
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 60
     return short.repr(value)
 
 
