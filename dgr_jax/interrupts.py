@@ -84,10 +84,10 @@ class _Listener:
         threading.Thread(target=self._listen, args=(read,), daemon=True).start()
 
     def close(self) -> None:
-        """Signals go where they went before; at the end of a program, nowhere: all is done."""
+        """Signals go where they went before; at the end of a program, nowhere: all is done, and the
+        interpreter, on its way out, puts the default back in the place of a handler."""
         signal.set_wakeup_fd(self._descriptor)
-        if not is_program():
-            signal.signal(signal.SIGINT, self._handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_program() else self._handler)
         os.close(self._write)
 
     def _listen(self, read: int) -> None:

@@ -275,3 +275,15 @@ def test_training_saves_its_last_step(tmp_path, caplog):
     assert step in (5, 6)
     said = f"generate: interrupted: saved step {step}; the same command goes on from there"
     assert said in caplog.messages
+
+
+@pytest.mark.parametrize("program", [True, False])
+def test_at_the_end_of_a_program_all_is_done(monkeypatch, program):
+    monkeypatch.setattr(interrupts, "is_program", lambda: program)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with interrupts.heard():
+            pass
+        assert signal.getsignal(signal.SIGINT) == (signal.SIG_IGN if program else before)
+    finally:
+        signal.signal(signal.SIGINT, before)
