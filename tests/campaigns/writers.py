@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +29,7 @@ from dgr_jax.retrieval.generative import Retriever
 
 QUESTIONS = ["Why do bees dance?", "What is a button cell?", "How does a lighthouse shine?"]
 SEEDS = (0, 1)
+PAUSE = 0.5  # seconds between reads, so that there are commands enough beside them
 SYSTEMS = ("generate", "control", "distill")
 
 
@@ -65,6 +67,7 @@ def campaign(folder: Path, reads: int, seed: int) -> int:
         writer.start()
     while counts["reads"] < reads:
         counts["reads"] += 1
+        time.sleep(PAUSE)
         try:
             answer = answers(model_dir)
             counts["answers" if answer in known else "others"] += 1
