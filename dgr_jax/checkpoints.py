@@ -428,7 +428,15 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
         # The handler reads the item's own metadata; a checkpointer would look for a step's there.
         there = ocp.StandardCheckpointHandler().metadata(path).tree
     check_shapes(there, abstract, where)
-    with _reading(path), ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path, abstract)
+    try:
+        params = _restored(path, abstract)
+    except kept.Damaged:
+        params = _restored(path, abstract)  # its hashes are right: a busy machine may read short
     check_finite(params, where)
     return params
+
+
+def _restored(path: Path, abstract: Any) -> Any:
+    """The parameters of an item. Raises kept.Damaged where they cannot be read."""
+    with _reading(path), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, abstract)
