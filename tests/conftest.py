@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, so that what has passed passes again; others with
+# DGR_JAX_EXAMPLES=random.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("DGR_JAX_EXAMPLES", "same"))
 
 # Before jax starts. Tests of meshes ask for eight devices; programs are small, and compiling them
 # with all care takes longer than running them.

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dgr_jax import evaluation
@@ -28,13 +28,23 @@ NEAR = st.builds(
 )
 
 
+@example([float(np.finfo(np.float32).min)] * 3)
 @given(st.lists(st.one_of(FLOAT32, NEAR.filter(np.isfinite)), max_size=8))
 def test_scores_fall_strictly_as_float32_too(scores):
     scores = sorted(scores, reverse=True)
     fallen = ranking.falling(scores)
     assert all(after < before for before, after in itertools.pairwise(np.float32(fallen)))
     assert ranking.falling(fallen) == fallen
-    assert all(low <= score for low, score in zip(fallen, scores, strict=True))
+    if not scores or scores[-1] > -3.4e38:  # there is room below
+        assert all(low <= score for low, score in zip(fallen, scores, strict=True))
+
+
+def test_scores_at_the_end_of_the_range_are_raised():
+    lowest = float(np.finfo(np.float32).min)
+    above = float(np.nextafter(np.float32(lowest), np.float32(0)))
+    assert ranking.falling([1.0, lowest, lowest]) == [1.0, above, lowest]
+    lowest = float(np.finfo(np.float64).min)
+    assert ranking.falling([lowest, lowest]) == [float(np.nextafter(lowest, 0)), lowest]
 
 
 def test_what_falls_already_stays_as_it_is():

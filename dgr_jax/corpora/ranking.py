@@ -36,8 +36,9 @@ def falling(scores: Sequence[float]) -> list[float]:
     """Scores, highest first, such that each is less than the one before, also as float32.
 
     Those that are so already stay as they are; any other becomes the next float32 below the one
-    before it (beyond the range of float32, the next float64). Raises ValueError for a score that is
-    no finite number.
+    before it (beyond the range of float32, the next float64). At the end of the range, where
+    nothing is below, those before are raised instead. Raises ValueError for a score that is no
+    finite number.
     """
     values = np.array(scores, np.float64)
     if not np.isfinite(values).all():
@@ -53,11 +54,22 @@ def falling(scores: Sequence[float]) -> list[float]:
             limit = _below(values[place - 1])
             lowered = bool(values[place] > limit)
             values[place] = min(values[place], limit)
-    if np.isneginf(values[-1:]).any():  # there is nothing below the lowest number
-        values[-1] = np.finfo(np.float64).min
-        for place in range(len(values) - 2, -1, -1):
-            values[place] = max(values[place], np.nextafter(values[place + 1], np.inf))
+    if len(values):
+        _lift(values, np.float32 if scores[-1] >= -_HIGHEST else np.float64)
     return values.tolist()
+
+
+def _lift(values: np.ndarray, kind: type[np.floating]) -> None:
+    """Raises the last values, in place, where they fell below the lowest number of a kind, as many
+    passages do that are scored with that number."""
+    lowest = float(np.finfo(kind).min)
+    if values[-1] >= lowest:
+        return
+    values[-1] = lowest
+    for place in range(len(values) - 2, -1, -1):
+        values[place] = max(
+            values[place], float(np.nextafter(kind(values[place + 1]), kind(np.inf)))
+        )
 
 
 def _limits(values: np.ndarray) -> np.ndarray | None:
@@ -77,7 +89,8 @@ def _limits(values: np.ndarray) -> np.ndarray | None:
     numbers = np.minimum.accumulate(_numbers(floor) + place) - place
     below = numbers[:-1] - 1
     size = np.where(below == 0, 0, np.abs(below) + _NEAR_ZERO).astype(np.int32)
-    found = np.copysign(size.view(np.float32), below).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        found = np.copysign(size.view(np.float32), below).astype(np.float64)
     return found if np.isfinite(found).all() else None
 
 
