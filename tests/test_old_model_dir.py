@@ -20,5 +20,7 @@ def test_no_stage_of_version_0_1_runs_again(tmp_path, command):
     for stage in STAGES:
         assert f"{stage}: done already, from the same configuration; skipped" in done.stderr
     assert (folder / "evaluate" / "metrics.json").read_bytes() == before
-    found = command("dgr_jax.retrieve", f"--model_dir={folder}", "--query=Why do bees dance?")
+    found = command(
+        "dgr_jax.retrieve", f"--model_dir={folder}", "--query=Why do bees dance?", "--k=5"
+    )
     assert found.stdout.count("\n") > 3
