@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dgr_jax import ranges
 from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
@@ -93,13 +94,19 @@ class Teach:
         ranges.check(self, seed=ranges.SEED)
 
 
+def _has_other_baseline(evaluate: Evaluate) -> bool:
+    """Whether a baseline is measured that is not BM25 of words, as it was for all before."""
+    return evaluate.bm25 and evaluate.baseline != WORDS
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Runs and measures of every system on the test splits.
 
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
     grade from which Success, RR and R count.
-    max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
+    max_queries: of each split at most (0: all), drawn by the seed.
+    bm25: whether BM25 is measured beside; baseline: its settings.
     """
 
     search: Search | MultiviewSearch | DenseSearch
@@ -111,6 +118,7 @@ class Evaluate:
     max_queries: int = 0
     bm25: bool = True
     seed: int = 0
+    baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
 
     def __post_init__(self) -> None:
         ranges.check(
