@@ -154,14 +154,19 @@ def test_a_teacher_of_several():
 
 
 @pytest.mark.parametrize(
-    "under", [(QUICKSTART,), ("--gin_file=squad_dense.gin", "--gin_file=runs/taught.gin")]
+    "under",
+    [
+        (QUICKSTART,),
+        ("--data_dir=d", "--gin_file=squad_dense.gin", "--gin_file=runs/taught.gin"),
+    ],
 )
 def test_a_teacher_of_bm25_and_vectors_is_one_line(under):
-    given = (*under, "--gin_file=runs/fusion.gin", "--model_dir=m", "--gin.DATA_DIR=d")
+    given = (*under, "--gin_file=runs/fusion.gin", "--model_dir=m")
     files = [f"--gin.VectorTeacher.{name}_path=f" for name in ("passages", "queries", "query_ids")]
     teacher = load(*given, *files).teach.teacher
-    assert teacher.teachers == (Bm25Teacher(), VectorTeacher("f", "f", "f"))
-    assert teacher.teachers[0].bm25 == Bm25(stemmer="snowball", language="english")
+    of_words, of_vectors = teacher.teachers
+    assert isinstance(of_words, Bm25Teacher) and of_vectors == VectorTeacher("f", "f", "f")
+    assert of_words.bm25 == Bm25(stemmer="snowball", language="english")
     assert (teacher.weights, teacher.judged_first) == ((0.7, 12.0), True)
     with pytest.raises(Mistake, match=r"^VectorTeacher\.passages_path is not set; give --gin"):
         load(*given)
@@ -208,11 +213,13 @@ def test_a_binding_reaches_components_that_are_defaults_of_others():
     assert tree.prepare.identifiers.embeddings == TfidfSvd(dim=7)
 
 
-@pytest.mark.parametrize("file", ["quickstart.gin", "dense.gin", "dgr.gin"])
-def test_the_baseline_row_is_bm25_of_stems_unless_it_is_chosen(file):
+@pytest.mark.parametrize(
+    "given",
+    [(QUICKSTART,), ("--gin_file=dense.gin", "--data_dir=d"), ("--gin_file=dgr.gin", *NEEDED)],
+)
+def test_the_baseline_row_is_bm25_of_stems_unless_it_is_chosen(given):
     def baseline(*bindings):
-        given = (f"--gin_file={file}", "--model_dir=m", "--gin.DATA_DIR=d", *bindings)
-        return load(*given).evaluate.baseline
+        return load(*given, "--model_dir=m", *bindings).evaluate.baseline
 
     assert baseline() == Bm25(stemmer="snowball", language="english")
     assert baseline("--gin.Bm25.stemmer=") == WORDS
