@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dgr_jax import cli, evaluation
+from dgr_jax import evaluation
+from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora import store, trec
 
 COMPARED = ("RR@10", "nDCG@10")
@@ -23,7 +24,7 @@ COMPARED = ("RR@10", "nDCG@10")
 def main() -> None:
     parser = cli.parser("train", __doc__.partition("\n\n")[0])
     parser.prog = "python scripts/bm25_rows.py"
-    experiment = cli.load_experiment(*cli.parse(parser), keep=False, fill=True)
+    experiment = gin_files.load_experiment(*cli.parse(parser), keep=False, fill=True)
     settings, collection = experiment.evaluate, experiment.collection
     rows = {
         "bm25": settings.baseline,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dgr_jax import cli
+from dgr_jax.config import cli
 from tests.conftest import ROOT
 
 
