@@ -22,7 +22,7 @@ from dgr_jax import (
     train,
 )
 from dgr_jax.config import cli, configurables, gin_files
-from dgr_jax.config.mistakes import Mistake
+from dgr_jax.config.mistakes import Failure, Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.identifiers.embeddings import TfidfSvd
@@ -517,6 +517,16 @@ def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.gin_files"] == [
         "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
     ]
+
+
+def test_what_was_tried_and_failed_ends_with_status_1(capsys):
+    def command(argv):
+        raise Failure("1 of 2 experiments failed")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: 1 of 2 experiments failed\n"
 
 
 @pytest.mark.parametrize("flag", ["--gin_fil=quickstart.gin", "--model=m", "--gin"])
