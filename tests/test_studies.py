@@ -521,8 +521,8 @@ def test_a_study_that_is_stopped_stops_what_it_runs(killed, tmp_path):
     )
     settings = {"GIVEN": "by the study", "SET": "by the study"}
     study = (
-        "import sys; from dgr_jax import studies; output = open(sys.argv[1], 'w');"
-        f"sys.exit(studies._status([sys.executable, '-c', {child!r}], output, {settings}))"
+        "import sys; from dgr_jax.studies import runner as r; output = open(sys.argv[1], 'w');"
+        f"sys.exit(r._status([sys.executable, '-c', {child!r}], output, {settings}))"
     )
     environment = {**os.environ, "SET": "by the user"}
     running = subprocess.Popen([sys.executable, "-c", study, str(ran)], env=environment)
