@@ -49,13 +49,13 @@ class BeirCollection:
         checks.require(self._root, wanted, "BeirCollection.folder")
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
-        """Corpus, queries and the qrels of `splits`: name -> file, None where it is missing; of no
-        splits the corpus alone."""
+        """Name -> file of the corpus, the queries and the qrels of `splits`; None where the file is
+        missing. Without splits, the corpus alone."""
         of_splits = [_QUERIES, *map(_qrels, splits)] if splits else []
         return checks.locate(self._root, [_CORPUS, *of_splits])
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """Those of the splits that have no qrels; None where the folder has no corpus."""
+        """The names among `splits` that have no qrels; None where the folder has no corpus."""
         if _CORPUS.find(self._root) is None:
             return None
         return tuple(split for split in splits if _qrels(split).find(self._root) is None)
@@ -104,7 +104,7 @@ def write_beir(
 ) -> None:
     """Writes a BEIR folder, each file whole or not at all. Answers go to metadata.answers.
 
-    passages: None: they are kept elsewhere, and corpus.jsonl is not written.
+    passages: None where they are kept elsewhere; then no corpus.jsonl is written.
     """
     folder = Path(folder)
     if passages is not None:

@@ -25,8 +25,8 @@ _FILES = (
 class MsmarcoCollection:
     """A folder with collection.tsv (pid, text) and the query and qrels files of each split.
 
-    `files` has rows (split, query file, qrels file); of rows with the same split the first whose
-    files are both there counts. Passages have no titles.
+    `files` has rows (split, query file, qrels file). Where several rows have the same split, the
+    first one counts whose files both exist. Passages have no titles.
     """
 
     folder: str
@@ -51,7 +51,7 @@ class MsmarcoCollection:
         return checks.checked(_passages, self._path(self._corpus), "passage")
 
     def all_queries(self, split: str) -> Iterator[Query]:
-        """All queries of a split's query file; those of `train` are more than have judgements."""
+        """All queries of a split's query file; many of those of `train` have no judgement."""
         return checks.checked(_texts, self._path(self._sources(split)[0]), "query")
 
     def queries(self, split: str) -> Iterator[Query]:
@@ -60,7 +60,7 @@ class MsmarcoCollection:
         return (query for query in self.all_queries(split) if query.qid in judged)
 
     def qrels(self, split: str) -> Iterator[Qrel]:
-        """The judgements of the split: any columns that `trec.qrels` reads."""
+        """The judgements of the split, in any of the forms that `trec.qrels` reads."""
         return trec.qrels(self._path(self._sources(split)[1]))
 
     @property
@@ -76,7 +76,7 @@ class MsmarcoCollection:
         return [self._corpus, *(source for split in splits for source in self._sources(split))]
 
     def _sources(self, split: str) -> tuple[checks.Source, checks.Source]:
-        """The query and qrels files of a split: those that are there, else the first named."""
+        """The query and qrels files of a split: the first pair that exists, else the first row."""
         rows = [row for row in self.files if row[0] == split]
         if not rows:
             known = ", ".join(dict.fromkeys(row[0] for row in self.files))
@@ -124,6 +124,6 @@ def _pairs(path: Path, key: str) -> Iterator[tuple[int, tuple[str, str]]]:
         fields = text.split("\t")
         if len(fields) != 2:
             columns = "1 column" if len(fields) == 1 else f"{len(fields)} columns"
-            found = f"{columns} ({text[:60]!r})"
-            raise lines.error(path, line, found, f"2 columns, {key} and text, separated by a tab")
+            got = f"{columns} ({text[:60]!r})"
+            raise lines.error(path, line, got, f"2 columns, {key} and text, separated by a tab")
         yield line, (fields[0], fields[1])

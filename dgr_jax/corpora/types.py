@@ -1,4 +1,4 @@
-"""The five records that every reader yields and every writer takes."""
+"""The five records that readers yield and writers take, and what a collection offers."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ class Collection(Protocol):
         """Raise FileNotFoundError naming every missing file, its columns and how to get it."""
 
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
-        """Name -> each file that `splits` are read from, None where it is missing; without the
-        files of a library or of this package."""
+        """Name -> file, for the files that `splits` are read from; None where a file is missing.
+
+        Files that come with a library or with this package are left out.
+        """
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order; a second call starts again."""
