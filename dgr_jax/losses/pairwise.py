@@ -134,7 +134,7 @@ def lambda_loss(
     gains: str = "rank",
     temperature: float = 1.0,
 ) -> jax.Array:
-    """LambdaLoss (Wang et al. 2018) with LambdaRank's weights: how a swap of each pair changes nDCG.
+    """LambdaLoss (Wang et al. 2018) with LambdaRank's weights: how a swap of a pair changes nDCG.
 
         sum over i above j of   |dnDCG(i, j)| * log2(1 + exp((s_j - s_i) / temperature))
         |dnDCG(i, j)| = (G_i - G_j) / maxDCG * |1 / log2(1 + r_i) - 1 / log2(1 + r_j)|
