@@ -31,6 +31,8 @@ from dgr_jax import kept
 
 logger = logging.getLogger(__name__)
 
+_BEST = "best_checkpoint"  # in a position: the step whose parameters count
+
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by path; lists and tuples, dicts and dataclasses of the same names are alike."""
@@ -92,23 +94,16 @@ def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 class Checkpoints:
     """The checkpoints of one folder. Use as a context manager: leaving waits for the last save."""
 
-    def __init__(
-        self, folder: str | Path, *, keep: int = 2, keep_best: int = 0, best_is: str = "lowest"
-    ) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = 2, keep_best: bool = False) -> None:
         """Args:
         folder: made if absent.
         keep: how many of the newest stay; 2 or more survive a damaged newest.
-        keep_best: how many stay beside them, those of the best metric.
-        best_is: 'lowest' or 'highest'.
+        keep_best: the one of the highest metric stays beside them.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints: got {keep}, expected 1 or more")
-        if keep_best < 0:
-            raise ValueError(f"keep_best: got {keep_best}, expected 0 or more")
-        if best_is not in ("lowest", "highest"):
-            raise ValueError(f"best_is: got {best_is!r}, expected 'lowest' or 'highest'")
         self.folder = Path(folder).absolute()
-        self._keep, self._keep_best, self._best_is = keep, keep_best, best_is
+        self._keep, self._keep_best = keep, keep_best
         self._writes: int | None = None  # the step whose save was begun last
         self._signer: threading.Thread | None = None
         self._written = threading.Event()
@@ -119,8 +114,7 @@ class Checkpoints:
         newest = policies.LatestN(self._keep)
         best = policies.BestN(
             get_metric_fn=_metric,
-            reverse=self._best_is == "lowest",
-            n=self._keep_best,
+            n=int(self._keep_best),
             keep_checkpoints_without_metrics=False,
         )
         return ocp.CheckpointManager(
@@ -210,10 +204,6 @@ class Checkpoints:
         """The newest step, or None."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The step of the best metric of those that are kept; None where none has one."""
-        return best_step(self.folder, best_is=self._best_is)
-
     def save(
         self, step: int, state: Any, position: Mapping[str, Any], *, metric: float | None = None
     ) -> None:
@@ -221,8 +211,9 @@ class Checkpoints:
 
         Args:
           state: a dataclass with a field `params`.
-          position: JSON: where the data stands at this step.
-          metric: what `keep_best` compares; without, the checkpoint is none of the best.
+          position: JSON: where the data stands at this step; `best_checkpoint` in it, where there
+            is one, is the step so far of the best metric, whose parameters count.
+          metric: what `keep_best` compares; without, the checkpoint is not the best.
 
         Raises OSError when this or the save before it cannot be written (a full disk, a lost
         permission); the checkpoints before it stay as they are.
@@ -248,8 +239,8 @@ class Checkpoints:
     def restore_latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state and its data position; None when the folder has none.
 
-        A checkpoint that cannot be read is set aside as `<step>.damaged` with a warning when an
-        older one can be.
+        A checkpoint that cannot be read, or whose `best_checkpoint` is gone, is set aside as
+        `<step>.damaged` with a warning when an older one can be used.
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct` with shardings.
@@ -291,6 +282,9 @@ class Checkpoints:
                 ),
             )
         check_finite(items["params"], f"checkpoint {folder}")
+        best = items["position"].get(_BEST, step)
+        if best not in self._manager.all_steps():
+            raise kept.Damaged(folder, f"the best checkpoint before it, of step {best}, is gone")
         return items["training"].replace(params=items["params"]), items["position"]
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
@@ -362,19 +356,11 @@ def _metric(metrics: Mapping[str, float]) -> float:
     return metrics["best"]
 
 
-def best_step(folder: str | Path, *, best_is: str = "lowest") -> int | None:
-    """The step of the best metric among the checkpoints of a folder; None where none has one."""
-    folder = Path(folder).absolute()
-    metrics = {}
-    for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
-        file = folder / str(step) / "metrics" / "metrics"
-        if file.is_file():
-            with kept.reading(file):
-                metrics[step] = float(_metric(kept.read_json(file)))
-    if not metrics:
-        return None
-    sign = -1 if best_is == "lowest" else 1
-    return max(metrics, key=lambda step: (sign * metrics[step], step))
+def _chosen(folder: Path, newest: int) -> int:
+    """The step whose parameters count: the best, where the run kept it, as the newest checkpoint
+    says."""
+    file = folder / str(newest) / "position" / "metadata"
+    return kept.read_json(file).get(_BEST, newest) if file.is_file() else newest
 
 
 def _handlers() -> dict[str, Any]:
@@ -407,7 +393,7 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     Args:
       folder: a folder of checkpoints; nothing in it is changed.
       abstract: parameters as `jax.ShapeDtypeStruct` with shardings.
-      step: which; the newest by default.
+      step: which; by default the best, where the run kept it, and otherwise the newest.
 
     Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ,
     kept.Damaged when a file of the checkpoint is not as it was written or cannot be read.
@@ -420,7 +406,7 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     if not steps or (step is not None and step not in steps):
         wanted = "a checkpoint" if step is None else f"step {step}, found {steps}"
         raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
-    path = folder / str(steps[-1] if step is None else step) / "params"
+    path = folder / str(_chosen(folder, steps[-1]) if step is None else step) / "params"
     kept.opened(path.parent / kept.MANIFEST)
     kept.whole(path)
     where = f"checkpoint {path.parent}"

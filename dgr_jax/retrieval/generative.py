@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import json
 import logging
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, kept, partitioning, ranges, records
+from dgr_jax import kept, partitioning, ranges, records
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
@@ -32,6 +31,8 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.records import STUDENT
+from dgr_jax.retrieval import trained
+from dgr_jax.retrieval.overlap import one_behind
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint
@@ -362,20 +363,16 @@ class Decoder:
         return self._ranked(blocks, self.search.batch_size)
 
     def _ranked(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Found]:
-        before = None
-        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
-            if before is not None:
-                self._rank(before)
-                if before.last:
-                    yield before.found
-            before = batch
+        for batch in one_behind(self._started(blocks, batch_size)):
+            self._rank(batch)
+            if batch.last:
+                yield batch.found
         if self.counts:
             counted = "of %(sequences)d sequences found, %(unknown)d are no identifier"
             logger.info(counted, self.counts)
 
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-batch_size // shards) * shards
+        size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
             found = _nothing(len(tokens), self.search.depth)
             lengths = self._lengths(tokens)
@@ -396,9 +393,7 @@ class Decoder:
         return lengths
 
     def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        padded = np.zeros(shape, np.int32)
-        padded[: tokens.shape[0], : tokens.shape[1]] = tokens
-        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
+        placed = partitioning.place_padded(tokens, shape, self.mesh)
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:
@@ -522,8 +517,7 @@ class Retriever:
             return cls(searcher, vocabulary, store)
         with kept.reading(folder / STUDENT):
             config = T5Config(**described["model"])
-        abstract = partitioning.abstract_params(Transformer(config), devices, rules)
-        params = checkpoints.restore_params(folder / "checkpoints", abstract)
+        params = trained.params(folder, Transformer(config), devices, rules)
         if vocabulary.views:
             from dgr_jax.retrieval import multiview_search as multiview
 

@@ -23,6 +23,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Query
 from dgr_jax.data import examples, loading
 from dgr_jax.data.examples import Part
+from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.dense_experiment import DenseExperiment, DensePrepare
 from dgr_jax.experiment import Experiment, Prepare
@@ -54,7 +55,9 @@ def prepare(
     passages, found = read(experiment, folder)
     with _part("identifiers"):
         if isinstance(settings.identifiers, Multiview):
-            made = identifiers.views(settings, folder, passages, found.tested(settings))
+            made = identifiers.views(
+                settings, folder, passages, found.asked(measured_splits(settings))
+            )
         else:
             made = identifiers.docids(settings, folder, passages)
     train = settings.train_split

@@ -8,18 +8,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, kept, partitioning, processes
+from dgr_jax import kept, partitioning, processes
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import trie
 from dgr_jax.dense_experiment import DenseExperiment
 from dgr_jax.experiment import Experiment, Training
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.query_generator import PseudoQueries
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.stages import validation
 from dgr_jax.stages.prepare import Prepared
 from dgr_jax.training import loop, packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
+from dgr_jax.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +152,12 @@ def _train(
     settings: Training,
     start: Any,
 ) -> None:
-    vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    config = model_config(experiment, vocabulary.size)
+    made = Prepared.load(experiment.model_dir)
+    config = model_config(experiment, made.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, params, search, made)
+    validated = validation.of(experiment, settings, made, validation.reopened(opened))
     source = batches(experiment, name)
-    train(experiment, folder, name, settings, Transformer(config), source, start)
+    train(experiment, folder, name, settings, Transformer(config), source, start, validated)
     if processes.first():
         write_student(folder, config, experiment.evaluate.search)
 
@@ -165,6 +170,7 @@ def train(
     model: Any,
     batches: Source,
     start: Any = None,
+    validated: Validation | None = None,
 ) -> None:
     """One training run of an experiment's stage."""
     loop.train(
@@ -172,7 +178,7 @@ def train(
         folder=folder,
         model=model,
         objective=settings.objective,
-        optimizer=settings.optimizer.transformation(settings.steps),
+        optimizer=settings.optimizer,
         source=batches,
         mesh=partitioning.make_mesh(experiment.mesh),
         total_steps=settings.steps,
@@ -183,6 +189,7 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
+        validation=validated,
     )
 
 
@@ -191,18 +198,23 @@ def _trained(experiment: Experiment, system: str) -> Any:
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
     model = Transformer(model_config(experiment, vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    abstract = partitioning.abstract_params(model, mesh, experiment.mesh.rules)
-    return checkpoints.restore_params(folder, abstract)
+    folder = Path(experiment.model_dir) / system
+    return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
 def decoder(
     experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
 ) -> Decoder | MultiviewDecoder:
-    """A finished student, ready to retrieve; equal scores by pid."""
+    """A finished student, see `assembled`."""
+    return assembled(experiment, _trained(experiment, system), search, made)
+
+
+def assembled(
+    experiment: Experiment, params: Any, search: Search | MultiviewSearch, made: Prepared
+) -> Decoder | MultiviewDecoder:
+    """A student with these parameters, ready to retrieve; equal scores by pid."""
     config = model_config(experiment, made.vocabulary.size)
-    params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
-    rules = experiment.mesh.rules
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
     if made.indexes is not None:
         views = MultiviewDecoder.of(config, params, made.indexes, search, mesh, rules)
         return views.by_pid(made.store.pid_of)
