@@ -75,8 +75,7 @@ def train(
     _check(total_steps=total_steps, log_every=log_every, checkpoint_every=checkpoint_every)
     folder = Path(folder)
     transformation = optimizer.transformation(total_steps)
-    keep_best = validation is not None and validation.keeps_best
-    saved = Checkpoints(folder / "checkpoints", keep=keep_checkpoints, keep_best=keep_best)
+    saved = Checkpoints(folder / "checkpoints", keep=keep_checkpoints)
     with saved, processes.Stop(name) as stop:
         abstract = abstract_state(model, transformation, mesh, rules)
         state, position = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
@@ -144,7 +143,7 @@ class _Run:
             better = self._validate(now, state)
             last |= self.validation.ends(self.standing)
         if saves or better or last:
-            self._save(now, state, better)
+            self._save(now, state)
         if stopped:
             self.saved.wait()
             self.report.end_line()
@@ -165,12 +164,11 @@ class _Run:
         self.report.look(now)
         return self.validation.keeps_best and found.best_step == now
 
-    def _save(self, now: int, state: TrainState, better: bool) -> None:
-        keeps_best = self.validation is not None and self.validation.keeps_best
-        position = {"step": now, "seed": self.position["seed"]}
-        position |= validations.position_of(self.standing, keeps_best)
-        self.saved.save(now, state, position, metric=self.standing.best if better else None)
-        self.position = position
+    def _save(self, now: int, state: TrainState) -> None:
+        self.position = {"step": now, "seed": self.position["seed"]}
+        if self.validation is not None and self.standing is not None:
+            self.position |= self.validation.position(self.standing)
+        self.saved.save(now, state, self.position)
 
     def conclude(self, folder: Path) -> None:
         """Leaves what was chosen beside the checkpoints."""

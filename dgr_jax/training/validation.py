@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import kept
+from dgr_jax import checkpoints, kept
 
 MEASURE = "RR@10"
 METRIC = f"validation_{MEASURE}"  # its name among the metrics of a run
@@ -70,6 +70,12 @@ class Validation:
         """Whether patience is at its end."""
         return bool(self.patience) and standing is not None and standing.since >= self.patience
 
+    def position(self, standing: Standing) -> dict[str, Any]:
+        """What a checkpoint keeps, see `Checkpoints.save`."""
+        return asdict(standing) | (
+            {checkpoints.BEST: standing.best_step} if self.keeps_best else {}
+        )
+
     def report(self, standing: Standing, last_step: int, total_steps: int) -> dict[str, Any]:
         """What was chosen, and on how many questions, for REPORT."""
         best = self.keeps_best
@@ -82,13 +88,6 @@ class Validation:
             "last_step": last_step,
             "total_steps": total_steps,
         }
-
-
-def position_of(standing: Standing | None, keeps_best: bool) -> dict[str, Any]:
-    """What a checkpoint keeps of a standing, see `Checkpoints.save`."""
-    if standing is None:
-        return {}
-    return asdict(standing) | ({"best_checkpoint": standing.best_step} if keeps_best else {})
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
