@@ -12,10 +12,12 @@ from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import loading
 from dgr_jax.data.rules import check_apart
 from dgr_jax.data.same_text import normalised
-from dgr_jax.dense_experiment import DensePrepare
-from dgr_jax.experiment import describe, texts
+from dgr_jax.experiments.common import texts
+from dgr_jax.experiments.dense import DensePrepare
+from dgr_jax.settings import describe
 from dgr_jax.stages import judged
-from dgr_jax.stages.prepare import Prepared, prepare
+from dgr_jax.stages.prepare import prepare
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.arrays import read_arrays
 from tests import test_experiment
 from tests.test_leaks import NAMES, PASSAGES, collection, settings

@@ -11,17 +11,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import evaluation, records
+from dgr_jax import evaluation
 from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.data.rules import TRAIN_SPLIT
-from dgr_jax.experiment import Training, describe, stage_settings
-from dgr_jax.query_generator import Pairs, PseudoQueries
-from dgr_jax.retrieval.generative import Retriever, Search
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.pseudo_queries import Pairs, PseudoQueries
+from dgr_jax.model_dir import records
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.sampling import Sampling
+from dgr_jax.settings import describe
 from dgr_jax.stages import validation as searches
 from dgr_jax.stages.evaluate import _choices
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages.pipeline import stage_settings
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training import validation
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.optimizers import Adafactor

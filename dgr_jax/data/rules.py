@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dgr_jax import ranges
+from dgr_jax.settings import unless_default
 
 TRAIN_SPLIT, TEST_SPLITS = "train", ("test",)  # where none are named
 VALIDATION = "validation"  # the split of questions that are drawn to choose on
@@ -18,13 +19,8 @@ _RULES = {
 }
 
 
-def _later(default: Any) -> Any:
-    """A setting that came later than finished stages: these stay, as by its default."""
-    return field(default=default, metadata={"fingerprint": "unless default"})
-
-
 def _rule(name: str) -> Any:
-    return _later(_RULES[name][0])
+    return unless_default(_RULES[name][0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +49,9 @@ class DataRules:
     contradictory_judgements: str = _rule("contradictory_judgements")
     unknown_judgements: str = _rule("unknown_judgements")
     self_hits: str = _rule("self_hits")
-    validation: float = _later(0.0)
-    validation_split: str = _later("")
-    validation_seed: int = _later(0)
+    validation: float = unless_default(0.0)
+    validation_split: str = unless_default("")
+    validation_seed: int = unless_default(0)
 
     @property
     def held_out(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Axis letters: n texts, Q their length, d vector width, P passages.
     index = open_index(path, search.index, mesh)
     passages, scores = Searcher(encoder, index, search).passages(tokens)
 
-`generative.Retriever` opens a finished experiment.
+`retriever.Retriever` opens a finished experiment.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from dgr_jax import kept, partitioning, ranges
+from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import ranking, words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
+from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval import exact_search, generative, trained
+from dgr_jax.retrieval import batching, exact_search, trained
+from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +47,6 @@ _SPARE = 16  # places beyond the depth, where most ties end
 _FOUND = 1 << 24  # places of all queries that are searched deeper together
 
 EncodeInputs = Callable[[Sequence[str], int], np.ndarray]  # texts, length -> int32 [n, length]
-
-
-def _without_effect(default: int) -> Any:
-    """A setting that changes speed, but not results."""
-    return field(default=default, metadata={"fingerprint": False})
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,9 @@ class DenseSearch:
     query_length: int = 32
     passage_length: int = 128
     index: ExactSearch = ExactSearch()
-    batch_size: int = _without_effect(128)
-    min_length: int = _without_effect(8)
-    texts_per_shape: int = _without_effect(1024)
+    batch_size: int = without_effect(128)
+    min_length: int = without_effect(8)
+    texts_per_shape: int = without_effect(1024)
 
     def __post_init__(self) -> None:
         lengths = ("query_length", "passage_length", "min_length")
@@ -78,6 +76,10 @@ class DenseSearch:
             **dict.fromkeys((*lengths, "depth", "batch_size"), ranges.at_least(1)),
             texts_per_shape=ranges.at_least(0),
         )
+
+    def shapes(self, longest: int) -> Shapes:
+        """Lengths that texts of at most `longest` tokens are padded to."""
+        return Shapes(longest, self.min_length, self.texts_per_shape)
 
 
 @functools.lru_cache(maxsize=8)
@@ -135,21 +137,11 @@ class Encoder:
         place = functools.partial(partitioning.place_padded, mesh=self.mesh)
         started = (
             (places, encode(self.params, place(tokens[places], (size, length))))
-            for length, places in self._batches(lengths, longest, search, size)
+            for length, places in batching.batches(lengths, search.shapes(longest), size)
         )
         for places, encoded in one_behind(started):
             vectors[places] = np.asarray(encoded)[: len(places)]
         return vectors
-
-    def _batches(
-        self, lengths: np.ndarray, longest: int, search: DenseSearch, size: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        shapes = generative.Search(
-            query_length=longest,
-            min_query_length=search.min_length,
-            queries_per_shape=search.texts_per_shape,
-        )
-        return generative.batches(lengths, shapes, size)
 
 
 def embed(
@@ -170,7 +162,7 @@ def embed(
     shape = (len(store), encoder.config.dim)
     vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
     start, blank = 0, []
-    for passages in _blocks(store, generative.BLOCK):
+    for passages in _blocks(store, batching.BLOCK):
         texts = [passage.contents for passage in passages]
         shown = np.array([words.visible(text) for text in texts])
         tokens = encode_inputs(texts, search.passage_length)

@@ -9,8 +9,8 @@ import numpy as np
 
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data.same_text import normalised, shared
-from dgr_jax.dense_experiment import DensePrepare
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.dense import DensePrepare
+from dgr_jax.experiments.generative import Prepare
 
 Settings = Prepare | DensePrepare
 Queries = dict[str, dict[str, Query]]  # split -> qid -> query

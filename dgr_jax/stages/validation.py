@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import evaluation
-from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment, Training
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
 from dgr_jax.retrieval import self_hits
-from dgr_jax.retrieval.generative import BLOCK, scored_passages
+from dgr_jax.retrieval.batching import BLOCK, scored_passages
 from dgr_jax.stages import judged
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.validation import MEASURE, Validation
 
 Opened = Callable[[Any, Any], Any]  # parameters, search -> what retrieves, such as a `Decoder`

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, kept
+from dgr_jax import checkpoints
+from dgr_jax.model_dir import kept
 
 MEASURE = "RR@10"
 METRIC = f"validation_{MEASURE}"  # its name among the metrics of a run
@@ -39,7 +40,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Validation:
-    """How a run is validated, see `experiment.Training`.
+    """How a run is validated, see `experiments.common.Training`.
 
     measure: parameters of the model -> MEASURE, the mean over the questions; the same on every
       process, all of which call it together.
