@@ -72,7 +72,8 @@ class DensePrepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits)))
+        named = (self.validation_split,) if self.validation_split else ()
+        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits, *named)))
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,10 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
-        self.train.check_batches("Training", "batch_size")
-        if self.refresh is not None:
-            self.refresh.check_batches("refresh/Training", "batch_size")
+        for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
+            if training is not None:
+                training.check_batches(name, "batch_size")
+                training.check_held_out(name, self.prepare)
         self._check_teacher()
 
     def _check_teacher(self) -> None:

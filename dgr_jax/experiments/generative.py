@@ -67,7 +67,8 @@ class Prepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return (*self.train_splits, *self.test_splits)
+        named = (self.validation_split,) if self.validation_split else ()
+        return (*self.train_splits, *self.test_splits, *named)
 
     @property
     def train_splits(self) -> tuple[str, ...]:
@@ -150,6 +151,8 @@ class Experiment:
             )
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
+        self.generate.check_held_out("generate/Training", self.prepare)
+        self.distill.check_held_out("distill/Training", self.prepare)
         rates = self.prepare.sources.rates()
         if not self.prepare.train_split:
             asked = tuple(name for name in self.candidates.sources if name != "labelled")

@@ -461,6 +461,9 @@ def stage_settings(
     if stage == "control":  # the steps of distillation, not its objective
         own["distill"] = {k: v for k, v in own["distill"].items() if k not in _RANK_LISTS}
         own["distill"]["batch_size"] = experiment.distill.examples
+    trained = (getattr(experiment, name) for name in experiment.stages[stage].settings)
+    if any(getattr(settings, "validate_every", 0) for settings in trained):
+        own["validation_search"] = describe(experiment.evaluate.validation_search)
     if files and files.get(stage):
         own["files"] = files[stage]
     return own | {up: stage_settings(experiment, up, files) for up in upstream(experiment, stage)}
