@@ -50,7 +50,8 @@ def _components() -> tuple[type, ...]:
 
     return (
         experiment.Experiment, experiment.Prepare, experiment.Training, experiment.Candidates,
-        experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config, start.Pretrained,
+        experiment.Teach, experiment.Evaluate, partitioning.Mesh, t5.T5Config, start.Corpus,
+        start.Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,

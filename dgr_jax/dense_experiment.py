@@ -12,9 +12,9 @@ from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes, texts
+from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes, texts, with_start
+from dgr_jax.models import start
 from dgr_jax.models.dual_encoder import DualEncoderConfig
-from dgr_jax.models.start import Pretrained
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -157,7 +157,8 @@ class DenseExperiment:
       as ANCE does (Xiong et al. 2021); None: do not.
     teach: a teacher orders the `negatives` and the positives of each labelled query, and the lists
       cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
-    initial: a published T5 whose encoder the towers start from; None: at random.
+    initial: where the towers start: Corpus, or Pretrained, a published T5 whose encoder they take;
+      None: at random.
     """
 
     model_dir: str
@@ -172,9 +173,10 @@ class DenseExperiment:
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
-    initial: Pretrained | None = None
+    initial: Any = None
 
     def __post_init__(self) -> None:
+        start.check("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
             raise ValueError(
@@ -225,6 +227,11 @@ class DenseExperiment:
             )
 
     @property
+    def width(self) -> int:
+        """Width D of the encoder's embeddings."""
+        return self.model.t5.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
@@ -257,7 +264,8 @@ class DenseExperiment:
         if self.refresh is not None:
             found["mine"] = Stage(("mined",), ("dense",))
             found["refresh"] = Stage(("refresh", "lists"), ("mine",))
-        return found | {"evaluate": Stage(("evaluate",), self.systems)}
+        found["evaluate"] = Stage(("evaluate",), self.systems)
+        return with_start(found, self.initial, "dense")
 
 
 def _has_teacher_loss(training: Training | None) -> bool:

@@ -17,6 +17,7 @@ from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.models import start
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.dense import DenseSearch
@@ -231,7 +232,7 @@ class Experiment:
 
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
-    initial: where the student starts, such as Pretrained; None: at random.
+    initial: where the student starts, Corpus or Pretrained; None: at random.
     """
 
     model_dir: str
@@ -248,6 +249,7 @@ class Experiment:
     initial: Any = None
 
     def __post_init__(self) -> None:
+        start.check("Experiment.initial", self.initial)
         many = isinstance(self.prepare.identifiers, Multiview)
         if self.model.prefix_adaptive_layers and not getattr(
             self.prepare.identifiers, "codes_by_position", False
@@ -287,6 +289,11 @@ class Experiment:
                 )
 
     @property
+    def width(self) -> int:
+        """Width D of the student's embeddings."""
+        return self.model.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
@@ -312,10 +319,23 @@ class Experiment:
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         left_out = () if self.control else ("control",)
-        return {
+        stages = {
             name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
             for name, settings in SETTINGS.items()
         }
+        return with_start(stages, self.initial, "generate")
+
+
+def with_start(stages: Mapping[str, Stage], initial: Any, first: str) -> dict[str, Stage]:
+    """The stages and, where embeddings start from the passages, the one that makes these, before
+    the one that trains first."""
+    made: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        if name == first and isinstance(initial, start.Corpus):
+            made["start"] = Stage(("initial", "width"), ("prepare",))
+            stage = stage._replace(upstream=(*stage.upstream, "start"))
+        made[name] = stage
+    return made
 
 
 def texts(prepare: Any) -> tuple[Any, ...]:

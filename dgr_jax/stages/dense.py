@@ -40,6 +40,8 @@ from dgr_jax.stages.prepare import (
     without_tasks,
     write_report,
 )
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.start import start as corpus_start
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
@@ -353,10 +355,8 @@ def _ranked(
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    start = None
-    if experiment.initial is not None:
-        start = _initial(experiment)
-    _train(experiment, folder, experiment.train, start)
+    initial = None if experiment.initial is None else _initial(experiment)
+    _train(experiment, folder, experiment.train, initial)
 
 
 def batches(experiment: DenseExperiment, stage: str) -> Source:
@@ -457,20 +457,23 @@ def _config(experiment: DenseExperiment) -> DualEncoderConfig:
 
 
 def _initial(experiment: DenseExperiment) -> Any:
-    """Parameters with the encoder of a published T5; projections are new."""
+    """Parameters with embeddings from the passages, or with the encoder of a published T5;
+    projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
     config = encoder_config(experiment, vocabulary.size)
+    if "start" in experiment.stages:
+        return corpus_params(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, students.initial_params(experiment, config.t5, vocabulary))
 
 
-def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
+def _train(experiment: DenseExperiment, folder: Path, settings: Training, initial: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
     config = _config(experiment)
     model = DualEncoder(config)
     source = batches(experiment, folder.name)
-    students.train(experiment, folder, folder.name, settings, model, source, start)
+    students.train(experiment, folder, folder.name, settings, model, source, initial)
     made = _prepared(experiment)
     retrieval.embed(
         _encoder(experiment, folder.name),
@@ -523,6 +526,7 @@ def evaluate(experiment: DenseExperiment, folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
     "prepare": prepare,
+    "start": corpus_start,
     "negatives": negatives,
     "teach": teach,
     "dense": dense,

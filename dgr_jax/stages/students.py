@@ -18,6 +18,7 @@ from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.generative import Decoder, Search, write_student
 from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages.start import parameters as corpus_params
 from dgr_jax.training import loop, packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
 
@@ -28,8 +29,12 @@ def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     start = None
     if experiment.initial is not None:
-        vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = initial_params(experiment, model_config(experiment, vocabulary.size), vocabulary)
+        vocabulary = Prepared.load(experiment.model_dir, identifiers=False).vocabulary
+        config = model_config(experiment, vocabulary.size)
+        if "start" in experiment.stages:
+            start = corpus_params(experiment, Transformer(config), experiment.generate.seed)
+        else:
+            start = initial_params(experiment, config, vocabulary)
     _train(experiment, folder, "generate", experiment.generate, start)
 
 
