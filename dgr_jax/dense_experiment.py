@@ -12,7 +12,15 @@ from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import Evaluate, Stage, Teach, Training, sizes, texts, with_start
+from dgr_jax.experiment import (
+    Evaluate,
+    Stage,
+    Teach,
+    Training,
+    sizes,
+    texts,
+    with_start,
+)
 from dgr_jax.models import start
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.partitioning import Mesh
@@ -248,6 +256,7 @@ class DenseExperiment:
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
+            "start": repr(self.initial),
             "data": (splits if len(splits) > 1 else "".join(splits), *texts(self.prepare)),
         }
 

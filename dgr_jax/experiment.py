@@ -307,11 +307,12 @@ class Experiment:
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
-        for its vocabulary), the kind of its decoder, and the data to learn from."""
+        for its vocabulary), the kind of its decoder, its start, and the data to learn from."""
         return {
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
+            "start": repr(self.initial),
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 

@@ -20,7 +20,7 @@ from dgr_jax.stages.prepare import Prepared
 
 Values = Mapping[str, np.ndarray]  # measure -> value of each query
 
-FAIR = ("examples", "model", "decoder", "vocabulary", "data", "split")
+FAIR = ("examples", "model", "decoder", "start", "vocabulary", "data", "split")
 
 
 @dataclass(frozen=True)

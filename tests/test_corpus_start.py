@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
+import shutil
 
 import jax
 import numpy as np
@@ -174,12 +174,12 @@ def test_those_with_a_published_vocabulary_do_not(name):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tiny_model_dir, tmp_path_factory):
     """Flags of an experiment whose stages `prepare` and `start` are done."""
     folder = tmp_path_factory.mktemp("start") / "model"
-    flags = (*TINY, f"--model_dir={folder}")
-    run(flags)
-    return flags, folder
+    for stage in ("prepare", "start"):
+        shutil.copytree(tiny_model_dir / stage, folder / stage)
+    return (*TINY, f"--model_dir={folder}", "--gin.Mesh.data=-1"), folder
 
 
 def run(flags, *more):
@@ -213,25 +213,23 @@ def test_of_a_large_collection_passages_evenly_spaced(made):
     assert blocks[1].shape[0] == 80  # every third
 
 
-def test_a_killed_stage_is_made_again_to_the_same_bytes(made, monkeypatch, caplog):
+def test_a_killed_stage_is_made_again_to_the_same_bytes(made, capsys):
     flags, folder = made
-    before = {f.name: f.read_bytes() for f in (folder / "start").glob("*.npy")}
+    contents = lambda: {f.name: f.read_bytes() for f in (folder / "start").glob("*.npy")}
+    before = contents()
     record = json.loads((folder / "start" / "stage.json").read_text())
     (folder / "start" / "stage.json").write_text(json.dumps(record | {"status": "running"}))
     (folder / "start" / "rows.npy").write_bytes(b"half")
-    with caplog.at_level(logging.INFO):
-        run(flags)
-    assert "start: was cut off; goes on" in caplog.text
-    assert {f.name: f.read_bytes() for f in (folder / "start").glob("*.npy")} == before
-    caplog.clear()
-    with caplog.at_level(logging.INFO):
-        run(flags)
-    assert "start: done already" in caplog.text
+    run(flags)
+    assert "start: was cut off; goes on" in capsys.readouterr().err
+    assert contents() == before
+    run(flags)
+    assert "start: done already" in capsys.readouterr().err
     (folder / "start" / "rows.npy").write_bytes(b"other")
     with pytest.raises(kept.Damaged, match="rows.npy"):
-        parameters(argparse.Namespace(model_dir=folder, mesh=partitioning.Mesh(data=1)), None, 0)
+        start_of(folder, None, partitioning.Mesh())
     run(flags)
-    assert {f.name: f.read_bytes() for f in (folder / "start").glob("*.npy")} == before
+    assert contents() == before
 
 
 def start_of(folder, model, mesh):
@@ -255,12 +253,13 @@ def rows_of(tmp_path_factory):
 def test_only_the_rows_of_text_differ_from_a_random_start(rows_of, tied):
     folder, tokens, rows = rows_of
     config = dataclasses.replace(students.CONFIG, logits_via_embedding=tied)
-    model, one = Transformer(config), partitioning.Mesh(data=1)
-    changed = start_of(folder, model, one)
-    mesh = partitioning.make_mesh(one)
+    model = Transformer(config)
+    changed = start_of(folder, model, partitioning.Mesh())
+    mesh = partitioning.make_mesh()
     drawn = jax.device_get(init_state(model, Adafactor().transformation(1), mesh, seed=3).params)
-    embedding = drawn["token_embedder"]["embedding"]
+    embedding = drawn["token_embedder"]["embedding"].copy()
     embedding[tokens] = rows
+    drawn["token_embedder"]["embedding"] = embedding
     jax.tree.map(np.testing.assert_array_equal, changed, drawn)
 
 
@@ -268,7 +267,7 @@ def test_only_the_rows_of_text_differ_from_a_random_start(rows_of, tied):
 def test_each_tower_of_a_dense_encoder_gets_them(rows_of, shared):
     folder, tokens, rows = rows_of
     model = DualEncoder(DualEncoderConfig(t5=students.CONFIG, shared=shared))
-    changed = start_of(folder, model, partitioning.Mesh(data=1))
+    changed = start_of(folder, model, partitioning.Mesh())
     assert changed.keys() == ({"shared"} if shared else {"query", "passage"})
     for tower in changed.values():
         np.testing.assert_array_equal(tower["t5"]["token_embedder"]["embedding"][tokens], rows)
@@ -278,6 +277,6 @@ def test_on_every_mesh_the_same(rows_of):
     folder, *_ = rows_of
     first, second = (
         start_of(folder, Transformer(students.CONFIG), mesh)
-        for mesh in (partitioning.Mesh(data=8), partitioning.Mesh(data=4, model=2))
+        for mesh in (partitioning.Mesh(), partitioning.Mesh(data=4, model=2))
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
