@@ -1,4 +1,5 @@
-"""The stages of a dense retriever: prepare, negatives, dense, mine, refresh, evaluate."""
+"""The stages of a dense retriever: prepare, negatives, teach, start, dense, mine, refresh,
+evaluate."""
 
 from __future__ import annotations
 
