@@ -41,7 +41,7 @@ def measure(folder: Path, count: int, args: argparse.Namespace) -> dict[str, flo
     from dgr_jax.corpora import store
     from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
     from dgr_jax.models import corpus_start
-    from dgr_jax.models.start import Corpus
+    from dgr_jax.models.initial import Corpus
     from dgr_jax.stages.start import counted
 
     stored = store.write(passages(count, args.words), folder / "passages")

@@ -11,12 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from dgr_jax import cli, kept, partitioning, pipeline, stages
+from dgr_jax import partitioning
+from dgr_jax.config import cli, gin_files
+from dgr_jax.model_dir import kept
 from dgr_jax.models import corpus_start
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from dgr_jax.models.start import Corpus, Pretrained
+from dgr_jax.models.initial import Corpus, Pretrained
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages import makers, pipeline
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.start import counted, parameters
 from dgr_jax.training.optimizers import Adafactor
 from dgr_jax.training.step import init_state
@@ -111,7 +114,7 @@ def test_a_stage_of_its_own_where_it_is_asked_for():
     assert CORPUS.stages["generate"].upstream == ("prepare", "start")
     assert list(DENSE.stages) == ["prepare", "start", "dense", "evaluate"]
     for experiment in (CORPUS, DENSE):
-        assert experiment.stages.keys() <= stages.makers(experiment).keys()
+        assert experiment.stages.keys() <= makers.makers(experiment).keys()
 
 
 def test_an_experiment_that_starts_at_random_has_the_settings_that_it_had():
@@ -151,7 +154,7 @@ def test_what_is_no_start_is_refused(experiment, name):
 
 def loaded(*flags):
     args, bindings = cli.parse(cli.parser("train", ""), list(flags))
-    return cli.load_experiment(args, bindings, kinds=cli.EXPERIMENTS, keep=False, fill=True)
+    return gin_files.load_experiment(args, bindings, keep=False, fill=True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def made(tiny_model_dir, tmp_path_factory):
 
 def run(flags, *more):
     experiment = loaded(*flags, *more)
-    pipeline.run(experiment, stages.makers(experiment), ["start"])
+    pipeline.run(experiment, makers.makers(experiment), ["start"])
     return experiment
 
 

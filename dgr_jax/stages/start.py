@@ -19,15 +19,16 @@ import numpy as np
 import scipy.sparse
 from flax import linen as nn
 
-from dgr_jax import kept, partitioning
+from dgr_jax import partitioning
 from dgr_jax.corpora import words
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.model_dir import kept
 from dgr_jax.models import corpus_start
-from dgr_jax.models.start import Corpus
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.models.initial import Corpus
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training import hash_random
 
 logger = logging.getLogger(__name__)
