@@ -82,8 +82,8 @@ def _leading(
     that is symmetric, without negative ones, and known by its products.
 
     The matrix is looked at in the space that its powers make of random vectors (block Krylov
-    iteration, Musco & Musco 2015): as many products as five iterations of the usual randomized
-    decomposition, and a thirtieth of its error. A small matrix is taken whole.
+    iteration, Musco & Musco 2015), which for as many products is much closer to all of them than
+    the usual randomized decomposition (benchmarks/RESULTS.md). A small matrix is taken whole.
     """
     step = min(_BLOCK, -(-width // 4))
     span = -(-_SPAN * width // step) * step
