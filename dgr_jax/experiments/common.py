@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dgr_jax import ranges
 from dgr_jax.data.rules import DataRules
+from dgr_jax.models.initial import Corpus
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -178,6 +180,18 @@ class Stage(NamedTuple):
 
     settings: tuple[str, ...]
     upstream: tuple[str, ...]
+
+
+def with_start(stages: Mapping[str, Stage], initial: Any, first: str) -> dict[str, Stage]:
+    """The stages and, where embeddings start from the passages, the one that makes these, before
+    the one that trains first."""
+    made: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        if name == first and isinstance(initial, Corpus):
+            made["start"] = Stage(("initial", "width"), ("prepare",))
+            stage = stage._replace(upstream=(*stage.upstream, "start"))
+        made[name] = stage
+    return made
 
 
 def texts(prepare: Any) -> tuple[Any, ...]:

@@ -12,8 +12,9 @@ from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts
+from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts, with_start
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
@@ -108,7 +109,7 @@ class Experiment:
 
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
-    initial: where the student starts, such as Pretrained; None: at random.
+    initial: where the student starts, Corpus or Pretrained; None: at random.
     """
 
     model_dir: str
@@ -125,6 +126,7 @@ class Experiment:
     initial: Any = None
 
     def __post_init__(self) -> None:
+        initial.check("Experiment.initial", self.initial)
         many = isinstance(self.prepare.identifiers, Multiview)
         if self.model.prefix_adaptive_layers and not getattr(
             self.prepare.identifiers, "codes_by_position", False
@@ -166,6 +168,11 @@ class Experiment:
                 )
 
     @property
+    def width(self) -> int:
+        """Width D of the student's embeddings."""
+        return self.model.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
@@ -179,11 +186,12 @@ class Experiment:
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
-        for its vocabulary), the kind of its decoder, and the data to learn from."""
+        for its vocabulary), the kind of its decoder, its start, and the data to learn from."""
         return {
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
+            "start": repr(self.initial),
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
@@ -191,10 +199,11 @@ class Experiment:
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         left_out = () if self.control else ("control",)
-        return {
+        stages = {
             name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
             for name, settings in SETTINGS.items()
         }
+        return with_start(stages, self.initial, "generate")
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.

@@ -1,4 +1,5 @@
-"""The stages of a dense retriever: prepare, negatives, dense, mine, refresh, evaluate."""
+"""The stages of a dense retriever: prepare, negatives, teach, start, dense, mine, refresh,
+evaluate."""
 
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, self_hits, test_texts
 from dgr_jax.stages.prepare import read, without_tasks
 from dgr_jax.stages.prepared import Prepared, cut, write_report
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.start import start as corpus_start
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.stages.training_run import Later
 from dgr_jax.teaching.list_recipes import RankLists
@@ -352,10 +355,8 @@ def _ranked(
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    start = None
-    if experiment.initial is not None:
-        start = _initial(experiment)
-    _train(experiment, folder, experiment.train, start)
+    initial = None if experiment.initial is None else _initial(experiment)
+    _train(experiment, folder, experiment.train, initial)
 
 
 def batches(experiment: DenseExperiment, stage: str) -> Source:
@@ -456,15 +457,18 @@ def _config(experiment: DenseExperiment) -> DualEncoderConfig:
 
 
 def _initial(experiment: DenseExperiment) -> Any:
-    """Parameters with the encoder of a published T5; projections are new."""
+    """Parameters with embeddings from the passages, or with the encoder of a published T5;
+    projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
     config = encoder_config(experiment, vocabulary.size)
+    if "start" in experiment.stages:
+        return corpus_params(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
 
 
-def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
+def _train(experiment: DenseExperiment, folder: Path, settings: Training, initial: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
     config, made = _config(experiment), _prepared(experiment)
 
@@ -475,7 +479,7 @@ def _train(experiment: DenseExperiment, folder: Path, settings: Training, start:
     validated = validation.of(experiment, settings, made, opened)
     source = batches(experiment, folder.name)
     training_run.train(
-        experiment, folder, folder.name, settings, DualEncoder(config), source, start, validated
+        experiment, folder, folder.name, settings, DualEncoder(config), source, initial, validated
     )
     _embed(experiment, _trained(experiment, folder.name), made, _search(experiment), folder)
     write_student(folder, config, experiment.evaluate.search)
@@ -532,6 +536,7 @@ def evaluate(experiment: DenseExperiment, folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
     "prepare": prepare,
+    "start": corpus_start,
     "negatives": negatives,
     "teach": teach,
     "dense": dense,

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _LEFTOVER = re.compile(r"\.partial(-\d+|\.npz|\.trec)?$|\.part$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
-ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
+ALONE = ("prepare", "start", "teach")  # stages that one process does, while the others wait
 _NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}
 _BEFORE = "files_before"  # in stage.json: what a damaged stage had made, while it is made again
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
