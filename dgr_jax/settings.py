@@ -22,6 +22,11 @@ def without_effect(default: Any) -> Any:
     return field(default=default, metadata={"fingerprint": False})
 
 
+def unless_default(default: Any) -> Any:
+    """A setting that came later than finished stages: these stay, as by its default."""
+    return field(default=default, metadata={"fingerprint": "unless default"})
+
+
 def describe(value: Any) -> Any:
     """A setting as JSON: what it is and every field that has an effect on results.
 

@@ -116,7 +116,7 @@ def _of_identifiers(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     yield Line("prepare", f"{examples:,.0f} examples, as a dataset", examples * row / 3)
     yield Line("prepare", "the same as token arrays", examples * row)
     weights = _parameters(experiment, corpus) * 4.0
-    kept = experiment.generate.keep_checkpoints
+    kept = experiment.generate.checkpoints
     yield Line("generate", f"{kept} checkpoints", kept * weights * 1.01)
     yield Line("generate", "parameters", weights, weights)
     depth, many = experiment.candidates.search.depth, _is_multiview(experiment)
@@ -134,7 +134,7 @@ def _of_identifiers(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     names = experiment.candidates.keys if many else 1
     size = lists * width * names * _INT * (length + (7 if many else 1))
     yield Line("teach", f"{lists:,} rank lists of {width}", size)
-    kept = experiment.distill.keep_checkpoints
+    kept = experiment.distill.checkpoints
     yield Line("distill", f"{kept} checkpoints", kept * weights * 1.01)
 
 

@@ -27,7 +27,7 @@ from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import decoder
-from dgr_jax.training import metrics
+from dgr_jax.training import metrics, validation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +121,8 @@ def measure(
     first = {s: found[splits[0]] if splits else {} for s, found in values.items()}
     _plot(experiment, folder, first)
     _show(measured, compared)
+    for line in _choices(experiment):
+        _console().print(line, soft_wrap=True)
 
 
 def chosen_queries(
@@ -370,6 +372,14 @@ def _show(measured: Any, compared: Any) -> None:
             if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
                 console.print(line, soft_wrap=True)
+
+
+def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
+    """What was chosen of each training run that is measured, and on how many questions."""
+    stages = dict.fromkeys(s for system in experiment.systems for s in experiment.training(system))
+    for stage in stages:
+        if choice := validation.readable(Path(experiment.model_dir) / stage):
+            yield f"{stage}: {choice}"
 
 
 def _console() -> Console:
