@@ -83,7 +83,9 @@ class Collection:
         made, settings = self.made, self.settings
         name = settings["tasks"]
         rates = {part: settings["sources"][part] for part in self._parts()}
-        task_file(name).register(tasks.Prepared(made.folder / "tfds", made.vocabulary, rates))
+        task_file(name).register(
+            tasks.PreparedExamples(made.folder / "tfds", made.vocabulary, rates)
+        )
         if (lists := self._rank_lists()) is not None:
             tasks.register_token_lists(name, made.vocabulary, lists)
         for split in settings["test_splits"]:

@@ -15,10 +15,10 @@ _ORIGIN = (
     "a data set of github.com/beir-cellar/beir (<name>.zip, unpacked), "
     "dgr_jax.corpora.beir.write_beir, or any folder of this layout"
 )
-_CORPUS = checks.Source(
+_CORPUS = checks.SourceFile(
     ("corpus.jsonl",), 'JSON lines {"_id", "title" (optional), "text"}, one a passage', _ORIGIN
 )
-_QUERIES = checks.Source(
+_QUERIES = checks.SourceFile(
     ("queries.jsonl",),
     'JSON lines {"_id", "text", "metadata" (optional): {"answers": [...]}}, one a query',
     _ORIGIN,
@@ -92,7 +92,7 @@ class BeirCollection:
     def _root(self) -> Path:
         return lines.place(self.folder)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "BeirCollection.folder")
 
 
@@ -125,8 +125,8 @@ def write_beir(
                 handle.write(f"{qrel.qid}\t{qrel.pid}\t{qrel.relevance}\n".encode())
 
 
-def _qrels(split: str) -> checks.Source:
-    return checks.Source((f"qrels/{split}.tsv",), _QREL_COLUMNS, _ORIGIN)
+def _qrels(split: str) -> checks.SourceFile:
+    return checks.SourceFile((f"qrels/{split}.tsv",), _QREL_COLUMNS, _ORIGIN)
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:

@@ -30,7 +30,7 @@ _HIGHEST_GRADE = 1_000_000
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that a collection reads: its possible names, what it holds, where it comes from."""
 
     names: tuple[str, ...]
@@ -53,12 +53,12 @@ class Source:
         return path
 
 
-def locate(folder: Path, sources: Sequence[Source]) -> dict[str, Path | None]:
+def locate(folder: Path, sources: Sequence[SourceFile]) -> dict[str, Path | None]:
     """First name of each source -> its file, None where the folder lacks it."""
     return {source.names[0]: source.find(folder) for source in sources}
 
 
-def require(folder: Path, sources: Sequence[Source], setting: str) -> None:
+def require(folder: Path, sources: Sequence[SourceFile], setting: str) -> None:
     """Raises FileNotFoundError naming every source that the folder lacks.
 
     `setting` is the gin name of the setting that names the folder, for the message.

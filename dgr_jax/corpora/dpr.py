@@ -77,15 +77,15 @@ class DprCollection:
         return lines.place(self.folder)
 
     @property
-    def _corpus(self) -> checks.Source:
+    def _corpus(self) -> checks.SourceFile:
         name = self.passages_file
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"wikipedia_split/{name}"),
             "a header id, text, title, then one passage a line, by tabs, quoted as CSV",
             f"{_SITE}/wikipedia_split/psgs_w100.tsv.gz {_HOW}",
         )
 
-    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+    def _wanted(self, splits: Iterable[str]) -> list[checks.SourceFile]:
         wanted = [self._corpus]
         for split in splits:
             judged = self._judged(split)
@@ -93,19 +93,19 @@ class DprCollection:
             wanted.append(self._questions(split) if enough else judged)
         return wanted
 
-    def _judged(self, split: str) -> checks.Source:
+    def _judged(self, split: str) -> checks.SourceFile:
         name = self._name(self.judged_file, split)
         short = f"{self.dataset}-{split}.json"
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"retriever/{short}", short, f"retriever/{name}"),
             'a JSON array of {"question", "answers", "positive_ctxs": [{"passage_id"}]}',
             f"{_SITE}/data/retriever/{name}.gz {_HOW}",
         )
 
-    def _questions(self, split: str) -> checks.Source:
+    def _questions(self, split: str) -> checks.SourceFile:
         name = self._name(self.questions_file, split)
         short = f"{self.dataset}-{split}.csv"
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"retriever/qas/{short}", short, f"retriever/qas/{name}"),
             'question <tab> list of answers (["a", "b"]), one question a line, quoted as CSV',
             f"{_SITE}/data/retriever/{name} {_HOW}",
@@ -114,7 +114,7 @@ class DprCollection:
     def _name(self, form: str, split: str) -> str:
         return form.replace("{dataset}", self.dataset).replace("{split}", split)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "DprCollection.folder")
 
 

@@ -68,14 +68,14 @@ class MsmarcoCollection:
         return lines.place(self.folder)
 
     @property
-    def _corpus(self) -> checks.Source:
+    def _corpus(self) -> checks.SourceFile:
         columns = "pid <tab> text, one passage a line, no header, no quotes"
-        return checks.Source((self.passages_file,), columns, f"{_ORIGIN}, or collection.tar.gz")
+        return checks.SourceFile((self.passages_file,), columns, f"{_ORIGIN}, or collection.tar.gz")
 
-    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+    def _wanted(self, splits: Iterable[str]) -> list[checks.SourceFile]:
         return [self._corpus, *(source for split in splits for source in self._sources(split))]
 
-    def _sources(self, split: str) -> tuple[checks.Source, checks.Source]:
+    def _sources(self, split: str) -> tuple[checks.SourceFile, checks.Source]:
         """The query and qrels files of a split: the first pair that exists, else the first row."""
         rows = [row for row in self.files if row[0] == split]
         if not rows:
@@ -90,22 +90,22 @@ class MsmarcoCollection:
         sources = _queries(row[1]), _qrels(row[2])
         return all(source.find(self._root) for source in sources)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "MsmarcoCollection.folder")
 
 
-def _queries(name: str) -> checks.Source:
+def _queries(name: str) -> checks.SourceFile:
     origin = f"{_ORIGIN} or queries.tar.gz"
     if name.startswith("msmarco-test"):
         origin = f"{name}.gz of {_SITE} (TREC Deep Learning)"
-    return checks.Source((name,), "qid <tab> text, one query a line, no header", origin)
+    return checks.SourceFile((name,), "qid <tab> text, one query a line, no header", origin)
 
 
-def _qrels(name: str) -> checks.Source:
+def _qrels(name: str) -> checks.SourceFile:
     origin = f"{_ORIGIN} or {name} itself"
     if "qrels-pass" in name:
         origin = f"https://trec.nist.gov/data/deep/{name}"
-    return checks.Source((name,), "qid 0 pid relevance, by tabs or spaces, no header", origin)
+    return checks.SourceFile((name,), "qid 0 pid relevance, by tabs or spaces, no header", origin)
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:

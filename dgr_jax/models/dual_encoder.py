@@ -75,7 +75,7 @@ class Tower(nn.Module):
     def setup(self) -> None:
         self.t5 = Transformer(self.config.t5)
         if self.config.projection:
-            self.projection = layers.Dense(self.config.projection, ("embed", "kv"))
+            self.projection = layers.Projection(self.config.projection, ("embed", "kv"))
 
     def __call__(self, tokens: jax.Array, deterministic: bool) -> jax.Array:
         """int32 [B, Q] -> f32 [B, d]; by 'mean' pooling a text without tokens has the vector 0."""

@@ -61,7 +61,7 @@ def _product_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Ar
 product.defvjp(_product_forward, _product_backward)
 
 
-class Dense(nn.Module):
+class Projection(nn.Module):
     """x [..., I] @ kernel [I, F] -> [..., F], no bias; the kernel is float32, cast to dtype."""
 
     features: int
@@ -89,11 +89,11 @@ class MlpBlock(nn.Module):
         hidden = None
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            y = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
+            y = Projection(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
             y = y if activation == "linear" else getattr(nn, activation)(y)
             hidden = y if hidden is None else hidden * y
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+        return Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
 def relative_buckets(
@@ -170,12 +170,12 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         project = functools.partial(
-            Dense, self.num_heads * self.head_dim, ("embed", "joined_kv"), self.dtype
+            Projection, self.num_heads * self.head_dim, ("embed", "joined_kv"), self.dtype
         )
         self.query = project(kernel_init=_scaled_init(self.head_dim))
         self.key = project()
         self.value = project()
-        self.out = Dense(self.emb_dim, ("joined_kv", "embed"), self.dtype)
+        self.out = Projection(self.emb_dim, ("joined_kv", "embed"), self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
     def _heads(self, x: jax.Array) -> jax.Array:

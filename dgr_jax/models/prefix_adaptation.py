@@ -51,7 +51,9 @@ class PrefixAdaptation(nn.Module):
     def setup(self) -> None:
         config = self.config
         layer = t5_stacks.rematerialised(config, PrefixLayer, 5)
-        project = functools.partial(layers.Dense, config.emb_dim, dtype=jnp.dtype(config.dtype))
+        project = functools.partial(
+            layers.Projection, config.emb_dim, dtype=jnp.dtype(config.dtype)
+        )
         self.relpos_bias = t5_stacks.relpos(config)
         self.blocks = [layer(config) for _ in range(config.prefix_adaptive_layers)]
         self.norm = t5_stacks.norm(config)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from dgr_jax.models.prefix_adaptation import PrefixAdaptation
 from dgr_jax.models.t5_config import REMAT, T5Config
-from dgr_jax.models.t5_stacks import Decoder, Encoder
+from dgr_jax.models.t5_stacks import DecoderStack, EncoderStack
 
 __all__ = ["REMAT", "T5Config", "Transformer"]
 
@@ -34,8 +34,8 @@ class Transformer(nn.Module):
                 f"T5Config.vocab_size: got {config.vocab_size}, expected the size of the vocabulary"
             )
         self.token_embedder = _Embedder(config.vocab_size, config.emb_dim)
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = EncoderStack(config)
+        self.decoder = DecoderStack(config)
         if config.prefix_adaptive_layers:
             self.prefix_adaptation = PrefixAdaptation(config)
 

@@ -191,7 +191,7 @@ def _scanned(
     return nn.scan(layer, methods={k: scan(in_axes=axes) for k, axes in methods.items()})(config)
 
 
-class Encoder(nn.Module):
+class EncoderStack(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
@@ -219,7 +219,7 @@ class Encoder(nn.Module):
         return self.dropout(self.encoder_norm(x), deterministic)
 
 
-class Decoder(nn.Module):
+class DecoderStack(nn.Module):
     config: T5Config
 
     def setup(self) -> None:
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
         self.decoder_norm = norm(config)
         self.dropout = dropout(config)
         if not config.logits_via_embedding:
-            self.logits_dense = layers.Dense(config.vocab_size, ("embed", "vocab"))
+            self.logits_dense = layers.Projection(config.vocab_size, ("embed", "vocab"))
 
     def __call__(self, x, encoded, valid, deterministic: bool, segments=None) -> jax.Array:
         """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q], [B, R, Q] or [B, R, T, Q], segments
