@@ -94,7 +94,7 @@ def _of_vectors(experiment: DenseExperiment, corpus: Corpus) -> Iterator[Line]:
         kept = training.keep_checkpoints
         yield Line(stage, f"{kept} checkpoints", kept * weights * 1.01)
         yield Line(stage, f"vectors of {dim} float32", 4.0 * corpus.passages * dim)
-    index = exact_search.Plan.of(corpus.passages, dim, search, 1)
+    index = exact_search.BlockPlan.of(corpus.passages, dim, search, 1)
     parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
     yield Line("evaluate", "parameters", 0, weights)
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
