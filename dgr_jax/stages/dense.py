@@ -42,7 +42,7 @@ from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.stages.training_run import Later
 from dgr_jax.teaching.list_recipes import RankLists
 from dgr_jax.teaching.negatives import mine as mined
-from dgr_jax.teaching.teachers import Coverage
+from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource, Source
