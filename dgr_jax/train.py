@@ -33,9 +33,7 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(
-        args, bindings, *[("Experiment",)] * args.plan, keep=not args.plan
-    )
+    experiment = gin_files.load_experiment(args, bindings, keep=not args.plan)
     if args.plan:
         from dgr_jax.capacity import disk
 

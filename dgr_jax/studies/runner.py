@@ -30,6 +30,7 @@ import numpy as np
 
 from dgr_jax import evaluation, interrupts, plots, processes
 from dgr_jax.analysis import beam_losses, costs
+from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.display import harmless
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.study import Study, choices
@@ -257,13 +258,14 @@ class Runner:
 
     def _stages(self) -> Iterator[_Planned]:
         """Every stage, once, with the first run that needs it."""
-        seen = set()
+        seen, corpora = set(), {}
         for run in self.runs:
             experiment = self.experiment(run)
-            flops = costs.expected_flops(experiment)
-            trained = {
-                name for system in experiment.systems for name in experiment.training(system)
-            }
+            counted = repr((experiment.collection, experiment.prepare.sources))
+            if counted not in corpora:
+                corpora[counted] = costs.planned_corpus(experiment)
+            flops = costs.expected_flops(experiment, corpora[counted])
+            trained = training_stages(experiment)
             for stage, settings in pipeline.settings_of(experiment).items():
                 kept = self._kept(stage, settings)
                 if kept not in seen:
