@@ -13,13 +13,14 @@ import pytest
 from dgr_jax import train
 from dgr_jax.analysis import costs
 from dgr_jax.capacity import disk
-from dgr_jax.capacity.counting import TAKEN, Corpus, counted
+from dgr_jax.capacity.counting import TAKEN, counted
 from dgr_jax.capacity.sizes import estimated_sizes
 from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
+from dgr_jax.identifiers.scheme import Corpus
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.stages.prepared import Prepared
 
@@ -43,15 +44,16 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
         len(made.store), round(words, 1), asked, round(sentences / len(made.store), 1), pairs
     )
     told = {line.what: line.size for line in disk.lines(experiment, corpus)}
+    on_device = {line.what: line.on_device for line in disk.lines(experiment, corpus)}
     prepared = tiny_model_dir / "prepare"
     assert not (prepared / "collection" / "corpus.jsonl").exists()  # it would be empty
     (examples,) = (what for what in told if "examples" in what)
     assert 0.5 < told["passages"] / size_of(prepared / "passages") < 2
-    assert 0.5 < told["identifiers"] / size_of(prepared / "identifiers") < 2
+    assert 0.5 < told["240 identifiers"] / size_of(prepared / "identifiers") < 2
     assert 0.5 < told["the same as token arrays"] / size_of(prepared / "arrays") < 2
     student = Retriever.load(tiny_model_dir).decoder.params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(student))
-    assert told["parameters"] == pytest.approx(held, rel=0.2)
+    assert on_device["its parameters"] == pytest.approx(held, rel=0.2)
     number = int(re.match("[0-9,]+", examples)[0].replace(",", ""))
     held = [np.load(f, mmap_mode="r") for f in (prepared / "arrays").glob("*/decoder_input*.npy")]
     assert number == pytest.approx(sum(map(len, held)), rel=0.2)
@@ -64,9 +66,9 @@ def test_codes_that_are_not_set_follow_from_the_passages():
         cli.parser("train", ""), ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m"]
     )
     experiment = gin_files.load_experiment(args, bindings, keep=False)
-    assert [disk._length(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6)] == [3, 5]
-    small, large = (estimated_sizes(experiment, n) for n in (1000, 10**6))
-    assert (small.levels, large.levels) == ((64, 64), (256,) * 4)
+    small, large = (estimated_sizes(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6))
+    levels = [sizes.identifiers.tables[0].levels for sizes in (small, large)]
+    assert levels == [(64, 64), (256,) * 4]
     assert large.vocab_size - small.vocab_size == 4 * 256 - 2 * 64
     flops = costs.expected_flops(experiment)
     assert all(value > 0 for value in flops.values())

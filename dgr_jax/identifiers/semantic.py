@@ -75,12 +75,13 @@ class KMeansTree(Scheme):
         return [table.require_docids()]
 
     def sizes(self, corpus: Corpus) -> Sizes:
-        """The tree of clusters of one size; of others, some leaves lie deeper."""
+        """The tree of clusters of one size and, as those of k-means differ, a level more of two."""
         leaf_size = min(self.leaf_size, corpus.passages)
         splits = math.ceil(math.log(corpus.passages / leaf_size) / math.log(self.branching))
-        levels = (self.branching,) * splits + (leaf_size,)
-        uneven = splits > 1 or splits and 3 * corpus.passages > self.leaf_size * self.branching
-        table = TableSizes(corpus.passages, levels, closing=bool(uneven))
+        uneven = splits > 1 or splits == 1 and 3 * corpus.passages > leaf_size * self.branching
+        levels = (self.branching,) * (splits + (splits > 1)) + (leaf_size,)
+        mean = splits + 1 + uneven
+        table = TableSizes(corpus.passages, levels, closing=uneven, mean_length=mean)
         return Sizes((table,), codes=sum(levels))
 
     def cluster(
