@@ -115,7 +115,7 @@ def test_sizes_are_those_of_the_identifiers_that_are_made(scheme, passages):
     for table, size in zip(tables, sizes.tables, strict=True):
         assert len(table) == pytest.approx(size.rows, rel=0.05)
         longest, mean = table.tokens.shape[1], np.mean(table.lengths)
-        assert 0 <= size.length - longest <= (12 if table.num_code_tokens == 0 else 1)
+        assert 0 <= size.length - longest <= (1 if table.num_code_tokens else 16)
         assert 0.6 < (size.mean_length or size.length) / mean < 1.6
         index = trie.build(table.tokens, table.lengths, vocab_size=vocab_size)
         held = sum(array.nbytes for _, array in index.padded().items())
@@ -206,19 +206,19 @@ def test_atomic_identifiers_of_200_000_passages(tmp_path):
     count, first = 200_000, 128
     config = dataclasses.replace(students.CONFIG, vocab_size=first + count, emb_dim=8)
     rows = np.arange(first, first + count, dtype=np.int32)[:, None]
-    search = Search(num_beams=20, depth=20, query_length=8, batch_size=2)
+    search = Search(num_beams=5, depth=5, query_length=8, batch_size=2)
     decoder = students.decoder(rows, search, config=config)
     tokens = students.queries(2)
     passages, scores = decoder.passages(tokens)
-    apply = lambda *inputs: np.asarray(students.Transformer(config).apply(*inputs))
+    apply = jax.jit(students.Transformer(config).apply)
     logits = apply({"params": decoder.params}, tokens, np.zeros((2, 1), np.int32))[:, 0]
     log_probs = np.asarray(jax.nn.log_softmax(logits.astype(np.float32)))[:, first:]
-    best = np.argsort(-log_probs, axis=1, kind="stable")[:, :20]
+    best = np.argsort(-log_probs, axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(passages, best)
     np.testing.assert_allclose(scores, np.take_along_axis(log_probs, best, 1), atol=1e-4)
     odd = np.arange(count) % 2 == 1
     some = decoder.restrict(odd).passages(tokens)[0]
-    best = 2 * np.argsort(-log_probs[:, 1::2], axis=1, kind="stable")[:, :20] + 1
+    best = 2 * np.argsort(-log_probs[:, 1::2], axis=1, kind="stable")[:, :5] + 1
     np.testing.assert_array_equal(some, best)
     decoder.index.save(tmp_path)
     loaded = dataclasses.replace(decoder, index=trie.load(tmp_path))

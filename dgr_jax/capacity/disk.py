@@ -7,6 +7,7 @@ chip is what `dgr_jax.plan` says.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -79,7 +80,9 @@ def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     views = prepare.identifiers.views
     of_each = sum(prepare.mixture.of(view) for view in views) if views else 1
     yield from _examples(experiment, corpus, of_each, prepare.query_length + 3 * length)
-    model, stages = Transformer(model_config(experiment, sizes)), training_stages(experiment)
+    # Scanned, it has the same bytes, and one layer to trace in place of all.
+    config = dataclasses.replace(model_config(experiment, sizes), scan_layers=True)
+    model, stages = Transformer(config), training_stages(experiment)
     yield from _trained("generate", stages.pop("generate"), model, on_device=True)
     depth, asked = search.depth, _asked(experiment, corpus)
     yield Line("candidates", f"{depth} passages of {asked:,} queries", asked * depth * 8.0)
@@ -104,7 +107,7 @@ def _dense(experiment: DenseExperiment, corpus: Corpus) -> Iterator[Line]:
         yield _pools("negatives", experiment.negatives, asked)
     if experiment.teach is not None:
         yield _rank_lists(experiment.teach, round(asked), 2 * _INT)
-    model, dim = dense_plans.encoder(experiment), experiment.model.dim
+    model, dim = dense_plans.encoder(experiment, scan_layers=True), experiment.model.dim
     for stage, settings in training_stages(experiment).items():
         if stage == "refresh":
             yield _pools("mine", experiment.mined, asked)
