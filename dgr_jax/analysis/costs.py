@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,7 @@ def expected_flops(
     """
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     if isinstance(experiment, DenseExperiment):
-        size = dense_plans.vocabulary_size(experiment)
-        config = dataclasses.replace(experiment.model.t5, vocab_size=size)
+        config = dense_plans.encoder(experiment).config.t5
         batch = lambda stage: dense_plans.abstract_batch(experiment, mesh, stage)
     elif experiment.prepare.identifiers.views:
         return {}
