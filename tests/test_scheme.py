@@ -249,7 +249,10 @@ def known(monkeypatch):
 def test_a_scheme_from_elsewhere_runs_through_all_commands(known, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
-    flags = [*TINY, "--gin.IDENTIFIERS=@Backwards()", "--gin.Backwards.base=4"]
+    unused = ("ResidualQuantization", "TfidfSvd", "Mesh.data=1", "LIST_BATCH_SIZE")
+    flags = [flag for flag in TINY if not any(name in flag for name in unused)]
+    flags += ["--gin.IDENTIFIERS=@Backwards()", "--gin.Backwards.base=4", "--gin.Mesh.data=8"]
+    flags += ["--gin.LIST_BATCH_SIZE=8"]
     prepare.command([*flags, "--model_dir=m"])
     train.command([*flags, "--model_dir=m"])
     evaluate.command(["--model_dir=m"])
@@ -259,7 +262,7 @@ def test_a_scheme_from_elsewhere_runs_through_all_commands(known, tmp_path, monk
     assert "<" in found and found.count("\n") >= 3
     train.command([*flags, "--plan"])
     assert "240 identifiers" in capsys.readouterr().out
-    plan.command([*flags, "--topology=h100:1"])
+    plan.command([*flags, "--topology=h100:1", "--mesh=1,1"])
     assert "identifiers of 4 tokens (4 codes of 4, used evenly)" in capsys.readouterr().out
     (tmp_path / "two.gin").write_text(
         "Study.gin_files = ('quickstart.gin',)\n"
