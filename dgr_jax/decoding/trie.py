@@ -86,7 +86,7 @@ class Trie:
         table_rows = np.sort(self.row_ids)
         keep = np.flatnonzero(mask[table_rows])
         if not keep.size:
-            raise ValueError("Trie.restrict: row_mask leaves no identifier; expected one True")
+            raise ValueError("Trie.restrict: the mask leaves no identifier; expected one True")
         columns, depths = trie_arrays.to_columns(self.arrays, self.layout)
         columns, depths = _take(columns, keep), depths[keep]
         shared = trie_build.shared_prefix(columns)
