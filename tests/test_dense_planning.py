@@ -1,18 +1,16 @@
 """Plans of a dense retriever: its train step, and exact search on chips that are not here."""
 
-import dataclasses
 import functools
 
 import pytest
 
-from dgr_jax import plan, train
+from dgr_jax import plan
 from dgr_jax.capacity import chips, disk
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.sizes import state_bytes
 from dgr_jax.config import cli, gin_files
 from dgr_jax.identifiers.scheme import Corpus
-from dgr_jax.models.dual_encoder import DualEncoder
 from dgr_jax.partitioning import Mesh
 from tests.test_planning import _mesh
 
@@ -88,44 +86,15 @@ def test_the_command(capsys):
         plan.command([*flags, "--sweep"])
 
 
-def test_what_lies_on_the_disk():
-    """Teacher, pools, both encoders and their vectors, in the order of the stages."""
-    made = experiment(
-        *("--gin_file=runs/refresh.gin", "--gin_file=runs/taught.gin", "--gin.TopM.size=7"),
-        *("--gin.refresh/Dense.teacher_loss=None", "--gin.Negatives.depth=40"),
-    )
-    corpus = Corpus(5000, 50, 300, 2)
-    lines = [line for line in disk.lines(made, corpus) if line.stage != "prepare"]
-    t5 = dataclasses.replace(made.model.t5, vocab_size=dense_plans.vocabulary_size(made))
-    model = DualEncoder(dataclasses.replace(made.model, t5=t5))
+def test_checkpoints_hold_the_optimizer_too():
+    made = experiment("--gin_file=runs/refresh.gin", "--gin.Training.keep_checkpoints=3")
+    model = dense_plans.encoder(made)
     parameters, optimizer = state_bytes(model, made.train)
-    mined = made.mined.depth
-    assert [(line.stage, line.what, line.size) for line in lines] == [
-        ("negatives", "40 negatives a query", 300 * 40 * 4),
-        ("teach", "300 rank lists of 7", 300 * 7 * 8),
-        ("dense", "2 checkpoints", 2 * (parameters + optimizer)),
-        ("dense", "5,000 vectors of 256", 5000 * 256 * 4),
-        ("mine", f"{mined} negatives a query", 300 * mined * 4),
-        ("refresh", "2 checkpoints", 2 * sum(state_bytes(model, made.refresh))),
-        ("refresh", "its parameters", 0),
-        ("refresh", "5,000 vectors of 256", 5000 * 256 * 4),
-        ("evaluate", "the vectors in float32", 0),
-    ]
-    on_device = {line.what: line.on_device for line in lines}
-    assert on_device["its parameters"] == parameters
-    assert on_device["the vectors in float32"] == pytest.approx(5000 * 256 * 4, rel=0.05)
-
-
-def test_a_plan_of_the_disk_starts_nothing(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
-    train.command(["--gin_file=quickstart_dense.gin", "--plan"])
-    said = capsys.readouterr().out
-    assert "estimated from 240 passages" in said and "240 vectors of" in said
-    train.command(["--gin_file=dense.gin", "--plan", "--corpus=8.8e6,55,5e5,20"])
-    said = capsys.readouterr().out
-    assert "lacks corpus.jsonl" in said and "8,800,000 vectors of" in said
-    assert not list(tmp_path.iterdir())
+    assert optimizer > 0
+    lines = {(line.stage, line.what): line for line in disk.lines(made, Corpus(5000, 50, 300, 2))}
+    assert lines["dense", "3 checkpoints"].size == 3 * (parameters + optimizer)
+    assert lines["refresh", "3 checkpoints"].size == 3 * sum(state_bytes(model, made.refresh))
+    assert lines["evaluate", "parameters"].on_device == parameters
 
 
 @pytest.mark.slow

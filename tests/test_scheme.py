@@ -151,7 +151,7 @@ def test_all_plans_take_the_same_sizes(scheme, passages):
         for name in ("generate", "decode")
     }
     parameters = made["generate"].parts["parameters"]
-    assert lines["generate", "its parameters"].on_device == parameters
+    assert lines["generate", "parameters"].on_device == parameters
     assert parameters == made["decode"].parts["parameters"] > sizes.vocab_size * 16 * 4
     assert lines["prepare", "their trie"].on_device == made["decode"].parts["trie"]
     both = parameters + made["generate"].parts["optimizer"]
@@ -169,7 +169,7 @@ def test_a_plan_of_atomic_identifiers_of_a_large_corpus():
     sizes = estimated_sizes(experiment, TAKEN)
     assert (sizes.length, sizes.vocab_size) == (1, 32_128 + 8_800_000)
     lines = list(disk.lines(experiment, TAKEN))
-    (parameters,) = (line.on_device for line in lines if line.what == "its parameters")
+    (parameters,) = (line.on_device for line in lines if line.what == "parameters")
     assert 4.5e9 < parameters / 4 < 14e9
     kept = load("--gin_file=msmarco.gin", "--data_dir=d", "--gin.Training.keep_checkpoints=5")
     told = {(line.stage, line.what) for line in disk.lines(kept, TAKEN)}

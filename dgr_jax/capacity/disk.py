@@ -79,11 +79,16 @@ def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     yield from _identifiers(sizes)
     views = prepare.identifiers.views
     of_each = sum(prepare.mixture.of(view) for view in views) if views else 1
-    yield from _examples(experiment, corpus, of_each, prepare.query_length + 3 * length)
+    examples = sum(_pairs(experiment, corpus).values()) * of_each
+    row = _INT * (prepare.query_length + 3 * length)
+    yield Line("prepare", f"{examples:,.0f} examples, as a dataset", examples * row / 3)
+    yield Line("prepare", "the same as token arrays", examples * row)
     # Scanned, it has the same bytes, and one layer to trace in place of all.
     config = dataclasses.replace(model_config(experiment, sizes), scan_layers=True)
     model, stages = Transformer(config), training_stages(experiment)
-    yield from _trained("generate", stages.pop("generate"), model, on_device=True)
+    weights = _checkpoints("generate", stages.pop("generate"), model)
+    yield weights._replace(on_device=0.0)
+    yield Line("generate", "parameters", 0.0, weights.on_device)
     depth, asked = search.depth, _asked(experiment, corpus)
     yield Line("candidates", f"{depth} passages of {asked:,} queries", asked * depth * 8.0)
     keys = experiment.candidates.keys if views else 1
@@ -95,29 +100,33 @@ def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
         yield Line("candidates", f"their {keys} best identifiers each", size)
     yield _rank_lists(experiment.teach, asked, keys * _INT * (length + (7 if views else 1)))
     for stage, settings in stages.items():
-        yield from _trained(stage, settings, model)
+        yield _checkpoints(stage, settings, model)._replace(on_device=0.0)
 
 
 def _dense(experiment: DenseExperiment, corpus: Corpus) -> Iterator[Line]:
-    prepare, asked = experiment.prepare, sum(_pairs(experiment, corpus).values())
-    tokens = corpus.passages * prepare.passage_length * float(_INT)
-    yield Line("prepare", "tokens of the passages", tokens)
-    yield from _examples(experiment, corpus, 1, prepare.query_length + 3)
+    prepare, pairs = experiment.prepare, _pairs(experiment, corpus)
+    queries = round(sum((pairs | {"labelled": corpus.queries})[name] for name in pairs))
+    positives = -(-corpus.pairs // max(1, corpus.queries))
+    tokens = corpus.passages * prepare.passage_length
+    yield Line("prepare", "passages as token arrays", _INT * tokens)
+    row = _INT * (prepare.query_length + 2 * positives + 1)
+    yield Line("prepare", f"{queries:,} queries as token arrays", queries * row)
     if "negatives" in experiment.stages:
-        yield _pools("negatives", experiment.negatives, asked)
+        yield _pools("negatives", experiment.negatives, queries)
     if experiment.teach is not None:
-        yield _rank_lists(experiment.teach, round(asked), 2 * _INT)
+        yield _rank_lists(experiment.teach, queries, 2 * _INT, row)
     model, dim = dense_plans.encoder(experiment, scan_layers=True), experiment.model.dim
     for stage, settings in training_stages(experiment).items():
         if stage == "refresh":
-            yield _pools("mine", experiment.mined, asked)
-        last = stage == experiment.systems[-1]
-        yield from _trained(stage, settings, model, on_device=last)
-        vectors = f"{corpus.passages:,} vectors of {dim}"
-        yield Line(stage, vectors, corpus.passages * dim * float(_INT))
-    storage = experiment.evaluate.search.index
-    held = exact_search.Plan.of(corpus.passages, dim, storage, 1).device_bytes
-    yield Line("evaluate", f"the vectors in {storage.storage}", 0.0, held)
+            yield _pools("mine", experiment.mined, queries)
+        weights = _checkpoints(stage, settings, model)
+        yield weights._replace(on_device=0.0)
+        yield Line(stage, f"vectors of {dim} float32", 4.0 * corpus.passages * dim)
+    search = experiment.evaluate.search.index
+    index = exact_search.Plan.of(corpus.passages, dim, search, 1)
+    parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
+    yield Line("evaluate", "parameters", 0, weights.on_device)
+    yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
 
 
 def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:
@@ -133,34 +142,24 @@ def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:
         yield Line("prepare", f"suffix array of {tokens:,} tokens", held, held)
 
 
-def _examples(
-    experiment: Experiment | DenseExperiment, corpus: Corpus, of_each: int, row: int
-) -> Iterator[Line]:
-    """of_each: examples of a pair; row: int32 numbers of each."""
-    examples = sum(_pairs(experiment, corpus).values()) * of_each
-    yield Line("prepare", f"{examples:,.0f} examples, as a dataset", examples * row * _INT / 3)
-    yield Line("prepare", "the same as token arrays", examples * row * float(_INT))
-
-
-def _trained(
-    stage: str, settings: Training, model: Any, *, on_device: bool = False
-) -> Iterator[Line]:
+def _checkpoints(stage: str, settings: Training, model: Any) -> Line:
+    """Parameters and what the optimizer knows; a search holds the parameters alone."""
     parameters, optimizer = state_bytes(model, settings)
-    kept = settings.keep_checkpoints
-    yield Line(stage, f"{kept} checkpoints", kept * float(parameters + optimizer))
-    if on_device:
-        yield Line(stage, "its parameters", 0.0, parameters)
+    kept = settings.checkpoints
+    return Line(stage, f"{kept} checkpoints", kept * (parameters + optimizer), parameters)
 
 
-def _pools(stage: str, negatives: Negatives, asked: float) -> Line:
-    return Line(stage, f"{negatives.depth} negatives a query", asked * negatives.depth * _INT)
+def _pools(stage: str, negatives: Negatives, queries: int) -> Line:
+    """Passages to draw the negatives of each query from."""
+    depth = negatives.depth
+    return Line(stage, f"{depth} passages of {queries:,} queries", queries * depth * _INT)
 
 
-def _rank_lists(teach: Teach, asked: int, entry: int) -> Line:
-    """entry: bytes of a passage of a list."""
+def _rank_lists(teach: Teach, asked: int, entry: int, query: int = 0) -> Line:
+    """entry: bytes of a passage of a list; query: of its query."""
     lists = asked * (2 if hasattr(teach.lists, "negatives") else 1)
     width = list_size(teach.lists)
-    return Line("teach", f"{lists:,} rank lists of {width}", float(lists * width * entry))
+    return Line("teach", f"{lists:,} rank lists of {width}", lists * (query + width * entry))
 
 
 def _asked(experiment: Experiment, corpus: Corpus) -> int:

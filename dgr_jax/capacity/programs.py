@@ -176,8 +176,7 @@ def _search(
     experiment: Experiment, config: T5Config, sizes: PreparedSizes, mesh: Any, rules: Any
 ) -> Program:
     search = experiment.evaluate.search
-    shards = partitioning.batch_shards(mesh)
-    rows = -(-search.batch_size // shards) * shards
+    rows = partitioning.shared_rows(search.batch_size, mesh)
     (table,) = sizes.identifiers.tables
     arrays, layout = abstract_trie(table, sizes.vocab_size)
     places = partitioning.index_shardings(

@@ -16,6 +16,7 @@ from dgr_jax.corpora import store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import examples, loading
 from dgr_jax.data.examples import Part
+from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.task_files import _task_path, task_file
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.experiments.generative import Experiment, Prepare
@@ -42,7 +43,8 @@ def prepare(
     settings = experiment.prepare
     passages, found = read(experiment, folder)
     with _part("identifiers"):
-        made = identifiers.build(settings, folder, passages, found.tested(settings))
+        asked = found.asked(measured_splits(settings))
+        made = identifiers.build(settings, folder, passages, asked)
     train = settings.train_split
     opened = Opened(
         passages,
