@@ -10,7 +10,7 @@ from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.sizes import state_bytes
 from dgr_jax.config import cli, gin_files
-from dgr_jax.identifiers.scheme import Corpus
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.partitioning import Mesh
 from tests.test_planning import _mesh
 
@@ -91,7 +91,9 @@ def test_checkpoints_hold_the_optimizer_too():
     model = dense_plans.encoder(made)
     parameters, optimizer = state_bytes(model, made.train)
     assert optimizer > 0
-    lines = {(line.stage, line.what): line for line in disk.lines(made, Corpus(5000, 50, 300, 2))}
+    lines = {
+        (line.stage, line.what): line for line in disk.lines(made, CorpusSize(5000, 50, 300, 2))
+    }
     assert lines["dense", "3 checkpoints"].size == 3 * (parameters + optimizer)
     assert lines["refresh", "3 checkpoints"].size == 3 * sum(state_bytes(model, made.refresh))
     assert lines["evaluate", "parameters"].on_device == parameters

@@ -23,7 +23,7 @@ from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
-from dgr_jax.identifiers.scheme import Corpus, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.semantic import KMeansTree
 from dgr_jax.identifiers.string import NaiveString
 from dgr_jax.identifiers.table import IdentifierTable
@@ -102,7 +102,7 @@ def passages():
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, Backwards()], ids=ids)
 def test_sizes_are_those_of_the_identifiers_that_are_made(scheme, passages):
-    corpus = Corpus(len(passages), 80, 1440, 5)
+    corpus = CorpusSize(len(passages), 80, 1440, 5)
     first, vocab_size = 2048, 4096
     pairs = [(i, " ".join(p.text.split()[5 * n :][:6])) for i, p in enumerate(passages)
              for n in range(5)]  # fmt: skip

@@ -19,7 +19,7 @@ from dgr_jax.capacity.sizes import estimated_sizes, model_config, training_stage
 from dgr_jax.corpora import trec
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.scheme import Corpus
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.retriever import Retriever
@@ -92,7 +92,7 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
 
 
 def expected_flops(
-    experiment: Experiment | DenseExperiment, corpus: Corpus | None = None
+    experiment: Experiment | DenseExperiment, corpus: CorpusSize | None = None
 ) -> dict[str, float]:
     """Training stage -> FLOPs as in `training_flops`, before any data is there: every text is as
     long as it may be, identifiers are what `capacity.sizes` takes them to be.
@@ -116,7 +116,7 @@ def expected_flops(
     }
 
 
-def planned_corpus(experiment: Experiment | DenseExperiment) -> Corpus:
+def planned_corpus(experiment: Experiment | DenseExperiment) -> CorpusSize:
     """The corpus by the settings of its collection, where these tell how many passages it has;
     otherwise as in other plans."""
     size = getattr(experiment.collection, "size", 0)

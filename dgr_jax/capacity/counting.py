@@ -15,7 +15,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.scheme import Corpus
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.model_dir import records
 from dgr_jax.stages import pipeline
 from dgr_jax.stages.prepared import Prepared
@@ -27,10 +27,10 @@ _SAY = 1_000_000  # passages after which it is said how far it is
 _LINES = 1 << 20  # of a file, that are counted together
 
 
-TAKEN = Corpus(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
+TAKEN = CorpusSize(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
 
 
-def corpus_of(experiment: Experiment | DenseExperiment, flag: str = "") -> tuple[Corpus, str]:
+def corpus_of(experiment: Experiment | DenseExperiment, flag: str = "") -> tuple[CorpusSize, str]:
     """The corpus of an experiment, counted where it is at hand, and how it is known.
 
     flag: of the command line, by which another one can be given.
@@ -44,7 +44,7 @@ def corpus_of(experiment: Experiment | DenseExperiment, flag: str = "") -> tuple
     return TAKEN, f"those of MS MARCO, as {where}: give the collection, or {flag}"
 
 
-def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, str]:
+def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None, str]:
     """The corpus of an experiment and where it was counted: what is prepared in MODEL_DIR, or else
     the collection; None and the reason, where neither is at hand."""
     folder = Path(experiment.model_dir) / "prepare"
@@ -93,7 +93,7 @@ def _corpus(
     passages: Iterable[tuple[int, Passage]],
     number: int,
     judged: Iterable[tuple[str, int]],
-) -> Corpus:
+) -> CorpusSize:
     """passages: (number, passage) of those that are looked at; number: of all, 0: the last one's.
     judged: (qid, relevance) of the training queries."""
     sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
@@ -108,7 +108,7 @@ def _corpus(
     if sources.pseudo_query_path:
         file = lines.place(sources.pseudo_query_path)
         written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
-    return Corpus(
+    return CorpusSize(
         number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
     )
 

@@ -23,6 +23,7 @@ from dgr_jax.capacity.sizes import (
     estimated_sizes,
     model_config,
     state_bytes,
+    text_size,
     training_stages,
     trie_bytes,
 )
@@ -31,7 +32,7 @@ from dgr_jax.data.examples import Sources
 from dgr_jax.experiments.common import Teach, Training
 from dgr_jax.experiments.dense import DenseExperiment, Negatives
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.scheme import Corpus
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import exact_search
 from dgr_jax.settings import paths
@@ -50,7 +51,7 @@ class Line(NamedTuple):
     on_device: float = 0.0
 
 
-def given(text: str) -> Corpus:
+def given(text: str) -> CorpusSize:
     """'8.8e6,55,5e5,20': passages, words of each, training queries, pseudo-queries a passage.
 
     Raises ValueError for anything else.
@@ -63,17 +64,17 @@ def given(text: str) -> Corpus:
         raise ValueError(
             f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20"
         ) from None
-    return Corpus(int(passages), words, int(queries), pseudo)
+    return CorpusSize(int(passages), words, int(queries), pseudo)
 
 
-def lines(experiment: Experiment | DenseExperiment, corpus: Corpus) -> Iterator[Line]:
+def lines(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     """Everything of some size that an experiment writes."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
     of = _dense if isinstance(experiment, DenseExperiment) else _generative
     yield from of(experiment, corpus)
 
 
-def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
+def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
     sizes = estimated_sizes(experiment, corpus)
     prepare, search, length = experiment.prepare, experiment.candidates.search, sizes.length
     yield from _identifiers(sizes)
@@ -83,6 +84,7 @@ def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
     row = _INT * (prepare.query_length + 3 * length)
     yield Line("prepare", f"{examples:,.0f} examples, as a dataset", examples * row / 3)
     yield Line("prepare", "the same as token arrays", examples * row)
+    yield from _start(experiment)
     # Scanned, it has the same bytes, and one layer to trace in place of all.
     config = dataclasses.replace(model_config(experiment, sizes), scan_layers=True)
     model, stages = Transformer(config), training_stages(experiment)
@@ -103,7 +105,7 @@ def _generative(experiment: Experiment, corpus: Corpus) -> Iterator[Line]:
         yield _checkpoints(stage, settings, model)._replace(on_device=0.0)
 
 
-def _dense(experiment: DenseExperiment, corpus: Corpus) -> Iterator[Line]:
+def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     prepare, pairs = experiment.prepare, _pairs(experiment, corpus)
     queries = round(sum((pairs | {"labelled": corpus.queries})[name] for name in pairs))
     positives = -(-corpus.pairs // max(1, corpus.queries))
@@ -115,6 +117,7 @@ def _dense(experiment: DenseExperiment, corpus: Corpus) -> Iterator[Line]:
         yield _pools("negatives", experiment.negatives, queries)
     if experiment.teach is not None:
         yield _rank_lists(experiment.teach, queries, 2 * _INT, row)
+    yield from _start(experiment)
     model, dim = dense_plans.encoder(experiment, scan_layers=True), experiment.model.dim
     for stage, settings in training_stages(experiment).items():
         if stage == "refresh":
@@ -142,6 +145,12 @@ def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:
         yield Line("prepare", f"suffix array of {tokens:,} tokens", held, held)
 
 
+def _start(experiment: Experiment | DenseExperiment) -> Iterator[Line]:
+    if "start" in experiment.stages:
+        rows, width = text_size(experiment.prepare.vocabulary), experiment.width
+        yield Line("start", f"embeddings of {rows:,} tokens", float(_INT) * rows * (width + 1))
+
+
 def _checkpoints(stage: str, settings: Training, model: Any) -> Line:
     """Parameters and what the optimizer knows; a search holds the parameters alone."""
     parameters, optimizer = state_bytes(model, settings)
@@ -162,7 +171,7 @@ def _rank_lists(teach: Teach, asked: int, entry: int, query: int = 0) -> Line:
     return Line("teach", f"{lists:,} rank lists of {width}", lists * (query + width * entry))
 
 
-def _asked(experiment: Experiment, corpus: Corpus) -> int:
+def _asked(experiment: Experiment, corpus: CorpusSize) -> int:
     """Texts that the student retrieves candidates for."""
     settings, texts = experiment.candidates, _texts(experiment.prepare.sources, corpus)
     texts["labelled"] = corpus.queries
@@ -170,14 +179,14 @@ def _asked(experiment: Experiment, corpus: Corpus) -> int:
     return round(sum(min(most, texts[source]) for source in settings.sources))
 
 
-def _pairs(experiment: Experiment | DenseExperiment, corpus: Corpus) -> dict[str, float]:
+def _pairs(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> dict[str, float]:
     """Pairs of a text and a passage, of each source in use."""
     sources = experiment.prepare.sources
     texts = _texts(sources, corpus)
     return {name: texts[name] for name in sources.rates()}
 
 
-def _texts(sources: Sources, corpus: Corpus) -> dict[str, float]:
+def _texts(sources: Sources, corpus: CorpusSize) -> dict[str, float]:
     """Pairs of a text and a passage, by source."""
     step = max(1, sources.chunk_words // 2)
     last = max(0.0, corpus.words - sources.chunk_words)
@@ -192,7 +201,7 @@ def _texts(sources: Sources, corpus: Corpus) -> dict[str, float]:
     }
 
 
-def show(experiment: Experiment | DenseExperiment, corpus: Corpus | None) -> None:
+def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) -> None:
     """Prints the files that the collection lacks or has, and the lines, with their sums.
 
     corpus: None: the one that lies there is counted.

@@ -16,7 +16,7 @@ from dgr_jax.decoding import trie_arrays, trie_build
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.scheme import Corpus, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Sizes, TableSizes
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.training.step import abstract_state
 
@@ -25,7 +25,7 @@ from dgr_jax.training.step import abstract_state
 class PreparedSizes:
     """What the prepare stage would leave of a corpus: tokens of the vocabulary, and identifiers."""
 
-    corpus: Corpus
+    corpus: CorpusSize
     vocab_size: int
     identifiers: Sizes
 
@@ -35,7 +35,7 @@ class PreparedSizes:
         return self.identifiers.length
 
 
-def estimated_sizes(experiment: Experiment, corpus: Corpus) -> PreparedSizes:
+def estimated_sizes(experiment: Experiment, corpus: CorpusSize) -> PreparedSizes:
     """Sizes from the settings. Codes are taken to be used evenly, text vocabularies to be full."""
     scheme = experiment.prepare.identifiers
     identifiers = scheme.sizes(corpus)

@@ -19,7 +19,7 @@ from dgr_jax.capacity.programs import programs_of
 from dgr_jax.capacity.sizes import PreparedSizes, estimated_sizes
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.scheme import Corpus
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.partitioning import Mesh
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
             console.print(f"{found.program} ({verdict}): {line}")
 
 
-def _corpus(given: float | None, experiment: Experiment | DenseExperiment) -> tuple[Corpus, str]:
+def _corpus(
+    given: float | None, experiment: Experiment | DenseExperiment
+) -> tuple[CorpusSize, str]:
     """The corpus, and how its passages are known. Raises ValueError for fewer than two."""
     if given is not None:
         if not 2 <= given < math.inf:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgr_jax.identifiers.scheme import Corpus, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
 
 
@@ -23,6 +23,6 @@ class Atomic(Scheme):
         table = IdentifierTable.from_rows(rows, view="atomic", num_code_tokens=count)
         return [table.require_docids()]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """As many codes as passages."""
         return Sizes((TableSizes(corpus.passages, (corpus.passages,)),), codes=corpus.passages)

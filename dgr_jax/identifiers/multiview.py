@@ -43,7 +43,7 @@ from dgr_jax.identifiers.scheme import (
     QUERY_TOKENS,
     TITLE_TOKENS,
     TOKENS_A_WORD,
-    Corpus,
+    CorpusSize,
     Material,
     Scheme,
     Sizes,
@@ -85,7 +85,7 @@ class Multiview(Scheme):
         make = {"title": self._titles, "query": self._queries}
         return [table(material) for view, table in make.items() if view in self.views]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """A title of its own for every passage, and all of its pseudo-queries, at most."""
         rows, tables = corpus.passages, []
         if "title" in self.views:

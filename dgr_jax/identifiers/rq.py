@@ -13,7 +13,7 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
-from dgr_jax.identifiers.scheme import Corpus, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ResidualQuantization(Scheme):
                 break
         return [chosen._table(codes, material.first_code_id)]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """Codes used evenly; a code for ties where there is no room for twice the passages."""
         sized, passages = self.sized(corpus.passages), corpus.passages
         levels = (sized.codebook_size,) * sized.num_codes

@@ -24,7 +24,7 @@ TEXT_CHOICES = 2000  # tokens that may stand at a position of a text
 TITLE_TOKENS, QUERY_TOKENS = 6, 10  # of a title and of a query, on average
 
 
-class Corpus(NamedTuple):
+class CorpusSize(NamedTuple):
     """Numbers that are not in the settings: passages, words of each, training queries,
     pseudo-queries a passage, and positives of the training queries (0: one each)."""
 
@@ -120,7 +120,7 @@ class Scheme(abc.ABC):
         """The identifiers of all passages: one table, or one of each view that has a table."""
 
     @abc.abstractmethod
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """What `build` would make of a corpus of this size: all that is planned follows from it."""
 
     def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:

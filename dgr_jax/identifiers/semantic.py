@@ -12,7 +12,7 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
-from dgr_jax.identifiers.scheme import Corpus, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.special_tokens import EOS_ID
 
@@ -74,7 +74,7 @@ class KMeansTree(Scheme):
         table = IdentifierTable.from_rows(rows, view="semantic", num_code_tokens=num_code_tokens)
         return [table.require_docids()]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """The tree of clusters of one size and, as those of k-means differ, a level more of two."""
         leaf_size = min(self.leaf_size, corpus.passages)
         splits = math.ceil(math.log(corpus.passages / leaf_size) / math.log(self.branching))

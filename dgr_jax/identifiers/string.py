@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dgr_jax.identifiers.scheme import Corpus, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
 
 
@@ -38,7 +38,7 @@ class NaiveString(Scheme):
         table = IdentifierTable.from_rows(rows, view="string", num_code_tokens=10 * alphabets)
         return [table.require_docids()]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """Ten choices a digit."""
         width, alphabets = self._digits(corpus.passages)
         return Sizes((TableSizes(corpus.passages, (10,) * width),), codes=10 * alphabets)

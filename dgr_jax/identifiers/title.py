@@ -14,7 +14,7 @@ from dgr_jax import ranges
 from dgr_jax.corpora import words
 from dgr_jax.identifiers.scheme import (
     TITLE_TOKENS,
-    Corpus,
+    CorpusSize,
     Material,
     Scheme,
     Sizes,
@@ -76,7 +76,7 @@ class Title(Scheme):
         )
         return [table]
 
-    def sizes(self, corpus: Corpus) -> Sizes:
+    def sizes(self, corpus: CorpusSize) -> Sizes:
         """A title of its own for every passage, at most."""
         return Sizes((TableSizes.of_text(corpus.passages, self.max_tokens, TITLE_TOKENS),))
 
