@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class ResidualQuantization(Scheme):
     in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
     """
 
-    codes_by_position: ClassVar[bool] = True  # a code of another level is another token
+    codes_by_position = True  # a code of another level is another token
 
     num_codes: int | None = None
     codebook_size: int | None = None

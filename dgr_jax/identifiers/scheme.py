@@ -108,12 +108,15 @@ class Scheme(abc.ABC):
     views: those that have a marker in the vocabulary, some of 'title', 'body' and 'query'; a
       passage then has many identifiers. (): it has one.
     span_tokens: tokens of an identifier of the view 'body', a span of the text.
-    codes_by_position: whether a code at another position is another token.
     """
 
     views: tuple[str, ...] = ()
     span_tokens: int = 0
-    codes_by_position: bool = False
+
+    @property
+    def codes_by_position(self) -> bool:
+        """Whether a code at another position is another token."""
+        return False
 
     @abc.abstractmethod
     def build(self, material: Material) -> list[IdentifierTable]:

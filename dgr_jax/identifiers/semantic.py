@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 
@@ -30,7 +29,7 @@ class KMeansTree(Scheme):
 
     # A cluster of another level is another token. The places in leaves of different depth share
     # theirs, but no code follows them, and the prefix before one tells its position.
-    codes_by_position: ClassVar[bool] = True
+    codes_by_position = True
 
     branching: int = 10
     leaf_size: int = 100
