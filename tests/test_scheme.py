@@ -76,7 +76,7 @@ class Sizeless(Scheme):
 
 
 def test_a_scheme_that_does_not_know_its_sizes_cannot_be():
-    with pytest.raises(TypeError, match="abstract class Sizeless.* 'sizes'"):
+    with pytest.raises(TypeError, match="abstract class Sizeless.*sizes"):
         Sizeless()
     with pytest.raises(
         ValueError, match="^Prepare.identifiers: got str, expected a scheme of identifiers .*such"
