@@ -26,9 +26,8 @@ def command(argv: Sequence[str] | None) -> None:
     experiment = gin_files.load_experiment(args, bindings)
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
 
-    pipeline.run(experiment, makers(experiment), ["evaluate"], named=cli.named(bindings))
+    pipeline.run(experiment, ["evaluate"], named=cli.named(bindings))
 
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from dgr_jax import processes
 from dgr_jax.config import cli, gin_files
@@ -31,16 +30,13 @@ def command(argv: Sequence[str] | None) -> None:
     experiment = gin_files.load_experiment(args, bindings)
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
 
-    made_by = makers(experiment)
+    given = {"named": cli.named(bindings)}
     if args.beam_options is not None:
         from dgr_jax.stages import beam
 
-        beam.check()
-        everywhere = partial(beam.write_parts, options=args.beam_options)
-        made_by = made_by | {"prepare": partial(made_by["prepare"], everywhere=everywhere)}
-    pipeline.run(experiment, made_by, ["prepare"], named=cli.named(bindings))
+        given["changed"] = beam.everywhere(args.beam_options)
+    pipeline.run(experiment, ["prepare"], **given)
     if args.export and processes.first():
         from dgr_jax.stages.prepared import export
 

@@ -15,26 +15,14 @@ DESCRIPTION = (
 
 def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("pseudo_queries", DESCRIPTION)
-    parser.add_argument(
-        "--stages",
-        default="sample",
-        metavar="STAGE,STAGE",
-        help="stages to run, with those they need: prepare, generate, sample (default: sample)",
-    )
+    cli.stages(parser, "prepare, generate, sample")
     args, bindings = cli.parse(parser, argv)
     experiment = gin_files.load_experiment(args, bindings, ("PseudoQueries",))
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.pseudo_queries import MAKERS
 
-    pipeline.run(
-        experiment,
-        MAKERS,
-        [stage.strip() for stage in args.stages.split(",")],
-        named=cli.named(bindings),
-    )
+    pipeline.run(experiment, args.stages, named=cli.named(bindings))
 
 
 if __name__ == "__main__":
-    cli.reuse_memory()
     cli.main(command)

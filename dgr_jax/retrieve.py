@@ -44,9 +44,8 @@ def command(argv: Sequence[str] | None) -> None:
     experiment = gin_files.load_experiment(args, bindings)
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
 
-    pipeline.run(experiment, makers(experiment), ["candidates"], named=cli.named(bindings))
+    pipeline.run(experiment, ["candidates"], named=cli.named(bindings))
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:

@@ -19,9 +19,8 @@ def command(argv: Sequence[str] | None) -> None:
     experiment = gin_files.load_experiment(args, bindings)
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
 
-    pipeline.run(experiment, makers(experiment), ["teach"], named=cli.named(bindings))
+    pipeline.run(experiment, ["teach"], named=cli.named(bindings))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ DESCRIPTION = (
 
 def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("train", DESCRIPTION)
-    parser.add_argument(
-        "--stages",
-        default="evaluate",
-        metavar="STAGE,STAGE",
-        help="stages to run, with those they need: prepare, generate, candidates, teach, distill, "
-        "control, evaluate; of a dense retriever prepare, negatives, teach, dense, mine, "
-        "refresh, evaluate (default: evaluate, which needs all)",
+    cli.stages(
+        parser,
+        "prepare, generate, candidates, teach, distill, control, evaluate; of a dense retriever "
+        "prepare, negatives, teach, dense, mine, refresh, evaluate",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
@@ -43,12 +40,9 @@ def command(argv: Sequence[str] | None) -> None:
         return
 
     from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
 
-    asked = [stage.strip() for stage in args.stages.split(",")]
-    pipeline.run(experiment, makers(experiment), asked, named=cli.named(bindings))
+    pipeline.run(experiment, args.stages, named=cli.named(bindings))
 
 
 if __name__ == "__main__":
-    cli.reuse_memory()
     cli.main(command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from dgr_jax import ranges
 from dgr_jax.models.t5 import T5Config
@@ -52,12 +52,10 @@ class Training:
         """Generation examples a step."""
         return self.batch_size or self.list_batch_size
 
-    def check_shards(self, stage: str, shards: int) -> None:
-        """Raises ValueError where the data shards cannot share the batches of a stage."""
-        sizes = {"batch_size": self.batch_size}
-        if stage == "distill" or not self.batch_size:
-            sizes["list_batch_size"] = self.list_batch_size
-        for name, size in sizes.items():
+    def check_shards(self, stage: str, shards: int, *sizes: str) -> None:
+        """Raises ValueError where the data shards cannot share these batches of a stage."""
+        for name in sizes:
+            size = getattr(self, name)
             if size % (self.microbatches * shards):
                 raise ValueError(
                     f"{stage}: got Training.{name}={size}, expected a multiple of "
@@ -119,14 +117,6 @@ class Evaluate:
             max_queries=ranges.at_least(0),
             seed=ranges.SEED,
         )
-
-
-class Stage(NamedTuple):
-    """settings: those of the experiment that a stage reads itself; upstream: the stages whose
-    output it reads."""
-
-    settings: tuple[str, ...]
-    upstream: tuple[str, ...]
 
 
 def texts(prepare: Any) -> tuple[Any, ...]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
@@ -46,6 +49,13 @@ def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
             "text pieces and docid codes of this experiment (0 takes just those)"
         )
     return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+
+
+def check_batches(experiment: Any, stage: str, settings: Training, *sizes: str) -> None:
+    """Raises ValueError where the devices that are here cannot share these batches of a stage."""
+    mesh = partitioning.mesh_sizes(experiment.mesh, jax.device_count())
+    shards = math.prod(mesh[axis] for axis in partitioning.BATCH_AXES)
+    settings.check_shards(stage, shards, *sizes)
 
 
 def train(
