@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dgr_jax import processes
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Run the prepare stage of an experiment. With --export, copy what the later stages need into "
@@ -27,16 +27,12 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings)
-
-    from dgr_jax.stages import pipeline
-
-    given = {"named": cli.named(bindings)}
+    changed = {}
     if args.beam_options is not None:
         from dgr_jax.stages import beam
 
-        given["changed"] = beam.everywhere(args.beam_options)
-    pipeline.run(experiment, ["prepare"], **given)
+        changed = {"changed": beam.everywhere(args.beam_options)}
+    experiment = running.run(args, bindings, ["prepare"], **changed)
     if args.export and processes.first():
         from dgr_jax.stages.prepared import export
 

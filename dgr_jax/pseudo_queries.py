@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Teach a T5 to write the queries of a passage, on the training pairs of a collection, and let "
@@ -17,11 +17,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("pseudo_queries", DESCRIPTION)
     cli.stages(parser, "prepare, generate, sample")
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings, ("PseudoQueries",))
-
-    from dgr_jax.stages import pipeline
-
-    pipeline.run(experiment, args.stages, named=cli.named(bindings))
+    running.run(args, bindings, args.stages, kinds=("PseudoQueries",))
 
 
 if __name__ == "__main__":

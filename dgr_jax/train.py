@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, gin_files, running
 
 DESCRIPTION = (
     "Prepare a collection, teach a T5 student to write passage identifiers, distil it from a "
@@ -30,18 +30,14 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(
-        args, bindings, *[("Experiment",)] * args.plan, keep=not args.plan
-    )
-    if args.plan:
-        from dgr_jax.capacity import disk
-
-        disk.show(experiment, disk.given(args.corpus) if args.corpus else None)
+    if not args.plan:
+        running.run(args, bindings, args.stages)
         return
+    experiment = gin_files.load_experiment(args, bindings, ("Experiment",), keep=False)
 
-    from dgr_jax.stages import pipeline
+    from dgr_jax.capacity import disk
 
-    pipeline.run(experiment, args.stages, named=cli.named(bindings))
+    disk.show(experiment, disk.given(args.corpus) if args.corpus else None)
 
 
 if __name__ == "__main__":
