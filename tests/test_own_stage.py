@@ -16,7 +16,8 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.experiments.stage import Stage, after, listed
 from dgr_jax.experiments.study import Study
 from dgr_jax.stages import pipeline
-from dgr_jax.studies import runner as studies
+from dgr_jax.studies import outstanding, results, runner
+from dgr_jax.studies.grid import Grid
 from tests import test_dense_experiment, test_experiment
 from tests.conftest import TINY
 
@@ -84,8 +85,7 @@ def test_a_plan_of_such_an_experiment(flags, capsys):
 def test_a_study_plans_it_and_shares_it(flags, tmp_path, capsys):
     axes = {"steps": {"a": {"GENERATE_STEPS": 1}, "b": {"GENERATE_STEPS": 2}}}
     grid = Study(("quickstart.gin",), axes, bindings={"Experiment.further": "(@word_count(),)"})
-    runner = studies.Runner(grid, str(tmp_path / "study"), gin_files.from_flags)
-    runner.show_plan()
+    outstanding.show(Grid(grid, str(tmp_path / "study"), gin_files.from_flags))
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert "words ?" in first and "words ?" not in second
 
@@ -119,15 +119,16 @@ def test_a_whole_study_with_it(flags, tmp_path, monkeypatch, caplog):
     axes = {"steps": {"a": {"DISTILL_STEPS": 1}, "b": {"DISTILL_STEPS": 2}}}
     grid = Study(("quickstart.gin",), axes, bindings=bindings, measures=("RR@10",))
     tiny = [flag.removeprefix("--gin.").replace("=", " = ", 1) for flag in TINY[1:]]
-    tiny = [binding for binding in tiny if not binding.startswith("DISTILL_STEPS")]
-    runner = studies.Runner(grid, str(tmp_path / "study"), gin_files.from_flags, tiny)
+    other = ("DISTILL_STEPS", "LIST_BATCH_SIZE", "Mesh")  # the batches of eight devices
+    tiny = [*(b for b in tiny if not b.startswith(other)), "LIST_BATCH_SIZE = 8"]
+    runs = Grid(grid, str(tmp_path / "study"), gin_files.from_flags, tiny)
 
-    def in_process(run):
+    def in_process(_, run):
         train.command([*run.flags, f"--model_dir={run.folder}"])
         return ""
 
     monkeypatch.setattr(runner, "_train", in_process)
-    assert runner.run() == []
+    assert runner.run(runs) == []
     assert said(caplog).count("started") == 1
     assert len(list((tmp_path / "study" / "stages").glob("words-*/words.json"))) == 1
-    assert {row.labels["steps"] for row in runner.rows()} == {"a", "b"}
+    assert {row.labels["steps"] for row in results.rows(runs)} == {"a", "b"}
