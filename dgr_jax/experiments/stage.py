@@ -41,7 +41,7 @@ class Stage:
     settings: Callable[[Any], Mapping[str, Any]]
     upstream: Callable[[Any], tuple[str, ...]] = after()
     reads: Callable[[Any], Mapping[str, Any]] = fields()
-    check: Callable[[Any], object] = fields()
+    check: Callable[[Any], None] = lambda experiment: None
     alone: bool = False
     batches: Callable[[Any], Any] | None = None
 
@@ -49,10 +49,10 @@ class Stage:
 def listed(*stages: str | Stage) -> dict[str, Stage]:
     """Name -> stage, in this order; a stage of `dgr_jax.stages` is named by where it is declared,
     such as 'prepare:STAGE'. Raises ValueError where two have one name."""
-    found = {}
+    by_name = {}
     for given in stages:
         stage = pkgutil.resolve_name(f"dgr_jax.stages.{given}") if isinstance(given, str) else given
-        if stage.name in found:
+        if stage.name in by_name:
             raise ValueError(f"got two stages {stage.name!r}, expected different names")
-        found[stage.name] = stage
-    return found
+        by_name[stage.name] = stage
+    return by_name
