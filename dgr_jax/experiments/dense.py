@@ -256,7 +256,7 @@ class DenseExperiment:
         """All stages, in the order that they run in."""
         pool = () if self.negatives.source == "in_batch" else ("dense_negatives:STAGE",)
         teach = () if self.teach is None else ("dense_teach:STAGE",)
-        refresh = () if self.refresh is None else ("dense_mine:STAGE", "dense_refresh:STAGE")
+        refresh = () if self.refresh is None else ("dense_refresh:MINE", "dense_refresh:REFRESH")
         trained = (*pool, *teach, "dense:STAGE", *refresh)
         return listed("dense_prepare:STAGE", *trained, "dense_evaluate:STAGE", *self.further)
 
