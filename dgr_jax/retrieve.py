@@ -40,7 +40,10 @@ def command(argv: Sequence[str] | None) -> None:
 
         ask.answer(args)
         return
-    hint = "give --query or --queries to ask what is trained"
+    hint = (
+        "give --query or --queries: without them the stage 'candidates' runs, and this experiment "
+        "has none"
+    )
     running.run(args, bindings, ["candidates"], hint=hint)
 
 

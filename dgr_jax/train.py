@@ -16,8 +16,8 @@ def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("train", DESCRIPTION)
     cli.stages(
         parser,
-        "prepare, generate, candidates, teach, distill, control, evaluate; of a dense retriever "
-        "prepare, negatives, teach, dense, mine, refresh, evaluate",
+        "prepare, start, generate, candidates, teach, distill, control, evaluate; of a dense "
+        "retriever prepare, negatives, teach, start, dense, mine, refresh, evaluate",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
@@ -33,7 +33,7 @@ def command(argv: Sequence[str] | None) -> None:
     if not args.plan:
         running.run(args, bindings, args.stages)
         return
-    experiment = gin_files.load_experiment(args, bindings, ("Experiment",), keep=False)
+    experiment = gin_files.load_experiment(args, bindings, keep=False)
 
     from dgr_jax.capacity import disk
 

@@ -327,5 +327,5 @@ def test_beam_makes_the_examples_of_a_student_alone(monkeypatch):
     changed = beam.everywhere("--runner=DirectRunner")
     made = changed(STAGE)
     assert made.name == STAGE.name and "everywhere" in made.make.keywords
-    with pytest.raises(ValueError, match="--beam_options: got an experiment whose examples Apache"):
+    with pytest.raises(ValueError, match="--beam_options: got a dense retriever, expected an"):
         changed(dense_prepare.STAGE)

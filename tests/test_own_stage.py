@@ -9,9 +9,8 @@ import logging
 import gin
 import pytest
 
-from dgr_jax import plan, retrieve, train
+from dgr_jax import plan, train
 from dgr_jax.config import cli, gin_files
-from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.experiments.stage import Stage, after, listed
 from dgr_jax.experiments.study import Study
@@ -102,13 +101,6 @@ def test_it_belongs_to_an_experiment_of_any_kind():
         assert before == now
     with pytest.raises(ValueError, match="got two stages 'words', expected different names"):
         listed(own, own)
-
-
-def test_a_stage_that_an_experiment_lacks(tmp_path):
-    flags = ("--gin_file=quickstart_dense.gin", f"--model_dir={tmp_path / 'm'}")
-    message = "DenseExperiment has no stage candidates, but prepare, .*; give --query or --queries"
-    with pytest.raises(Mistake, match=message):
-        retrieve.command(flags)
 
 
 @pytest.mark.slow

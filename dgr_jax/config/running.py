@@ -25,9 +25,8 @@ def run(
     where there is one, for an experiment that lacks a stage.
     """
     experiment = gin_files.load_experiment(args, bindings, kinds)
-    if hint and (lacking := [stage for stage in stages or () if stage not in experiment.stages]):
-        kind, known = type(experiment).__name__, ", ".join(experiment.stages)
-        raise Mistake(f"{kind} has no stage {lacking[0]}, but {known}; {hint}")
+    if hint and not set(stages or ()) <= experiment.stages.keys():
+        raise Mistake(f"{hint} (its stages: {', '.join(experiment.stages)})")
 
     from dgr_jax.stages import pipeline
 

@@ -11,10 +11,10 @@ from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, texts
+from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
 from dgr_jax.experiments.stage import Stage, listed
+from dgr_jax.models import initial
 from dgr_jax.models.dual_encoder import DualEncoderConfig
-from dgr_jax.models.initial import Pretrained
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -69,7 +69,8 @@ class DensePrepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits)))
+        named = (self.validation_split,) if self.validation_split else ()
+        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits, *named)))
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class DenseExperiment:
       as ANCE does (Xiong et al. 2021); None: do not.
     teach: a teacher orders the `negatives` and the positives of each labelled query, and the lists
       cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
-    initial: a published T5 whose encoder the towers start from; None: at random.
+    initial: where the towers start: Corpus, or Pretrained, a published T5 whose encoder they take;
+      None: at random.
     further: see `Experiment`.
     """
 
@@ -177,11 +179,12 @@ class DenseExperiment:
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
-    initial: Pretrained | None = None
+    initial: Any = None
     further: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
+        initial.check("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
             raise ValueError(
@@ -202,9 +205,10 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
-        self.train.check_batches("Training", "batch_size")
-        if self.refresh is not None:
-            self.refresh.check_batches("refresh/Training", "batch_size")
+        for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
+            if training is not None:
+                training.check_batches(name, "batch_size")
+                training.check_held_out(name, self.prepare)
         self._check_teacher()
 
     def _check_teacher(self) -> None:
@@ -232,6 +236,11 @@ class DenseExperiment:
             )
 
     @property
+    def width(self) -> int:
+        """Width D of the encoder's embeddings."""
+        return self.model.t5.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
@@ -248,6 +257,7 @@ class DenseExperiment:
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
+            "start": repr(self.initial),
             "data": (splits if len(splits) > 1 else "".join(splits), *texts(self.prepare)),
         }
 
@@ -257,7 +267,7 @@ class DenseExperiment:
         pool = () if self.negatives.source == "in_batch" else ("dense_negatives:STAGE",)
         teach = () if self.teach is None else ("dense_teach:STAGE",)
         refresh = () if self.refresh is None else ("dense_refresh:MINE", "dense_refresh:REFRESH")
-        trained = (*pool, *teach, "dense:STAGE", *refresh)
+        trained = (*pool, *teach, *start(self.initial), "dense:STAGE", *refresh)
         return listed("dense_prepare:STAGE", *trained, "dense_evaluate:STAGE", *self.further)
 
 

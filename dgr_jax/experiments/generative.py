@@ -12,9 +12,10 @@ from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, texts
+from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
 from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
@@ -72,7 +73,8 @@ class Prepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return (*self.train_splits, *self.test_splits)
+        named = (self.validation_split,) if self.validation_split else ()
+        return (*self.train_splits, *self.test_splits, *named)
 
     @property
     def train_splits(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ class Experiment:
 
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
-    initial: where the student starts, such as Pretrained; None: at random.
+    initial: where the student starts, Corpus or Pretrained; None: at random.
     further: stages of one's own; each runs after those that it reads.
     """
 
@@ -132,6 +134,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
+        initial.check("Experiment.initial", self.initial)
         many = isinstance(self.prepare.identifiers, Multiview)
         if self.model.prefix_adaptive_layers and not getattr(
             self.prepare.identifiers, "codes_by_position", False
@@ -158,6 +161,8 @@ class Experiment:
             )
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
+        self.generate.check_held_out("generate/Training", self.prepare)
+        self.distill.check_held_out("distill/Training", self.prepare)
         rates = self.prepare.sources.rates()
         if not self.prepare.train_split:
             asked = tuple(name for name in self.candidates.sources if name != "labelled")
@@ -169,6 +174,11 @@ class Experiment:
                     f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
+
+    @property
+    def width(self) -> int:
+        """Width D of the student's embeddings."""
+        return self.model.emb_dim
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -184,11 +194,12 @@ class Experiment:
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
-        for its vocabulary), the kind of its decoder, and the data to learn from."""
+        for its vocabulary), the kind of its decoder, its start, and the data to learn from."""
         return {
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
+            "start": repr(self.initial),
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
@@ -196,5 +207,7 @@ class Experiment:
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         control = ("student:CONTROL",) if self.control else ()
-        trained = ("student:GENERATE", "candidates:STAGE", "teach:STAGE", "distill:STAGE", *control)
-        return listed("prepare:STAGE", *trained, "evaluate:STAGE", *self.further)
+        trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
+        return listed(
+            "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )

@@ -28,15 +28,15 @@ def check() -> None:
 
 def everywhere(options: str) -> Callable[[Stage], Stage]:
     """For `pipeline.run`: the stage prepare writes its examples by `write_parts`."""
-    check()
     make = partial(prepare.prepare, everywhere=partial(write_parts, options=options))
 
     def changed(stage: Stage) -> Stage:
         if stage is not prepare.STAGE:
             raise ValueError(
-                "--beam_options: got an experiment whose examples Apache Beam cannot make, "
-                "expected one whose student writes identifiers; leave the flag out"
+                "--beam_options: got a dense retriever, expected an experiment that writes "
+                "identifiers: workers make its examples, and a dense retriever has none"
             )
+        check()
         return dataclasses.replace(stage, make=make)
 
     return changed

@@ -12,16 +12,17 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment, Negatives
 from dgr_jax.experiments.stage import Stage, fields
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
 from dgr_jax.retrieval import dense as retrieval
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.retriever import write_student
-from dgr_jax.stages import dense_negatives, dense_teach, student, training_run
+from dgr_jax.stages import dense_negatives, dense_teach, start, student, training_run, validation
 from dgr_jax.stages.dense_negatives import own_passages, pool_of
 from dgr_jax.stages.dense_prepare import (
     CORPUS,
@@ -31,7 +32,7 @@ from dgr_jax.stages.dense_prepare import (
     queries_of,
     sources,
 )
-from dgr_jax.stages.prepared import PREPARE
+from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource, Source
@@ -39,10 +40,8 @@ from dgr_jax.training.source import MixtureSource, Source
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    start = None
-    if experiment.initial is not None:
-        start = _initial(experiment)
-    train_encoder(experiment, folder, experiment.train, batches(experiment), start)
+    initial = None if experiment.initial is None else _initial(experiment)
+    train_encoder(experiment, folder, experiment.train, batches(experiment), initial)
 
 
 def batches(experiment: DenseExperiment) -> Source:
@@ -116,30 +115,44 @@ def _config(experiment: DenseExperiment) -> DualEncoderConfig:
 
 
 def _initial(experiment: DenseExperiment) -> Any:
-    """Parameters with the encoder of a published T5; projections are new."""
+    """Parameters with embeddings from the passages, or with the encoder of a published T5;
+    projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / PREPARE)
     config = encoder_config(experiment, vocabulary.size)
+    if start.STAGE.name in experiment.stages:
+        return start.parameters(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
 
 
 def train_encoder(
-    experiment: DenseExperiment, folder: Path, settings: Training, source: Source, start: Any
+    experiment: DenseExperiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
-    config = _config(experiment)
+    config, made = _config(experiment), opened(experiment)
+
+    def embedded(params: Any, search: DenseSearch, at: Path) -> Searcher:
+        return _opened(_embed(experiment, params, made, search, at), at, search)
+
+    in_passing = validation.in_passing(embedded, folder)
+    measured = validation.of(experiment, settings, made, in_passing)
     model = DualEncoder(config)
-    training_run.train(experiment, folder, folder.name, settings, model, source, start)
-    made = opened(experiment)
-    retrieval.embed(
-        _encoder(experiment, folder.name),
-        made.store,
-        made.vocabulary.encode_inputs,
-        folder / retrieval.VECTORS,
-        search_for(experiment),
+    training_run.train(experiment, folder, folder.name, settings, model, source, initial, measured)
+    _embed(
+        experiment, encoder_params(experiment, folder.name), made, search_for(experiment), folder
     )
     write_student(folder, config, experiment.evaluate.search)
+
+
+def _embed(
+    experiment: DenseExperiment, params: Any, made: Prepared, search: DenseSearch, folder: Path
+) -> Encoder:
+    """The encoder with these parameters, once it has written the vectors of all passages."""
+    encoder = _encoder(experiment, params)
+    path = folder / retrieval.VECTORS
+    retrieval.embed(encoder, made.store, made.vocabulary.encode_inputs, path, search)
+    return encoder
 
 
 def search_for(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
@@ -150,26 +163,26 @@ def search_for(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
     )
 
 
-def trained(experiment: DenseExperiment, system: str) -> Any:
+def encoder_params(experiment: DenseExperiment, system: str) -> Any:
     """Parameters of a finished encoder on the experiment's mesh."""
-    mesh = partitioning.make_mesh(experiment.mesh)
-    model, rules = DualEncoder(_config(experiment)), experiment.mesh.rules
-    abstract = partitioning.abstract_params(model, mesh, rules)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    return checkpoints.restore_params(folder, abstract)
+    mesh, model = partitioning.make_mesh(experiment.mesh), DualEncoder(_config(experiment))
+    folder = Path(experiment.model_dir) / system
+    return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
-def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
+def _encoder(experiment: DenseExperiment, params: Any) -> Encoder:
     mesh = partitioning.make_mesh(experiment.mesh)
-    params = trained(experiment, system)
     return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
 
 
 def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
     """A finished encoder and its passages, ready to retrieve."""
-    encoder = _encoder(experiment, system)
-    path = Path(experiment.model_dir) / system / retrieval.VECTORS
-    index = retrieval.open_index(path, search.index, encoder.mesh)
+    encoder = _encoder(experiment, encoder_params(experiment, system))
+    return _opened(encoder, Path(experiment.model_dir) / system, search)
+
+
+def _opened(encoder: Encoder, folder: Path, search: DenseSearch) -> Searcher:
+    index = retrieval.open_index(folder / retrieval.VECTORS, search.index, encoder.mesh)
     return Searcher(encoder, index, search)
 
 
@@ -180,17 +193,17 @@ def check(experiment: DenseExperiment, stage: str, settings: Training) -> None:
 
 
 def _upstream(experiment: DenseExperiment) -> tuple[str, ...]:
-    """The last stage that makes lists: those of the teacher, the pools, or the positives."""
+    """The last stage that makes lists (the teacher's, the pools, or the positives), and `start`."""
+    lists = PREPARE if experiment.negatives.source == "in_batch" else dense_negatives.STAGE.name
     if experiment.teach is not None:
-        return (dense_teach.STAGE.name,)
-    is_alone = experiment.negatives.source == "in_batch"
-    return (PREPARE if is_alone else dense_negatives.STAGE.name,)
+        lists = dense_teach.STAGE.name
+    return start.after_start(lists)(experiment)
 
 
 STAGE = Stage(
     "dense",
     dense,
-    settings=fields("model", "train", "lists", "initial"),
+    settings=training_run.validated(fields("model", "train", "lists", "initial"), "train"),
     upstream=_upstream,
     check=lambda e: check(e, "dense", e.train),
     batches=batches,

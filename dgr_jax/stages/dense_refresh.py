@@ -9,7 +9,7 @@ from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.stages import dense
 from dgr_jax.stages.dense_negatives import finder, own_passages, write_pools
 from dgr_jax.stages.dense_prepare import one_process, opened, queries_of, sources
-from dgr_jax.stages.training_run import Later
+from dgr_jax.stages.training_run import Later, validated
 from dgr_jax.training.source import Source
 
 
@@ -38,8 +38,8 @@ def _most_positives(experiment: DenseExperiment) -> int:
 
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
-    start = dense.trained(experiment, dense.STAGE.name)
-    dense.train_encoder(experiment, folder, experiment.refresh, batches(experiment), start)
+    initial = dense.encoder_params(experiment, dense.STAGE.name)
+    dense.train_encoder(experiment, folder, experiment.refresh, batches(experiment), initial)
 
 
 def batches(experiment: DenseExperiment) -> Source:
@@ -55,7 +55,7 @@ MINE = Stage(
 REFRESH = Stage(
     "refresh",
     refresh,
-    settings=fields("refresh", "lists"),
+    settings=validated(fields("refresh", "lists"), "refresh"),
     upstream=after(MINE.name),
     check=lambda e: dense.check(e, "refresh", e.refresh),
     batches=batches,

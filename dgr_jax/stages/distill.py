@@ -9,7 +9,7 @@ from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.stages import teach
 from dgr_jax.stages.student import generated, later, train_student
-from dgr_jax.stages.training_run import _Together, check_batches
+from dgr_jax.stages.training_run import _Together, check_batches, validated
 from dgr_jax.training import packing
 from dgr_jax.training.source import ArraySource, Source
 
@@ -45,7 +45,7 @@ def _rank_lists(experiment: Experiment) -> Source:
 STAGE = Stage(
     "distill",
     distill,
-    settings=fields("distill"),
+    settings=validated(fields("distill"), "distill"),
     upstream=after(teach.STAGE.name),
     check=lambda e: check_batches(e, "distill", e.distill, "batch_size", "list_batch_size"),
     batches=batches,

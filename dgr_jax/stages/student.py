@@ -16,9 +16,10 @@ from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.retriever import write_student
 from dgr_jax.settings import describe
+from dgr_jax.stages import start, validation
 from dgr_jax.stages.prepared import PREPARE, Prepared
-from dgr_jax.stages.systems import _trained, model_config
-from dgr_jax.stages.training_run import Later, check_batches, train
+from dgr_jax.stages.systems import _trained, assembled, model_config
+from dgr_jax.stages.training_run import Later, check_batches, train, validated
 from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
@@ -26,12 +27,17 @@ logger = logging.getLogger(__name__)
 
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
-    start = None
+    initial = None
     if experiment.initial is not None:
-        vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = initial_params(experiment, model_config(experiment, vocabulary.size), vocabulary)
+        vocabulary = Prepared.load(experiment.model_dir, identifiers=False).vocabulary
+        config = model_config(experiment, vocabulary.size)
+        if start.STAGE.name in experiment.stages:
+            seed = experiment.generate.seed
+            initial = start.parameters(experiment, Transformer(config), seed)
+        else:
+            initial = initial_params(experiment, config, vocabulary)
     source = mixture(experiment, experiment.generate)
-    train_student(experiment, folder, experiment.generate, source, start)
+    train_student(experiment, folder, experiment.generate, source, initial)
 
 
 def initial_params(
@@ -95,12 +101,15 @@ def later(experiment: Experiment, settings: Training) -> Source:
 
 
 def train_student(
-    experiment: Experiment, folder: Path, settings: Training, source: Source, start: Any
+    experiment: Experiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
     """One training run, which leaves what `Retriever.load` needs."""
-    vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    config = model_config(experiment, vocabulary.size)
-    train(experiment, folder, folder.name, settings, Transformer(config), source, start)
+    made = Prepared.load(experiment.model_dir)
+    config = model_config(experiment, made.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, params, search, made)
+    measured = validation.of(experiment, settings, made, validation.reopened(opened))
+    model = Transformer(config)
+    train(experiment, folder, folder.name, settings, model, source, initial, measured)
     if processes.first():
         write_student(folder, config, experiment.evaluate.search)
 
@@ -108,15 +117,15 @@ def train_student(
 GENERATE = Stage(
     "generate",
     generate,
-    settings=fields("model", "generate", "initial"),
-    upstream=after(PREPARE),
+    settings=validated(fields("model", "generate", "initial"), "generate"),
+    upstream=start.after_start(PREPARE),
     check=lambda e: check_batches(e, "generate", e.generate, "batch_size"),
     batches=lambda e: mixture(e, e.generate),
 )
 CONTROL = Stage(
     "control",
     control,
-    settings=_control_settings,
+    settings=validated(_control_settings, "distill", "generate"),
     upstream=after(GENERATE.name),
     check=lambda e: check_batches(e, "control", _control(e), "batch_size"),
     batches=lambda e: later(e, _control(e)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
+from dgr_jax.training.validation import Validation
+
+Settings = Callable[[Any], Mapping[str, Any]]  # see `Stage.settings`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,19 @@ def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
     return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
 
 
+def validated(settings: Settings, *trained: str) -> Settings:
+    """Those of a training stage and, where one of its `trained` asks for it, the search for the
+    questions that are held out."""
+
+    def of(experiment: Any) -> Mapping[str, Any]:
+        own = settings(experiment)
+        if not any(getattr(experiment, name).validate_every for name in trained):
+            return own
+        return {**own, "validation_search": experiment.evaluate.validation_search}
+
+    return of
+
+
 def check_batches(experiment: Any, stage: str, settings: Training, *sizes: str) -> None:
     """Raises ValueError where the devices that are here cannot share these batches of a stage."""
     mesh = partitioning.mesh_sizes(experiment.mesh, jax.device_count())
@@ -66,6 +82,7 @@ def train(
     model: Any,
     batches: Source,
     start: Any = None,
+    validation: Validation | None = None,
 ) -> None:
     """One training run of an experiment's stage."""
     loop.train(
@@ -73,7 +90,7 @@ def train(
         folder=folder,
         model=model,
         objective=settings.objective,
-        optimizer=settings.optimizer.transformation(settings.steps),
+        optimizer=settings.optimizer,
         source=batches,
         mesh=partitioning.make_mesh(experiment.mesh),
         total_steps=settings.steps,
@@ -84,4 +101,5 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
+        validation=validation,
     )
