@@ -224,7 +224,7 @@ def test_mistakes_are_named(tmp_path):
             retrieve.command(asked)
         assert str(error.value) == (
             "give --query or --queries: without them the stage 'candidates' runs, and this "
-            "experiment has none (its stages: prepare, dense, evaluate)"
+            "experiment has none (its stages: prepare, start, dense, evaluate)"
         )
     (tmp_path / "m" / "prepare").mkdir()
     with pytest.raises(

@@ -21,6 +21,7 @@ from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
 from dgr_jax.experiments.dense import Negatives
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.models.initial import Corpus
 from dgr_jax.retrieval.retriever import Hit
 from tests import test_dense_experiment, test_experiment
 
@@ -222,7 +223,8 @@ def made(model_dir):
 
 def test_stages_are_those_of_the_experiment(made):
     base, teach = test_dense_experiment.BASE, test_dense_experiment.TEACH
-    dense = replace(base, negatives=Negatives("bm25"), refresh=base.train, teach=teach)
+    own = {"negatives": Negatives("bm25"), "refresh": base.train, "initial": Corpus()}
+    dense = replace(base, teach=teach, **own)
     assert sorted(inspection.STAGES) == sorted({*test_experiment.BASE.stages, *dense.stages})
     table = made.stages()
     assert table.caption == "Stages: 1.5 minutes in all"
