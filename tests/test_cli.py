@@ -592,6 +592,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["reuse"] < faults["leave"] / 10
 
 
+def test_every_command_uses_freed_memory_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "reuse_memory", lambda: asked.append(True))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    cli.main(lambda _: None)
+    assert asked == []  # the memory of another program is its own
+    monkeypatch.setattr(cli.interrupts, "is_program", lambda: True)
+    cli.main(lambda _: None)
+    assert asked == [True]
+
+
 def test_other_ends_of_a_command():
     def interrupted(_):
         raise KeyboardInterrupt

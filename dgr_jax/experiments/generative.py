@@ -9,10 +9,11 @@ from typing import Any
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
-from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts, with_start
+from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
+from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
@@ -30,7 +31,7 @@ class Prepare(DataRules):
     mixture: examples of each (text, passage) pair by view, of a scheme of several views.
     train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
       from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
-      `pipeline.without_labels`); then test_splits may be () too.
+      `stages.labels`); then test_splits may be () too.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
     """
@@ -70,6 +71,10 @@ class Prepare(DataRules):
                     "Sources.pseudo_queries=0, expected a rate for one of them, such as 0.5"
                 )
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
+
+    def without_labels(self) -> Prepare:
+        """The same, learning from passages and pseudo-queries."""
+        return dataclasses.replace(self, train_split="")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -116,6 +121,7 @@ class Experiment:
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, Corpus or Pretrained; None: at random.
+    further: stages of one's own; each runs after those that it reads.
     """
 
     model_dir: str
@@ -130,8 +136,10 @@ class Experiment:
     control: bool = True
     mesh: Mesh = Mesh()
     initial: Any = None
+    further: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        check_apart(self.prepare)
         initial.check("Experiment.initial", self.initial)
         scheme = self.prepare.identifiers
         if self.model.prefix_adaptive_layers and not scheme.codes_by_position:
@@ -202,31 +210,8 @@ class Experiment:
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
-        left_out = () if self.control else ("control",)
-        stages = {
-            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
-            for name, settings in SETTINGS.items()
-        }
-        return with_start(stages, self.initial, "generate")
-
-
-# Settings of Experiment that a stage reads itself, and the stages whose output it reads.
-SETTINGS = {
-    "prepare": ("collection", "prepare"),
-    "generate": ("model", "generate", "initial"),
-    "candidates": ("candidates",),
-    "teach": ("teach",),
-    "distill": ("distill",),
-    "control": ("distill", "generate"),
-    "evaluate": ("evaluate",),
-}
-UPSTREAM = {
-    "prepare": (),
-    "generate": ("prepare",),
-    "candidates": ("generate",),
-    "teach": ("candidates",),
-    "distill": ("teach",),
-    "control": ("generate",),
-    "evaluate": ("distill", "control"),
-}
-STAGES = tuple(SETTINGS)
+        control = ("student:CONTROL",) if self.control else ()
+        trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
+        return listed(
+            "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )

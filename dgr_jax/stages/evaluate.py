@@ -18,6 +18,7 @@ from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.stage import Stage, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK, scored_passages
@@ -25,6 +26,7 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
+from dgr_jax.stages.measures import check_measures
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import decoder
 from dgr_jax.training import metrics, validation
@@ -453,3 +455,12 @@ def _remarks(
             f"passages of {ties:,} queries have equal scores, and stand in the order of their "
             "pids; other tools may order them otherwise"
         )
+
+
+STAGE = Stage(
+    "evaluate",
+    evaluate,
+    settings=fields("evaluate"),
+    upstream=lambda e: ("distill", "control") if e.control else ("distill",),
+    check=check_measures,
+)
