@@ -121,38 +121,50 @@ def decode_fn(
     record: with all prefixes that were searched.
     rules: by which the devices that share parameters cut activations.
     """
-    model = Transformer(config)
 
     def decode(params: Any, constraint: Any, tokens: jax.Array) -> BeamResult:
-        apply = functools.partial(model.apply, {"params": _cast_kernels(params, config.dtype)})
-        encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
-        cache = apply(encoded, num_beams, length, method="init_cache")
-
-        def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
-            return apply(last, cache, position, cross, tokens, method="step")
-
-        def score(
-            inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array
-        ) -> jax.Array:
-            x = apply(inputs, cache, position, cross, tokens, method="ahead")
-            return score_by_token(functools.partial(apply, method="logits"), x, targets)
-
-        return beam_search(
-            step,
-            constraint,
-            cache,
-            batch_size=tokens.shape[0],
-            num_beams=num_beams,
-            max_length=length,
-            record=record,
-            score_fn=score,
-        )
+        return written(config, params, constraint, tokens, num_beams, length, record=record)
 
     if mesh is None:
         return jax.jit(decode)
     on_shards = partitioning.on_batch_shards(decode, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+def written(
+    config: T5Config,
+    params: Any,
+    constraint: Any,
+    tokens: jax.Array,
+    num_beams: int,
+    length: int,
+    **settings: Any,
+) -> BeamResult:
+    """Identifiers that a student writes for queries int32 [B, Q]: beam_search with its settings."""
+    apply = functools.partial(
+        Transformer(config).apply, {"params": _cast_kernels(params, config.dtype)}
+    )
+    encoded = apply(tokens, method="encode")
+    cross = apply(encoded, method="cross")
+    cache = apply(encoded, num_beams, length, method="init_cache")
+
+    def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+        return apply(last, cache, position, cross, tokens, method="step")
+
+    def score(inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array) -> jax.Array:
+        x = apply(inputs, cache, position, cross, tokens, method="ahead")
+        return score_by_token(functools.partial(apply, method="logits"), x, targets)
+
+    return beam_search(
+        step,
+        constraint,
+        cache,
+        batch_size=tokens.shape[0],
+        num_beams=num_beams,
+        max_length=length,
+        score_fn=score,
+        **settings,
+    )
 
 
 def _cast_kernels(params: Any, dtype: str) -> Any:
@@ -182,6 +194,14 @@ def batches(lengths: np.ndarray, search: Search, size: int) -> Iterator[tuple[in
             yield ladder[used], places[start : start + size]
 
 
+def padded(tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The queries at `places` of int32 [n, Q], filled up or cut to int32 of `shape`."""
+    batch = np.zeros(shape, np.int32)
+    chosen = tokens[places, : shape[1]]
+    batch[: chosen.shape[0], : chosen.shape[1]] = chosen
+    return batch
+
+
 def rank_passages(
     rows: np.ndarray,
     log_probs: np.ndarray,
@@ -208,7 +228,21 @@ def rank_passages(
     keep = np.arange(len(owners)) if allowed is None else np.flatnonzero(allowed[owners])
     _, once = np.unique(query[keep] * table.num_passages + owners[keep], return_index=True)
     keep = keep[np.sort(once)]
-    query, owners, values = query[keep], owners[keep], values[keep]
+    return cut(query[keep], owners[keep], values[keep], (len(rows), depth), pid_of)
+
+
+def cut(
+    query: np.ndarray,
+    owners: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    pid_of: PidOf | None,
+) -> Found:
+    """The best passages of each query, index int32 and score f32 of `shape`: (queries, depth).
+
+    query, owners, values: query, passage and score [n], by query, then best first.
+    """
+    depth = shape[1]
     if pid_of is not None:
         # Of equal scores that begin within the depth, all are ordered before they are cut.
         groups = ranking.groups(query, values)
@@ -217,7 +251,7 @@ def rank_passages(
         owners = owners[ranking.in_order(groups, owners, pid_of)]
     place = np.arange(len(query)) - np.searchsorted(query, query)
     query, owners, values, place = (x[place < depth] for x in (query, owners, values, place))
-    passages, scores = _nothing(len(rows), depth)
+    passages, scores = _nothing(*shape)
     passages[query, place] = owners
     scores[query, place] = values
     return passages, scores
@@ -339,6 +373,10 @@ class Decoder:
         ordered.pid_of = pid_of
         return ordered
 
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
+        """Queries as `passages` takes them: int32 [n, Q]."""
+        return vocabulary.encode_inputs(texts, self.query_length)
+
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
         (found,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
@@ -383,7 +421,7 @@ class Decoder:
             if not planned:
                 yield _Batch(found, lengths, None, last=True)
             for number, (length, places) in enumerate(planned, start=1):
-                result = self._start(tokens[places, :length], (size, length))
+                result = self._start(tokens, places, (size, length))
                 yield _Batch(found, places, result, last=number == len(planned))
 
     def _lengths(self, tokens: np.ndarray) -> np.ndarray:
@@ -395,10 +433,9 @@ class Decoder:
             )
         return lengths
 
-    def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        padded = np.zeros(shape, np.int32)
-        padded[: tokens.shape[0], : tokens.shape[1]] = tokens
-        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
+    def _start(self, tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> BeamResult:
+        batch = padded(tokens, places, shape)
+        placed = partitioning.place(batch, partitioning.batch_sharding(self.mesh))
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:

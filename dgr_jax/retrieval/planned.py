@@ -1,0 +1,228 @@
+"""A plan and a student together: plan score + weight * log p(identifier) of the planned passages.
+
+Axis letters: B queries, Q query length, n planned passages, T identifier length, P passages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.decoding.beam_search import score_by_token
+from dgr_jax.decoding.guide import PlannedRows
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.generative import Decoder, Found, Search, cut, padded, written
+from dgr_jax.retrieval.simultaneous import Plan, Planned, Planner
+
+
+@dataclass(frozen=True)
+class PlannedQueries:
+    """tokens int32 [B, Q], and the planned passages of each query."""
+
+    tokens: np.ndarray
+    planned: Planned
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class PlannedHit(NamedTuple):
+    """A passage, its score and the tokens of its identifier; and the two parts of the score: of the
+    plan, and the log-probability of the identifier, None where the plan decides alone."""
+
+    passage: int
+    score: float
+    tokens: np.ndarray
+    plan_score: float
+    log_prob: float | None
+
+
+class _Scored(NamedTuple):
+    """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from
+    the device, -inf where an identifier was not written; None: the plan decides alone."""
+
+    passages: np.ndarray
+    scores: np.ndarray
+    log_probs: jax.Array | None
+
+
+@functools.lru_cache(maxsize=8)
+def score_fn(
+    config: T5Config, mesh: jax.sharding.Mesh, rules: partitioning.Rules = partitioning.RULES
+) -> Callable[[Any, tuple[jax.Array, jax.Array, jax.Array]], jax.Array]:
+    """The compiled scores of all planned identifiers, from one pass of the decoder: (params,
+    (queries int32 [B, Q], identifiers int32 [B, n, T], f32 [B, n])) -> log p(identifier | query)
+    f32 [B, n], -inf for blank rows. The last argument is that of `guided_fn`, and not used."""
+
+    def score(params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tokens, rows, _ = batch
+        apply = functools.partial(Transformer(config).apply, {"params": params})
+        encoded = apply(tokens, method="encode")
+        inputs = jnp.pad(rows[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        x = apply(encoded, tokens, inputs, method="decode")
+        log_probs = score_by_token(functools.partial(apply, method="logits"), x, rows)
+        total = jnp.where(rows > 0, log_probs, 0.0).sum(-1)
+        return jnp.where(rows[..., 0] > 0, total, -jnp.inf)
+
+    return _compiled(score, mesh, rules)
+
+
+@functools.lru_cache(maxsize=8)
+def guided_fn(
+    config: T5Config,
+    num_beams: int,
+    fixed: bool,
+    mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules = partitioning.RULES,
+) -> Callable[[Any, tuple[jax.Array, jax.Array, jax.Array]], jax.Array]:
+    """The compiled search: (params, (queries int32 [B, Q], identifiers int32 [B, n, T], sorted,
+    their bonus f32 [B, n])) -> log p(identifier | query) f32 [B, n], -inf where no beam wrote it.
+
+    fixed: whether all identifiers have T tokens.
+    """
+
+    def decode(params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tokens, rows, bonus = batch
+        guide = PlannedRows.of(rows, bonus, fixed=fixed)
+        result = written(config, params, guide, tokens, num_beams, rows.shape[-1], guide=guide)
+        return guide.log_probs(result)
+
+    return _compiled(decode, mesh, rules)
+
+
+def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:
+    on_shards = partitioning.on_batch_shards(function, mesh, whole=1, rules=rules)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+@dataclass
+class PlannedDecoder(Decoder):
+    """A student that answers for the passages that a plan names.
+
+    The trie is not used: the planned identifiers of a query are what may be written.
+    """
+
+    plan: Plan = field(kw_only=True)
+    planner: Planner = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        check(self.plan, self.search, self.table.num_passages)
+        layout = self.index.layout
+        fixed = layout.ends == "fixed"
+        if self.plan.ranked_by == "beams":
+            settings = (self.plan.num_beams, fixed, self.mesh, self.rules)
+            self._score = guided_fn(self.config, *settings)
+        else:
+            self._score = score_fn(self.config, self.mesh, self.rules)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the plan, and the identifiers."""
+        table = self.table
+        return self.planner.nbytes + table.tokens.nbytes + table.passages.nbytes
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """See Decoder.limits."""
+        limits = {"depth": self.search.depth, "passages of the plan": self.plan.passages}
+        if self.plan.ranked_by == "beams":
+            limits["num_beams of the plan"] = self.plan.num_beams
+        return limits
+
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
+        """Queries as `passages` takes them: planned already."""
+        planned = self.planner.best(texts, self.plan.passages, self.allowed)
+        return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def hits(self, queries: PlannedQueries) -> Iterator[list[PlannedHit]]:
+        """The passages of each query."""
+        for query, (found, scores) in enumerate(zip(*self.passages(queries), strict=True)):
+            there = found >= 0
+            plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+            yield [
+                self._hit(int(passage), float(score), plan[int(passage)])
+                for passage, score in zip(found[there], scores[there], strict=True)
+            ]
+
+    def _hit(self, passage: int, score: float, plan_score: float) -> PlannedHit:
+        alone = self.plan.ranked_by == "plan"
+        log_prob = None if alone else (score - plan_score) / self.plan.weight
+        return PlannedHit(
+            passage, score, self.table.tokens[self._rows[passage]], plan_score, log_prob
+        )
+
+    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
+        return super()._lengths(queries.tokens)
+
+    def _start(
+        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
+    ) -> _Scored:
+        passages, scores = (part[places] for part in queries.planned)
+        if self.plan.ranked_by == "plan":
+            return _Scored(passages, scores, None)
+        rows = np.where(passages >= 0, self._rows[np.maximum(passages, 0)], -1)
+        order = np.argsort(rows, axis=1, kind="stable")
+        passages, scores, rows = (
+            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
+        )
+        size, length = shape[0], self.index.layout.max_length
+        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
+        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
+        known = np.where(rows[..., None] >= 0, self.table.tokens[np.maximum(rows, 0)], 0)
+        identifiers[: len(places), :, : known.shape[2]] = known
+        bonus[: len(places)] = scores / np.float32(self.plan.weight)
+        batch = (padded(queries.tokens, places, shape), identifiers, bonus)
+        placed = partitioning.place(batch, partitioning.batch_sharding(self.mesh))
+        return _Scored(passages, scores, self._score(self.params, placed))
+
+    def _rank(self, batch: Any) -> None:
+        if batch.result is None:
+            return
+        passages, scores, log_probs = batch.result
+        if log_probs is not None:
+            log_probs = np.asarray(log_probs)[: len(passages)]
+            scores = scores + np.float32(self.plan.weight) * log_probs
+        found = ranked(passages, scores, self.search.depth, self.pid_of)
+        for whole, part in zip(batch.found, found, strict=True):
+            whole[batch.places] = part
+
+
+def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: Any) -> Found:
+    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders them;
+    those of score -inf are left out."""
+    scores = np.where(passages >= 0, scores, -np.inf)
+    order = np.lexsort((passages, -scores))
+    passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
+    query, place = np.nonzero(scores > -np.inf)
+    values = scores[query, place].astype(np.float32)
+    return cut(query, passages[query, place], values, (len(passages), depth), pid_of)
+
+
+def check(plan: Plan, search: Search, num_passages: int) -> None:
+    """Raises ValueError where a plan does not fit the search, or the corpus."""
+    name = type(plan).__name__
+    check_search(plan, search)
+    if plan.passages > num_passages:
+        raise ValueError(
+            f"{name}.passages: got {plan.passages}, expected at most {num_passages}, the passages "
+            "of the corpus"
+        )
+
+
+def check_search(plan: Plan, search: Search) -> None:
+    """Raises ValueError where a student cannot search so with a plan."""
+    for setting, expected in (("renormalise", False), ("constrained", True)):
+        if getattr(search, setting) != expected:
+            raise ValueError(
+                f"Search.{setting}: got {not expected} with a plan ({type(plan).__name__}), "
+                f"expected {expected}: only identifiers of planned passages are written, and their "
+                "log-probabilities are over the whole vocabulary"
+            )
