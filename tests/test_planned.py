@@ -48,7 +48,7 @@ def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
 
 
 def asked(decoder, queries=QUERIES):
-    planned = decoder.planner.best([""] * len(queries), decoder.plan.passages, decoder.allowed)
+    planned = decoder.planner.best([""] * len(queries), decoder.plan.planned, decoder.allowed)
     return PlannedQueries(queries, planned)
 
 
@@ -77,7 +77,7 @@ def expected_hits(decoder, queries, beams=None):
 )
 def test_plan_and_log_probability_are_added(kind, ranked_by):
     """With as many beams as passages are planned, all of them are written."""
-    plan = Lexical(passages=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, beams=PLANNED)
     decoder = planned_decoder(ROWS[kind], plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
@@ -96,21 +96,30 @@ def test_plan_and_log_probability_are_added(kind, ranked_by):
 
 
 def test_few_beams_find_the_best_of_what_is_planned():
-    plan = Lexical(passages=PLANNED, ranked_by="beams", weight=0.5, num_beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by="beams", weight=0.5, beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
-    assert ((passages >= 0).sum(1) == 4).all()
     for query, expected in enumerate(expected_hits(decoder, queries)):
         exact = dict(expected)
-        found = passages[query][:4].tolist()
-        np.testing.assert_allclose(scores[query][:4], [exact[p] for p in found], atol=1e-4)
-    assert decoder.most_passages == 4
+        found = passages[query].tolist()
+        np.testing.assert_allclose(scores[query][:4], [exact[p] for p in found[:4]], atol=1e-4)
+        # The others stand in the order of the plan, below all that were written.
+        left = [p for p in queries.planned.passages[query].tolist() if p not in found[:4]]
+        assert found[4:] == left[: SEARCH.depth - 4]
+        plan_scores = dict(zip(*(part[query] for part in queries.planned), strict=True))
+        assert scores[query][3] - scores[query][4] == pytest.approx(0.5, abs=1e-5)
+        assert scores[query][4] - scores[query][5] == pytest.approx(
+            plan_scores[found[4]] - plan_scores[found[5]], abs=1e-5
+        )
+    for hits in decoder.hits(queries):
+        assert [np.isfinite(hit.log_prob) for hit in hits] == [True] * 4 + [False] * 2
+    assert decoder.most_passages == SEARCH.depth
 
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
 def test_passages_of_one_identifier_keep_their_own_plan_scores(ranked_by):
-    plan = Lexical(passages=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, beams=PLANNED)
     decoder = planned_decoder(SHARED, plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
@@ -119,19 +128,19 @@ def test_passages_of_one_identifier_keep_their_own_plan_scores(ranked_by):
 
 
 def test_the_plan_alone_asks_no_student():
-    plan = Lexical(passages=PLANNED, ranked_by="plan")
+    plan = Lexical(planned=PLANNED, ranked_by="plan")
     decoder = planned_decoder(ROWS["rq"], plan)
     decoder.params = None
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
     np.testing.assert_array_equal(passages, queries.planned.passages[:, : SEARCH.depth])
     np.testing.assert_array_equal(scores, queries.planned.scores[:, : SEARCH.depth])
-    assert all(hit.log_prob is None for hits in decoder.hits(queries) for hit in hits)
+    assert all(hit.log_prob == -np.inf for hits in decoder.hits(queries) for hit in hits)
 
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams", "plan"])
 def test_only_allowed_passages_are_planned(ranked_by):
-    plan = Lexical(passages=PLANNED, ranked_by=ranked_by, num_beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     allowed = np.zeros(COUNT, bool)
     allowed[[3, 5, 8]] = True
@@ -142,7 +151,7 @@ def test_only_allowed_passages_are_planned(ranked_by):
 
 
 def test_one_query_and_blocks_give_what_all_together_do():
-    plan = Lexical(passages=PLANNED, ranked_by="beams", num_beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by="beams", beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     queries = asked(decoder)
     whole = decoder.passages(queries)
@@ -162,7 +171,7 @@ def test_one_query_and_blocks_give_what_all_together_do():
 )
 def test_the_same_passages_on_a_mesh(ranked_by):
     toy.devices(4)
-    plan = Lexical(passages=PLANNED, ranked_by=ranked_by, num_beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, beams=4)
     alone = planned_decoder(ROWS["rq"], plan)
     shared = planned_decoder(ROWS["rq"], plan, Mesh(data=2, model=2), 4)
     expected, found = alone.passages(asked(alone)), shared.passages(asked(shared))
@@ -173,9 +182,9 @@ def test_the_same_passages_on_a_mesh(ranked_by):
 @pytest.mark.parametrize(
     ("plan", "search", "message"),
     [
-        (dict(passages=41), {}, "Lexical.passages: got 41, expected at most 40, the passages of"),
-        (dict(passages=8), dict(renormalise=True), "Search.renormalise: got True with a plan"),
-        (dict(passages=8), dict(constrained=False), "Search.constrained: got False with a plan"),
+        (dict(planned=41), {}, "Lexical.planned: got 41, expected at most 40, the passages of"),
+        (dict(planned=10), dict(renormalise=True), "Search.renormalise: got True with a plan"),
+        (dict(planned=10), dict(constrained=False), "Search.constrained: got False with a plan"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, search, message):
@@ -187,11 +196,11 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'identifiers', 'beams'"),
+        (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
         (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
         (
-            dict(passages=5, num_beams=6, ranked_by="beams"),
-            "Lexical.num_beams: got 6, expected at most 5, Lexical.passages",
+            dict(planned=5, beams=6),
+            "Lexical.beams: got 6, expected at most 5, Lexical.planned",
         ),
     ],
 )
@@ -219,7 +228,7 @@ QUESTIONS = ["Do bees dance?", "a ship dance", "", "zebra", "dance dance"]
 
 
 def test_a_lexical_plan_is_bm25(store):
-    planner = Lexical(passages=3).planner(store)
+    planner = Lexical(planned=3, beams=3).planner(store)
     index = Bm25().fit(store)
     np.testing.assert_array_equal(planner.scores(QUESTIONS), [*map(index.scores, QUESTIONS)])
     passages, scores = planner.best(QUESTIONS, 3)
@@ -233,12 +242,12 @@ def test_a_lexical_plan_is_bm25(store):
 
 def test_plans_of_allowed_passages_alone(store):
     allowed = np.array([False, True, True, True, True])
-    passages, _ = Lexical(passages=3).planner(store).best(["bees dance"], 3, allowed)
+    passages, _ = Lexical(planned=3, beams=3).planner(store).best(["bees dance"], 3, allowed)
     assert passages.tolist() == [[2, -1, -1]]
 
 
 def test_a_plan_is_saved_and_one_of_another_corpus_refused(store, tmp_path):
-    plan, folder = Lexical(passages=3), tmp_path / "plan"
+    plan, folder = Lexical(planned=3, beams=3), tmp_path / "plan"
     made = plan.planner(store, folder)
     made.save(folder)
     opened = plan.planner(store, folder)
@@ -249,11 +258,11 @@ def test_a_plan_is_saved_and_one_of_another_corpus_refused(store, tmp_path):
     with pytest.raises(ValueError, match="is a plan of other passages than these: got 5, expected"):
         plan.planner(other, folder)
     with pytest.raises(ValueError, match="is a plan of other bm25 than these"):
-        Lexical(passages=3, bm25=Bm25(k1=2.0)).planner(store, folder)
+        Lexical(planned=3, beams=3, bm25=Bm25(k1=2.0)).planner(store, folder)
 
 
 def test_a_corpus_without_words_plans_nothing(tmp_path):
-    planner = Lexical(passages=1).planner(stored(tmp_path, ["", "?"]))
+    planner = Lexical(planned=1, beams=1).planner(stored(tmp_path, ["", "?"]))
     planner.save(tmp_path / "plan")
-    planner = Lexical(passages=1).planner(stored(tmp_path, ["", "?"]), tmp_path / "plan")
+    planner = Lexical(planned=1, beams=1).planner(stored(tmp_path, ["", "?"]), tmp_path / "plan")
     assert planner.best(["bees"], 1).passages.tolist() == [[-1]]

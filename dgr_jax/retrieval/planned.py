@@ -6,7 +6,7 @@ Axis letters: B queries, Q query length, n planned passages, T identifier length
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import partitioning
+from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import Decoder, Found, Search, cut, padded, written
+from dgr_jax.retrieval.batching import Found, padded
+from dgr_jax.retrieval.generative import Decoder, Search, cut, written
 from dgr_jax.retrieval.simultaneous import Plan, Planned, Planner
 
 
@@ -35,14 +37,14 @@ class PlannedQueries:
 
 
 class PlannedHit(NamedTuple):
-    """A passage, its score and the tokens of its identifier; and the two parts of the score: of the
-    plan, and the log-probability of the identifier, None where the plan decides alone."""
+    """A passage, its score and the tokens of its identifier; and the two parts of the score: that
+    of the plan, and the log-probability of the identifier, -inf where it was not written."""
 
     passage: int
     score: float
     tokens: np.ndarray
     plan_score: float
-    log_prob: float | None
+    log_prob: float
 
 
 class _Scored(NamedTuple):
@@ -118,7 +120,7 @@ class PlannedDecoder(Decoder):
         layout = self.index.layout
         fixed = layout.ends == "fixed"
         if self.plan.ranked_by == "beams":
-            settings = (self.plan.num_beams, fixed, self.mesh, self.rules)
+            settings = (self.plan.beams, fixed, self.mesh, self.rules)
             self._score = guided_fn(self.config, *settings)
         else:
             self._score = score_fn(self.config, self.mesh, self.rules)
@@ -132,32 +134,37 @@ class PlannedDecoder(Decoder):
     @property
     def limits(self) -> dict[str, int]:
         """See Decoder.limits."""
-        limits = {"depth": self.search.depth, "passages of the plan": self.plan.passages}
-        if self.plan.ranked_by == "beams":
-            limits["num_beams of the plan"] = self.plan.num_beams
-        return limits
+        return {"planned": self.plan.planned, "depth": self.search.depth}
 
     def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
         """Queries as `passages` takes them: planned already."""
-        planned = self.planner.best(texts, self.plan.passages, self.allowed)
+        planned = self.planner.best(texts, self.plan.planned, self.allowed)
         return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def passages(self, queries: PlannedQueries) -> Found:
+        """Passage index int32 and score f32 [B, depth]; see `ranked`."""
+        return super().passages(queries)[:2]
+
+    def passages_of_blocks(self, blocks: Iterable[PlannedQueries]) -> Iterator[Found]:
+        """See Decoder.passages_of_blocks."""
+        return (found[:2] for found in super().passages_of_blocks(blocks))
 
     def hits(self, queries: PlannedQueries) -> Iterator[list[PlannedHit]]:
         """The passages of each query."""
-        for query, (found, scores) in enumerate(zip(*self.passages(queries), strict=True)):
-            there = found >= 0
+        for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
             plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
             yield [
-                self._hit(int(passage), float(score), plan[int(passage)])
-                for passage, score in zip(found[there], scores[there], strict=True)
+                PlannedHit(i, score, self.table.tokens[self._rows[i]], plan[i], log_prob)
+                for i, score, log_prob in zip(
+                    passages.tolist(), *(part.tolist() for part in parts), strict=True
+                )
+                if i >= 0
             ]
 
-    def _hit(self, passage: int, score: float, plan_score: float) -> PlannedHit:
-        alone = self.plan.ranked_by == "plan"
-        log_prob = None if alone else (score - plan_score) / self.plan.weight
-        return PlannedHit(
-            passage, score, self.table.tokens[self._rows[passage]], plan_score, log_prob
-        )
+    def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
+        """Beside passages and scores, log-probabilities."""
+        passages, scores = super()._nothing(queries)
+        return passages, scores, scores.copy()
 
     def _lengths(self, queries: PlannedQueries) -> np.ndarray:
         return super()._lengths(queries.tokens)
@@ -187,17 +194,37 @@ class PlannedDecoder(Decoder):
         if batch.result is None:
             return
         passages, scores, log_probs = batch.result
-        if log_probs is not None:
+        if log_probs is None:
+            totals = scores
+            log_probs = np.full_like(scores, -np.inf)
+        else:
             log_probs = np.asarray(log_probs)[: len(passages)]
-            scores = scores + np.float32(self.plan.weight) * log_probs
-        found = ranked(passages, scores, self.search.depth, self.pid_of)
-        for whole, part in zip(batch.found, found, strict=True):
+            totals = summed(scores, log_probs, self.plan.weight)
+        found = ranked(passages, totals, self.search.depth, self.pid_of)
+        place = (found[0][:, :, None] == passages[:, None, :]).argmax(-1)
+        parts = (*found, np.take_along_axis(log_probs, place, 1))
+        for whole, part in zip(batch.found, parts, strict=True):
             whole[batch.places] = part
 
 
-def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: Any) -> Found:
-    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders them;
-    those of score -inf are left out."""
+def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarray:
+    """Plan score + weight * log-probability of planned passages, f32 [B, n] each.
+
+    Those without a log-probability (-inf), which no beam wrote, come after all others: their plan
+    scores are shifted, so that the best is as much below the last of the others as one less in
+    log-probability would be.
+    """
+    totals = scores + np.float32(weight) * log_probs
+    written, planned = log_probs > -np.inf, scores > -np.inf
+    last = np.min(totals, axis=1, where=written, initial=np.inf, keepdims=True)
+    best = np.max(scores, axis=1, where=planned & ~written, initial=-np.inf, keepdims=True)
+    shift = np.where(np.isfinite(last) & np.isfinite(best), last - best - np.float32(weight), 0)
+    return np.where(written, totals, scores + shift.astype(np.float32))
+
+
+def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: PidOf | None) -> Found:
+    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders
+    them."""
     scores = np.where(passages >= 0, scores, -np.inf)
     order = np.lexsort((passages, -scores))
     passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
@@ -210,9 +237,9 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     """Raises ValueError where a plan does not fit the search, or the corpus."""
     name = type(plan).__name__
     check_search(plan, search)
-    if plan.passages > num_passages:
+    if plan.planned > num_passages:
         raise ValueError(
-            f"{name}.passages: got {plan.passages}, expected at most {num_passages}, the passages "
+            f"{name}.planned: got {plan.planned}, expected at most {num_passages}, the passages "
             "of the corpus"
         )
 

@@ -23,7 +23,7 @@ from dgr_jax.retrieval.bm25 import Bm25, Postings
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
 
-RANKED_BY = ("identifiers", "beams", "plan")
+RANKED_BY = ("beams", "identifiers", "plan")
 
 _FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
@@ -53,16 +53,12 @@ class Planner(Protocol):
 
 
 class Plan(Protocol):
-    """Settings of a plan, and of what is done with it.
+    """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are."""
 
-    passages: planned for each query, n. weight: of log p(identifier) beside the plan score.
-    ranked_by: one of RANKED_BY; num_beams: of 'beams'. See `Lexical`.
-    """
-
-    passages: int
-    weight: float
+    planned: int
     ranked_by: str
-    num_beams: int
+    beams: int
+    weight: float
 
     def planner(self, store: PassageStore, folder: Path | None = None) -> Planner:
         """The plan of a corpus: the one that was saved in a folder, or made now where none was.
@@ -75,36 +71,36 @@ class Plan(Protocol):
 class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
 
-    passages: planned for each query, at most; only those that share a word with it are.
-    ranked_by: what the planned passages are ranked by:
-      'identifiers': plan score + weight * log p(identifier) of each; all of their identifiers are
-        scored in one pass of the decoder;
-      'beams': the same, of the `num_beams` that a beam search writes which is guided by the plan;
+    planned: passages that are planned for each query, at most: those that share a word with it.
+    ranked_by: what they are ranked by:
+      'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
+        writes that the plan guides; the other ones come after these, in the order of the plan;
+      'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
       'plan': the plan score alone, without the student.
-    weight: of the log-probability. .25 was the best on held-out training questions of SQuAD (.2 to
-      .3 for impacts of BM25); it is not fitted to other collections.
-    num_beams: identifiers that are written, for 'beams'.
+    beams: identifiers that are written. With as many as are planned, all are.
+    weight: of the log-probability. On held-out training questions of SQuAD .2 to .3 was best for
+      the impacts of BM25; .25 is not fitted to other collections.
     bm25: what words are, and what they count.
     """
 
-    passages: int = 100
-    ranked_by: str = "identifiers"
+    planned: int = 100
+    ranked_by: str = "beams"
+    beams: int = 10
     weight: float = 0.25
-    num_beams: int = 10
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
         ranges.check(
             self,
-            passages=ranges.at_least(1),
+            planned=ranges.at_least(1),
             ranked_by=ranges.one_of(*RANKED_BY),
+            beams=ranges.at_least(1),
             weight=ranges.above(0),
-            num_beams=ranges.at_least(1),
         )
-        if self.ranked_by == "beams" and self.num_beams > self.passages:
+        if self.ranked_by == "beams" and self.beams > self.planned:
             raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.passages}, "
-                "Lexical.passages: beams write identifiers of planned passages alone"
+                f"Lexical.beams: got {self.beams}, expected at most {self.planned}, "
+                "Lexical.planned: beams write identifiers of planned passages alone"
             )
 
     def planner(self, store: PassageStore, folder: Path | None = None) -> LexicalPlanner:
