@@ -43,8 +43,7 @@ class Drawn:
 
 def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
     student = students.decoder(rows, search, mesh=mesh, devices=devices)
-    values = {f.name: getattr(student, f.name) for f in dataclasses.fields(student)}
-    return PlannedDecoder(**values, plan=plan, planner=Drawn(len(rows)))
+    return PlannedDecoder.of(student, plan, Drawn(len(rows)))
 
 
 def asked(decoder, queries=QUERIES):
@@ -52,7 +51,7 @@ def asked(decoder, queries=QUERIES):
     return PlannedQueries(queries, planned)
 
 
-def expected_hits(decoder, queries, beams=None):
+def expected_hits(decoder, queries):
     """[(passage, score)] of each query: plan score + weight * log p, of all that are planned."""
     student = students.decoder(np.asarray(decoder.table.tokens), SEARCH)
     log_probs = np.concatenate(list(exhaustive.identifier_log_probs(student, queries.tokens)))
@@ -77,7 +76,7 @@ def expected_hits(decoder, queries, beams=None):
 )
 def test_plan_and_log_probability_are_added(kind, ranked_by):
     """With as many beams as passages are planned, all of them are written."""
-    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, beams=PLANNED)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
     decoder = planned_decoder(ROWS[kind], plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
@@ -96,7 +95,7 @@ def test_plan_and_log_probability_are_added(kind, ranked_by):
 
 
 def test_few_beams_find_the_best_of_what_is_planned():
-    plan = Lexical(planned=PLANNED, ranked_by="beams", weight=0.5, beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by="beams", weight=0.5, num_beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
@@ -119,12 +118,43 @@ def test_few_beams_find_the_best_of_what_is_planned():
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
 def test_passages_of_one_identifier_keep_their_own_plan_scores(ranked_by):
-    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, beams=PLANNED)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
     decoder = planned_decoder(SHARED, plan)
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
     for query, expected in enumerate(expected_hits(decoder, queries)):
         assert passages[query].tolist() == [p for p, _ in expected[: SEARCH.depth]]
+
+
+class Few(Drawn):
+    """Plans two passages of even queries, and none of odd ones."""
+
+    def best(self, texts, count, allowed=None):
+        passages, scores = super().best(texts, count, allowed)
+        there = np.arange(count) < 2 * (np.arange(len(texts)) % 2 == 0)[:, None]
+        return Planned(np.where(there, passages, -1), np.where(there, scores, -np.inf))
+
+
+@pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
+def test_where_few_are_planned_the_student_searches_all(ranked_by):
+    """Its passages count 0 in the plan."""
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=4)
+    decoder = planned_decoder(ROWS["rq"], plan)
+    decoder.planner = Few()
+    queries = asked(decoder)
+    student = students.decoder(ROWS["rq"], dataclasses.replace(SEARCH, depth=4))
+    alone, log_probs = student.passages(QUERIES)
+    passages, scores = decoder.passages(queries)
+    for query, expected in enumerate(expected_hits(decoder, queries)):
+        found = dict(zip(alone[query].tolist(), 0.5 * log_probs[query], strict=True))
+        expected = sorted((found | dict(expected)).items(), key=lambda item: -item[1])
+        expected = expected[: SEARCH.depth]
+        count = len(expected)
+        assert passages[query].tolist() == [p for p, _ in expected] + [-1] * (SEARCH.depth - count)
+        np.testing.assert_allclose(scores[query][:count], [s for _, s in expected], atol=1e-4)
+    for query, hits in enumerate(decoder.hits(queries)):
+        planned = set(queries.planned.passages[query].tolist())
+        assert all((hit.plan_score == 0.0) == (hit.passage not in planned) for hit in hits)
 
 
 def test_the_plan_alone_asks_no_student():
@@ -140,7 +170,7 @@ def test_the_plan_alone_asks_no_student():
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams", "plan"])
 def test_only_allowed_passages_are_planned(ranked_by):
-    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, num_beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     allowed = np.zeros(COUNT, bool)
     allowed[[3, 5, 8]] = True
@@ -151,7 +181,7 @@ def test_only_allowed_passages_are_planned(ranked_by):
 
 
 def test_one_query_and_blocks_give_what_all_together_do():
-    plan = Lexical(planned=PLANNED, ranked_by="beams", beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by="beams", num_beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
     queries = asked(decoder)
     whole = decoder.passages(queries)
@@ -171,7 +201,7 @@ def test_one_query_and_blocks_give_what_all_together_do():
 )
 def test_the_same_passages_on_a_mesh(ranked_by):
     toy.devices(4)
-    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, beams=4)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, num_beams=4)
     alone = planned_decoder(ROWS["rq"], plan)
     shared = planned_decoder(ROWS["rq"], plan, Mesh(data=2, model=2), 4)
     expected, found = alone.passages(asked(alone)), shared.passages(asked(shared))
@@ -199,8 +229,8 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
         (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
         (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
         (
-            dict(planned=5, beams=6),
-            "Lexical.beams: got 6, expected at most 5, Lexical.planned",
+            dict(planned=5, num_beams=6),
+            "Lexical.num_beams: got 6, expected at most 5, Lexical.planned",
         ),
     ],
 )
@@ -228,7 +258,7 @@ QUESTIONS = ["Do bees dance?", "a ship dance", "", "zebra", "dance dance"]
 
 
 def test_a_lexical_plan_is_bm25(store):
-    planner = Lexical(planned=3, beams=3).planner(store)
+    planner = Lexical(planned=3, num_beams=3).planner(store)
     index = Bm25().fit(store)
     np.testing.assert_array_equal(planner.scores(QUESTIONS), [*map(index.scores, QUESTIONS)])
     passages, scores = planner.best(QUESTIONS, 3)
@@ -242,27 +272,31 @@ def test_a_lexical_plan_is_bm25(store):
 
 def test_plans_of_allowed_passages_alone(store):
     allowed = np.array([False, True, True, True, True])
-    passages, _ = Lexical(planned=3, beams=3).planner(store).best(["bees dance"], 3, allowed)
+    passages, _ = Lexical(planned=3, num_beams=3).planner(store).best(["bees dance"], 3, allowed)
     assert passages.tolist() == [[2, -1, -1]]
 
 
-def test_a_plan_is_saved_and_one_of_another_corpus_refused(store, tmp_path):
-    plan, folder = Lexical(planned=3, beams=3), tmp_path / "plan"
+def test_a_plan_is_kept_and_one_of_another_corpus_refused(store, tmp_path):
+    plan, folder = Lexical(planned=3, num_beams=3), tmp_path / "plans"
     made = plan.planner(store, folder)
-    made.save(folder)
+    assert not folder.exists()
+    plan.planner(store, folder, keep=True)
     opened = plan.planner(store, folder)
+    assert len(list(folder.iterdir())) == 1
     assert opened._postings.words == made._postings.words
     np.testing.assert_array_equal(opened.scores(QUESTIONS), made.scores(QUESTIONS))
     assert opened.nbytes == made.nbytes > 0
     other = stored(tmp_path / "other", TEXTS[:4])
-    with pytest.raises(ValueError, match="is a plan of other passages than these: got 5, expected"):
+    message = "is the plan of another corpus: got one of 5 passages, expected the 4 that"
+    with pytest.raises(ValueError, match=message):
         plan.planner(other, folder)
-    with pytest.raises(ValueError, match="is a plan of other bm25 than these"):
-        Lexical(planned=3, beams=3, bm25=Bm25(k1=2.0)).planner(store, folder)
+    Lexical(planned=3, num_beams=3, bm25=Bm25(k1=2.0)).planner(other, folder, keep=True)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_a_corpus_without_words_plans_nothing(tmp_path):
-    planner = Lexical(planned=1, beams=1).planner(stored(tmp_path, ["", "?"]))
-    planner.save(tmp_path / "plan")
-    planner = Lexical(planned=1, beams=1).planner(stored(tmp_path, ["", "?"]), tmp_path / "plan")
+    plan = Lexical(planned=1, num_beams=1)
+    empty = stored(tmp_path / "store", ["", "?"])
+    plan.planner(empty, tmp_path / "plans", keep=True)
+    planner = plan.planner(empty, tmp_path / "plans")
     assert planner.best(["bees"], 1).passages.tolist() == [[-1]]

@@ -16,8 +16,10 @@ from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, 
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Plan
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Experiment:
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, such as Pretrained; None: at random.
+    plan: what scores all passages before a student writes, such as Lexical: the distilled student
+      with it is measured as `planned` beside the others. None: nothing.
     """
 
     model_dir: str
@@ -122,6 +126,7 @@ class Experiment:
     control: bool = True
     mesh: Mesh = Mesh()
     initial: Any = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         many = isinstance(self.prepare.identifiers, Multiview)
@@ -143,6 +148,14 @@ class Experiment:
                     f"expected @{expected.__name__}() with identifiers of "
                     f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
                 )
+        if self.plan is not None:
+            if many:
+                raise ValueError(
+                    f"Experiment.plan: got {type(self.plan).__name__} with Multiview identifiers, "
+                    "expected None, or identifiers of which a passage has one "
+                    "(Prepare.identifiers)"
+                )
+            planned.check_search(self.plan, self.evaluate.search)
         if many and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -167,6 +180,11 @@ class Experiment:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured: the systems, and `planned`, the best of them with the plan."""
+        return (*self.systems, "planned") if self.plan is not None else self.systems
+
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order; the steps of `control` are those of
         `distill`."""
@@ -188,8 +206,12 @@ class Experiment:
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         left_out = () if self.control else ("control",)
+        unset = ("plan",) if self.plan is None else ()  # so that older stages stay
         return {
-            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
+            name: Stage(
+                tuple(setting for setting in settings if setting not in unset),
+                tuple(up for up in UPSTREAM[name] if up not in left_out),
+            )
             for name, settings in SETTINGS.items()
         }
 
@@ -202,7 +224,7 @@ SETTINGS = {
     "teach": ("teach",),
     "distill": ("distill",),
     "control": ("distill", "generate"),
-    "evaluate": ("evaluate",),
+    "evaluate": ("evaluate", "plan"),
 }
 UPSTREAM = {
     "prepare": (),

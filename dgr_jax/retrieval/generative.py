@@ -11,7 +11,7 @@ import importlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,11 +26,10 @@ from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches, padded
+from dgr_jax.retrieval.batching import Found, ReadsTokens, Shapes, _nothing, _pairs, batches, padded
 from dgr_jax.settings import without_effect
 
 if TYPE_CHECKING:
-    from dgr_jax.data.vocabulary import Vocabulary
     from dgr_jax.decoding.trie_expand import TrieConstraint
 
 logger = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ class _Batch(NamedTuple):
 
 
 @dataclass
-class Decoder:
+class Decoder(ReadsTokens):
     """Parameters, index and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -323,10 +322,6 @@ class Decoder:
         ordered = copy.copy(self)
         ordered.pid_of = pid_of
         return ordered
-
-    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
-        """Queries as `passages` takes them: int32 [n, Q]."""
-        return vocabulary.encode_inputs(texts, self.query_length)
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,11 @@ import numpy as np
 from dgr_jax import partitioning
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.decoding.beam_search import score_by_token
+from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found, padded
-from dgr_jax.retrieval.generative import Decoder, Search, cut, written
+from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
 from dgr_jax.retrieval.simultaneous import Plan, Planned, Planner
 
 
@@ -49,11 +49,13 @@ class PlannedHit(NamedTuple):
 
 class _Scored(NamedTuple):
     """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from
-    the device, -inf where an identifier was not written; None: the plan decides alone."""
+    the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
+    a search of all passages finds; None: all queries have enough planned passages."""
 
     passages: np.ndarray
     scores: np.ndarray
     log_probs: jax.Array | None
+    beside: BeamResult | None
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,21 +111,37 @@ def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules)
 class PlannedDecoder(Decoder):
     """A student that answers for the passages that a plan names.
 
-    The trie is not used: the planned identifiers of a query are what may be written.
+    The trie is not used: the planned identifiers of a query are what may be written. Only where a
+    query has fewer planned passages than asked for, does `student` search all of them too: what it
+    finds beside has the plan score 0.
     """
 
     plan: Plan = field(kw_only=True)
     planner: Planner = field(kw_only=True)
+    student: Decoder = field(kw_only=True)
 
     def __post_init__(self) -> None:
         check(self.plan, self.search, self.table.num_passages)
         layout = self.index.layout
         fixed = layout.ends == "fixed"
         if self.plan.ranked_by == "beams":
-            settings = (self.plan.beams, fixed, self.mesh, self.rules)
+            settings = (self.plan.num_beams, fixed, self.mesh, self.rules)
             self._score = guided_fn(self.config, *settings)
         else:
             self._score = score_fn(self.config, self.mesh, self.rules)
+
+    @classmethod
+    def of(cls, student: Decoder, plan: Plan, planner: Planner) -> PlannedDecoder:
+        """A student with a plan."""
+        own = {f.name: getattr(student, f.name) for f in fields(student)}
+        own["search"] = replace(student.search, num_beams=plan.num_beams)
+        student = replace(student, search=own["search"])
+        return cls(**own, plan=plan, planner=planner, student=student)
+
+    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
+        """See Decoder.restrict."""
+        student = self.student.restrict(passage_mask)
+        return replace(self, index=student.index, allowed=student.allowed, student=student)
 
     @property
     def index_bytes(self) -> int:
@@ -154,7 +172,7 @@ class PlannedDecoder(Decoder):
         for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
             plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
             yield [
-                PlannedHit(i, score, self.table.tokens[self._rows[i]], plan[i], log_prob)
+                PlannedHit(i, score, self.table.tokens[self._rows[i]], plan.get(i, 0.0), log_prob)
                 for i, score, log_prob in zip(
                     passages.tolist(), *(part.tolist() for part in parts), strict=True
                 )
@@ -174,7 +192,9 @@ class PlannedDecoder(Decoder):
     ) -> _Scored:
         passages, scores = (part[places] for part in queries.planned)
         if self.plan.ranked_by == "plan":
-            return _Scored(passages, scores, None)
+            return _Scored(passages, scores, None, None)
+        short = (passages < 0).any()
+        beside = self.student._start(queries.tokens, places, shape) if short else None
         rows = np.where(passages >= 0, self._rows[np.maximum(passages, 0)], -1)
         order = np.argsort(rows, axis=1, kind="stable")
         passages, scores, rows = (
@@ -188,23 +208,52 @@ class PlannedDecoder(Decoder):
         bonus[: len(places)] = scores / np.float32(self.plan.weight)
         batch = (padded(queries.tokens, places, shape), identifiers, bonus)
         placed = partitioning.place(batch, partitioning.batch_sharding(self.mesh))
-        return _Scored(passages, scores, self._score(self.params, placed))
+        return _Scored(passages, scores, self._score(self.params, placed), beside)
 
     def _rank(self, batch: Any) -> None:
         if batch.result is None:
             return
-        passages, scores, log_probs = batch.result
+        passages, scores, log_probs, beside = batch.result
+        count, weight = len(passages), self.plan.weight
         if log_probs is None:
-            totals = scores
-            log_probs = np.full_like(scores, -np.inf)
+            totals, log_probs = scores, np.full_like(scores, -np.inf)
+        elif beside is None:
+            log_probs = np.asarray(log_probs)[:count]
+            totals = summed(scores, log_probs, weight)
         else:
-            log_probs = np.asarray(log_probs)[: len(passages)]
-            totals = summed(scores, log_probs, self.plan.weight)
+            log_probs = np.asarray(log_probs)[:count]
+            more, values = self._beside(beside, (passages < 0).any(1))
+            log_probs, new = joined(passages, log_probs, more, values)
+            totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
+            passages = np.concatenate([passages, more], 1)
+            log_probs = np.concatenate([log_probs, new], 1)
         found = ranked(passages, totals, self.search.depth, self.pid_of)
         place = (found[0][:, :, None] == passages[:, None, :]).argmax(-1)
         parts = (*found, np.take_along_axis(log_probs, place, 1))
         for whole, part in zip(batch.found, parts, strict=True):
             whole[batch.places] = part
+
+    def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
+        """Passages and log-probabilities [B, M] that the student found for the queries that are
+        `short` of planned passages, bool [B]; none for the others."""
+        rows = self.student._found(result, len(short))
+        rows = np.where(short[:, None], rows, -1)
+        log_probs = np.asarray(result.log_probs)[: len(short)]
+        return rank_passages(rows, log_probs, self.table, self.search.num_beams, self.allowed)
+
+
+def joined(
+    passages: np.ndarray, log_probs: np.ndarray, more: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of planned passages [B, n], with those that another search has written of
+    them; and those of its other passages [B, M], -inf for planned ones.
+
+    more, values: passages and log-probabilities of the other search [B, M], -1 and -inf: none.
+    """
+    same = more[:, :, None] == passages[:, None, :]
+    written = np.where(same, values[:, :, None], -np.inf).max(1).astype(np.float32)
+    new = np.where(same.any(2), -np.inf, values).astype(np.float32)
+    return np.where(log_probs > -np.inf, log_probs, written), new
 
 
 def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarray:
@@ -225,22 +274,25 @@ def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarr
 def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: PidOf | None) -> Found:
     """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders
     them."""
-    scores = np.where(passages >= 0, scores, -np.inf)
+    scores = np.where(passages >= 0, scores, -np.inf).astype(np.float32)
     order = np.lexsort((passages, -scores))
     passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
     query, place = np.nonzero(scores > -np.inf)
-    values = scores[query, place].astype(np.float32)
-    return cut(query, passages[query, place], values, (len(passages), depth), pid_of)
+    return cut(query, passages[query, place], scores[query, place], (len(passages), depth), pid_of)
 
 
 def check(plan: Plan, search: Search, num_passages: int) -> None:
     """Raises ValueError where a plan does not fit the search, or the corpus."""
-    name = type(plan).__name__
     check_search(plan, search)
+    check_corpus(plan, num_passages)
+
+
+def check_corpus(plan: Plan, num_passages: int) -> None:
+    """Raises ValueError where a corpus has fewer passages than are planned."""
     if plan.planned > num_passages:
         raise ValueError(
-            f"{name}.planned: got {plan.planned}, expected at most {num_passages}, the passages "
-            "of the corpus"
+            f"{type(plan).__name__}.planned: got {plan.planned}, expected at most "
+            f"{num_passages:,}, the passages of the corpus"
         )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.decoding import array_folder
 from dgr_jax.retrieval.bm25 import Bm25, Postings
+from dgr_jax.settings import fingerprint
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -41,9 +42,6 @@ class Planner(Protocol):
 
     nbytes: int
 
-    def save(self, folder: Path) -> None:
-        """For `Plan.planner`."""
-
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """f32 [B, P]: the plan score of every passage."""
 
@@ -57,13 +55,15 @@ class Plan(Protocol):
 
     planned: int
     ranked_by: str
-    beams: int
+    num_beams: int
     weight: float
 
-    def planner(self, store: PassageStore, folder: Path | None = None) -> Planner:
-        """The plan of a corpus: the one that was saved in a folder, or made now where none was.
+    def planner(
+        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
+    ) -> Planner:
+        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
 
-        Raises ValueError for one that was saved of another corpus or by other settings.
+        Raises ValueError for a kept one of another corpus.
         """
 
 
@@ -72,12 +72,13 @@ class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
 
     planned: passages that are planned for each query, at most: those that share a word with it.
+      Where there are fewer, the student searches all passages too, and the others count 0 here.
     ranked_by: what they are ranked by:
       'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
         writes that the plan guides; the other ones come after these, in the order of the plan;
       'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
       'plan': the plan score alone, without the student.
-    beams: identifiers that are written. With as many as are planned, all are.
+    num_beams: identifiers that are written. With as many as are planned, all are.
     weight: of the log-probability. On held-out training questions of SQuAD .2 to .3 was best for
       the impacts of BM25; .25 is not fitted to other collections.
     bm25: what words are, and what they count.
@@ -85,7 +86,7 @@ class Lexical:
 
     planned: int = 100
     ranked_by: str = "beams"
-    beams: int = 10
+    num_beams: int = 10
     weight: float = 0.25
     bm25: Bm25 = Bm25()
 
@@ -94,34 +95,38 @@ class Lexical:
             self,
             planned=ranges.at_least(1),
             ranked_by=ranges.one_of(*RANKED_BY),
-            beams=ranges.at_least(1),
+            num_beams=ranges.at_least(1),
             weight=ranges.above(0),
         )
-        if self.ranked_by == "beams" and self.beams > self.planned:
+        if self.ranked_by == "beams" and self.num_beams > self.planned:
             raise ValueError(
-                f"Lexical.beams: got {self.beams}, expected at most {self.planned}, "
+                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.planned}, "
                 "Lexical.planned: beams write identifiers of planned passages alone"
             )
 
-    def planner(self, store: PassageStore, folder: Path | None = None) -> LexicalPlanner:
-        corpus = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
-        made_of = {"bm25": asdict(self.bm25), "passages": len(store), "pids": corpus}
-        if folder is None or not folder.exists():
-            postings = self.bm25.fit(store).postings()
+    def planner(
+        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
+    ) -> LexicalPlanner:
+        """See Plan."""
+        kept = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
+        pids = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
+        corpus = {"passages": len(store), "pids": pids}
+        if kept and (kept / "header.json").is_file():
+            postings = _load(kept, corpus)
         else:
-            postings = _load(folder, made_of)
-        return LexicalPlanner(self.bm25, postings, made_of)
+            postings = self.bm25.fit(store).postings()
+            if kept and keep:
+                _save(kept, postings, corpus)
+        return LexicalPlanner(self.bm25, postings, len(store))
 
 
 class LexicalPlanner:
     """The words of a corpus, and what each adds to the scores of passages."""
 
-    def __init__(self, bm25: Bm25, postings: Postings, made_of: dict[str, Any]) -> None:
-        """made_of: JSON that tells settings and corpora apart."""
-        self._postings, self._made_of = postings, made_of
+    def __init__(self, bm25: Bm25, postings: Postings, num_passages: int) -> None:
+        self._postings, self._num_passages = postings, num_passages
         self._words_of = bm25.reader()
         self._word = {word: i for i, word in enumerate(postings.words)}
-        self._num_passages = made_of["passages"]
 
     @property
     def nbytes(self) -> int:
@@ -157,23 +162,22 @@ class LexicalPlanner:
                 part = slice(starts[i], starts[i + 1])
                 scores[passages[part]] += impacts[part]  # a passage stands once in it
 
-    def save(self, folder: Path) -> None:
-        """See Planner."""
-        words = np.frombuffer("\n".join(self._postings.words).encode(), np.uint8)
-        arrays = self._postings._asdict() | {"words": words}
-        settings = {"made_of": self._made_of}
-        array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings=settings)
+
+def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
+    words = np.frombuffer("\n".join(postings.words).encode(), np.uint8)
+    arrays = postings._asdict() | {"words": words}
+    array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings={"corpus": corpus})
 
 
-def _load(folder: Path, made_of: dict[str, Any]) -> Postings:
-    needed = {"made_of": made_of, "sha256": Postings._fields}
+def _load(folder: Path, corpus: dict[str, Any]) -> Postings:
+    needed = {"corpus": corpus, "sha256": Postings._fields}
     arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
-    for name, expected in made_of.items():
-        if (saved := header["made_of"][name]) != expected:
-            raise ValueError(
-                f"{folder}: is a plan of other {name} than these: got {saved}, expected "
-                f"{expected}; remove the folder to make it again"
-            )
+    if header["corpus"] != corpus:
+        raise ValueError(
+            f"{folder}: is the plan of another corpus: got one of "
+            f"{header['corpus']['passages']:,} passages, expected the {corpus['passages']:,} that "
+            "are prepared; remove the folder to make it again"
+        )
     words = arrays.pop("words").tobytes().decode()
     return Postings(words=words.split("\n") if words else [], **arrays)
 

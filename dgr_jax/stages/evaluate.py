@@ -23,10 +23,11 @@ from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK, scored_passages
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.retriever import write_plan
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import decoder
+from dgr_jax.stages.systems import opened
 from dgr_jax.training import metrics
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     """Measures every student; see `measure`."""
     made = Prepared.load(experiment.model_dir)
     search = search_of(experiment, made)
-    measure(experiment, folder, made, lambda system: decoder(experiment, system, search, made))
+    if processes.first():
+        write_plan(Path(experiment.model_dir) / "distill", experiment.plan)
+    measure(experiment, folder, made, lambda system: opened(experiment, system, search, made))
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
@@ -90,7 +93,7 @@ def measure(
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     values: dict[str, dict[str, Values]] = {}
-    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
+    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.measured]:
         runs = {split: _kept_run(experiment, system, split, bool(own[split])) for split in splits}
         _search(experiment, made, system, opened, queries, runs, own)
         if processes.first():
@@ -148,7 +151,8 @@ def first_test_split(experiment: Experiment | DenseExperiment) -> str:
 
 
 def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
-    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus.
+    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus, that
+    of `planned` with its student.
 
     own: whether queries are passages, which are left out of the run.
     """
@@ -156,8 +160,10 @@ def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str,
     student = system != "bm25"
     asked = (settings.search if student else settings.search.depth, settings.max_queries)
     drawn = settings.seed if settings.max_queries else 0
-    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own]))
-    folder = Path(experiment.model_dir) / (system if student else "prepare") / "runs"
+    plan = [experiment.plan] if system == "planned" else []
+    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own, *plan]))
+    stage = {"bm25": "prepare", "planned": "distill"}.get(system, system)
+    folder = Path(experiment.model_dir) / stage / "runs"
     return folder / f"{system}.{split}-{mark}.trec"
 
 
@@ -236,9 +242,8 @@ def _blocks(queries: dict[str, Item]) -> Iterator[dict[str, Item]]:
 
 
 def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
-    length = student.query_length
-    tokens = (made.vocabulary.encode_inputs(list(b.values()), length) for b in _blocks(queries))
-    found = student.passages_of_blocks(tokens)
+    encoded = (student.encode(made.vocabulary, list(b.values())) for b in _blocks(queries))
+    found = student.passages_of_blocks(encoded)
     for block, passages in zip(_blocks(queries), found, strict=True):
         yield scored_passages(list(block), *passages, made.store.pids)
 
@@ -315,6 +320,7 @@ def _compare(
     COMPARED and every measure of answers."""
     pairs = [
         ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),
+        ("planned", "bm25"), ("planned", "distill"),
         ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"),
     ]  # fmt: skip
     return [
@@ -349,9 +355,9 @@ def _plot(
         title = f"Success@k, {first_test_split(experiment)}"
         plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
-    # BM25 has no curve, but a colour: the others have theirs in both plots.
+    # BM25 and a plan have no curve, but a colour: the others have theirs in both plots.
     rows = {
-        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s != "bm25" else ()
+        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in experiment.systems else ()
         for s in values
     }
     plots.training_curves(rows, folder / "training_curves.png")

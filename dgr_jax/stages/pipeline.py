@@ -41,6 +41,7 @@ from dgr_jax.model_dir.records import (
     read_record,
     write_record,
 )
+from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.settings import describe, fingerprint, paths
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,8 @@ def _check(experiment: Experiment, stage: str, settings: Any, named: Container[s
         _check_files(experiment, stage, named if made else None)
         if not made and stage == "evaluate":
             _check_measures(experiment)
+        if made and stage == "prepare" and getattr(experiment, "plan", None) is not None:
+            _check_plan(experiment, settings)
     except (OSError, ValueError) as error:
         if damage is None:
             raise
@@ -219,6 +222,15 @@ def _folder(collection: Any) -> str | None:
     while hasattr(collection, "collection"):
         collection = collection.collection
     return getattr(collection, "folder", None)
+
+
+def _check_plan(experiment: Experiment, settings: Any) -> None:
+    """Raises ValueError where the prepared corpus is too small for the plan."""
+    for parent in (Path(experiment.model_dir), Path(experiment.model_dir) / PREVIOUS):
+        report = parent / "prepare" / "report.json"
+        if is_done(report.parent, settings) and report.is_file():
+            with kept.reading(report):
+                check_corpus(experiment.plan, kept.read_json(report)["passages"])
 
 
 def _check_measures(experiment: Experiment) -> None:

@@ -1,0 +1,85 @@
+"""A finished experiment with a plan: what evaluates it, and what answers."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import pytest
+
+from dgr_jax.retrieval import retriever
+from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.retrieval.simultaneous import Lexical
+from tests.test_old_model_dir import KEPT
+
+QUESTIONS = ["Why do bees dance?", "Xyzzy?"]
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    with tarfile.open(KEPT) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "model"
+
+
+def test_a_student_with_a_plan_answers_with_it(model_dir):
+    with pytest.raises(ValueError, match="has no plan, expected plan.json, which the evaluation"):
+        Retriever.load(model_dir, system="planned")
+    alone = Retriever.load(model_dir).search(QUESTIONS[:1], k=5)
+    plan = Lexical(planned=20, num_beams=5, bm25=Bm25(k1=1.2))
+    retriever.write_plan(model_dir / "distill", plan)
+    planned = Retriever.load(model_dir, depth=10)
+    assert planned.decoder.plan == plan
+    hits, nothing = planned.search(QUESTIONS, k=5)
+    assert len(hits) == len(nothing) == 5
+    for hit in hits + nothing:
+        assert hit.score == pytest.approx(hit.plan_score + 0.25 * hit.log_prob, abs=1e-4)
+        assert hit.identifier
+    assert hits[0].plan_score > 0
+    assert all(hit.plan_score == 0 for hit in nothing)  # no word of it is known
+    run = planned.run({"q": QUESTIONS[0]})
+    assert [passage.pid for passage in run["q"]][:5] == [hit.pid for hit in hits]
+    student = Retriever.load(model_dir, system="distill").search(QUESTIONS[:1], k=5)
+    assert student == alone
+    assert student[0][0].plan_score is None
+    with pytest.raises(ValueError, match="k: got 30, expected at most 20: set planned"):
+        Retriever.load(model_dir, depth=50).search(QUESTIONS, k=30)
+
+
+def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
+    retriever.write_plan(model_dir / "distill", Lexical(planned=20, num_beams=5))
+    planned = Retriever.load(model_dir, planned=9, num_beams=3, weight=1.0, depth=4)
+    plan, search = planned.decoder.plan, planned.decoder.search
+    assert (plan.planned, plan.num_beams, plan.weight) == (9, 3, 1.0)
+    assert (search.num_beams, search.depth) == (3, 4)
+    with pytest.raises(ValueError, match="beam: the distill retriever of .* has no such setting"):
+        Retriever.load(model_dir, beam=3)
+    with pytest.raises(ValueError, match="Lexical.planned: got 9999, expected at most"):
+        Retriever.load(model_dir, planned=9999)
+    with pytest.raises(ValueError, match="planned: got 2.5, expected a whole number"):
+        Retriever.load(model_dir, planned=2.5)
+    retriever.write_plan(model_dir / "distill", None)
+    assert not hasattr(Retriever.load(model_dir).decoder, "plan")
+
+
+@pytest.mark.slow
+def test_evaluation_with_a_plan(model_dir, command):
+    plan = ("--gin.Experiment.plan=@Lexical()", "--gin.Lexical.planned=20")
+    command("dgr_jax.train", f"--model_dir={model_dir}", *plan)
+    metrics = json.loads((model_dir / "evaluate/metrics.json").read_text())
+    assert list(metrics) == ["bm25", "generate", "control", "distill", "planned"]
+    assert metrics["planned"]["test"]["RR@10"] > metrics["distill"]["test"]["RR@10"]
+    (kept,) = (model_dir / "prepare/plans").iterdir()
+    assert kept.name.startswith("lexical-")
+    assert Retriever.load(model_dir).decoder.plan == Lexical(planned=20)
+    refused = command(
+        "dgr_jax.train",
+        f"--model_dir={model_dir}",
+        plan[0],
+        "--gin.Lexical.planned=999",
+        check=False,
+    )
+    assert "Lexical.planned: got 999, expected at most" in refused.stderr
+    command("dgr_jax.train", f"--model_dir={model_dir}", "--gin.Experiment.plan=None")
+    assert not (model_dir / "distill/plan.json").exists()
