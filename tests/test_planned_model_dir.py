@@ -24,11 +24,11 @@ def model_dir(tmp_path):
 
 
 def test_a_student_with_a_plan_answers_with_it(model_dir):
-    with pytest.raises(ValueError, match="has no plan, expected plan.json, which the evaluation"):
+    with pytest.raises(ValueError, match="/evaluate: has no plan.json, which the evaluation of an"):
         Retriever.load(model_dir, system="planned")
     alone = Retriever.load(model_dir).search(QUESTIONS[:1], k=5)
     plan = Lexical(planned=20, num_beams=5, bm25=Bm25(k1=1.2))
-    retriever.write_plan(model_dir / "distill", plan)
+    retriever.write_plan(model_dir / "evaluate", plan)
     planned = Retriever.load(model_dir, depth=10)
     assert planned.decoder.plan == plan
     hits, nothing = planned.search(QUESTIONS, k=5)
@@ -48,7 +48,7 @@ def test_a_student_with_a_plan_answers_with_it(model_dir):
 
 
 def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
-    retriever.write_plan(model_dir / "distill", Lexical(planned=20, num_beams=5))
+    retriever.write_plan(model_dir / "evaluate", Lexical(planned=20, num_beams=5))
     planned = Retriever.load(model_dir, planned=9, num_beams=3, weight=1.0, depth=4)
     plan, search = planned.decoder.plan, planned.decoder.search
     assert (plan.planned, plan.num_beams, plan.weight) == (9, 3, 1.0)
@@ -59,7 +59,7 @@ def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
         Retriever.load(model_dir, planned=9999)
     with pytest.raises(ValueError, match="planned: got 2.5, expected a whole number"):
         Retriever.load(model_dir, planned=2.5)
-    retriever.write_plan(model_dir / "distill", None)
+    (model_dir / "evaluate/plan.json").unlink()
     assert not hasattr(Retriever.load(model_dir).decoder, "plan")
 
 
@@ -82,4 +82,4 @@ def test_evaluation_with_a_plan(model_dir, command):
     )
     assert "Lexical.planned: got 999, expected at most" in refused.stderr
     command("dgr_jax.train", f"--model_dir={model_dir}", "--gin.Experiment.plan=None")
-    assert not (model_dir / "distill/plan.json").exists()
+    assert not hasattr(Retriever.load(model_dir).decoder, "plan")

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_PLANNED = "distill"  # the student of the system `planned`
 SYSTEMS = ("planned", "distill", "control", "generate", "refresh", "dense")
-PLAN = "plan.json"  # beside a student that answers with a plan
+PLAN = "plan.json"  # in the folder of an evaluation with a plan
 _PLANS = {plan.__name__: plan for plan in (Lexical,)}
 _TRIES = 3  # times that a MODEL_DIR is opened which changes while it is read
 
@@ -94,8 +95,8 @@ class Retriever:
         Raises FileNotFoundError when no trained student is there, ValueError for settings that it
         does not have, and where the identifiers that it was trained on are gone.
         """
-        students = SYSTEMS[1:] if system in (None, "planned") else (system,)
-        systems = students[:1] if system == "planned" else students
+        names = {None: SYSTEMS[1:], "planned": (_PLANNED,)}
+        systems = names.get(system, (system,))
         if mesh is None:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
@@ -104,12 +105,7 @@ class Retriever:
         for _ in range(_TRIES):
             answering = records.answering(Path(model_dir), systems)
             try:
-                plan = read_plan(answering.student) if system in (None, "planned") else None
-                if system == "planned" and plan is None:
-                    raise ValueError(
-                        f"{answering.student}: has no plan, expected {PLAN}, which the evaluation "
-                        "of an experiment with Experiment.plan leaves there"
-                    )
+                plan = _plan_of(Path(model_dir), system, answering.student.name)
                 retriever = cls._open(answering, devices, rules, settings, plan)
             except (FileNotFoundError, ValueError):
                 if answering.unchanged:
@@ -244,17 +240,27 @@ def write_student(
     (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
-def write_plan(folder: Path, plan: Plan | None) -> None:
-    """Leave beside a student the plan that it answers with; None: it answers alone."""
-    if plan is None:
-        (folder / PLAN).unlink(missing_ok=True)
-    else:
-        described = {"is": type(plan).__name__, **asdict(plan)}
-        (folder / PLAN).write_text(json.dumps(described, indent=1), encoding="utf-8")
+def _plan_of(model_dir: Path, system: str | None, student: str) -> Plan | None:
+    """The plan that a student of MODEL_DIR answers with, where it was asked for, or nothing was."""
+    if system not in (None, "planned") or student != _PLANNED:
+        return None
+    plan = read_plan(model_dir / "evaluate")
+    if plan is None and system == "planned":
+        raise ValueError(
+            f"{model_dir / 'evaluate'}: has no {PLAN}, which the evaluation of an experiment with "
+            "Experiment.plan leaves there"
+        )
+    return plan
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Leave in the folder of an evaluation the plan that the student answers with."""
+    described = {"is": type(plan).__name__, **asdict(plan)}
+    (folder / PLAN).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """What `write_plan` wrote."""
+    """What `write_plan` wrote; None where it has written nothing."""
     if not (folder / PLAN).is_file():
         return None
     with kept.reading(folder / PLAN):

@@ -45,8 +45,8 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     """Measures every student; see `measure`."""
     made = Prepared.load(experiment.model_dir)
     search = search_of(experiment, made)
-    if processes.first():
-        write_plan(Path(experiment.model_dir) / "distill", experiment.plan)
+    if processes.first() and experiment.plan is not None:
+        write_plan(folder, experiment.plan)
     measure(experiment, folder, made, lambda system: opened(experiment, system, search, made))
 
 
