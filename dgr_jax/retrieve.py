@@ -24,6 +24,11 @@ def command(argv: Sequence[str] | None) -> None:
         action="store_true",
         help="measure queries a second and latency on --queries; --output: JSON, and no run",
     )
+    parser.add_argument(
+        "--rerank",
+        metavar="RUN",
+        help="TREC run: its passages for --queries, by the log-probability of their identifiers",
+    )
     parser.add_argument("--k", type=int, default=10, help="passages a question")
     parser.add_argument("--num_beams", type=int, help="beams; default: those of the experiment")
     parser.add_argument("--batch_size", type=int, help="questions decoded together; see Search")
@@ -51,7 +56,9 @@ def command(argv: Sequence[str] | None) -> None:
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:
     """Ends the program where a flag lacks another, or would have no effect."""
-    for name in ("output", "report_speed"):
+    if args.rerank and args.report_speed:
+        parser.error("--rerank and --report_speed exclude each other")
+    for name in ("output", "report_speed", "rerank"):
         if getattr(args, name) and not args.queries:
             parser.error(f"--{name} needs --queries")
     if args.query or args.queries:

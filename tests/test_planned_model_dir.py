@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import tarfile
 
+import numpy as np
 import pytest
 
+from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.retrieval import retriever
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.retriever import Retriever
@@ -26,7 +28,6 @@ def model_dir(tmp_path):
 def test_a_student_with_a_plan_answers_with_it(model_dir):
     with pytest.raises(ValueError, match="/evaluate: has no plan.json, which the evaluation of an"):
         Retriever.load(model_dir, system="planned")
-    alone = Retriever.load(model_dir).search(QUESTIONS[:1], k=5)
     plan = Lexical(planned=20, num_beams=5, bm25=Bm25(k1=1.2))
     retriever.write_plan(model_dir / "evaluate", plan)
     planned = Retriever.load(model_dir, depth=10)
@@ -38,13 +39,16 @@ def test_a_student_with_a_plan_answers_with_it(model_dir):
         assert hit.identifier
     assert hits[0].plan_score > 0
     assert all(hit.plan_score == 0 for hit in nothing)  # no word of it is known
-    run = planned.run({"q": QUESTIONS[0]})
-    assert [passage.pid for passage in run["q"]][:5] == [hit.pid for hit in hits]
-    student = Retriever.load(model_dir, system="distill").search(QUESTIONS[:1], k=5)
-    assert student == alone
-    assert student[0][0].plan_score is None
+    run = planned.run(dict(zip("ab", QUESTIONS, strict=True)))
+    assert [passage.pid for passage in run["a"]][:5] == [hit.pid for hit in hits]
     with pytest.raises(ValueError, match="k: got 30, expected at most 20: set planned"):
         Retriever.load(model_dir, depth=50).search(QUESTIONS, k=30)
+    student = Retriever.load(model_dir, system="distill", num_beams=5, depth=5)
+    assert not hasattr(student.decoder, "plan")
+    (_, alone) = student.search(QUESTIONS, k=5)
+    assert [hit.pid for hit in alone] == [hit.pid for hit in nothing]
+    assert alone[0].plan_score is None
+    assert alone[0].score == pytest.approx(nothing[0].log_prob, abs=1e-4)
 
 
 def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
@@ -61,6 +65,38 @@ def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
         Retriever.load(model_dir, planned=2.5)
     (model_dir / "evaluate/plan.json").unlink()
     assert not hasattr(Retriever.load(model_dir).decoder, "plan")
+
+
+def test_a_run_is_ranked_by_whole_identifiers(model_dir):
+    """With as many beams as passages, the student alone ranks all of them."""
+    student = Retriever.load(model_dir, num_beams=240, depth=240)
+    queries = dict(zip("abc", [*QUESTIONS, "Who built it?"], strict=True))
+    whole = student.run(queries)
+    random = np.random.default_rng(0)
+    given = {
+        qid: [
+            ScoredPassage(passages[i].pid, -float(n)) for n, i in enumerate(random.permutation(9))
+        ]
+        for qid, passages in whole.items()
+        if qid != "c"
+    }
+    ranked = student.rerank(queries, given)
+    assert ranked["c"] == []
+    for qid in given:
+        assert [p.pid for p in ranked[qid]] == [p.pid for p in whole[qid][:9]]
+        np.testing.assert_allclose(
+            [p.score for p in ranked[qid]], [p.score for p in whole[qid][:9]], rtol=1e-4
+        )
+    summed = student.rerank(queries, given, weight=0.5)["a"]
+    alone = {p.pid: p.score for p in whole["a"]}
+    expected = {p.pid: p.score + 0.5 * alone[p.pid] for p in given["a"]}
+    assert [p.pid for p in summed] == sorted(expected, key=expected.get, reverse=True)
+    with pytest.raises(
+        ValueError, match="rerank: got passage 'x' for query 'a', expected passages"
+    ):
+        student.rerank(queries, {"a": [ScoredPassage("x", 1.0)]})
+    with pytest.raises(ValueError, match="rerank: the run has no passages for the 3 queries"):
+        student.rerank(queries, {"d": given["a"]})
 
 
 @pytest.mark.slow

@@ -112,13 +112,14 @@ class PlannedDecoder(Decoder):
     """A student that answers for the passages that a plan names.
 
     The trie is not used: the planned identifiers of a query are what may be written. Only where a
-    query has fewer planned passages than asked for, does `student` search all of them too: what it
-    finds beside has the plan score 0.
+    query has fewer planned passages than asked for, does `student` (None: nobody) search all of
+    them too: what it finds beside has the plan score 0. planner: None where queries are planned
+    already.
     """
 
     plan: Plan = field(kw_only=True)
-    planner: Planner = field(kw_only=True)
-    student: Decoder = field(kw_only=True)
+    planner: Planner | None = field(kw_only=True)
+    student: Decoder | None = field(kw_only=True)
 
     def __post_init__(self) -> None:
         check(self.plan, self.search, self.table.num_passages)
@@ -131,7 +132,7 @@ class PlannedDecoder(Decoder):
             self._score = score_fn(self.config, self.mesh, self.rules)
 
     @classmethod
-    def of(cls, student: Decoder, plan: Plan, planner: Planner) -> PlannedDecoder:
+    def of(cls, student: Decoder, plan: Plan, planner: Planner | None) -> PlannedDecoder:
         """A student with a plan."""
         own = {f.name: getattr(student, f.name) for f in fields(student)}
         own["search"] = replace(student.search, num_beams=plan.num_beams)
@@ -193,7 +194,7 @@ class PlannedDecoder(Decoder):
         passages, scores = (part[places] for part in queries.planned)
         if self.plan.ranked_by == "plan":
             return _Scored(passages, scores, None, None)
-        short = (passages < 0).any()
+        short = self.student is not None and (passages < 0).any()
         beside = self.student._start(queries.tokens, places, shape) if short else None
         rows = np.where(passages >= 0, self._rows[np.maximum(passages, 0)], -1)
         order = np.argsort(rows, axis=1, kind="stable")

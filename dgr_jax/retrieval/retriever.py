@@ -26,6 +26,7 @@ from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.planned import PlannedDecoder
+from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, Plan
 
 if TYPE_CHECKING:
@@ -199,6 +200,16 @@ class Retriever:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
         found = self._found(list(queries.values()))
         return scored_passages(list(queries), *found, self.store.pids)
+
+    def rerank(
+        self,
+        queries: Mapping[str, str],
+        run: Mapping[str, Sequence[ScoredPassage]],
+        *,
+        weight: float | None = None,
+    ) -> dict[str, list[ScoredPassage]]:
+        """The passages of a run in the order of the student, see `reranking.rerank`."""
+        return rerank(self.decoder, self.vocabulary, self.store, queries, run, weight)
 
     def _found(self, texts: Sequence[str]) -> Found:
         blocks = (
