@@ -38,8 +38,8 @@ def rerank(
     student = getattr(decoder, "student", decoder)
     if not isinstance(student, Decoder):
         raise ValueError(
-            f"rerank: got a {type(student).__name__}, expected a student of which a passage has one "
-            "identifier"
+            f"rerank: got a {type(student).__name__}, expected a student with one identifier a "
+            "passage"
         )
     planned = _planned([(qid, run.get(qid, ())) for qid in queries], store, weight is not None)
     count = planned.passages.shape[1]
