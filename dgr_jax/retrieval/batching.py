@@ -62,14 +62,6 @@ def batches(lengths: np.ndarray, shapes: Shapes, size: int) -> Iterator[tuple[in
             yield ladder[used], places[start : start + size]
 
 
-def padded(tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The texts at `places` of int32 [n, Q], filled up or cut to int32 of `shape`."""
-    batch = np.zeros(shape, np.int32)
-    chosen = tokens[places, : shape[1]]
-    batch[: chosen.shape[0], : chosen.shape[1]] = chosen
-    return batch
-
-
 def _nothing(queries: int, depth: int) -> Found:
     return np.full((queries, depth), -1, np.int32), np.full((queries, depth), -np.inf, np.float32)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,8 @@ from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.batching import Found, ReadsTokens, Shapes, _nothing, _pairs, batches, padded
+from dgr_jax.retrieval.batching import Found, ReadsTokens, Shapes, _nothing, _pairs, batches
+from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.settings import without_effect
 
 if TYPE_CHECKING:
@@ -346,20 +346,16 @@ class Decoder(ReadsTokens):
         return self._ranked(blocks, self.search.batch_size)
 
     def _ranked(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Found]:
-        before = None
-        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
-            if before is not None:
-                self._rank(before)
-                if before.last:
-                    yield before.found
-            before = batch
+        for batch in one_behind(self._started(blocks, batch_size)):
+            self._rank(batch)
+            if batch.last:
+                yield batch.found
         if self.counts:
             counted = "of %(sequences)d sequences found, %(unknown)d are no identifier"
             logger.info(counted, self.counts)
 
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-batch_size // shards) * shards
+        size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
             found = self._nothing(len(tokens))
             lengths = self._lengths(tokens)
@@ -384,8 +380,7 @@ class Decoder(ReadsTokens):
         return lengths
 
     def _start(self, tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        batch = padded(tokens, places, shape)
-        placed = partitioning.place(batch, partitioning.batch_sharding(self.mesh))
+        placed = partitioning.place_padded(tokens[places], shape, self.mesh)
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:

@@ -20,7 +20,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.batching import Found, padded
+from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
 from dgr_jax.retrieval.simultaneous import Plan, Planned, Planner
 
@@ -207,9 +207,9 @@ class PlannedDecoder(Decoder):
         known = np.where(rows[..., None] >= 0, self.table.tokens[np.maximum(rows, 0)], 0)
         identifiers[: len(places), :, : known.shape[2]] = known
         bonus[: len(places)] = scores / np.float32(self.plan.weight)
-        batch = (padded(queries.tokens, places, shape), identifiers, bonus)
-        placed = partitioning.place(batch, partitioning.batch_sharding(self.mesh))
-        return _Scored(passages, scores, self._score(self.params, placed), beside)
+        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
+        rows = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
+        return _Scored(passages, scores, self._score(self.params, (tokens, *rows)), beside)
 
     def _rank(self, batch: Any) -> None:
         if batch.result is None:
