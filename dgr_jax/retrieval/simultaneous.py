@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RANKED_BY = ("beams", "identifiers", "plan")
 
+_RARE = 8  # a word is common that stands in more than one of so many passages
+
 _FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
 
@@ -121,18 +123,28 @@ class Lexical:
 
 
 class LexicalPlanner:
-    """The words of a corpus, and what each adds to the scores of passages."""
+    """The words of a corpus, and what each adds to the scores of passages.
+
+    What a word adds is kept by passage (postings); that of words in more than every eighth passage
+    as one number for each passage too, which is added several times as fast.
+    """
 
     def __init__(self, bm25: Bm25, postings: Postings, num_passages: int) -> None:
         self._postings, self._num_passages = postings, num_passages
         self._words_of = bm25.reader()
         self._word = {word: i for i, word in enumerate(postings.words)}
+        common = np.flatnonzero(np.diff(postings.starts) > num_passages / _RARE)
+        self._common = {i: np.zeros(num_passages, np.float32) for i in common.tolist()}
+        for i, row in self._common.items():
+            part = slice(postings.starts[i], postings.starts[i + 1])
+            row[postings.passages[part]] = postings.impacts[part]
 
     @property
     def nbytes(self) -> int:
         """Of what a search reads."""
         postings = self._postings
-        return sum(a.nbytes for a in postings[1:]) + sum(len(word) for word in postings.words)
+        arrays = [*postings[1:], *self._common.values()]
+        return sum(array.nbytes for array in arrays) + sum(map(len, postings.words))
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """See Planner; 0 for passages without a word of the query."""
@@ -158,9 +170,12 @@ class LexicalPlanner:
         """Adds to scores f32 [P] what the words of a text count."""
         _, starts, passages, impacts = self._postings
         for word in self._words_of(text):
-            if (i := self._word.get(word)) is not None:
+            i = self._word.get(word)
+            if i in self._common:
+                scores += self._common[i]
+            elif i is not None:
                 part = slice(starts[i], starts[i + 1])
-                scores[passages[part]] += impacts[part]  # a passage stands once in it
+                np.add.at(scores, passages[part], impacts[part])
 
 
 def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
