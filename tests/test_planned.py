@@ -294,6 +294,20 @@ def test_a_plan_is_kept_and_one_of_another_corpus_refused(store, tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("damaged", ["impacts.npy", "header.json"])
+def test_a_damaged_plan_is_made_again(store, tmp_path, caplog, damaged):
+    plan = Lexical(planned=3, num_beams=3)
+    made = plan.planner(store, tmp_path / "plans", keep=True)
+    (folder,) = (tmp_path / "plans").iterdir()
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-9])
+    again = plan.planner(store, tmp_path / "plans", keep=True)
+    np.testing.assert_array_equal(again.scores(QUESTIONS), made.scores(QUESTIONS))
+    assert "the plan is made again" in caplog.text
+    caplog.clear()
+    plan.planner(store, tmp_path / "plans")
+    assert not caplog.text
+
+
 def test_a_corpus_without_words_plans_nothing(tmp_path):
     plan = Lexical(planned=1, num_beams=1)
     empty = stored(tmp_path / "store", ["", "?"])

@@ -9,6 +9,7 @@ Axis letters: B queries, P passages, n planned passages of a query.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.decoding import array_folder
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval.bm25 import Bm25, Postings
 from dgr_jax.settings import fingerprint
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
+
+logger = logging.getLogger(__name__)
 
 RANKED_BY = ("beams", "identifiers", "plan")
 
@@ -110,15 +114,14 @@ class Lexical:
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
     ) -> LexicalPlanner:
         """See Plan."""
-        kept = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
+        own = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
         pids = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
         corpus = {"passages": len(store), "pids": pids}
-        if kept and (kept / "header.json").is_file():
-            postings = _load(kept, corpus)
-        else:
+        postings = _load(own, corpus) if own else None
+        if postings is None:
             postings = self.bm25.fit(store).postings()
-            if kept and keep:
-                _save(kept, postings, corpus)
+            if own and keep:
+                _save(own, postings, corpus)
         return LexicalPlanner(self.bm25, postings, len(store))
 
 
@@ -184,9 +187,16 @@ def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
     array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings={"corpus": corpus})
 
 
-def _load(folder: Path, corpus: dict[str, Any]) -> Postings:
+def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
+    """None where nothing whole is there."""
+    if not (folder / "header.json").is_file():
+        return None
     needed = {"corpus": corpus, "sha256": Postings._fields}
-    arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
+    try:
+        arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
+    except kept.Damaged as damage:
+        logger.warning("%s; the plan is made again", damage.what)
+        return None
     if header["corpus"] != corpus:
         raise ValueError(
             f"{folder}: is the plan of another corpus: got one of "

@@ -27,7 +27,7 @@ from dgr_jax.retrieval.retriever import write_plan
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import opened
+from dgr_jax.stages.systems import open_system
 from dgr_jax.training import metrics, validation
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     search = search_of(experiment, made)
     if processes.first() and experiment.plan is not None:
         write_plan(folder, experiment.plan)
-    measure(experiment, folder, made, lambda system: opened(experiment, system, search, made))
+    measure(experiment, folder, made, lambda system: open_system(experiment, system, search, made))
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:

@@ -31,7 +31,7 @@ def _trained(experiment: Experiment, system: str) -> Any:
     return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
-def opened(
+def open_system(
     experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
 ) -> Decoder | MultiviewDecoder | PlannedDecoder:
     """What is measured as `system`, ready to retrieve: a student, or one with the plan."""
