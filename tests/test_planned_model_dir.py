@@ -35,7 +35,7 @@ def test_a_student_with_a_plan_answers_with_it(model_dir):
     hits, nothing = planned.search(QUESTIONS, k=5)
     assert len(hits) == len(nothing) == 5
     for hit in hits + nothing:
-        assert hit.score == pytest.approx(hit.plan_score + 0.25 * hit.log_prob, abs=1e-4)
+        assert hit.score == pytest.approx(hit.plan_score + plan.weight * hit.log_prob, abs=1e-4)
         assert hit.identifier
     assert hits[0].plan_score > 0
     assert all(hit.plan_score == 0 for hit in nothing)  # no word of it is known
