@@ -23,14 +23,19 @@ def command(argv: Sequence[str] | None) -> None:
         action="store_true",
         help="measure queries a second and latency on --queries; --output: JSON, and no run",
     )
+    parser.add_argument(
+        "--rerank",
+        metavar="RUN",
+        help="TREC run: its passages for --queries, by the log-probability of their identifiers",
+    )
     parser.add_argument("--k", type=int, default=10, help="passages a question")
     parser.add_argument("--num_beams", type=int, help="beams; default: those of the experiment")
     parser.add_argument("--batch_size", type=int, help="questions decoded together; see Search")
     parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")
     parser.add_argument(
         "--system",
-        choices=("distill", "control", "generate", "refresh", "dense"),
-        help="which student; default: the first of these that is trained",
+        choices=("planned", "distill", "control", "generate", "refresh", "dense"),
+        help="which student, planned: distill with the plan; default: the first that is there",
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)

@@ -745,6 +745,11 @@ def test_unknown_stage(capsys):
             "student of --model_dir; there are --k, --num_beams, --batch_size, --system",
         ),
         (("--query=why", "--model_dir=m", QUICKSTART), "--gin_file has no effect on --query"),
+        (("--query=why", "--model_dir=m", "--rerank=r.trec"), "--rerank needs --queries"),
+        (
+            ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
+            "--rerank and --report_speed exclude each other",
+        ),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )

@@ -27,6 +27,7 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.settings import describe, fingerprint, paths
 from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.teaching.list_recipes import TopM
@@ -95,6 +96,7 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
         ("evaluate.bm25", False, {"evaluate"}),
         ("evaluate.baseline", WORDS, {"evaluate"}),
         ("evaluate.baseline.language", "german", {"evaluate"}),
+        ("plan", Lexical(), {"evaluate"}),
         ("model.emb_dim", 8, LATER),
         ("model_dir", "elsewhere", set()),
         ("mesh", Mesh(model=2), set()),
@@ -129,6 +131,31 @@ def test_generation_examples_of_the_lists_themselves():
         ValueError, match=r"distill/Training.batch_size: got 0, expected at least 1;"
     ):
         dataclasses.replace(shared, **several)
+
+
+def test_without_a_plan_evaluation_is_what_it_was():
+    assert "plan" not in stage_settings(BASE, "evaluate")
+    assert BASE.measured == BASE.systems == ("generate", "control", "distill")
+    assert changed("plan", Lexical()).measured == (*BASE.systems, "planned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(evaluate=Evaluate(Search(renormalise=True))), "Search.renormalise: got True with a"),
+        (
+            dict(
+                prepare=dataclasses.replace(BASE.prepare, identifiers=Multiview()),
+                candidates=Candidates(MultiviewSearch()),
+                evaluate=Evaluate(MultiviewSearch()),
+            ),
+            "Experiment.plan: got Lexical with identifiers of Multiview, expected None, or",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_followed_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASE, plan=Lexical(), **settings)
 
 
 def test_batches_that_cannot_be_cut_into_microbatches_are_refused():

@@ -12,7 +12,9 @@ def check(
     parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: Sequence[str]
 ) -> None:
     """Ends the program where a flag lacks another, or would have no effect."""
-    for name in ("output", "report_speed"):
+    if args.rerank and args.report_speed:
+        parser.error("--rerank and --report_speed exclude each other")
+    for name in ("output", "report_speed", "rerank"):
         if getattr(args, name) and not args.queries:
             parser.error(f"--{name} needs --queries")
     if args.query or args.queries:

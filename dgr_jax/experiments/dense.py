@@ -245,6 +245,11 @@ class DenseExperiment:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured."""
+        return self.systems
+
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order."""
         return {"dense": self.train} | ({"refresh": self.refresh} if system == "refresh" else {})

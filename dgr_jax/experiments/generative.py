@@ -18,8 +18,10 @@ from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Plan
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class Experiment:
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, Corpus or Pretrained; None: at random.
     further: stages of one's own; each runs after those that it reads.
+    plan: what scores all passages before a student writes, such as Lexical: the distilled student
+      with it is measured as `planned` beside the others. None: nothing.
     """
 
     model_dir: str
@@ -137,6 +141,7 @@ class Experiment:
     mesh: Mesh = Mesh()
     initial: Any = None
     further: tuple[Stage, ...] = ()
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
@@ -158,6 +163,14 @@ class Experiment:
                     f"expected @{expected.__name__}() with identifiers of "
                     f"{type(scheme).__name__} (Prepare.identifiers)"
                 )
+        if self.plan is not None:
+            if scheme.views:
+                raise ValueError(
+                    f"Experiment.plan: got {type(self.plan).__name__} with identifiers of "
+                    f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
+                    "has one (Prepare.identifiers)"
+                )
+            planned.check_search(self.plan, self.evaluate.search)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -188,6 +201,11 @@ class Experiment:
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured: the systems, and `planned`, the best of them with the plan."""
+        return (*self.systems, "planned") if self.plan is not None else self.systems
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order; the steps of `control` are those of

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.stage import fields
 from dgr_jax.stages import evaluate as generative
 from dgr_jax.stages.dense import searcher
 from dgr_jax.stages.dense_prepare import one_process, opened
@@ -27,5 +28,9 @@ def check(experiment: DenseExperiment) -> None:
 
 
 STAGE = dataclasses.replace(
-    generative.STAGE, make=evaluate, upstream=lambda e: e.systems, check=check
+    generative.STAGE,
+    make=evaluate,
+    settings=fields("evaluate"),
+    upstream=lambda e: e.systems,
+    check=check,
 )

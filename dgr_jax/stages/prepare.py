@@ -23,6 +23,7 @@ from dgr_jax.data.task_files import _task_path, task_file
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.experiments.generative import Experiment, Prepare
 from dgr_jax.experiments.stage import Stage, fields
+from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.stages import generation_data, identifiers, judged
 from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
@@ -46,6 +47,8 @@ def prepare(
     """
     settings = experiment.prepare
     passages, found = read(experiment, folder)
+    if experiment.plan is not None:
+        check_corpus(experiment.plan, len(passages))
     with _part("identifiers"):
         asked = found.asked(measured_splits(settings))
         made = identifiers.build(settings, folder, passages, asked)

@@ -91,10 +91,10 @@ class Grid:
         """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         made = self._load_flags(flags, keep)
-        if not {"bm25", *made.systems} & set(run.systems):
+        if not {"bm25", *made.measured} & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {shown(run.labels)}, expected some of "
-                f"{('bm25', *made.systems)}"
+                f"{('bm25', *made.measured)}"
             )
         return made
 
