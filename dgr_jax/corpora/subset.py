@@ -49,14 +49,13 @@ class Subset:
         return self.collection.inputs(splits)
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """What the whole collection lacks; () where it has no method to tell."""
-        told = getattr(self.collection, "lacking", None)
-        return told(splits) if told else ()
+        """What the whole collection lacks."""
+        return self.collection.lacking(splits)
 
     @property
     def has_queries(self) -> bool:
-        """Whether the whole collection has queries; True where it has no property to tell."""
-        return getattr(self.collection, "has_queries", True)
+        """Whether the whole collection has queries."""
+        return self.collection.has_queries
 
     def passages(self) -> Iterator[Passage]:
         """The passages of the part, in corpus order.

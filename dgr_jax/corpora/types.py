@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,6 +67,16 @@ class Collection(Protocol):
 
         Files that come with a library or with this package are left out.
         """
+
+    def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
+        """Those of the splits that have no judgements, as far as it tells; None where it is not at
+        hand."""
+        return ()
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether there are any queries, as far as it tells."""
+        return True
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order; a second call starts again."""
