@@ -75,7 +75,7 @@ class MsmarcoCollection(Collection):
     def _wanted(self, splits: Iterable[str]) -> list[checks.SourceFile]:
         return [self._corpus, *(source for split in splits for source in self._sources(split))]
 
-    def _sources(self, split: str) -> tuple[checks.SourceFile, checks.Source]:
+    def _sources(self, split: str) -> tuple[checks.SourceFile, checks.SourceFile]:
         """The query and qrels files of a split: the first pair that exists, else the first row."""
         rows = [row for row in self.files if row[0] == split]
         if not rows:

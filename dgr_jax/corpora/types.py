@@ -69,13 +69,13 @@ class Collection(Protocol):
         """
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """Those of the splits that have no judgements, as far as it tells; None where it is not at
-        hand."""
+        """The names among `splits` that have no judgements, as far as the collection can tell; None
+        where its files are missing."""
         return ()
 
     @property
     def has_queries(self) -> bool:
-        """Whether there are any queries, as far as it tells."""
+        """Whether there are any queries, as far as the collection can tell."""
         return True
 
     def passages(self) -> Iterator[Passage]:
