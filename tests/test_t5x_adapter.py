@@ -1,5 +1,5 @@
-"""The student as a model of t5x. Where t5x is not installed two classes stand for it here, and what
-needs its own training loop is skipped."""
+"""The student as a model of t5x. Where t5x is not installed, two classes take its place, and tests
+of its own training loop are skipped."""
 
 import dataclasses
 import functools
