@@ -62,7 +62,7 @@ def value_and_grad(name, scores, positive, mask, *, which=0):
 
 
 def lists(seed, batch=BATCH):
-    """Scores with arbitrary values where masked, masks of every size, positives outside them too."""
+    """Scores with arbitrary values where masked, and masks of every size."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(scale=rng.choice([0.1, 3.0, 40.0]), size=(batch, N)).astype(np.float32)
     mask = rng.random((batch, N)) < rng.random((batch, 1)) * 1.4

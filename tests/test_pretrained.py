@@ -169,7 +169,7 @@ def test_t5_1_1_by_name(tmp_path):
 
 
 def test_the_original_t5_has_one_projection_and_no_output_kernel(tmp_path):
-    """The first config leaves settings out; its file may hold copies and a bias that nothing reads."""
+    """The first config leaves settings out; its file may hold copies and an unused bias."""
     arrays = random_arrays(gated=False)
     copies = {
         f"{stack}.embed_tokens.weight": arrays["shared.weight"] for stack in ("encoder", "decoder")
