@@ -52,7 +52,7 @@ def settings(given: dict[str, str | None]) -> dict[str, Any] | None:
     {}: JAX shall find them, in a SLURM step of several tasks; None: this process is alone.
     Raises ValueError where only some of them are given, or one is no number.
     """
-    found = {name: given.get(name) or os.environ.get(v) for name, v in VARIABLES.items()}
+    found = {name: given.get(name) or os.environ.get(v, "") for name, v in VARIABLES.items()}
     missing = [f"--{name} ({VARIABLES[name]})" for name, value in found.items() if not value]
     if len(missing) == len(found):
         return {} if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
@@ -62,15 +62,14 @@ def settings(given: dict[str, str | None]) -> dict[str, Any] | None:
     if not address.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator_address: got {address!r}, expected HOST:PORT")
     for name in ("num_processes", "process_id"):
-        if not found[name].isdigit():
+        if not found[name].isdecimal():
             raise ValueError(f"--{name}: got {found[name]!r}, expected a number")
-        found[name] = int(found[name])
-    if not found["process_id"] < found["num_processes"]:
+    count, index = int(found["num_processes"]), int(found["process_id"])
+    if not index < count:
         raise ValueError(
-            f"--process_id: got {found['process_id']}, expected a number below --num_processes="
-            f"{found['num_processes']}"
+            f"--process_id: got {index}, expected a number below --num_processes={count}"
         )
-    return found if found["num_processes"] > 1 else None
+    return found | {"num_processes": count, "process_id": index} if count > 1 else None
 
 
 def start(given: dict[str, Any]) -> None:
@@ -89,6 +88,7 @@ def start(given: dict[str, Any]) -> None:
 
     state = distributed.global_state
     if state.num_processes > 1:
+        assert state.coordinator_address is not None
         _group = _Group(state.client, state.process_id, state.num_processes)
         _group.open(state.coordinator_address)
 
@@ -227,7 +227,7 @@ class _Group:
         self._lock = threading.Lock()
         self._step: int | None = None  # the last one of a loop; None: outside
         self._stopping = False
-        self.signal = signal.SIGTERM  # that told them to stop
+        self.signal: int = signal.SIGTERM  # that told them to stop
         self._pressed = 0.0  # when Ctrl-C came here first
         self._last: int | None = None  # the step to stop after
         self._closed = threading.Event()

@@ -175,10 +175,10 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 def _try(file: IO[str], *, shared: bool = False) -> bool:
     """Whether the lock of an open file could be had. Raises OSError where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return _try_region(file)
+    import fcntl
+
     try:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -188,18 +188,19 @@ def _try(file: IO[str], *, shared: bool = False) -> bool:
     return True
 
 
-def _try_region(file: IO[str]) -> bool:
-    """The same with the locks of Windows, on a byte behind what the file says."""
+if sys.platform == "win32":
     import msvcrt
 
-    file.seek(1 << 20)
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        return False
-    finally:
-        file.seek(0)
-    return True
+    def _try_region(file: IO[str]) -> bool:
+        """The same with the locks of Windows, on a byte behind what the file says."""
+        file.seek(1 << 20)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            file.seek(0)
+        return True
 
 
 def _this_process() -> dict[str, str | int]:

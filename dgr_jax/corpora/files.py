@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
@@ -39,7 +39,7 @@ def place(path: str | os.PathLike) -> Path:
     try:
         import upath
 
-        found = upath.UPath(text)
+        found: Any = upath.UPath(text)  # used as a Path, which it is not always
         found.fs  # noqa: B018 - asks for the library of this scheme
     except ImportError as err:
         raise ModuleNotFoundError(
@@ -54,7 +54,7 @@ def place(path: str | os.PathLike) -> Path:
 def reading(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     """Opens `path` for bytes, unpacked; `.raw` of what comes is a GzipFile where it was packed."""
     with rereadable(path):
-        opened = place(_copies.get(str(path), path)).open("rb", _BUFFER)
+        opened: Any = place(_copies.get(str(path), path)).open("rb", _BUFFER)
         with opened if hasattr(opened, "peek") else io.BufferedReader(opened, _BUFFER) as raw:
             if raw.peek(2)[:2] == _GZIP_MAGIC:
                 with gzip.GzipFile(fileobj=raw) as packed:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -195,7 +196,7 @@ def pairs(
     settings: Sources,
     *,
     store: PassageStore,
-    query_texts: dict[str, str] | None = None,
+    query_texts: Mapping[str, str] = MappingProxyType({}),
     qrels: Sequence[Qrel] = (),
     min_relevance: int = 1,
     part: Part | None = None,

@@ -244,7 +244,10 @@ class Views:
         if self.title is not None and mixture.titles:
             made["title"] = _Titles(self.title, mixture.titles)
         if self.body is not None and mixture.spans:
-            made["body"] = self.sampler(mixture)
+            made["body"] = SpanSampler(
+                self.body, self.vocabulary.encode, self.span_tokens, mixture.spans,
+                mixture.preference, self._rarity, self.opening,
+            )  # fmt: skip
         if self.query is not None and mixture.pseudo_queries:
             made["query"] = _PseudoQueries(self.query, mixture.pseudo_queries)
         if not made:
@@ -256,15 +259,9 @@ class Views:
             self.vocabulary.marker(view)  # refuses a vocabulary that has none
         return made
 
-    def sampler(self, mixture: ViewMixture) -> SpanSampler:
-        """The sampler of body spans of a mixture."""
-        return SpanSampler(
-            self.body, self.vocabulary.encode, self.span_tokens, mixture.spans,
-            mixture.preference, self._rarity, self.opening,
-        )  # fmt: skip
-
     @cached_property
     def _rarity(self) -> np.ndarray:
+        assert self.body is not None  # asked for by spans of it alone
         return self.body.rarity(self.vocabulary.text_size)
 
 

@@ -136,7 +136,7 @@ def passage_scores(
     shares = functools.partial(_shares, repetition=scoring.repetition)
     for _ in range(weights.ndim - 1):
         shares = jax.vmap(shares)
-    constants = map(lax.stop_gradient, (weights, log_probs))
+    constants = lax.stop_gradient((weights, log_probs))
     body = found.views == BODY
     share = shares(*constants, tokens, body, mask, found.spans, found.starts)
     return jnp.sum(jnp.where(mask, weights * share, 0.0), -1)

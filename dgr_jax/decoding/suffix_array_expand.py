@@ -100,8 +100,9 @@ class SubstringConstraint:
         """The arrays of an index on the default device."""
         filled = lambda array: jnp.asarray(array if len(array) else np.zeros(1, array.dtype))
         branches = jax.tree.map(filled, index.branches)  # nothing can be read from empty arrays
-        arrays = (index.tokens, index.suffixes, index.first, index.starts)
-        return cls(*map(jnp.asarray, arrays), branches, jnp.asarray(opens), max_length)
+        arrays = (index.tokens, index.suffixes, index.first, index.starts, opens)
+        tokens, suffixes, first, starts, opening = map(jnp.asarray, arrays)
+        return cls(tokens, suffixes, first, starts, branches, opening, max_length)
 
     @property
     def fixed_length(self) -> int:
@@ -233,7 +234,8 @@ class SubstringConstraint:
 
     def _list_of(self, state, length):
         """(first entry of the beam's list or -1, suffixes to read: the list or all `length`)."""
-        lows, levels, ranges = self.branches.lows, self.branches.levels, self.branches.ranges
+        arrays = self.branches
+        lows, levels, ranges = map(jnp.asarray, (arrays.lows, arrays.levels, arrays.ranges))
         at, end = (
             levels.at[state.depth + i].get(mode="fill", fill_value=len(lows)) for i in (0, 1)
         )
@@ -255,7 +257,7 @@ class SubstringConstraint:
         valid, beam = beam < ends.shape[1], jnp.minimum(beam, ends.shape[1] - 1)
         pick = lambda leaf: jnp.take_along_axis(leaf, beam, -1)
         offset, listed = slot - pick(ends - ways.number), pick(ways.listed)
-        child = self.branches.children.at[listed + offset].get(mode="clip")
+        child = jnp.asarray(self.branches.children).at[listed + offset].get(mode="clip")
         suffix = jnp.where(listed >= 0, child, pick(state.lo) + offset)
         token = self._next(jnp.where(valid, suffix, 0), pick(state.depth))
         before = jnp.pad(token[:, :-1], ((0, 0), (1, 0)))

@@ -240,8 +240,8 @@ def _scaled(
     the embeddings are tied, which newer ones always do.
     """
     scaled = described.get("scale_decoder_outputs", described.get("tie_word_embeddings", True))
-    head = arrays.get(_HEAD)
-    if scaled and head is not None and not np.array_equal(head, arrays.get(_EMBEDDING)):
+    head, embedding = arrays.get(_HEAD), arrays.get(_EMBEDDING, ())
+    if scaled and head is not None and not np.array_equal(head, embedding):
         raise ValueError(
             f"{where}: scaled logits with an output kernel that is not the embedding ({_HEAD}) is "
             "neither T5 nor T5 1.1; expected tie_word_embeddings false in config.json"

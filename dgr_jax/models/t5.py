@@ -153,8 +153,8 @@ class DecoderLayer(nn.Module):
     def _rest(self, x, cross, cross_bias, deterministic):
         """Cross-attention and feed-forward, the same in training and in a decoding step."""
         y = self.pre_cross_attention_layer_norm(x)
-        q = self.encoder_decoder_attention.queries(y)
-        y = self.encoder_decoder_attention.shared(q, *cross, cross_bias, deterministic)
+        q, (k, v) = self.encoder_decoder_attention.queries(y), cross
+        y = self.encoder_decoder_attention.shared(q, k, v, cross_bias, deterministic)
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return activations.cut(x + self.dropout(y, deterministic), _TARGETS)
@@ -168,7 +168,7 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y, deterministic)
         return self._rest(x, self.cross(encoded), cross_bias, deterministic)
 
-    def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """Cross-attention keys and values of a query, [B, Q, H, K] each."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
@@ -256,9 +256,7 @@ def _rematerialised(config: T5Config, layer: type[nn.Module], deterministic: int
     )
 
 
-def _scanned(
-    layer: Any, config: T5Config, length: int, methods: dict[str, tuple[Any, ...]]
-) -> nn.Module:
+def _scanned(layer: Any, config: T5Config, length: int, methods: dict[str, tuple[Any, ...]]) -> Any:
     """A stack of `length` layers as one module; methods: name -> axes of what follows the carry."""
     scan = functools.partial(
         dict,
@@ -307,7 +305,7 @@ class Decoder(nn.Module):
         self.relpos_bias = _relpos(config)
         if config.scan_layers:
             whole = nn.broadcast
-            methods = {"scan": (whole,) * 4, "scan_cross": (whole,)}
+            methods: dict[str, Any] = {"scan": (whole,) * 4, "scan_cross": (whole,)}
             methods["scan_step"] = (0, whole, whole, whole)
             methods["scan_ahead"] = (0, whole, whole, whole)
             self.layers = _scanned(layer, config, length, methods)
@@ -593,7 +591,7 @@ class _Embedder(nn.Module):
     emb_dim: int
 
     def setup(self) -> None:
-        self.embedding = self.param(
+        self.embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
             (self.vocab_size, self.emb_dim),
