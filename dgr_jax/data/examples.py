@@ -304,7 +304,7 @@ def of_docids(
             yield {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
 
 
-def count_inputs(lengths: np.ndarray, longest: int, counts: Counter) -> None:
+def count_inputs(lengths: Sequence[int] | np.ndarray, longest: int, counts: Counter) -> None:
     """Adds to INPUTS of counts: inputs of so many tokens int [n], EOS counted; those cut to
     `longest`; their tokens; and those that are lost."""
     lost = np.maximum(0, np.asarray(lengths, np.int64) - longest)

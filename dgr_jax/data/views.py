@@ -35,10 +35,14 @@ _SAMPLE = 1 << 23  # tokens that their rarity is measured on
 class Table(Protocol):
     """What is asked of an identifier table."""
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    passages: np.ndarray
-    num_passages: int
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+    @property
+    def passages(self) -> np.ndarray: ...
+    @property
+    def num_passages(self) -> int: ...
 
 
 @dataclass(frozen=True)

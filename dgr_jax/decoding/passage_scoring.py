@@ -77,6 +77,9 @@ class Scoring:
         )
 
 
+Array = jax.Array | np.ndarray  # on the device, or the host
+
+
 class Identifiers(NamedTuple):
     """The identifiers of passages. K identifiers of T tokens a passage, E occurrences.
 
@@ -92,13 +95,13 @@ class Identifiers(NamedTuple):
       the overlaps with those left out are not seen: a span without any overlaps nothing.
     """
 
-    log_probs: jax.Array
-    counts: jax.Array
-    tokens: jax.Array
-    views: jax.Array
-    mask: jax.Array
-    spans: jax.Array
-    starts: jax.Array
+    log_probs: Array
+    counts: Array
+    tokens: Array
+    views: Array
+    mask: Array
+    spans: Array
+    starts: Array
 
 
 def passage_scores(
@@ -143,9 +146,9 @@ def passage_scores(
 
 
 def identifier_weights(
-    log_probs: jax.Array,
-    counts: jax.Array,
-    views: jax.Array,
+    log_probs: Array,
+    counts: Array,
+    views: Array,
     num_tokens: int | float | jax.Array,
     scoring: Scoring | None = None,
 ) -> jax.Array:

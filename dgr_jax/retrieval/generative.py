@@ -124,7 +124,7 @@ def decode_fn(
     model = Transformer(config)
 
     def decode(params: Any, constraint: Any, tokens: jax.Array) -> BeamResult:
-        apply = functools.partial(model.apply, {"params": _cast_kernels(params, config.dtype)})
+        apply: Any = functools.partial(model.apply, {"params": _cast_kernels(params, config.dtype)})
         encoded = apply(tokens, method="encode")
         cross = apply(encoded, method="cross")
         cache = apply(encoded, num_beams, length, method="init_cache")
@@ -576,7 +576,8 @@ class Retriever:
         if len(texts) <= BLOCK:
             return self.decoder.passages(next(blocks))
         parts = zip(*self.decoder.passages_of_blocks(blocks), strict=True)
-        return tuple(np.concatenate(part) for part in parts)
+        passages, scores = (np.concatenate(part) for part in parts)
+        return passages, scores
 
     def _hit(self, rank: int, index: int, score: float, tokens: np.ndarray) -> Hit:
         passage = self.store[index]

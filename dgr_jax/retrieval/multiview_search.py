@@ -118,6 +118,7 @@ class MultiviewDecoder:
         constraints, lengths = {}, {}
         for view in self.markers:
             if view == "body":
+                assert self.index.text is not None
                 length = self.span_tokens
                 made = self.index.text.constraint(max_length=length, opening=self.opening)
             else:

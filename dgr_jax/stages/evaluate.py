@@ -237,8 +237,8 @@ def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator
     length = student.query_length
     tokens = (made.vocabulary.encode_inputs(list(b.values()), length) for b in _blocks(queries))
     found = student.passages_of_blocks(tokens)
-    for block, passages in zip(_blocks(queries), found, strict=True):
-        yield scored_passages(list(block), *passages, made.store.pids)
+    for block, (passages, scores) in zip(_blocks(queries), found, strict=True):
+        yield scored_passages(list(block), passages, scores, made.store.pids)
 
 
 def _measure(

@@ -104,19 +104,19 @@ def views(
         _save(table, folder, table.view, vocabulary)
     counts = Counter()
     stream = scheme.body_tokens(passages, encode=encode, counts=counts)
-    body, anywhere = None, False
+    body, anywhere, written = None, False, {}
     if "body" in scheme.views:
         text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=scheme.span_tokens)
         text.save(folder / "text")
         share = float(vocabulary.word_starts()[text.tokens].sum() / max(1, len(text)))
         anywhere = share < _ENOUGH_WORDS
-        counts |= {
+        written = {
             "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
         }  # fmt: skip
         body = Body(text.tokens, text.starts).lengths
     else:
         deque(stream, maxlen=0)  # its tokens are counted
-    report["body"] = counts
+    report["body"] = {**counts, **written}
     report["named_passages"] = multiview.coverage(tables, body)
     ViewIndexes.describe(
         folder,
