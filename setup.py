@@ -58,7 +58,7 @@ setup(
             "filelock>=3.12",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
-            "mypy>=2.0",
+            "mypy>=2.2",
             "nbclient>=0.10",
             "nbformat>=5.9",
             "pydivsufsort>=0.0.18",

@@ -41,12 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import index as index_sizes
+from dgr_jax.analysis.speed import device_name
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
 from dgr_jax.decoding.beam_search import beam_search, score_by_token
 from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.selection import joint_top_k
-from dgr_jax.retrieval.speed import device_name
 
 LENGTH = 8
 DENSE_ENTRIES = 1 << 29

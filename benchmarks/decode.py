@@ -42,12 +42,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dgr_jax.analysis.speed import device_name
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import decode_fn
-from dgr_jax.retrieval.speed import device_name
 
 EOS = 1
 SIZES = {

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from dgr_jax import partitioning
+from dgr_jax.analysis.speed import device_name
 from dgr_jax.losses.ranking import distilled_ranknet
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.speed import device_name
 from dgr_jax.training.objectives import Distillation
 from dgr_jax.training.optimizers import Adafactor
 from dgr_jax.training.step import abstract_state, make_train_step

@@ -27,9 +27,9 @@ import faiss
 import jax
 import numpy as np
 
+from dgr_jax.analysis.speed import device_name
 from dgr_jax.partitioning import make_mesh
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
-from dgr_jax.retrieval.speed import device_name
 
 SEED = 0
 

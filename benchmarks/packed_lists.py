@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import cli, partitioning
+from dgr_jax import partitioning
+from dgr_jax.analysis.speed import device_name
+from dgr_jax.config import cli, gin_files
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.retrieval.speed import device_name
-from dgr_jax.stages import students
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages import student, systems
+from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.step import init_state, make_train_step
 
 
@@ -36,13 +37,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     args = parser.parse_args()
     flags = cli.parse(cli.parser("train", ""), [f"--model_dir={args.model_dir}"])
-    experiment = cli.load_experiment(*flags, keep=False)
+    experiment = gin_files.load_experiment(*flags, keep=False)
     settings = experiment.distill
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    model = Transformer(students.model_config(experiment, vocabulary.size))
+    model = Transformer(systems.model_config(experiment, vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     optimizer = settings.optimizer.transformation(settings.steps)
-    source = students.batches(experiment, "distill")
+    source = student.batches(experiment, "distill")
     steps, states, seconds = {}, {}, {"side by side": [], "padded": []}
     print(device_name(jax.devices()[0]))
     for name in seconds:

@@ -119,7 +119,7 @@ class Watch(logging.Handler):
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Runs the stage in this process; -> parts, and the largest resident set of the process."""
     from dgr_jax.data.vocabulary import SentencePiece
-    from dgr_jax.experiment import Prepare
+    from dgr_jax.experiments.generative import Prepare
     from dgr_jax.identifiers.embeddings import TfidfSvd
     from dgr_jax.identifiers.rq import ResidualQuantization
     from dgr_jax.identifiers.string import NaiveString

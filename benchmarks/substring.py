@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgr_jax.analysis.speed import device_name
 from dgr_jax.decoding import suffix_array
 from dgr_jax.decoding.suffix_array_expand import SpanState
-from dgr_jax.retrieval.speed import device_name
 
 BEAMS = 15
 LENGTH = 10

@@ -43,12 +43,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.decode import PEAKS, SIZES, random_params, summary
-from dgr_jax import cli, partitioning
+from dgr_jax import partitioning
+from dgr_jax.analysis.speed import device_name
+from dgr_jax.config import cli
 from dgr_jax.losses.generation import token_log_probs
 from dgr_jax.losses.ranking import distilled_ranknet
 from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.speed import device_name
 from dgr_jax.training.objectives import Distillation, Generation, passage_scores, shift_right
 from dgr_jax.training.optimizers import Adafactor, AdamW, Constant
 from dgr_jax.training.step import init_state, make_train_step

@@ -1,8 +1,11 @@
 """Distillation enhanced generative retrieval in JAX."""
 
+import importlib
 import os
 import signal
 import sys
+
+from dgr_jax import moved
 
 __version__ = "0.1.0"
 
@@ -18,3 +21,13 @@ _arguments = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 if any(flag == "-m" and module.startswith("dgr_jax.") for flag, module in _arguments):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_early)
+
+
+def __getattr__(name: str) -> object:
+    """`from dgr_jax import Retriever`, imported when it is asked for: it needs JAX."""
+    if name == "Retriever":
+        return importlib.import_module("dgr_jax.retrieval.retriever").Retriever
+    raise AttributeError(f"module 'dgr_jax' has no attribute {name!r}")
+
+
+moved.install()

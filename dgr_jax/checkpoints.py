@@ -3,8 +3,8 @@
 A folder holds one sub-folder a step with three items: `params` (what search needs), `training` (the
 rest of the state) and `position` (JSON: where the data stands); a fourth, `metrics`, where the best
 are kept. A step's folder gets its name when it is whole, so a killed process leaves none half
-written; then a files_made.json, see `dgr_jax.kept`. One without, because the process was killed in
-between, is read all the same.
+written; then a files_made.json, see `dgr_jax.model_dir.kept`. One without, because the process was
+killed in between, is read all the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dgr_jax import kept
+from dgr_jax.model_dir import kept
 
 logger = logging.getLogger(__name__)
 

@@ -126,7 +126,9 @@ class Comparison:
         )
 
 
-def compare(measure: str, a: Sequence[float], b: Sequence[float]) -> Comparison:
+def compare(
+    measure: str, a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
+) -> Comparison:
     """System a against system b: a value of each query, in the same order for both, with the
     p-value of `paired_randomization_test`."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

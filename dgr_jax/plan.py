@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax.config import cli, gin_files
 
 DESCRIPTION = (
     "Compile the train steps and the search of an experiment for a TPU topology (GPUs: by formula) "
@@ -47,11 +47,11 @@ def command(argv: Sequence[str] | None) -> None:
     )
     args, bindings = cli.parse(parser, argv)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    experiment = cli.load_experiment(args, bindings, keep=False)
+    experiment = gin_files.load_experiment(args, bindings, keep=False)
 
-    from dgr_jax import plan_tables
+    from dgr_jax.capacity import tables
 
-    plan_tables.show(args, experiment)
+    tables.show(args, experiment)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from dgr_jax import cli, processes
+from dgr_jax import processes
+from dgr_jax.config import cli, gin_files
 
 DESCRIPTION = (
     "Run the prepare stage of an experiment. With --export, copy what the later stages need into "
@@ -27,20 +28,21 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings)
+    experiment = gin_files.load_experiment(args, bindings)
 
-    from dgr_jax import pipeline, stages
+    from dgr_jax.stages import pipeline
+    from dgr_jax.stages.makers import makers
 
-    makers = stages.makers(experiment)
+    made_by = makers(experiment)
     if args.beam_options is not None:
         from dgr_jax.stages import beam
 
         beam.check()
         everywhere = partial(beam.write_parts, options=args.beam_options)
-        makers = makers | {"prepare": partial(makers["prepare"], everywhere=everywhere)}
-    pipeline.run(experiment, makers, ["prepare"], named=cli.named(bindings))
+        made_by = made_by | {"prepare": partial(made_by["prepare"], everywhere=everywhere)}
+    pipeline.run(experiment, made_by, ["prepare"], named=cli.named(bindings))
     if args.export and processes.first():
-        from dgr_jax.stages.prepare import export
+        from dgr_jax.stages.prepared import export
 
         export(experiment, args.export)
 

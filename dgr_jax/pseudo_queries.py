@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax.config import cli, gin_files
 
 DESCRIPTION = (
     "Teach a T5 to write the queries of a passage, on the training pairs of a collection, and let "
@@ -22,9 +22,9 @@ def command(argv: Sequence[str] | None) -> None:
         help="stages to run, with those they need: prepare, generate, sample (default: sample)",
     )
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings, ("PseudoQueries",))
+    experiment = gin_files.load_experiment(args, bindings, ("PseudoQueries",))
 
-    from dgr_jax import pipeline
+    from dgr_jax.stages import pipeline
     from dgr_jax.stages.pseudo_queries import MAKERS
 
     pipeline.run(

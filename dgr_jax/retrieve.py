@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax.config import cli, gin_files, mistakes
 
 DESCRIPTION = (
     "Answer questions with the student in --model_dir: --query prints passages, --queries writes a "
@@ -37,15 +37,16 @@ def command(argv: Sequence[str] | None) -> None:
     args, bindings = cli.parse(parser, argv)
     _check(parser, args, bindings)
     if args.query or args.queries:
-        from dgr_jax.stages import ask
+        from dgr_jax.serving import ask
 
         ask.answer(args)
         return
-    experiment = cli.load_experiment(args, bindings)
+    experiment = gin_files.load_experiment(args, bindings)
 
-    from dgr_jax import pipeline, stages
+    from dgr_jax.stages import pipeline
+    from dgr_jax.stages.makers import makers
 
-    pipeline.run(experiment, stages.makers(experiment), ["candidates"], named=cli.named(bindings))
+    pipeline.run(experiment, makers(experiment), ["candidates"], named=cli.named(bindings))
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: list[str]) -> None:
@@ -58,7 +59,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace, bindings: 
             parser.error("--query and --queries need --model_dir")
         if args.queries and not (args.output or args.report_speed):
             parser.error("--queries needs --output")
-        flags = tuple(f"{macro} = " for macro, flag in cli.FLAGS.items() if getattr(args, flag[2:]))
+        flags = tuple(
+            f"{macro} = " for macro, flag in mistakes.FLAGS.items() if getattr(args, flag[2:])
+        )
         alone = ("coordinator_address", "num_processes", "process_id", "distributed")
         if joined := [name for name in alone if getattr(args, name)]:
             parser.error(f"--{joined[0]} has no effect on --query and --queries")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
+from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 
@@ -11,3 +15,62 @@ def fingerprint(settings: Any) -> str:
     """Hash of settings as JSON."""
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def without_effect(default: Any) -> Any:
+    """A field that changes speed or output, but not results: it makes no stage run again."""
+    return field(default=default, metadata={"fingerprint": False})
+
+
+def describe(value: Any) -> Any:
+    """A setting as JSON: what it is and every field that has an effect on results.
+
+    The folder that a collection lies in is left out, so that data may be moved; and a setting that
+    came later (metadata "unless default"), where it is not used, so that older stages stay.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: describe(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.name != "folder" and _has_effect(f, getattr(value, f.name))
+        }
+        return {"is": type(value).__qualname__, **fields}
+    if isinstance(value, functools.partial):
+        return {
+            "is": describe(value.func),
+            "args": describe(value.args),
+            **describe(value.keywords),
+        }
+    if callable(value):
+        return value.__qualname__
+    if isinstance(value, dict):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _has_effect(setting: dataclasses.Field, value: Any) -> bool:
+    """Whether a setting of this value makes results other than they would be without it."""
+    marked = setting.metadata.get("fingerprint", True)
+    return value != setting.default if marked == "unless default" else marked
+
+
+def paths(value: Any) -> dict[str, str]:
+    """Every file that the settings name: 'SentencePiece.path' -> 'spiece.model'; blank: left out.
+
+    A file is named by a field `path` or `..._path`.
+    """
+    found: dict[str, str] = {}
+    if isinstance(value, tuple):
+        for part in value:
+            found |= paths(part)
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            inside = getattr(value, f.name)
+            if (f.name == "path" or f.name.endswith("_path")) and isinstance(inside, str):
+                found |= {f"{type(value).__name__}.{f.name}": inside} if inside else {}
+            found |= paths(inside)
+    return found

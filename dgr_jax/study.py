@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-from dgr_jax import cli, interrupts, writer_lock
+from dgr_jax import interrupts
+from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
+from dgr_jax.model_dir import writer_lock
 
 DESCRIPTION = (
     "Run every experiment of a grid that has not been run, sharing stages that are the same, and "
@@ -24,14 +28,14 @@ def command(argv: Sequence[str] | None) -> None:
     if not args.model_dir:
         parser.error("--model_dir is required: where experiments, table and plots are written")
     own = [binding for binding in bindings if binding.startswith("Study.")]
-    study = cli.load_experiment(args, own, ("Study",), keep=False)
+    study = gin_files.load_experiment(args, own, ("Study",), keep=False)
 
-    from dgr_jax import studies
+    from dgr_jax.studies import runner as studies
 
     others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
     interrupts.goes_on("the study")
-    paths, fill = args.gin_search_paths, args.dry_run
-    runner = studies.Runner(study, args.model_dir, others, paths, fill=fill)
+    load = functools.partial(gin_files.from_flags, fill=args.dry_run)
+    runner = studies.Runner(study, args.model_dir, load, others, args.gin_search_paths)
     if args.dry_run:
         runner.show_plan()
         return
@@ -41,7 +45,7 @@ def command(argv: Sequence[str] | None) -> None:
             runner.report()
     if failures:
         number = f"{len(failures)} of {len(runner.runs)} experiments failed"
-        raise cli.Mistake("\n".join([f"{number}; the same command tries them again", *failures]))
+        raise Mistake("\n".join([f"{number}; the same command tries them again", *failures]))
 
 
 if __name__ == "__main__":

@@ -25,15 +25,16 @@ from flax import linen as nn
 from flax.linen import partitioning as flax_partitioning
 
 from dgr_jax import partitioning
+from dgr_jax.data.task_files import task_file
 from dgr_jax.decoding import trie
 from dgr_jax.losses import generation
+from dgr_jax.model_dir.records import read_record
 from dgr_jax.models import pretrained
-from dgr_jax.models.start import Pretrained
+from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.records import read_record
 from dgr_jax.retrieval import generative
-from dgr_jax.stages.prepare import Prepared, task_file
-from dgr_jax.stages.students import with_vocabulary
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.training_run import with_vocabulary
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax.config import cli, gin_files
 
 DESCRIPTION = (
     "Run the teach stage of an experiment (and the stages it needs): the teacher orders the "
@@ -16,11 +16,12 @@ def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("teach", DESCRIPTION)
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(args, bindings)
+    experiment = gin_files.load_experiment(args, bindings)
 
-    from dgr_jax import pipeline, stages
+    from dgr_jax.stages import pipeline
+    from dgr_jax.stages.makers import makers
 
-    pipeline.run(experiment, stages.makers(experiment), ["teach"], named=cli.named(bindings))
+    pipeline.run(experiment, makers(experiment), ["teach"], named=cli.named(bindings))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax import cli
+from dgr_jax.config import cli, gin_files
 
 DESCRIPTION = (
     "Prepare a collection, teach a T5 student to write passage identifiers, distil it from a "
@@ -33,19 +33,20 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = cli.load_experiment(
+    experiment = gin_files.load_experiment(
         args, bindings, *[("Experiment",)] * args.plan, keep=not args.plan
     )
     if args.plan:
-        from dgr_jax import outlook
+        from dgr_jax.capacity import disk
 
-        outlook.show(experiment, outlook.given(args.corpus) if args.corpus else None)
+        disk.show(experiment, disk.given(args.corpus) if args.corpus else None)
         return
 
-    from dgr_jax import pipeline, stages
+    from dgr_jax.stages import pipeline
+    from dgr_jax.stages.makers import makers
 
     asked = [stage.strip() for stage in args.stages.split(",")]
-    pipeline.run(experiment, stages.makers(experiment), asked, named=cli.named(bindings))
+    pipeline.run(experiment, makers(experiment), asked, named=cli.named(bindings))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dgr_jax import evaluation, kept, records
+from dgr_jax import evaluation
 from dgr_jax.corpora import beir, trec
 from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.model_dir import kept, records
 
 PAIRS = (
     ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),

@@ -18,10 +18,13 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from dgr_jax import cli, plan_tables, planning
-from dgr_jax.experiment import Experiment
+from dgr_jax.capacity import chips, planning, programs, tables
+from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.capacity.planning import Plan
+from dgr_jax.capacity.sizes import Sizes, estimated_sizes
+from dgr_jax.config import cli, gin_files
+from dgr_jax.experiments.generative import Experiment
 from dgr_jax.partitioning import Mesh
-from dgr_jax.planning import GIB, Plan, Sizes, Topology
 
 SIZES = ("small", "base", "large", "xl", "xxl")
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "h100:8")
@@ -36,7 +39,7 @@ def experiment(size: str) -> Experiment:
     large = ["--gin.T5Config.remat=full", "--gin.T5Config.scan_layers=True"]
     batch = ["--gin.BATCH_SIZE=2048", "--gin.LIST_BATCH_SIZE=256", "--gin.SEARCH_BATCH_SIZE=64"]
     args, bindings = cli.parse(cli.parser("plan", ""), [*files, *large, *batch])
-    return cli.load_experiment(args, bindings, keep=False)
+    return gin_files.load_experiment(args, bindings, keep=False)
 
 
 class Kept:
@@ -55,17 +58,17 @@ class Kept:
         found = planning.plan(step, made, sizes, topology, mesh, compile=False)
         if compile and topology.is_tpu and name not in self.plans:
             compiled = planning.plan(step, made, sizes, topology, mesh)
-            self.plans[name] = plan_tables.as_dict(compiled)
+            self.plans[name] = tables.as_dict(compiled)
             self.path.write_text(json.dumps(self.plans, indent=1))
-        return plan_tables.from_dict(found, self.plans[name]) if name in self.plans else found
+        return tables.from_dict(found, self.plans[name]) if name in self.plans else found
 
 
 def rows(topology: Topology, kept: Kept, compiled: list[str]) -> Iterator[tuple[str, ...]]:
     """A row for each size and step."""
     for size in SIZES:
         made = experiment(size)
-        sizes = planning.estimated_sizes(made, 8_800_000)
-        for step in planning.PROGRAMS:
+        sizes = estimated_sizes(made, 8_800_000)
+        for step in programs.PROGRAMS:
             ranked = planning.sweep(step, made, sizes, topology)
             if not ranked:
                 continue
@@ -106,7 +109,7 @@ def main() -> None:
     parser.add_argument("--compile", default="", help="sizes to compile, such as base,xxl")
     args = parser.parse_args()
     kept, compiled = Kept(args.plans), [s for s in args.compile.split(",") if s]
-    made = [table(planning.topology(name), kept, compiled) for name in TOPOLOGIES]
+    made = [table(chips.topology(name), kept, compiled) for name in TOPOLOGIES]
     before, _, rest = args.document.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     text = "\n\n".join([BEGIN, *made, END])

@@ -11,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from dgr_jax import partitioning, planning
+from dgr_jax import partitioning
+from dgr_jax.capacity import programs
+from dgr_jax.capacity.sizes import estimated_sizes
 from dgr_jax.losses import contrastive
 from dgr_jax.models import activations
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -161,8 +163,8 @@ def test_planned_programs(layout, name, number):
     """What is planned is cut as what runs: `number` layers, forward and backward, of scanned ones
     one for all."""
     small = experiment(*SMALL)
-    sizes = dataclasses.replace(planning.estimated_sizes(small, 500), vocab_size=2304)
-    program = planning.program(name, small, sizes, mesh(), settings(layout).rules)
+    sizes = dataclasses.replace(estimated_sizes(small, 500), vocab_size=2304)
+    program = programs.program(name, small, sizes, mesh(), settings(layout).rules)
     found = constraints(program.lower())
     width = small.model.emb_dim
     layers = [spec for spec in found if re.match(rf"\d+x(\d+x)+{width}:", spec)]

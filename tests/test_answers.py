@@ -7,13 +7,14 @@ import unicodedata
 import numpy as np
 import pytest
 
-from dgr_jax import evaluation, pipeline
+from dgr_jax import evaluation
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
 from dgr_jax.corpora.words import UNSPACED
-from dgr_jax.experiment import Evaluate
+from dgr_jax.experiments.common import Evaluate
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.stages import pipeline
 from dgr_jax.stages.evaluate import _compare, _measure, chosen_queries
 from tests import test_experiment
 

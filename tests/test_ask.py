@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dgr_jax.stages.ask import read_queries
+from dgr_jax.serving.ask import read_queries
 
 EXPECTED = {"q1": "who", "q2": "what\tfor"}
 TSV = b"q1\twho\n\nq2\twhat\tfor\n"

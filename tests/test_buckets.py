@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from dgr_jax import pipeline
 from dgr_jax.corpora import lines, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.msmarco import MsmarcoCollection
@@ -18,7 +17,8 @@ from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.examples import pseudo_queries
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.identifiers.embeddings import FromFile
-from dgr_jax.retrieval.teacher import RunTeacher, VectorTeacher
+from dgr_jax.stages import pipeline
+from dgr_jax.teaching.teachers import RunTeacher, VectorTeacher
 from tests import test_experiment
 from tests.test_teacher import ListStore
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax import checkpoints, kept, partitioning
+from dgr_jax import checkpoints, partitioning
 from dgr_jax.checkpoints import Checkpoints
+from dgr_jax.model_dir import kept
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.optimizers import Adafactor, AdamW, Constant

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 from dgr_jax import (
-    cli,
-    configurables,
     evaluate,
     prepare,
     pseudo_queries,
@@ -23,14 +21,16 @@ from dgr_jax import (
     teach,
     train,
 )
+from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
-from dgr_jax.experiment import stage_settings
 from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.losses import ranking
-from dgr_jax.retrieval import generative
-from dgr_jax.retrieval.teacher import RunTeacher
+from dgr_jax.retrieval.retriever import SYSTEMS
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages.pipeline import stage_settings
+from dgr_jax.teaching.teachers import RunTeacher
 from tests.conftest import ROOT
 
 COMMANDS = {"train": train, "prepare": prepare, "retrieve": retrieve, "teach": teach,
@@ -55,7 +55,7 @@ def as_in_a_fresh_process(monkeypatch, tmp_path):
 
 def load(*arguments: str):
     args, bindings = cli.parse(cli.parser("train", "..."), arguments)
-    return cli.load_experiment(args, bindings)
+    return gin_files.load_experiment(args, bindings)
 
 
 def complaint(capsys, command, *arguments: str) -> str:
@@ -241,10 +241,10 @@ def test_every_line_of_a_shipped_experiment_has_an_effect(name):
     load(f"--gin_file={name}", "--model_dir=m", *needed(name))
     import gin
 
-    bound = set(cli._settings(gin.config_str()))
+    bound = set(gin_files._settings(gin.config_str()))
     used = {
-        (cli._winner(scope, component, key, bound), component, key)
-        for scope, component, key in cli._settings(gin.operative_config_str())
+        (gin_files._winner(scope, component, key, bound), component, key)
+        for scope, component, key in gin_files._settings(gin.operative_config_str())
     }
     restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
     replaced = {name for name in bound if name[1] in ranking.LOSSES}  # by another LOSS
@@ -292,7 +292,7 @@ def test_a_finished_experiment_that_cannot_be_written_is_read(monkeypatch, caplo
 
 
 def test_an_experiment_that_is_not_read_leaves_nothing():
-    with pytest.raises(cli.Mistake):
+    with pytest.raises(Mistake):
         load(QUICKSTART, "--model_dir=m", "--gin.SEED=x")
     assert not Path("m").exists()
 
@@ -457,7 +457,7 @@ def test_what_is_required_counts_only_where_it_is_used():
 
 def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     load(QUICKSTART, "--gin.KMeansTree.branching=5")
-    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.cli"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.cli"] == [
         "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
     ]
 
@@ -677,7 +677,7 @@ def test_retrieve_asks_for_what_it_needs(arguments, message, capsys):
 def test_retrieve_knows_the_systems(capsys):
     with pytest.raises(SystemExit):
         retrieve.command(["--help"])
-    assert "--system {" + ",".join(generative.SYSTEMS) + "}" in capsys.readouterr().out
+    assert "--system {" + ",".join(SYSTEMS) + "}" in capsys.readouterr().out
 
 
 def test_evaluate_asks_for_run_and_qrels(capsys):
@@ -733,7 +733,7 @@ def write_gin(folder: Path, name: str, text: str) -> Path:
         "from evil import inner",
         "import evil as numpy",
         "from __gin__ import dynamic_registration\nimport evil",
-        "import dgr_jax.cli",
+        "import dgr_jax.config.cli",
     ],
 )
 @pytest.mark.parametrize("included", [False, True])
@@ -749,7 +749,7 @@ def test_gin_files_import_nothing(statement, included, tmp_path, monkeypatch):
     else:
         write_gin(tmp_path, "config.gin", f"{kept}{statement}\n")
     line = 1 if included else 2
-    with pytest.raises(cli.Mistake, match=rf".*\.gin:{line}: got an import of .*, expected none"):
+    with pytest.raises(Mistake, match=rf".*\.gin:{line}: got an import of .*, expected none"):
         load(f"--model_dir={tmp_path}")
     assert "evil" not in sys.modules
 
@@ -765,9 +765,7 @@ def test_gin_files_include_within_their_folders(how, tmp_path, monkeypatch):
         (model_dir / "linked.gin").symlink_to(away)
     write_gin(model_dir, "part.gin", f"include '{away}'\n")
     monkeypatch.chdir(model_dir)
-    with pytest.raises(
-        cli.Mistake, match="gin:[12]: include .*: expected a file in .*search_paths"
-    ):
+    with pytest.raises(Mistake, match="gin:[12]: include .*: expected a file in .*search_paths"):
         load(f"--model_dir={model_dir}")
     bound = load(
         f"--gin_file={config}", f"--gin_search_paths={away.parent}", f"--model_dir={model_dir}"
@@ -781,26 +779,26 @@ def test_gin_files_of_a_folder_include_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load(f"--gin_file={file}").prepare.seed == 7
     loop = write_gin(tmp_path, "mine/loop.gin", "include 'mine/loop.gin'\n")
-    with pytest.raises(cli.Mistake, match="includes mine/loop.gin, which includes it"):
+    with pytest.raises(Mistake, match="includes mine/loop.gin, which includes it"):
         load(f"--gin_file={loop}")
 
 
 def test_a_binding_is_one_binding():
-    with pytest.raises(cli.Mistake, match="expected one --gin.NAME=VALUE"):
+    with pytest.raises(Mistake, match="expected one --gin.NAME=VALUE"):
         load("--gin_file=quickstart.gin", "--gin.SEED=(1,)\nimport evil")
 
 
 def test_model_dir_is_the_one_given(tmp_path):
     text = f"include 'quickstart.gin'\nExperiment.model_dir = '{tmp_path / 'elsewhere'}'\n"
     write_gin(tmp_path, "config.gin", text)
-    with pytest.raises(cli.Mistake, match="the gin files set .*elsewhere"):
+    with pytest.raises(Mistake, match="the gin files set .*elsewhere"):
         load(f"--model_dir={tmp_path}")
     assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "quickstart/../quickstart", ""])
 def test_tasks_are_names(name):
-    from dgr_jax.stages.prepare import task_file
+    from dgr_jax.data.task_files import task_file
 
     with pytest.raises(ValueError, match="Prepare.tasks: got .*, expected one of"):
         task_file(name)
@@ -817,7 +815,7 @@ def test_readme_says_what_a_gin_file_needs():
     for name, row in named.items():
         try:
             load(f"--gin_file={name}", "--data_dir=FOLDER", "--model_dir=/dev/null/DIR")
-        except cli.Mistake as mistake:
+        except Mistake as mistake:
             for needed in re.findall(r"--gin\.([\w.]+)=\.\.\.", str(mistake)):
                 assert f"--gin.{needed}" in row, (name, needed)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dgr_jax import kept, pipeline
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
+from dgr_jax.model_dir import kept
+from dgr_jax.stages import pipeline
 
 main = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "compare_seeds.py"))["main"]
 PIDS = ("a", "b", "c")

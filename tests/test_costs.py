@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dgr_jax import cli, costs, planning
-from dgr_jax.retrieval import drift
+from dgr_jax.analysis import costs, drift
+from dgr_jax.capacity import formulas
+from dgr_jax.config import cli, gin_files
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
 from dgr_jax.retrieval.generative import Search
@@ -95,7 +96,7 @@ def test_drift_of_vectors_is_that_of_the_softmax_of_their_scores(monkeypatch):
 
 def test_flops_of_a_step_are_those_of_its_shapes():
     tokens = lambda *shape: np.ones(shape, np.int32)
-    read, encoded = planning.encoder_flops, planning.encoder_flops(CONFIG, 6, 8)
+    read, encoded = formulas.encoder_flops, formulas.encoder_flops(CONFIG, 6, 8)
     width, heads, mlp = 16, 28, 32
     layer = 4 * width * heads + 3 * width * mlp + 2 * heads * 8  # of a token; gated MLP
     assert encoded == 2 * 6 * 8 * layer
@@ -115,12 +116,12 @@ def test_flops_of_a_step_are_those_of_its_shapes():
     written = (
         6 * 2 * 16 * (6 * width * heads + 3 * width * mlp + 2 * heads * (16 + 24) + width * 96)
     )
-    read = planning.encoder_flops(CONFIG, 18, 8) + 2 * 18 * 8 * 2 * width * heads
+    read = formulas.encoder_flops(CONFIG, 18, 8) + 2 * 18 * 8 * 2 * width * heads
     assert several - one == pytest.approx(3 * (read + 2 * written))
 
 
 def test_flops_before_there_is_any_data():
-    load = lambda *flags: cli.load_experiment(
+    load = lambda *flags: gin_files.load_experiment(
         *cli.parse(cli.parser("train", ""), ["--model_dir=m", *flags]), keep=False
     )
     docids = costs.expected_flops(load("--gin_file=quickstart.gin"))
@@ -142,7 +143,7 @@ def test_flops_before_there_is_any_data():
 @pytest.mark.slow
 def test_costs_of_a_finished_experiment(tiny_model_dir, tmp_path):
     flags = (f"--model_dir={tiny_model_dir}", "--gin.Mesh.data=-1")
-    experiment = cli.load_experiment(*cli.parse(cli.parser("train", ""), flags), keep=False)
+    experiment = gin_files.load_experiment(*cli.parse(cli.parser("train", ""), flags), keep=False)
     found = costs.measure(experiment, "distill", relevance="qrels")
     assert list(found) == list(costs.COLUMNS) and min(found.values()) > 0
     assert costs.training_flops(experiment, "generate") < found["training PFLOP"] * 1e15

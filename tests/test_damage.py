@@ -9,18 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import kept
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data.vocabulary import VIEWS, Vocabulary
 from dgr_jax.decoding import suffix_array, trie
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import exact_search
-from dgr_jax.retrieval.generative import Retriever, Search, write_student
-from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+from dgr_jax.retrieval.retriever import Retriever, write_student
 from dgr_jax.stages import pseudo_queries
 from dgr_jax.stages.candidates import _is_whole
-from dgr_jax.stages.prepare import export
+from dgr_jax.stages.prepared import export
 from dgr_jax.stages.teach import _candidates
 from dgr_jax.training import metrics
 from dgr_jax.training.arrays import read_arrays, write_arrays

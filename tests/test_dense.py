@@ -14,10 +14,10 @@ from dgr_jax.corpora import store as passage_store
 from dgr_jax.corpora.types import Passage
 from dgr_jax.models.dual_encoder import DualEncoder
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval import dense, exact_search
+from dgr_jax.retrieval import batching, dense, exact_search
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
-from dgr_jax.retrieval.negatives import mine
+from dgr_jax.teaching.negatives import mine
 from tests import students, toy
 from tests.reference import exact_search as twin
 from tests.test_dual_encoder import CONFIG as PLAIN
@@ -98,7 +98,7 @@ def test_short_texts_have_a_shape_of_their_own(embedded):
     store, path = embedded
     tokens = tokens_of(store)
     search = dataclasses.replace(SEARCH, min_length=4, texts_per_shape=4)
-    planned = list(encoder()._batches((tokens > 0).sum(1), 8, search, 8))
+    planned = list(batching.batches((tokens > 0).sum(1), search.shapes(8), 8))
     assert {length for length, _ in planned} == {4, 8}
     found = encoder().passages(tokens, search)
     np.testing.assert_allclose(found, np.load(path), rtol=1e-4, atol=1e-6)

@@ -10,24 +10,30 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, pipeline, records, retrieve, stages, train
+from dgr_jax import retrieve, train
+from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples
 from dgr_jax.data.examples import Sources
-from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Lists, Negatives
-from dgr_jax.experiment import Evaluate, Teach, Training, describe, stage_settings
+from dgr_jax.experiments.common import Evaluate, Teach, Training
+from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Lists, Negatives
 from dgr_jax.losses import contrastive, ranking
+from dgr_jax.model_dir import records
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.dense import DenseSearch, Searcher
-from dgr_jax.retrieval.generative import Retriever, Search
-from dgr_jax.retrieval.recipes import TopM
-from dgr_jax.retrieval.teacher import Bm25Teacher
-from dgr_jax.settings import fingerprint
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.settings import describe, fingerprint
+from dgr_jax.stages import makers, pipeline
+from dgr_jax.stages.pipeline import stage_settings
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.teaching.list_recipes import TopM
+from dgr_jax.teaching.teachers import Bm25Teacher
 from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.dense import Dense
 from dgr_jax.training.optimizers import Adafactor
@@ -63,16 +69,16 @@ def test_stages_are_those_that_the_settings_ask_for():
     assert list(mined.stages) == ["prepare", "negatives", "dense", "mine", "refresh", "evaluate"]
     assert mined.stages["evaluate"].upstream == mined.systems == ("dense", "refresh")
     for experiment in (BASE, mined):
-        assert experiment.stages.keys() <= stages.makers(experiment).keys()
+        assert experiment.stages.keys() <= makers.makers(experiment).keys()
         known = list(experiment.stages)
         for place, stage in enumerate(known):
             assert set(experiment.stages[stage].upstream) <= set(known[:place])
 
 
 def test_it_runs_in_one_process(monkeypatch):
-    monkeypatch.setattr(stages.processes, "count", lambda: 2)
+    monkeypatch.setattr(makers.processes, "count", lambda: 2)
     with pytest.raises(ValueError, match="got 2 processes, expected one: a dense retriever is"):
-        stages.makers(BASE)
+        makers.makers(BASE)
 
 
 def test_every_setting_is_read_by_a_stage():
@@ -164,7 +170,7 @@ def test_settings_that_cannot_work(make, message):
 
 def load(*flags):
     args, bindings = cli.parse(cli.parser("train", ""), flags)
-    return cli.load_experiment(args, bindings, keep=False)
+    return gin_files.load_experiment(args, bindings, keep=False)
 
 
 def test_losses_negatives_and_a_refresh_by_a_line_each():
@@ -195,16 +201,14 @@ def test_a_refresh_with_a_teacher_loss_is_refused_however_it_is_made():
     flags = ("--gin_file=dense.gin", "--gin_file=runs/refresh.gin", "--gin_file=runs/taught.gin")
     own = "--gin.refresh/Dense.teacher_loss=@kl_divergence()"
     for more in ((), ("--gin.DenseExperiment.teach=None", "--gin.Dense.teacher_loss=None")):
-        with pytest.raises(cli.Mistake, match="^DenseExperiment.refresh: got a teacher loss"):
+        with pytest.raises(Mistake, match="^DenseExperiment.refresh: got a teacher loss"):
             load(*flags, own, *more)
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(
-        cli.Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"
-    ):
+    with pytest.raises(Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"):
         load("--gin_file=dense.gin", "--gin.LOSS=@lse_pear()")
-    with pytest.raises(cli.Mistake, match="dense.gin: got DenseExperiment, expected Experiment"):
+    with pytest.raises(Mistake, match="dense.gin: got DenseExperiment, expected Experiment"):
         train.command(("--gin_file=dense.gin", "--plan"))
     flags = ("--gin_file=dense.gin", f"--data_dir={tmp_path}", f"--model_dir={tmp_path / 'm'}")
     with pytest.raises(FileNotFoundError, match="corpus.jsonl"):
@@ -295,7 +299,7 @@ def test_a_run_is_measured_beside_bm25(finished):
 @pytest.mark.slow
 def test_pools_are_negatives_of_their_query(finished):
     folder, _ = finished
-    experiment = cli.load_experiment(
+    experiment = gin_files.load_experiment(
         *cli.parse(cli.parser("train", ""), (f"--model_dir={folder}",))
     )
     assert isinstance(experiment, DenseExperiment)

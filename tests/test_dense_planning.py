@@ -4,9 +4,12 @@ import functools
 
 import pytest
 
-from dgr_jax import cli, dense_planning, plan, planning
+from dgr_jax import plan
+from dgr_jax.capacity import chips
+from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.config import cli, gin_files
 from dgr_jax.partitioning import Mesh
-from dgr_jax.planning import GIB, Topology
 from tests.test_planning import _mesh
 
 SMALL = (
@@ -14,19 +17,19 @@ SMALL = (
     "--gin.QUERY_LENGTH=8", "--gin.PASSAGE_LENGTH=16", "--gin.NEGATIVES=bm25",
     "--gin.ExactSearch.batch_size=8", "--gin.DEPTH=20", "--gin.ExactSearch.storage=bfloat16",
 )  # fmt: skip
-H100, ONE = planning.topology("h100:1"), Mesh(data=1, model=1)
+H100, ONE = chips.topology("h100:1"), Mesh(data=1, model=1)
 
 
 @functools.cache
 def experiment(*bindings):
     flags = ["--gin_file=dense.gin", *bindings]
-    return cli.load_experiment(*cli.parse(cli.parser("plan", ""), flags), keep=False)
+    return gin_files.load_experiment(*cli.parse(cli.parser("plan", ""), flags), keep=False)
 
 
 def search(*bindings, topology=H100, mesh=ONE):
     made = experiment("--gin_file=models/base.gin", *bindings)
-    found = dense_planning.plan("search", made, 8_800_000, topology, mesh)
-    return found, dense_planning.advice(found, made, 8_800_000)
+    found = dense_plans.plan("search", made, 8_800_000, topology, mesh)
+    return found, dense_plans.advice(found, made, 8_800_000)
 
 
 def test_vectors_of_a_large_corpus_on_one_gpu():
@@ -50,17 +53,17 @@ def test_vectors_of_a_large_corpus_on_one_gpu():
 
 
 def test_vectors_that_do_not_fit():
-    topology = planning.topology("v5e:1x1")
+    topology = chips.topology("v5e:1x1")
     made = experiment(
         "--gin_file=models/base.gin", "--gin.ExactSearch.max_device_bytes=1099511627776"
     )
-    found = dense_planning.plan("search", made, 8_800_000, topology, ONE, compile=False)
+    found = dense_plans.plan("search", made, 8_800_000, topology, ONE, compile=False)
     assert not found.fits
-    assert dense_planning.advice(found, made, 8_800_000) == [
+    assert dense_plans.advice(found, made, 8_800_000) == [
         "--gin.ExactSearch.storage=bfloat16", "a larger --topology: vectors are cut over all chips",
     ]  # fmt: skip
-    four = planning.topology("v5e:2x2")
-    cut = dense_planning.plan("search", made, 8_800_000, four, Mesh(4, 1), compile=False)
+    four = chips.topology("v5e:2x2")
+    cut = dense_plans.plan("search", made, 8_800_000, four, Mesh(4, 1), compile=False)
     assert cut.fits and cut.sent["all-gather"] == 8 * 256 * 100 * 3
 
 
@@ -82,14 +85,14 @@ def test_the_command(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", dense_planning.PROGRAMS)
+@pytest.mark.parametrize("name", dense_plans.PROGRAMS)
 def test_the_formula_counts_what_the_program_does(name, monkeypatch):
     """Compiled for host devices in place of TPUs."""
     made, chips = experiment(*SMALL), Topology("v5e", (2, 4))
     mesh = Mesh(data=2, model=4)
-    formula = dense_planning.plan(name, made, 5000, chips, mesh, compile=False)
+    formula = dense_plans.plan(name, made, 5000, chips, mesh, compile=False)
     monkeypatch.setattr(Topology, "devices", lambda self: _mesh().devices.ravel().tolist())
-    found = dense_planning.plan(name, made, 5000, chips, mesh)
+    found = dense_plans.plan(name, made, 5000, chips, mesh)
     assert found.source == "compiled" and formula.source == "formula"
     assert found.flops == pytest.approx(formula.flops, rel=0.15)
     assert {**found.parts, "temporaries": 0} == {**formula.parts, "temporaries": 0}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dgr_jax import dependent
+from dgr_jax.studies import dependent
 
 CHILD = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 WATCHING = (
@@ -52,7 +52,7 @@ def test_a_killed_process_takes_its_command_with_it(how):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems watch the parent")
 def test_nothing_starts_when_the_parent_has_ended_already(tmp_path):
     ran = tmp_path / "ran"
-    command = [sys.executable, "-m", "dgr_jax.dependent", "999999999", "touch", str(ran)]
+    command = [sys.executable, "-m", "dgr_jax.studies.dependent", "999999999", "touch", str(ran)]
     assert subprocess.run(command).returncode == 1 and not ran.exists()
 
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dgr_jax import cli, display, evaluation, plots, studies
-from dgr_jax.retrieval.inspection import Table
+from dgr_jax import display, evaluation, plots
+from dgr_jax.analysis.inspection import Table
+from dgr_jax.config import cli
 from dgr_jax.stages.teach import taught
-from dgr_jax.study_rows import markdown
+from dgr_jax.studies import runner as studies
+from dgr_jax.studies.rows import markdown
 from dgr_jax.training import metrics
 
 EVIL = {

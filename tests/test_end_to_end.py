@@ -20,17 +20,18 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, evaluate
+from dgr_jax import evaluate
+from dgr_jax.analysis.inspection import Inspection
 from dgr_jax.checkpoints import restore_params
+from dgr_jax.config import cli
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
-from dgr_jax.experiment import STAGES
+from dgr_jax.experiments.generative import STAGES
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import abstract_params, make_mesh
-from dgr_jax.retrieval.generative import Retriever
-from dgr_jax.retrieval.inspection import Inspection
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.stages.prepared import Prepared
 from tests.conftest import ROOT, TINY
 
 SYSTEMS = ("bm25", "generate", "control", "distill")
@@ -653,14 +654,14 @@ def test_the_installed_wheel_finds_its_files(wheel, tmp_path):
     shipped = sorted(path.name for path in (ROOT / "gin_configs").glob("*.gin"))
     assert ", ".join(shipped) in " ".join(python("-m", "dgr_jax.train", "--help").split())
     assert "studies/margins.gin" in python(
-        "-c", "from dgr_jax import cli; print(*cli.resources('gin_configs').rglob('*.gin'))"
+        "-c", "from dgr_jax import shipped; print(*shipped.resources('gin_configs').rglob('*.gin'))"
     )
     code = (
-        "from dgr_jax import cli, pipeline, stages\n"
-        "from dgr_jax.stages.prepare import task_file\n"
+        "from dgr_jax.config import cli, gin_files\n"
+        "from dgr_jax.data.task_files import task_file\n"
         "args, bindings = cli.parse(cli.parser('train', ''), ['--gin_file=quickstart.gin',\n"
         "                           '--gin_file=models/mini.gin'])\n"
-        "experiment = cli.load_experiment(args, bindings)\n"
+        "experiment = gin_files.load_experiment(args, bindings)\n"
         "experiment.collection.check(['train', 'test'])\n"
         "task_file(experiment.prepare.tasks)\n"
         "print(sum(1 for _ in experiment.collection.passages()), experiment.model.emb_dim)\n"

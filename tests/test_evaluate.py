@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import limits, plots
+from dgr_jax import plots
+from dgr_jax.analysis import beam_losses
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
-from dgr_jax.experiment import Evaluate
+from dgr_jax.experiments.common import Evaluate
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split, search_of
 from dgr_jax.stages.evaluate import measure as measure_systems
@@ -189,7 +190,7 @@ def test_without_test_splits_there_is_nothing_to_measure(measured, caplog):
     assert written == {system: {} for system in ("bm25", *SYSTEMS)}
     for measured_on in (
         first_test_split,
-        lambda e: limits.measured(e, measured.model_dir, "distill", (), "", 0),
+        lambda e: beam_losses.measured(e, measured.model_dir, "distill", (), "", 0),
     ):
         with pytest.raises(ValueError, match=r"no test split to measure on \(Prepare.test_split"):
             measured_on(experiment)

@@ -8,25 +8,14 @@ import json
 
 import pytest
 
-from dgr_jax import configurables
-from dgr_jax import experiment as experiments
+from dgr_jax.config import configurables
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import (
-    STAGES,
-    UPSTREAM,
-    Candidates,
-    Evaluate,
-    Experiment,
-    Prepare,
-    Teach,
-    Training,
-    describe,
-    paths,
-    stage_settings,
-)
+from dgr_jax.experiments import generative as experiments
+from dgr_jax.experiments.common import Evaluate, Teach, Training
+from dgr_jax.experiments.generative import STAGES, UPSTREAM, Candidates, Experiment, Prepare
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
@@ -37,10 +26,11 @@ from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.multiview_search import MultiviewSearch
-from dgr_jax.retrieval.recipes import TopM
-from dgr_jax.retrieval.teacher import Bm25Teacher, FusionTeacher, RunTeacher, VectorTeacher
-from dgr_jax.settings import fingerprint
+from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.settings import describe, fingerprint, paths
+from dgr_jax.stages.pipeline import stage_settings
+from dgr_jax.teaching.list_recipes import TopM
+from dgr_jax.teaching.teachers import Bm25Teacher, FusionTeacher, RunTeacher, VectorTeacher
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor, Constant
 

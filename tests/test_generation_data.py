@@ -16,7 +16,7 @@ from dgr_jax.corpora import lines, store
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data import examples
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary, evenly
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.generative import Prepare
 from dgr_jax.identifiers import embeddings
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.stages import generation_data

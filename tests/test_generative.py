@@ -14,14 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgr_jax import cli, experiment, retrieve
+from dgr_jax import retrieve
+from dgr_jax.analysis import speed
+from dgr_jax.config import cli
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, sample
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.retrieval import speed
-from dgr_jax.retrieval.generative import Search, batches, decode_fn, rank_passages
-from dgr_jax.stages import ask
+from dgr_jax.retrieval.batching import batches
+from dgr_jax.retrieval.generative import Search, decode_fn, rank_passages
+from dgr_jax.serving import ask
+from dgr_jax.settings import describe
 from tests import students
 from tests.conftest import ROOT
 from tests.reference import decoding as reference
@@ -46,7 +49,7 @@ many = settings(max_examples=60, deadline=None)
     ],
 )
 def test_padded_lengths(longest, shortest, expected):
-    assert Search(query_length=longest, min_query_length=shortest).padded_lengths == expected
+    assert Search(query_length=longest, min_query_length=shortest).shapes.ladder == expected
 
 
 @pytest.mark.parametrize("name", ["num_beams", "batch_size", "query_length", "min_query_length"])
@@ -57,11 +60,11 @@ def test_settings_below_one(name):
 
 
 def test_settings_of_speed_make_no_stage_run_again():
-    plain = experiment.describe(Search())
-    assert plain == experiment.describe(
+    plain = describe(Search())
+    assert plain == describe(
         Search(min_query_length=4, queries_per_shape=1, max_replicated_bytes=0)
     )
-    assert plain != experiment.describe(Search(num_beams=7))
+    assert plain != describe(Search(num_beams=7))
 
 
 # batches
@@ -75,7 +78,7 @@ def test_settings_of_speed_make_no_stage_run_again():
 )
 def test_batches_hold_every_query_once_in_shapes_that_pay(lengths, size, per_shape):
     search = Search(query_length=16, min_query_length=3, queries_per_shape=per_shape)
-    planned = list(batches(np.array(lengths, int), search, size))
+    planned = list(batches(np.array(lengths, int), search.shapes, size))
     used = [length for length, _ in planned]
     assert used == sorted(used, reverse=True)
     assert set(used) <= {4, 8, 16}
@@ -95,8 +98,8 @@ def test_batches_hold_every_query_once_in_shapes_that_pay(lengths, size, per_sha
 
 def test_a_few_queries_share_one_shape():
     lengths = np.arange(1, 1441) % 12 + 2
-    assert {length for length, _ in batches(lengths, Search(query_length=24), 32)} == {24}
-    assert {length for length, _ in batches(np.tile(lengths, 3), Search(), 32)} == {8, 32}
+    assert {length for length, _ in batches(lengths, Search(query_length=24).shapes, 32)} == {24}
+    assert {length for length, _ in batches(np.tile(lengths, 3), Search().shapes, 32)} == {8, 32}
 
 
 # ranking

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dgr_jax import interrupts, processes, studies
+from dgr_jax import interrupts, processes
 from dgr_jax.checkpoints import Checkpoints
+from dgr_jax.studies import runner as studies
 from tests import test_loop
 from tests.conftest import ROOT
 
@@ -250,7 +251,7 @@ def test_a_crash_shows_harmless_text():
 
 
 def test_a_broken_connection_is_no_closed_pipe(capsys, monkeypatch):
-    from dgr_jax import cli
+    from dgr_jax.config import cli
 
     def command(_):
         raise BrokenPipeError(32, "Broken pipe")

@@ -9,8 +9,8 @@ import os
 
 import pytest
 
-from dgr_jax import kept
-from dgr_jax.kept import Damaged
+from dgr_jax.model_dir import kept
+from dgr_jax.model_dir.kept import Damaged
 
 CONTENT = b"the contents of a file"
 

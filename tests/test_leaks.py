@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dgr_jax import pipeline
 from dgr_jax.corpora import checks, store, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
@@ -23,19 +22,20 @@ from dgr_jax.data.rules import check_apart
 from dgr_jax.data.same_text import normalised, shared
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
 from dgr_jax.decoding.passage_scoring import Scoring
-from dgr_jax.dense_experiment import DensePrepare
-from dgr_jax.experiment import Candidates, Prepare
+from dgr_jax.experiments.dense import DensePrepare
+from dgr_jax.experiments.generative import Candidates, Prepare
+from dgr_jax.experiments.pseudo_queries import Pairs
 from dgr_jax.identifiers.atomic import Atomic
-from dgr_jax.query_generator import Pairs
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Decoder, Search
-from dgr_jax.retrieval.multiview_search import MultiviewSearch
-from dgr_jax.retrieval.teacher import Bm25Teacher
-from dgr_jax.stages import judged
+from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.stages import judged, pipeline
 from dgr_jax.stages.candidates import candidates, training_queries
 from dgr_jax.stages.generation_data import Work
-from dgr_jax.stages.prepare import Prepared, prepare, read
+from dgr_jax.stages.prepare import prepare, read
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.teaching.teachers import Bm25Teacher
 from dgr_jax.training.lists import ListSource
 from tests import test_experiment
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dgr_jax.dense_experiment import Lists
+from dgr_jax.experiments.dense import Lists
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import ArraySource
 

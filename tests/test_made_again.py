@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from dgr_jax import records
-from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.model_dir import records
+from dgr_jax.retrieval.retriever import Retriever
 from tests.conftest import ROOT
 
 QUESTIONS = ["Why do bees dance?", "What is a button cell?", "How does a lighthouse shine?"]

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from dgr_jax import experiment
+from dgr_jax.analysis import inspection
+from dgr_jax.analysis.inspection import Inspection, Table
 from dgr_jax.corpora import beir, store, trec
 from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.experiments import generative as experiments
 from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.retrieval import inspection
-from dgr_jax.retrieval.generative import Hit
-from dgr_jax.retrieval.inspection import Inspection, Table
+from dgr_jax.retrieval.retriever import Hit
 from dgr_jax.stages import dense as stages_of_dense
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_measures_stages_and_plots_are_those_of_the_run(executed, tiny_model_dir
     assert [row[0] for row in shown[1:]] == ["bm25", "generate", "control", "distill"]
     for system, *values in shown[1:]:
         assert values == [f"{v:.3f}" for v in measured[system]["test"].values()]
-    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * len(experiment.STAGES)
+    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * len(experiments.STAGES)
     for name, cell in (("success_at_k", "success-plot"), ("training_curves", "training-plot")):
         (shown,) = executed[cell].outputs
         drawn = (tiny_model_dir / "evaluate" / f"{name}.png").read_bytes()
@@ -219,7 +219,7 @@ def made(model_dir):
 
 
 def test_stages_are_those_of_the_experiment(made):
-    assert sorted(inspection.STAGES) == sorted({*experiment.STAGES, *stages_of_dense.MAKERS})
+    assert sorted(inspection.STAGES) == sorted({*experiments.STAGES, *stages_of_dense.MAKERS})
     table = made.stages()
     assert table.caption == "Stages: 1.5 minutes in all"
     assert [(stage, status, seconds) for stage, _, status, seconds in table.rows] == [

@@ -10,14 +10,18 @@ import jax
 import numpy as np
 import pytest
 
-from dgr_jax import cli, costs, outlook, planning, train
+from dgr_jax import train
+from dgr_jax.analysis import costs
+from dgr_jax.capacity import disk
+from dgr_jax.capacity.counting import TAKEN, Corpus, counted
+from dgr_jax.capacity.sizes import estimated_sizes
+from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
-from dgr_jax.counting import TAKEN, Corpus, counted
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
-from dgr_jax.retrieval.generative import Retriever
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.stages.prepared import Prepared
 
 
 def size_of(folder):
@@ -27,7 +31,7 @@ def size_of(folder):
 def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     """Within a factor of two: words and tokens are taken to be those of English."""
     args, bindings = cli.parse(cli.parser("train", ""), [f"--model_dir={tiny_model_dir}"])
-    experiment = cli.load_experiment(args, bindings, keep=False)
+    experiment = gin_files.load_experiment(args, bindings, keep=False)
     made = Prepared.load(tiny_model_dir)
     words = np.mean([len(passage.contents.split()) for passage in made.store])
     sentences = sum(1 for p in made.store for _ in experiment.prepare.sources.sentences(p))
@@ -38,7 +42,7 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     assert corpus == Corpus(
         len(made.store), round(words, 1), asked, round(sentences / len(made.store), 1), pairs
     )
-    told = {line.what: line.size for line in outlook.lines(experiment, corpus)}
+    told = {line.what: line.size for line in disk.lines(experiment, corpus)}
     prepared = tiny_model_dir / "prepare"
     assert not (prepared / "collection" / "corpus.jsonl").exists()  # it would be empty
     (examples,) = (what for what in told if "examples" in what)
@@ -59,9 +63,9 @@ def test_codes_that_are_not_set_follow_from_the_passages():
     args, bindings = cli.parse(
         cli.parser("train", ""), ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m"]
     )
-    experiment = cli.load_experiment(args, bindings, keep=False)
-    assert [outlook._length(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6)] == [3, 5]
-    small, large = (planning.estimated_sizes(experiment, n) for n in (1000, 10**6))
+    experiment = gin_files.load_experiment(args, bindings, keep=False)
+    assert [disk._length(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6)] == [3, 5]
+    small, large = (estimated_sizes(experiment, n) for n in (1000, 10**6))
     assert (small.levels, large.levels) == ((64, 64), (256,) * 4)
     assert large.vocab_size - small.vocab_size == 4 * 256 - 2 * 64
     flops = costs.expected_flops(experiment)
@@ -72,7 +76,7 @@ def test_bytes_of_a_suffix_array():
     random = np.random.default_rng(0)
     passages = random.zipf(1.3, (300, 200)).clip(3, 30_000).astype(np.int32)
     found = suffix_array.build(passages, vocab_size=32_128).nbytes - 32_129 * 4
-    assert found / passages.size == pytest.approx(outlook._SPAN, rel=0.25)
+    assert found / passages.size == pytest.approx(disk._SPAN, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["msmarco_dgr.gin", "nq_dgr.gin", "quickstart.gin"])
@@ -103,7 +107,7 @@ def collection(tmp_path):
 
 def load(*flags):
     args, bindings = cli.parse(cli.parser("train", ""), ["--model_dir=m", *flags])
-    return cli.load_experiment(args, bindings, keep=False)
+    return gin_files.load_experiment(args, bindings, keep=False)
 
 
 def test_what_lies_there_is_counted(collection, tmp_path, capsys):
@@ -116,7 +120,7 @@ def test_what_lies_there_is_counted(collection, tmp_path, capsys):
     assert counted(load(*beir, f"--gin.Sources.pseudo_query_path={file}"))[0].pseudo_queries == 2
     lost = "--gin.Sources.pseudo_query_path=lost.tsv"
     assert counted(load(*beir, lost))[0].pseudo_queries == TAKEN.pseudo_queries
-    outlook.show(load(*beir, lost), Corpus(3, 6.0, 2, 1.0))
+    disk.show(load(*beir, lost), Corpus(3, 6.0, 2, 1.0))
     assert "lacks Sources.pseudo_query_path" in capsys.readouterr().out
     part = ("--gin.COLLECTION=@Subset()", "--gin.Subset.collection=@BeirCollection()")
     assert counted(load(*beir, *part, "--gin.Subset.size=2"))[0].passages == 2

@@ -12,7 +12,8 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from dgr_jax import hlo, partitioning
+from dgr_jax import partitioning
+from dgr_jax.capacity import hlo
 from dgr_jax.losses import ranking
 from dgr_jax.models.stacking import stack_layers
 from dgr_jax.models.t5 import T5Config, Transformer

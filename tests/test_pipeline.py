@@ -15,7 +15,7 @@ import sys
 import pytest
 
 import dgr_jax
-from dgr_jax import pipeline, records, shipped, versions, writer_lock
+from dgr_jax import shipped
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.dpr import DprCollection
 from dgr_jax.corpora.irds import IrDatasetsCollection
@@ -23,12 +23,14 @@ from dgr_jax.corpora.msmarco import MsmarcoCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiment import STAGES
+from dgr_jax.experiments.generative import STAGES
 from dgr_jax.identifiers.embeddings import FromFile
 from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.model_dir import records, versions, writer_lock
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval.teacher import RunTeacher, VectorTeacher
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages import pipeline
+from dgr_jax.teaching.teachers import RunTeacher, VectorTeacher
 from tests import test_experiment
 
 BACK = re.compile(r"(\w+): taken back from an earlier run of the same configuration")

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import cli, hlo, plan, plan_tables, planning
+from dgr_jax import plan
+from dgr_jax.capacity import chips, hlo, planning, programs, tables
+from dgr_jax.capacity.chips import Topology
+from dgr_jax.capacity.sizes import Sizes, abstract_trie, estimated_sizes
+from dgr_jax.config import cli, gin_files
 from dgr_jax.decoding import trie
 from dgr_jax.partitioning import Mesh, make_mesh
-from dgr_jax.planning import Sizes, Topology
 from tests import toy
 
 # reading a program
@@ -125,7 +128,7 @@ def test_the_trie_is_as_large_as_that_of_random_rows(levels, closing):
     rows = 3 + np.stack([random.integers(0, n, 20_000) for n in levels], 1)
     rows = np.unique(rows + np.cumsum([0, *levels[:-1]]), axis=0)
     sizes = Sizes(len(rows), 1024, levels, closing)
-    arrays, layout = planning.abstract_trie(sizes)
+    arrays, layout = abstract_trie(sizes)
     lengths = np.full(len(rows), len(levels))
     lengths[::50] -= closing  # rows of one length would need no closing token
     built = trie.build(rows, lengths, eos_id=1 if closing else None, vocab_size=1024)
@@ -140,15 +143,15 @@ def test_the_trie_is_as_large_as_that_of_random_rows(levels, closing):
 def experiment(*bindings, name="msmarco.gin"):
     parser = cli.parser("plan", "")
     args, given = cli.parse(parser, [f"--gin_file={name}", *bindings])
-    return cli.load_experiment(args, given, keep=False)
+    return gin_files.load_experiment(args, given, keep=False)
 
 
 def test_an_experiment_without_its_data_has_sizes():
-    sizes = planning.estimated_sizes(experiment(), 8_800_000)
+    sizes = estimated_sizes(experiment(), 8_800_000)
     assert sizes == Sizes(8_800_000, 32_128 + 8 * 256, (256,) * 8, False)
     with pytest.raises(ValueError, match="^Prepare.identifiers: a vocabulary of 8832128 tokens"):
         atomic = experiment("--gin.IDENTIFIERS=@Atomic()")
-        planning.abstract_trie(planning.estimated_sizes(atomic, 8_800_000))
+        abstract_trie(estimated_sizes(atomic, 8_800_000))
 
 
 # plans
@@ -165,16 +168,16 @@ SMALL = (
 def _small(name, adaptive=0):
     """A plan by the compiler, of host devices, and the same by formula."""
     small = experiment(*SMALL, f"--gin.T5Config.prefix_adaptive_layers={adaptive}")
-    sizes = dataclasses.replace(planning.estimated_sizes(small, 5000), vocab_size=2304)
-    config = planning.model_config(small, sizes)
-    made = planning.program(name, small, sizes, _mesh(), small.mesh.rules)
+    sizes = dataclasses.replace(estimated_sizes(small, 5000), vocab_size=2304)
+    config = programs.model_config(small, sizes)
+    made = programs.program(name, small, sizes, _mesh(), small.mesh.rules)
     formula = planning.analytic(made, _mesh(), Topology("v5e", (2, 4)), config)
     return planning.compiled(made, formula), formula
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "adaptive"), [*((name, 0) for name in planning.PROGRAMS), ("decode", 2)]
+    ("name", "adaptive"), [*((name, 0) for name in programs.PROGRAMS), ("decode", 2)]
 )
 def test_the_formula_counts_what_the_program_does(name, adaptive):
     found, formula = _small(name, adaptive)
@@ -188,7 +191,7 @@ def test_the_formula_counts_what_the_program_does(name, adaptive):
 def _plan(**changes):
     usual = dict(
         program="generate", mesh={"data": 16, "fsdp": 1, "model": 4},
-        topology=planning.topology("v5p:4x4x4"),
+        topology=chips.topology("v5p:4x4x4"),
         parts={"parameters": 1e9, "optimizer": 1e8, "temporaries": 2e11},
         flops=459e12, moved=2765e9 * 2, sent={"all-reduce": 300e9, "all-gather": 600e9},
         queries=100,
@@ -200,8 +203,8 @@ def test_bounds():
     found = _plan()
     assert found.times == pytest.approx({"compute": 1.0, "memory": 2.0, "network": 1.5})
     assert (found.bound, found.queries_per_second) == ("memory", 50)
-    near = _plan(topology=planning.topology("h100:8"), sent={"all-reduce": 450e9})
-    far = dataclasses.replace(near, topology=planning.topology("h100:16"))
+    near = _plan(topology=chips.topology("h100:8"), sent={"all-reduce": 450e9})
+    far = dataclasses.replace(near, topology=chips.topology("h100:16"))
     assert (near.times["network"], far.times["network"]) == (1.0, 9.0)
 
 
@@ -210,15 +213,14 @@ def test_the_peak_is_that_of_the_products():
     made = {dtype: experiment(f"--gin.T5Config.dtype={dtype}") for dtype in ("float32", "bfloat16")}
     for name, ratio in (("h100:8", 989 / 494), ("a100:8", 312 / 156), ("v5p:2x2x2", 1.0)):
         slow, fast = (
-            planning.plan("generate", one, planning.estimated_sizes(one, 1000),
-                          planning.topology(name), Mesh(data=8), compile=False)
+            planning.plan("generate", one, estimated_sizes(one, 1000),
+                          chips.topology(name), Mesh(data=8), compile=False)
             for one in made.values()
         )  # fmt: skip
         assert slow.flops == fast.flops and [slow.products, fast.products] == list(made)
         assert slow.times["compute"] / fast.times["compute"] == pytest.approx(ratio)
     peaks = {
-        name: [planning.CHIPS[name].peak(kind) for kind in planning.PRODUCTS]
-        for name in ("v5e", "h100")
+        name: [chips.CHIPS[name].peak(kind) for kind in chips.PRODUCTS] for name in ("v5e", "h100")
     }
     assert peaks == {
         "v5e": [(197e12, "bfloat16"), (197e12, "one bfloat16 pass"),
@@ -314,7 +316,7 @@ def test_errors(flags, message):
 def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ImportError) as error:
-        planning.topology("v5p:2x2x1").devices()
+        chips.topology("v5p:2x2x1").devices()
     assert str(error.value) == (
         "planning for TPUs needs the extra 'dgr_jax[tpu]': pip install 'dgr_jax[tpu]'"
     )
@@ -324,13 +326,13 @@ def test_without_libtpu(monkeypatch):
 def test_a_tpu_program_is_compiled_without_a_tpu():
     pytest.importorskip("libtpu", reason="planning for TPUs needs the extra 'dgr_jax[tpu]'")
     small = experiment(*SMALL)
-    sizes = dataclasses.replace(planning.estimated_sizes(small, 5000), vocab_size=2304)
+    sizes = dataclasses.replace(estimated_sizes(small, 5000), vocab_size=2304)
     found = planning.plan(
-        "generate", small, sizes, planning.topology("v5e:2x2"), Mesh(data=2, model=2)
+        "generate", small, sizes, chips.topology("v5e:2x2"), Mesh(data=2, model=2)
     )
     assert found.source == "compiled" and found.fits
     formula = planning.plan(
         "generate", small, sizes, found.topology, Mesh(data=2, model=2), compile=False
     )
     assert found.flops == pytest.approx(formula.flops, rel=0.15)
-    assert plan_tables.as_dict(found)["sent"]["all-reduce"] > 0
+    assert tables.as_dict(found)["sent"]["all-reduce"] > 0

@@ -18,9 +18,12 @@ import jax
 import numpy as np
 import pytest
 
-from dgr_jax import cli, partitioning, pipeline, prepare, processes, stages
+from dgr_jax import partitioning, prepare, processes
+from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.interrupts import EXIT_INTERRUPTED
 from dgr_jax.processes import EXIT_LOST, EXIT_STOPPED
+from dgr_jax.stages import makers, pipeline
 from tests.conftest import ROOT, TINY
 
 JOINED = ("--coordinator_address=a:1", "--num_processes=2", "--process_id=0")
@@ -38,8 +41,8 @@ def no_environment(monkeypatch):
 @pytest.mark.parametrize(("first", "exported"), [(True, ["away"]), (False, [])])
 def test_one_process_exports_for_all(first, exported, monkeypatch):
     targets = []
-    monkeypatch.setattr(cli, "load_experiment", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(stages, "makers", lambda _: {})
+    monkeypatch.setattr(gin_files, "load_experiment", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(makers, "makers", lambda _: {})
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: None)
     exporter = SimpleNamespace(export=lambda _, target: targets.append(target))
     monkeypatch.setitem(sys.modules, "dgr_jax.stages.prepare", exporter)
@@ -80,8 +83,8 @@ def test_what_cannot_be(flags, message):
     parser = cli.parser("train", "")
     cli.several(parser)
     args, bindings = cli.parse(parser, ["--gin_file=quickstart.gin", *flags])
-    with pytest.raises(cli.Mistake) as raised:
-        cli.load_experiment(args, bindings)
+    with pytest.raises(Mistake) as raised:
+        gin_files.load_experiment(args, bindings)
     assert message in str(raised.value)
 
 

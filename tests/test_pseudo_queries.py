@@ -11,19 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgr_jax import cli, configurables, pipeline, pseudo_queries, train
+from dgr_jax import pseudo_queries, train
+from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.examples import pseudo_queries as read_pseudo_queries
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
-from dgr_jax.experiment import Training, stage_settings
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.pseudo_queries import Pairs, PseudoQueries
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.query_generator import Pairs, PseudoQueries
 from dgr_jax.retrieval.sampling import Sampling
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages import pipeline
 from dgr_jax.stages import pseudo_queries as stage
+from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.optimizers import Adafactor
@@ -262,7 +266,7 @@ def load(monkeypatch, tmp_path):
 
     def load(*arguments, kind="PseudoQueries"):
         args, bindings = cli.parse(cli.parser("pseudo_queries", "..."), arguments)
-        return cli.load_experiment(args, bindings, (kind,))
+        return gin_files.load_experiment(args, bindings, (kind,))
 
     return load
 
@@ -275,10 +279,10 @@ def test_the_shipped_experiment_is_read_and_read_again(load):
     load(GIN, "--model_dir=m", "--data_dir=d")
     import gin
 
-    bound = set(cli._settings(gin.config_str()))
+    bound = set(gin_files._settings(gin.config_str()))
     used = {
-        (cli._winner(scope, component, key, bound), component, key)
-        for scope, component, key in cli._settings(gin.operative_config_str())
+        (gin_files._winner(scope, component, key, bound), component, key)
+        for scope, component, key in gin_files._settings(gin.operative_config_str())
     }
     restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
     assert bound - used - restated == set()
@@ -297,13 +301,13 @@ def test_another_collection_and_size(load):
 
 
 def test_what_must_be_given_and_which_command_it_is_for(load):
-    with pytest.raises(cli.Mistake) as caught:
+    with pytest.raises(Mistake) as caught:
         load(GIN)
     assert str(caught.value) == "pseudo_queries.gin needs --data_dir=..., --model_dir=..."
-    with pytest.raises(cli.Mistake) as caught:
+    with pytest.raises(Mistake) as caught:
         train.command((GIN, "--model_dir=m", "--data_dir=d"))
     assert str(caught.value) == "pseudo_queries.gin is for python -m dgr_jax.pseudo_queries"
-    with pytest.raises(cli.Mistake) as caught:
+    with pytest.raises(Mistake) as caught:
         pseudo_queries.command(("--gin_file=quickstart.gin",))
     assert str(caught.value) == "quickstart.gin is for python -m dgr_jax.train"
 

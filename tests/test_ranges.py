@@ -7,10 +7,12 @@ import math
 
 import pytest
 
-from dgr_jax import cli, configurables, ranges
+from dgr_jax import ranges
+from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.experiments.study import Study
 from dgr_jax.losses import contrastive, ranking
-from dgr_jax.study_grid import Study
 
 # What the required settings of a component may be, where a number is tried in another one.
 GIVEN = {
@@ -144,10 +146,10 @@ def test_numbers_of_a_study_are_checked(name, values):
 )
 def test_the_command_line_names_the_setting(binding, message):
     flags = ("--gin_file=quickstart.gin", "--model_dir=m", f"--gin.{binding}")
-    load = lambda: cli.load_experiment(*cli.parse(cli.parser("train", ""), flags), keep=False)
+    load = lambda: gin_files.load_experiment(*cli.parse(cli.parser("train", ""), flags), keep=False)
     if message is None:
         load()
         return
-    with pytest.raises(cli.Mistake) as error:
+    with pytest.raises(Mistake) as error:
         load()
     assert str(error.value).startswith(message)

@@ -19,7 +19,8 @@ from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch, Searcher
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
-from dgr_jax.retrieval.generative import Retriever, Search
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.retriever import Retriever
 from tests import students, test_multiview
 
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from dgr_jax import records, writer_lock
-from dgr_jax.retrieval.generative import SYSTEMS
+from dgr_jax.model_dir import records, writer_lock
+from dgr_jax.retrieval.retriever import SYSTEMS
 from dgr_jax.settings import fingerprint
 
 

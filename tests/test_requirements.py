@@ -9,7 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from dgr_jax import requirements, train
+from dgr_jax import train
+from dgr_jax.config import requirements
 from tests.conftest import ROOT, TINY
 
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -88,7 +89,7 @@ def test_all_that_is_missing_or_old_is_named_at_once(monkeypatch, tmp_path, caps
 
 
 def test_a_module_that_is_missed_later_names_the_others_too(monkeypatch, capsys):
-    from dgr_jax import cli
+    from dgr_jax.config import cli
 
     monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
     for module in ("rich", "ir_measures"):

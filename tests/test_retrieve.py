@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dgr_jax import retrieve
-from dgr_jax.retrieval import generative
 from dgr_jax.retrieval.dense import Searcher
-from dgr_jax.retrieval.generative import Decoder, Hit, Retriever
-from dgr_jax.retrieval.multiview_search import MultiviewDecoder
-from dgr_jax.stages import ask
+from dgr_jax.retrieval.generative import Decoder
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
+from dgr_jax.retrieval.retriever import Hit, Retriever, _check_sizes
+from dgr_jax.serving import ask
 
 
 class Stub:
@@ -153,5 +153,5 @@ def test_queries_that_are_no_text(query):
 def test_sizes_of_a_search_are_whole_numbers(name, value):
     usual = {"num_beams": 100, "depth": 100, "renormalise": False}
     with pytest.raises(ValueError, match=f"{name}: got {value!r}, expected a whole number"):
-        generative._check_sizes({name: value}, usual)
-    generative._check_sizes({"depth": np.int32(3), "renormalise": True}, usual)
+        _check_sizes({name: value}, usual)
+    _check_sizes({"depth": np.int32(3), "renormalise": True}, usual)

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec
 
 from dgr_jax import partitioning
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval.generative import Decoder, Retriever, Search
+from dgr_jax.retrieval.generative import Decoder, Search
+from dgr_jax.retrieval.retriever import Retriever
 from tests import students, toy
 
 ROWS = {"rq": students.codes(300), "text": students.texts(300), "adaptive": students.codes(300)}

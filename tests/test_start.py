@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dgr_jax.models import pretrained
+from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.stacking import unstack_layers
-from dgr_jax.models.start import Pretrained
 from tests import students
 
 CONFIG = dataclasses.replace(students.CONFIG, relpos_buckets=8, num_encoder_layers=2)

@@ -16,21 +16,34 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import cli, costs, limits, pipeline, plots, records, studies
+from dgr_jax import plots
 from dgr_jax import study as study_command
+from dgr_jax.analysis import beam_losses, costs
+from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, RankList, ScoredPassage
 from dgr_jax.data.examples import Sources
-from dgr_jax.dense_experiment import Lists
-from dgr_jax.experiment import Evaluate, describe
+from dgr_jax.experiments.common import Evaluate
+from dgr_jax.experiments.dense import Lists
+from dgr_jax.experiments.study import Study
 from dgr_jax.losses import contrastive
+from dgr_jax.model_dir import records
 from dgr_jax.retrieval.exhaustive import Lost
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.settings import describe
+from dgr_jax.stages import pipeline
 from dgr_jax.stages.evaluate import chosen_queries
-from dgr_jax.stages.prepare import Prepared
-from dgr_jax.studies import Runner
-from dgr_jax.study_grid import Study
-from dgr_jax.study_rows import Row, check_fair, fairness, interval, markdown, values_of
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.studies import runner as studies
+from dgr_jax.studies.rows import (
+    Row,
+    check_fair,
+    fairness,
+    interval,
+    markdown,
+    values_of,
+)
 from tests import test_experiment
 from tests.conftest import TINY
 from tests.test_dependent import is_running
@@ -40,6 +53,10 @@ SETTINGS = tuple(
     for flag in TINY[1:]
     if flag.startswith("--gin.")
 )
+
+
+def runner_of(grid, folder, bindings=()):
+    return studies.Runner(grid, folder, gin_files.from_flags, bindings)
 
 
 def study(**fields):
@@ -67,7 +84,7 @@ def test_points_of_a_grid():
 
 def test_runs_have_a_folder_and_flags_each(tmp_path):
     grid = study(axes={"TopM.size": (4, 8)}, seeds=(0, 1), bindings={"DEPTH": 8})
-    runs = Runner(grid, str(tmp_path), ["Bm25.k1 = 0.9"]).runs
+    runs = runner_of(grid, str(tmp_path), ["Bm25.k1 = 0.9"]).runs
     assert [run.folder.name for run in runs] == [
         "TopM.size=4-seed=0", "TopM.size=4-seed=1", "TopM.size=8-seed=0", "TopM.size=8-seed=1",
     ]  # fmt: skip
@@ -76,11 +93,11 @@ def test_runs_have_a_folder_and_flags_each(tmp_path):
         "--gin.Bm25.k1=0.9",
     )  # fmt: skip
     with pytest.raises(ValueError, match="labels that make the same name"):
-        Runner(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
+        runner_of(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
 
 
 def test_systems_that_no_row_has_are_refused(tmp_path):
-    runner = Runner(study(systems=("dense", "refresh")), str(tmp_path), ["MODEL_DIR = x"])
+    runner = runner_of(study(systems=("dense", "refresh")), str(tmp_path), ["MODEL_DIR = x"])
     with pytest.raises(ValueError, match=r"got \('dense', 'refresh'\) for .*\('bm25', 'generate'"):
         runner.show_plan()
 
@@ -159,7 +176,7 @@ def test_rows_of_other_rules_for_judgements_are_not_the_same():
         other = dataclasses.replace(
             base, prepare=dataclasses.replace(base.prepare, **{rule: value})
         )
-        assert (Runner._asked(runner, base) == Runner._asked(runner, other)) == same
+        assert (studies.Runner._asked(runner, base) == studies.Runner._asked(runner, other)) == same
         fair = [fairness(one, None, "bm25", "test") for one in (base, other)]
         assert (fair[0] == fair[1]) == same
         assert (base.compared("generate") == other.compared("generate")) != same
@@ -168,8 +185,8 @@ def test_rows_of_other_rules_for_judgements_are_not_the_same():
 def shipped(name, tmp_path, *more):
     flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d", *more)
     args, bindings = cli.parse(cli.parser("study", ""), flags)
-    own = cli.load_experiment(args, [], ("Study",), keep=False)
-    return Runner(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
+    own = gin_files.load_experiment(args, [], ("Study",), keep=False)
+    return runner_of(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
 
 
 def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path):
@@ -267,7 +284,7 @@ def test_the_small_studies_of_distillation_share_their_generation(tmp_path):
             made |= {(name, *run.labels.values()): runner.experiment(run)}
     settings = (pipeline.settings_of(one)["generate"] for one in made.values())
     assert len({pipeline.fingerprint(one) for one in settings}) == 1
-    with pytest.raises(cli.Mistake, match="needs --gin.VectorTeacher"):
+    with pytest.raises(Mistake, match="needs --gin.VectorTeacher"):
         bare = shipped("dgr_teachers_cpu", tmp_path)
         bare.experiment(next(run for run in bare.runs if run.labels["teacher"] == "vectors"))
     fusion = made["dgr_teachers_cpu", "BM25 and vectors"].teach.teacher
@@ -312,7 +329,7 @@ def test_rows_of_the_shipped_scaling_studies_differ_in_what_they_vary(
         assert [one.prepare.sources.max_pseudo_queries for one in found.values()] == [
             0, 0, 0, 10, 40, 100,
         ]  # fmt: skip
-        with pytest.raises(cli.Mistake, match="needs --gin.Sources.pseudo_query_path="):
+        with pytest.raises(Mistake, match="needs --gin.Sources.pseudo_query_path="):
             bare = shipped(name, tmp_path)
             bare.experiment(next(r for r in bare.runs if r.labels["documents"] == "10 queries"))
 
@@ -340,13 +357,13 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     ]
     drawn = []
     monkeypatch.setattr(plots, "measures_over", lambda *given: drawn.append(given))
-    Runner(grid, str(tmp_path))._plot("x.gap", rows)
+    runner_of(grid, str(tmp_path))._plot("x.gap", rows)
     ((series, axis, *_),) = drawn
     assert axis == "x.gap" and list(series) == ["size 4, a, distill", "size 8, a, distill"]
     assert [x for x, _ in series["size 4, a, distill"]] == [0.0, 9.0]
     control = {"x.gap": "0.0", "TopM.size": "4", "loss": "a", "system": "control"}
     same = [{**control, "TopM.size": "8"}, {**control, "x.gap": "9.0"}]
-    Runner(grid, str(tmp_path))._plot("x.gap", [Row(control, [values], {}, again=same)])
+    runner_of(grid, str(tmp_path))._plot("x.gap", [Row(control, [values], {}, again=same)])
     assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
@@ -356,7 +373,7 @@ def test_a_shared_baseline_is_not_tested_against_itself(tmp_path):
     labels = {"loss": "a", "system": "control"}
     control = Row(labels, [values], {}, again=[labels | {"loss": "b"}])
     distill = Row({"loss": "b", "system": "distill"}, [values], {})
-    runner, rows = Runner(grid, str(tmp_path)), [control, distill]
+    runner, rows = runner_of(grid, str(tmp_path)), [control, distill]
     assert runner._baseline(control, rows) is None
     assert runner._baseline(distill, rows) is control
 
@@ -364,10 +381,12 @@ def test_a_shared_baseline_is_not_tested_against_itself(tmp_path):
 def test_axes_of_numbers_are_plotted(tmp_path, monkeypatch):
     sizes = {"64": {"T5Config.emb_dim": 64}, "128": {}}
     axes = {"TopM.size": (4, 8), "T5Config.emb_dim": sizes, "loss": {"a": {}, "8 b": {}}}
-    runner = Runner(study(axes=axes), str(tmp_path))
+    runner = runner_of(study(axes=axes), str(tmp_path))
     values = {name: np.ones(2) for name in runner.study.measures}
     labels = [{**labels, "system": "distill"} for labels, _ in runner.study.points()]
-    monkeypatch.setattr(Runner, "rows", lambda _: [Row(one, [values], {}) for one in labels])
+    monkeypatch.setattr(
+        studies.Runner, "rows", lambda _: [Row(one, [values], {}) for one in labels]
+    )
     runner.report()
     assert sorted(file.name for file in tmp_path.glob("*.png")) == [
         "T5Config.emb_dim.png", "TopM.size.png",
@@ -403,7 +422,7 @@ def finished(tiny_model_dir, tmp_path):
         measures=("Success@1", "RR@10"),
         baseline={"system": "control"},
     )
-    runner = Runner(grid, str(tmp_path / "study"), SETTINGS)
+    runner = runner_of(grid, str(tmp_path / "study"), SETTINGS)
     for stage, settings in pipeline.settings_of(runner.experiment(runner.runs[0])).items():
         mark = records.read_record(tiny_model_dir / stage)["fingerprint"]
         assert mark == pipeline.fingerprint(settings)
@@ -454,7 +473,7 @@ def test_the_table_of_what_is_finished(finished):
     assert image.imread(finished.folder / "TopM.size.png").std() > 0.01
     other = dataclasses.replace(finished.study, systems=("generate", "distill"))
     with pytest.raises(ValueError, match="Study.may_differ: the examples of"):
-        Runner(other, str(finished.folder), SETTINGS).report()
+        runner_of(other, str(finished.folder), SETTINGS).report()
 
 
 @pytest.mark.slow
@@ -487,7 +506,7 @@ def test_what_beam_search_loses_and_what_rows_cost(finished, command, tmp_path):
     assert bm25 == [""] * 5 and all(float(value) > 0 for value in distill)
     # What is kept is taken; nothing could be measured on the devices of this test.
     drift = Study(finished.study.gin_files, finished.study.axes, drift="qrels")
-    row = Runner(drift, str(finished.folder), SETTINGS).rows()[0]
+    row = runner_of(drift, str(finished.folder), SETTINGS).rows()[0]
     assert row.costs == [{"drift": pytest.approx(float(distill[-1]), rel=1e-3)}]
 
 
@@ -550,10 +569,12 @@ def test_experiments_that_fail_are_named_beside_the_table_of_the_others(finished
         return 2
 
     monkeypatch.setattr(studies, "_status", status)
-    monkeypatch.setattr(cli, "load_experiment", once(finished.study, cli.load_experiment))
+    monkeypatch.setattr(
+        gin_files, "load_experiment", once(finished.study, gin_files.load_experiment)
+    )
     monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
     flags = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in SETTINGS]
-    with pytest.raises(cli.Mistake) as error:
+    with pytest.raises(Mistake) as error:
         study_command.command([f"--model_dir={finished.folder}", *flags])
     log = finished.folder / "runs" / "TopM.size=3-seed=0" / "log.txt"
     assert str(error.value).splitlines() == [
@@ -574,8 +595,8 @@ def once(first, then):
 
 def test_an_experiment_that_cannot_be_stops_a_study_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_status", None)  # would be called for the first one
-    runner = Runner(study(axes={"TopM.size": (4, 1)}), str(tmp_path), SETTINGS)
-    with pytest.raises(cli.Mistake, match="TopM.size: got 1, expected at least 2"):
+    runner = runner_of(study(axes={"TopM.size": (4, 1)}), str(tmp_path), SETTINGS)
+    with pytest.raises(Mistake, match="TopM.size: got 1, expected at least 2"):
         runner.run()
     assert not list(tmp_path.iterdir())
 
@@ -606,8 +627,8 @@ def test_what_beam_search_loses_is_kept_width_by_width(tmp_path, monkeypatch):
             values = np.array([1.0 / width, 0.5])
             yield Lost(width, values, values, values, values, np.zeros(0))
 
-    monkeypatch.setattr(limits, "measure", measure)
-    measured = lambda *beams: limits.measured(None, tmp_path, "distill", beams, "test", 0.9)
+    monkeypatch.setattr(beam_losses, "measure", measure)
+    measured = lambda *beams: beam_losses.measured(None, tmp_path, "distill", beams, "test", 0.9)
     with pytest.raises(KeyboardInterrupt):
         measured(1, 8)
     four, one = measured(4, 1)
@@ -623,7 +644,7 @@ def test_what_beam_search_loses_is_kept_width_by_width(tmp_path, monkeypatch):
 
 def test_a_study_of_nothing_has_no_table(tmp_path):
     with pytest.raises(ValueError, match="no experiment of the study is finished"):
-        Runner(study(), str(tmp_path), SETTINGS).report()
+        runner_of(study(), str(tmp_path), SETTINGS).report()
 
 
 @pytest.mark.slow

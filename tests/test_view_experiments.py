@@ -20,10 +20,10 @@ from dgr_jax.decoding.passage_scoring import BODY
 from dgr_jax.losses import ranking
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
-from dgr_jax.retrieval.generative import Retriever
-from dgr_jax.retrieval.multiview import MultiviewIndex, Written
-from dgr_jax.retrieval.multiview_keys import keys
-from dgr_jax.retrieval.multiview_search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.retrieval.multiview.index import MultiviewIndex, Written
+from dgr_jax.retrieval.multiview.keys import keys
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.training import packing
 from dgr_jax.training.objectives import Distillation, multiview_scores
 from tests import students

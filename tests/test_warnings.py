@@ -23,7 +23,7 @@ def warn_from(module):
     exec("deprecated()", namespace)
 
 
-@pytest.mark.parametrize("module", ["dgr_jax.training.step", "dgr_jax.cli", "tests.toy"])
+@pytest.mark.parametrize("module", ["dgr_jax.training.step", "dgr_jax.config.cli", "tests.toy"])
 def test_ours(module):
     with pytest.raises(DeprecationWarning, match="gone soon"):
         warn_from(module)

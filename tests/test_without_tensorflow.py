@@ -7,7 +7,7 @@ import pytest
 
 from dgr_jax.data import direct, loading
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.dense_experiment import DensePrepare
+from dgr_jax.experiments.dense import DensePrepare
 from dgr_jax.stages import dense
 from dgr_jax.stages.prepare import prepare
 from tests.conftest import with_seqio

@@ -13,7 +13,7 @@ import textwrap
 
 import pytest
 
-from dgr_jax import writer_lock
+from dgr_jax.model_dir import writer_lock
 
 HOLD = """
     import sys, time

@@ -11,11 +11,11 @@ from dgr_jax.corpora.types import Passage
 from dgr_jax.data import rank_lists
 from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.decoding.passage_scoring import Scoring
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.generative import Prepare
 from dgr_jax.identifiers.multiview import Multiview
-from dgr_jax.retrieval.multiview import MultiviewIndex, Written
-from dgr_jax.retrieval.multiview_keys import Keyed, keys
-from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.retrieval.multiview.index import MultiviewIndex, Written
+from dgr_jax.retrieval.multiview.keys import Keyed, keys
+from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.stages import identifiers
 
 PASSAGES = [

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dgr_jax import kept
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.types import Passage
+from dgr_jax.model_dir import kept
 
 _PASSAGES, _PIDS, _OFFSETS = "passages.jsonl", "pids.txt", "offsets.npy"
 _encode = json.JSONEncoder(ensure_ascii=False).encode

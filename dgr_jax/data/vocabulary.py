@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dgr_jax import kept, ranges
+from dgr_jax import ranges
 from dgr_jax.corpora import lines
+from dgr_jax.model_dir import kept
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 VIEWS = ("title", "body", "query")

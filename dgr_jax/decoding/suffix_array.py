@@ -23,16 +23,13 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgr_jax import kept
 from dgr_jax.decoding import array_folder, suffix_array_branches
 from dgr_jax.decoding.suffix_array_branches import Branches
-
-if TYPE_CHECKING:
-    from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
+from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
+from dgr_jax.model_dir import kept
 
 _FORMAT = "dgr_jax.suffix_array"
 _VERSION = 1
@@ -144,8 +141,6 @@ class SuffixArray:
 
         Raises ValueError for a max_length below 1 and an opening of another shape or type.
         """
-        from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
-
         if max_length < 1:
             raise ValueError(
                 f"SuffixArray.constraint.max_length must be at least 1; got {max_length}"
@@ -159,7 +154,8 @@ class SuffixArray:
                     f"token; got {opening.dtype} of shape {opening.shape}"
                 )
             opens &= opening
-        return SubstringConstraint.put(self, opens, max_length)
+        arrays = (self.tokens, self.suffixes, self.first, self.starts)
+        return SubstringConstraint.put(arrays, self.branches, opens, max_length)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes header.json and one .npy file an array; the header goes last."""

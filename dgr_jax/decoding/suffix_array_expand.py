@@ -19,7 +19,8 @@ loop goes on while t = w, so they are ordered as if all were known.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,6 @@ from dgr_jax.decoding import suffix_array_branches
 from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.selection import joint_top_k, top_k
 from dgr_jax.decoding.suffix_array_branches import Branches
-
-if TYPE_CHECKING:
-    from dgr_jax.decoding.suffix_array import SuffixArray
 
 _BUDGETS = (128, 1024, 8192)  # suffixes of a query that are read: branches of a switch
 _CHUNKS = (128, 512)  # tokens of a query that are tested first, and then at a time
@@ -83,7 +81,7 @@ class SubstringConstraint:
     the end of a passage cuts short, with their states.  A passage of fewer tokens is found by
     its prefixes alone.
 
-    tokens, suffixes, first, starts, branches: see SuffixArray.
+    tokens, suffixes, first, starts, branches: see `suffix_array.SuffixArray`.
     opens bool [V]: tokens a span begins with.
     """
 
@@ -96,13 +94,14 @@ class SubstringConstraint:
     max_length: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def put(cls, index: SuffixArray, opens: np.ndarray, max_length: int) -> SubstringConstraint:
-        """The arrays of an index on the default device."""
+    def put(
+        cls, arrays: Sequence[np.ndarray], branches: Branches, opens: np.ndarray, max_length: int
+    ) -> SubstringConstraint:
+        """The arrays of an index on the default device: tokens, suffixes, first and starts."""
         filled = lambda array: jnp.asarray(array if len(array) else np.zeros(1, array.dtype))
-        branches = jax.tree.map(filled, index.branches)  # nothing can be read from empty arrays
-        arrays = (index.tokens, index.suffixes, index.first, index.starts, opens)
-        tokens, suffixes, first, starts, opening = map(jnp.asarray, arrays)
-        return cls(tokens, suffixes, first, starts, branches, opening, max_length)
+        branches = jax.tree.map(filled, branches)  # nothing can be read from empty arrays
+        tokens, suffixes, first, starts = map(jnp.asarray, arrays)
+        return cls(tokens, suffixes, first, starts, branches, jnp.asarray(opens), max_length)
 
     @property
     def fixed_length(self) -> int:

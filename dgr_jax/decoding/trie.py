@@ -16,17 +16,15 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept
 from dgr_jax.decoding import array_folder, trie_arrays, trie_build
 from dgr_jax.decoding.trie_arrays import Arrays
 from dgr_jax.decoding.trie_build import Columns, Layout
-
-if TYPE_CHECKING:
-    from dgr_jax.decoding.trie_expand import TrieConstraint
+from dgr_jax.decoding.trie_expand import TrieConstraint
+from dgr_jax.model_dir import kept
 
 _FORMAT = "dgr_jax.trie"
 _VERSION = 2  # of the folder: raise it when Layout, Arrays or what they mean changes
@@ -146,8 +144,6 @@ class Trie:
         renormalise: log-probabilities over the legal tokens only, not the whole vocabulary.
         shardings: padded arrays by name -> where each of them goes instead of that device.
         """
-        from dgr_jax.decoding.trie_expand import TrieConstraint
-
         arrays = self.padded()
         places = shardings(dict(arrays.items())) if shardings else {}
         return TrieConstraint.put(arrays, self.layout, self.vocab_size, renormalise, places)

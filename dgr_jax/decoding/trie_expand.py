@@ -27,7 +27,7 @@ from dgr_jax.decoding.selection import mask, masked_top_k, top_k
 from dgr_jax.decoding.trie_build import Layout
 
 if TYPE_CHECKING:
-    from dgr_jax.decoding.trie import Arrays
+    from dgr_jax.decoding.trie_arrays import Arrays
 
 _DEAD = -1
 _COUNTED_WORDS = 64  # bitmaps of more words are not read to rank one bit
@@ -85,7 +85,7 @@ def _put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrieConstraint:
-    """A trie as a pytree of device arrays (see trie.Arrays) and hashable static metadata."""
+    """A trie as a pytree of device arrays (see `trie_arrays`) and hashable static metadata."""
 
     edge_tokens: jax.Array
     directory: jax.Array

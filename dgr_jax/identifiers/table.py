@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept
+from dgr_jax.model_dir import kept
 
 PAD_ID = 0
 EOS_ID = 1

@@ -7,7 +7,7 @@ Axis letters: n texts, Q their length, d vector width, P passages.
     index = open_index(path, search.index, mesh)
     passages, scores = Searcher(encoder, index, search).passages(tokens)
 
-`generative.Retriever` opens a finished experiment.
+`retriever.Retriever` opens a finished experiment.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, kept, partitioning, ranges
+from dgr_jax import checkpoints, partitioning, ranges
 from dgr_jax.corpora import ranking, words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
+from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval import exact_search, generative
+from dgr_jax.retrieval import batching, exact_search
+from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
+from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +46,6 @@ _SPARE = 16  # places beyond the depth, where most ties end
 _FOUND = 1 << 24  # places of all queries that are searched deeper together
 
 EncodeInputs = Callable[[Sequence[str], int], np.ndarray]  # texts, length -> int32 [n, length]
-
-
-def _without_effect(default: int) -> Any:
-    """A setting that changes speed, but not results."""
-    return field(default=default, metadata={"fingerprint": False})
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ class DenseSearch:
     query_length: int = 32
     passage_length: int = 128
     index: ExactSearch = ExactSearch()
-    batch_size: int = _without_effect(128)
-    min_length: int = _without_effect(8)
-    texts_per_shape: int = _without_effect(1024)
+    batch_size: int = without_effect(128)
+    min_length: int = without_effect(8)
+    texts_per_shape: int = without_effect(1024)
 
     def __post_init__(self) -> None:
         lengths = ("query_length", "passage_length", "min_length")
@@ -77,6 +75,10 @@ class DenseSearch:
             **dict.fromkeys((*lengths, "depth", "batch_size"), ranges.at_least(1)),
             texts_per_shape=ranges.at_least(0),
         )
+
+    def shapes(self, longest: int) -> Shapes:
+        """Lengths that texts of at most `longest` tokens are padded to."""
+        return Shapes(longest, self.min_length, self.texts_per_shape)
 
 
 @functools.lru_cache(maxsize=8)
@@ -130,7 +132,7 @@ class Encoder:
         encode = encode_fn(self.config, method, self.mesh, self.rules)
         vectors = np.zeros((len(tokens), self.config.dim), np.float32)
         size, before = self._size(len(tokens), search), None
-        planned = self._batches(lengths, longest, search, size)
+        planned = batching.batches(lengths, search.shapes(longest), size)
         for length, places in itertools.chain(planned, [(0, None)]):
             after = None
             if places is not None:
@@ -139,16 +141,6 @@ class Encoder:
                 vectors[before[0]] = np.asarray(before[1])[: len(before[0])]
             before = after
         return vectors
-
-    def _batches(
-        self, lengths: np.ndarray, longest: int, search: DenseSearch, size: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        shapes = generative.Search(
-            query_length=longest,
-            min_query_length=search.min_length,
-            queries_per_shape=search.texts_per_shape,
-        )
-        return generative.batches(lengths, shapes, size)
 
     def _size(self, texts: int, search: DenseSearch) -> int:
         """Texts of a batch: one that comes alone does not wait for a whole one."""
@@ -180,7 +172,7 @@ def embed(
     shape = (len(store), encoder.config.dim)
     vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
     start, blank = 0, []
-    for passages in _blocks(store, generative.BLOCK):
+    for passages in _blocks(store, batching.BLOCK):
         texts = [passage.contents for passage in passages]
         shown = np.array([words.visible(text) for text in texts])
         tokens = encode_inputs(texts, search.passage_length)

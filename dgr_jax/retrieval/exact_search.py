@@ -23,7 +23,7 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -33,8 +33,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import kept, partitioning, ranges
+from dgr_jax import partitioning, ranges
 from dgr_jax.decoding.selection import check_k
+from dgr_jax.model_dir import kept
+from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,6 @@ _FEW = 2048  # scores; so many are sorted as they are
 _GROUP = 64  # the longest group; chunks are multiples of it
 _ROWS = PartitionSpec(partitioning.AXES)  # cut over all devices, whatever axes they form
 _WHOLE = PartitionSpec()
-
-
-def _without_effect(default: int) -> Any:
-    """A setting that changes speed, but not results."""
-    return field(default=default, metadata={"fingerprint": False})
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,10 @@ class ExactSearch:
     """
 
     storage: str = "float32"
-    batch_size: int = _without_effect(256)
-    chunk: int = _without_effect(1 << 20)
-    max_scores: int = _without_effect(1 << 24)
-    max_device_bytes: int = _without_effect(8 << 30)
+    batch_size: int = without_effect(256)
+    chunk: int = without_effect(1 << 20)
+    max_scores: int = without_effect(1 << 24)
+    max_device_bytes: int = without_effect(8 << 30)
 
     def __post_init__(self) -> None:
         if self.storage not in BYTES:

@@ -22,7 +22,8 @@ from jax.typing import ArrayLike
 from dgr_jax import partitioning
 from dgr_jax.losses import generation
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import Decoder, Found, rank_passages
+from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.generative import Decoder, rank_passages
 from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling, prefix_starts
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.multiview_search import MultiviewSearch
+from dgr_jax.retrieval.multiview.search import MultiviewSearch
 
 
 def deeper(search: Any) -> Any:

@@ -13,17 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept, processes
-from dgr_jax.experiment import Candidates, Experiment
+from dgr_jax import processes
+from dgr_jax.experiments.generative import Candidates, Experiment
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
-from dgr_jax.retrieval.generative import BLOCK, Decoder
-from dgr_jax.retrieval.multiview import best
-from dgr_jax.retrieval.multiview_keys import keys
-from dgr_jax.retrieval.multiview_search import MultiviewDecoder
+from dgr_jax.retrieval.batching import BLOCK
+from dgr_jax.retrieval.generative import Decoder
+from dgr_jax.retrieval.multiview.index import best
+from dgr_jax.retrieval.multiview.keys import keys
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.stages import judged
 from dgr_jax.stages.generation_data import source_pairs
-from dgr_jax.stages.prepare import Prepared
-from dgr_jax.stages.students import decoder
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.systems import decoder
 from dgr_jax.training.arrays import write_arrays
 
 logger = logging.getLogger(__name__)

@@ -15,32 +15,30 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax import checkpoints, kept, partitioning
+from dgr_jax import checkpoints, partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import direct, examples, loading
+from dgr_jax.data.task_files import task_file
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.dense_experiment import DenseExperiment, DensePrepare, Negatives
-from dgr_jax.experiment import Training
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Negatives
+from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
 from dgr_jax.retrieval import dense as retrieval
+from dgr_jax.retrieval.batching import BLOCK
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
-from dgr_jax.retrieval.generative import BLOCK, write_student
-from dgr_jax.retrieval.negatives import mine as mined
-from dgr_jax.retrieval.recipes import RankLists
-from dgr_jax.retrieval.teacher import Coverage
-from dgr_jax.stages import generation_data, students
+from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.stages import generation_data, student, training_run
 from dgr_jax.stages.evaluate import measure, search_of
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, self_hits, test_texts
-from dgr_jax.stages.prepare import (
-    Prepared,
-    cut,
-    read,
-    task_file,
-    without_tasks,
-    write_report,
-)
+from dgr_jax.stages.prepare import read, without_tasks
+from dgr_jax.stages.prepared import Prepared, cut, write_report
 from dgr_jax.stages.teach import CandidateLists, readable, taught
+from dgr_jax.stages.training_run import Later
+from dgr_jax.teaching.list_recipes import RankLists
+from dgr_jax.teaching.negatives import mine as mined
+from dgr_jax.teaching.teachers import Coverage
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource, Source
@@ -365,7 +363,7 @@ def batches(experiment: DenseExperiment, stage: str) -> Source:
     """What a training stage learns from, step by step."""
     if stage == "refresh":
         lists = _lists(experiment, experiment.refresh, "mine", experiment.mined)
-        return students.Later(lists, experiment.train.steps)
+        return Later(lists, experiment.train.steps)
     if experiment.teach is not None:
         return _taught(experiment)
     pool = experiment.negatives if "negatives" in experiment.stages else None
@@ -450,7 +448,7 @@ def _phases(
 def encoder_config(experiment: DenseExperiment, vocab_size: int) -> DualEncoderConfig:
     """The encoder's sizes with the experiment's vocabulary."""
     model = experiment.model
-    return dataclasses.replace(model, t5=students.with_vocabulary(model.t5, vocab_size))
+    return dataclasses.replace(model, t5=training_run.with_vocabulary(model.t5, vocab_size))
 
 
 def _config(experiment: DenseExperiment) -> DualEncoderConfig:
@@ -464,7 +462,7 @@ def _initial(experiment: DenseExperiment) -> Any:
     config = encoder_config(experiment, vocabulary.size)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
-    return start_from(new, students.initial_params(experiment, config.t5, vocabulary))
+    return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
 
 
 def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
@@ -472,7 +470,7 @@ def _train(experiment: DenseExperiment, folder: Path, settings: Training, start:
     config = _config(experiment)
     model = DualEncoder(config)
     source = batches(experiment, folder.name)
-    students.train(experiment, folder, folder.name, settings, model, source, start)
+    training_run.train(experiment, folder, folder.name, settings, model, source, start)
     made = _prepared(experiment)
     retrieval.embed(
         _encoder(experiment, folder.name),

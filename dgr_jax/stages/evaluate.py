@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from dgr_jax import display, evaluation, kept, plots, processes
+from dgr_jax import display, evaluation, plots, processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
-from dgr_jax.dense_experiment import DenseExperiment
-from dgr_jax.experiment import Experiment, describe
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
+from dgr_jax.retrieval.batching import BLOCK, scored_passages
 from dgr_jax.retrieval.bm25 import Bm25
-from dgr_jax.retrieval.generative import BLOCK, Search, scored_passages
-from dgr_jax.settings import fingerprint
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
-from dgr_jax.stages.prepare import Prepared
-from dgr_jax.stages.students import decoder
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.systems import decoder
 from dgr_jax.training import metrics
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel, Query
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.examples import Part
-from dgr_jax.dense_experiment import DensePrepare
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.dense import DensePrepare
+from dgr_jax.experiments.generative import Prepare
 from dgr_jax.stages import identifiers, judged
 from dgr_jax.stages.identifiers import Identified
 from dgr_jax.training import arrays

@@ -21,11 +21,11 @@ from dgr_jax.data import views as view_examples
 from dgr_jax.data.views import Body
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array, trie
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.generative import Prepare
 from dgr_jax.identifiers import multiview
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.retrieval.view_indexes import ViewIndexes
+from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 
 _ENOUGH_WORDS = 0.1  # share of tokens that begin a word, below which spans may begin anywhere
 

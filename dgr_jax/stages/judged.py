@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import kept
 from dgr_jax.corpora import beir, checks
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Collection, Qrel, Query
 from dgr_jax.data.same_text import normalised, shared
-from dgr_jax.dense_experiment import DensePrepare
-from dgr_jax.experiment import Prepare
+from dgr_jax.experiments.dense import DensePrepare
+from dgr_jax.experiments.generative import Prepare
+from dgr_jax.model_dir import kept
 
 logger = logging.getLogger(__name__)
 

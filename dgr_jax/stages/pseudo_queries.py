@@ -23,11 +23,12 @@ from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
-from dgr_jax.kept import Damaged, entry, read_json
+from dgr_jax.experiments.pseudo_queries import PseudoQueries
+from dgr_jax.model_dir.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.query_generator import PseudoQueries
 from dgr_jax.retrieval.sampling import Sampler
-from dgr_jax.stages.students import model_config, train
+from dgr_jax.stages.systems import model_config
+from dgr_jax.stages.training_run import train
 from dgr_jax.training import arrays
 from dgr_jax.training.source import ArraySource
 

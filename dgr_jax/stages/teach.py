@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept
 from dgr_jax.data import rank_lists
 from dgr_jax.display import listed
-from dgr_jax.experiment import Experiment, Teach
-from dgr_jax.retrieval.multiview_keys import Keyed
-from dgr_jax.retrieval.recipes import RankLists
-from dgr_jax.retrieval.teacher import Coverage
+from dgr_jax.experiments.common import Teach
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.model_dir import kept
+from dgr_jax.retrieval.multiview.keys import Keyed
 from dgr_jax.stages.candidates import training_queries
-from dgr_jax.stages.prepare import Prepared
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.teaching.list_recipes import RankLists
+from dgr_jax.teaching.teachers import Coverage
 from dgr_jax.training import arrays, packing
 
 logger = logging.getLogger(__name__)

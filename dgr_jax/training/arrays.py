@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import kept
+from dgr_jax.model_dir import kept
 
 HEADER = "arrays.json"
 FORMAT = 1

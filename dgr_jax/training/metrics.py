@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from dgr_jax import kept
 from dgr_jax.data import loading
+from dgr_jax.model_dir import kept
 
 logger = logging.getLogger(__name__)
 

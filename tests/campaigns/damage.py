@@ -77,7 +77,7 @@ def run(command: str, *flags: str) -> tuple[int, str]:
     """(exit status, what is said) of `python -m dgr_jax.<command>`, in this process."""
     import importlib
 
-    from dgr_jax import cli
+    from dgr_jax.config import cli
 
     module = importlib.import_module(f"dgr_jax.{command}")
     said = io.StringIO()

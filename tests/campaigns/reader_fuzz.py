@@ -39,8 +39,8 @@ from dgr_jax.corpora.dpr import DprCollection
 from dgr_jax.corpora.msmarco import MsmarcoCollection
 from dgr_jax.data.examples import pseudo_queries
 from dgr_jax.identifiers.embeddings import load_vectors
-from dgr_jax.retrieval import teacher
-from dgr_jax.stages import ask
+from dgr_jax.serving import ask
+from dgr_jax.teaching import teachers
 
 LINES = 6
 WORDS = ("honey", "Bienenstock", "naïve", "日本語", "a\u00a0b", 'say "so"', "[1, 2]", "x\\y", "")
@@ -292,7 +292,7 @@ READERS = [
     ),
     Reader(
         "teacher.txt", lambda i, draw: f"q{i // 3} Q0 p{i} {i} {9 - i} tag",
-        lambda d: read_run(teacher._read_run(str(d / "teacher.txt"))),
+        lambda d: read_run(teachers._read_run(str(d / "teacher.txt"))),
         lambda text: plain_run(text, 3 if len(physical(text)[0].split()) == 3 else 6),
     ),
     Reader(
@@ -328,7 +328,7 @@ READERS = [
     ),
     Reader(
         "ids.txt", lambda i, draw: f"q{i} more",
-        lambda d: list(teacher._first_column(str(d / "ids.txt"))),
+        lambda d: list(teachers._first_column(str(d / "ids.txt"))),
         lambda text: list(dict.fromkeys(
             right_id(row.split()[0]) for row in physical(text)
             if row.split()[0] not in ("query-id", "qid")

@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from small import TINY, report, run, start
 
-from dgr_jax.retrieval.generative import Retriever
+from dgr_jax.retrieval.retriever import Retriever
 
 QUESTIONS = ["Why do bees dance?", "What is a button cell?", "How does a lighthouse shine?"]
 SEEDS = (0, 1)

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of dgr_jax.retrieval.drift."""
+"""Slow, obvious twins of dgr_jax.analysis.drift."""
 
 from __future__ import annotations
 

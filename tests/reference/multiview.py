@@ -1,4 +1,5 @@
-"""Slow, obvious twin of dgr_jax.retrieval.multiview: every identifier is looked for everywhere.
+"""Slow, obvious twin of dgr_jax.retrieval.multiview.index, which looks for every identifier
+everywhere.
 
 passages: lists of tokens.  tables: view -> one list of token tuples a passage.  An identifier is
 (log_prob, tokens, view); a title or pseudo-query is a whole entry of its table.

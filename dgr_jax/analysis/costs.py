@@ -1,0 +1,211 @@
+"""What a finished system cost to train, what it costs to search with, and how far it drifts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.analysis import drift, speed
+from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity import formulas, programs
+from dgr_jax.capacity.programs import Work
+from dgr_jax.capacity.sizes import estimated_sizes
+from dgr_jax.corpora import trec
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.stages import dense, student, systems, training_run
+from dgr_jax.stages.evaluate import chosen_queries, first_test_split
+from dgr_jax.stages.prepared import Prepared
+
+_MANY = 100_000  # passages, where the settings do not tell
+QUERIES = 200  # at most, that are timed, and whose drift is measured
+
+# Why `expected_flops` has nothing to say of some experiments.
+UNCOUNTED = (
+    "whose identifiers are of several views: how many and how long they are is known once they are "
+    "prepared"
+)
+
+COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
+
+Student = Any  # a Decoder, MultiviewDecoder or Searcher
+
+
+def measure(
+    experiment: Experiment | DenseExperiment, system: str, split: str = "", relevance: str = ""
+) -> dict[str, float]:
+    """COLUMNS by name: 'ms a query' is the median of one at a time; 'drift' in nats, only with
+    `relevance`, see `retrieval.drift`.
+
+    PFLOP: 1e15 products and sums of the matrices, forward and backward, of all training stages of
+    the system, from the shapes of their batches; of a teacher, none. Times are those of the device
+    that this runs on, texts in and pids out; they and the drift are of QUERIES queries of the split
+    ('': the first test split), evenly spaced.
+    relevance: 'qrels', or the path of a TREC run with a teacher's scores; '': no drift.
+
+    Raises ValueError for drift of identifiers of several views, or a run of none of the queries.
+    """
+    made = Prepared.load(experiment.model_dir, identifiers=isinstance(experiment, Experiment))
+    split = split or first_test_split(experiment)
+    asked = {q: query.text for q, query in chosen_queries(experiment, made, split).items()}
+    student = opened(experiment, system, made)
+    timed = speed.measure(
+        Retriever(student, made.vocabulary, made.store), list(_spaced(asked).values())
+    )
+    numbers = (
+        training_flops(experiment, system) / 1e15,
+        student.index_bytes / 1e6,
+        timed["alone"]["latency_ms"]["p50"],
+        1000 / timed["batched"]["queries_per_second"],
+    )
+    found = dict(zip(COLUMNS, numbers, strict=False))
+    if relevance:
+        known = _relevance(experiment, made, split, relevance)
+        texts = _spaced({qid: text for qid, text in asked.items() if qid in known})
+        found["drift"] = _drift(student, made, texts, known)
+    return found
+
+
+def opened(experiment: Experiment | DenseExperiment, system: str, made: Prepared) -> Student:
+    """A finished system of any kind, ready to retrieve."""
+    if isinstance(experiment, DenseExperiment):
+        return dense.searcher(experiment, system, experiment.evaluate.search)
+    return systems.decoder(experiment, system, experiment.evaluate.search, made)
+
+
+def training_flops(experiment: Experiment | DenseExperiment, system: str) -> float:
+    """FLOPs of all training stages of a system, whose data is there."""
+    config = _config(experiment)
+    return sum(
+        settings.steps * step_flops(config, _first_batch(experiment, stage))
+        for stage, settings in experiment.training(system).items()
+    )
+
+
+def expected_flops(experiment: Experiment | DenseExperiment) -> dict[str, float]:
+    """Training stage -> FLOPs as in `training_flops`, from the settings alone, before any data is
+    there: every text is as long as it may be, identifiers are what `planning` takes them to be.
+
+    Empty with identifiers of several views: what they are is known once they are made.
+    """
+    stages = {k: v for system in experiment.systems for k, v in experiment.training(system).items()}
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    if isinstance(experiment, DenseExperiment):
+        size = dense_plans.vocabulary_size(experiment)
+        config = dataclasses.replace(experiment.model.t5, vocab_size=size)
+        batch = lambda stage: dense_plans.abstract_batch(experiment, mesh, stage)
+    elif isinstance(experiment.prepare.identifiers, Multiview):
+        return {}
+    else:
+        sizes = estimated_sizes(experiment, _passages(experiment))
+        config = programs.model_config(experiment, sizes)
+        batch = lambda stage: programs.abstract_batch(stage, experiment, sizes, mesh)
+    return {
+        stage: float(settings.steps * step_flops(config, batch(stage)))
+        for stage, settings in stages.items()
+    }
+
+
+def _passages(experiment: Experiment) -> int:
+    """Of the collection, where its settings tell; otherwise so many that codes for ties are needed,
+    or _MANY."""
+    scheme, known = experiment.prepare.identifiers, getattr(experiment.collection, "size", 0)
+    if known or not isinstance(scheme, ResidualQuantization):
+        return known or _MANY
+    scheme = scheme.sized(_MANY)
+    return min(_MANY, scheme.codebook_size**scheme.num_codes // 2 + 1)
+
+
+def _config(experiment: Experiment | DenseExperiment) -> T5Config:
+    made = Prepared.load(experiment.model_dir, identifiers=False)
+    model = experiment.model
+    sizes = model.t5 if isinstance(experiment, DenseExperiment) else model
+    return training_run.with_vocabulary(sizes, made.vocabulary.size)
+
+
+def _first_batch(experiment: Experiment | DenseExperiment, stage: str) -> Mapping[str, Any]:
+    of = dense if isinstance(experiment, DenseExperiment) else student
+    return of.batches(experiment, stage).batch(0)
+
+
+def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
+    """FLOPs of a training step on a batch of `training.objectives` or `training.dense`, padding
+    counted; optimizer, losses and the products of passage vectors are not, which are little."""
+    if "passage_tokens" in batch:
+        queries, passages = batch["encoder_input_tokens"], batch["passage_tokens"]
+        shapes = queries.shape, (np.prod(passages.shape[:-1]), passages.shape[-1])
+        forward = sum(formulas.encoder_flops(config, *shape) for shape in shapes)
+    else:
+        parts = {"generation": batch} if "encoder_input_tokens" in batch else dict(batch)
+        alone = "generation" not in parts  # lists whose best positives are learned too
+        forward = sum(_written_flops(config, part, alone) for part in parts.values())
+    return formulas.passes(config) * forward
+
+
+def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives: bool) -> float:
+    """With identifiers of several views, a query is read once a view, and all of it is seen."""
+    rows, *views, length = batch["encoder_input_tokens"].shape
+    targets, longest = 1, batch["decoder_target_tokens"].shape[-1]
+    if "packed_tokens" in batch:
+        _, targets, longest = batch["packed_tokens"].shape
+    elif "identifier_tokens" in batch:
+        listed = batch["identifier_tokens"].shape
+        targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]
+    seen = int(np.prod(views)) * length
+    written = formulas.forward_flops(config, Work(rows, seen, targets, longest))
+    written -= formulas.encoder_flops(config, rows, seen)
+    return written + formulas.encoder_flops(config, rows * seen // length, length)
+
+
+def _relevance(
+    experiment: Experiment | DenseExperiment, made: Prepared, split: str, source: str
+) -> dict[str, drift.Relevance]:
+    """qid -> relevance distribution, of queries that have one; passages of a run that are not of
+    the corpus are left out of it."""
+    least = max(1, experiment.prepare.min_relevance)
+    index = {pid: number for number, pid in enumerate(made.store.pids)}
+    if source == "qrels":
+        graded = {
+            qid: {index[pid]: grade for pid, grade in found.items()}
+            for qid, found in made.qrels(split).items()
+            if max(found.values(), default=0) >= least
+        }
+        return {qid: drift.of_grades(found, least) for qid, found in graded.items()}
+    run = trec.run_in_memory(trec.runs(Path(source)))
+    scored = {
+        qid: {index[p.pid]: p.score for p in passages if p.pid in index}
+        for qid, passages in run.items()
+    }
+    return {qid: drift.of_scores(found) for qid, found in scored.items() if found}
+
+
+def _drift(
+    student: Student, made: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
+) -> float:
+    if not texts:
+        raise ValueError("Study.drift: got the relevance of none of the queries, expected some")
+    if isinstance(student, MultiviewDecoder):
+        raise ValueError(
+            "Study.drift: got identifiers of several views, whose spans cannot all be scored; "
+            "expected one identifier a passage (Prepare.identifiers), or a dense retriever"
+        )
+    tokens = made.vocabulary.encode_inputs(list(texts.values()), student.query_length)
+    return float(drift.measure(student, tokens, [known[qid] for qid in texts]).mean())
+
+
+def _spaced(asked: Mapping[str, str]) -> dict[str, str]:
+    """At most QUERIES of them, evenly spaced."""
+    qids = list(asked)
+    chosen = np.linspace(0, len(qids) - 1, min(QUERIES, len(qids))).round().astype(int)
+    return {qids[i]: asked[qids[i]] for i in chosen}

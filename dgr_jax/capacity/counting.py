@@ -1,0 +1,132 @@
+"""How large the corpus is that lies there: what a plan counts, and what it takes for granted.
+
+Nothing is written and nothing is fetched; a collection is read through once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dgr_jax.corpora import lines
+from dgr_jax.corpora.store import PassageStore
+from dgr_jax.corpora.types import Passage
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.model_dir import records
+from dgr_jax.stages import pipeline
+from dgr_jax.stages.prepared import Prepared
+
+logger = logging.getLogger(__name__)
+
+_ALL = 10_000  # passages whose words are counted; of more, every hundredth
+_SAY = 1_000_000  # passages after which it is said how far it is
+_LINES = 1 << 20  # of a file, that are counted together
+
+
+class Corpus(NamedTuple):
+    """Numbers that are not in the settings: passages, words of each, training queries,
+    pseudo-queries a passage, and positives of the training queries (0: one each)."""
+
+    passages: int
+    words: float
+    queries: int
+    pseudo_queries: float
+    positives: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Training queries, each with one of its positives."""
+        return self.positives or self.queries
+
+
+TAKEN = Corpus(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
+
+
+def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, str]:
+    """The corpus of an experiment and where it was counted: what is prepared in MODEL_DIR, or else
+    the collection; None and the reason, where neither is at hand."""
+    folder = Path(experiment.model_dir) / "prepare"
+    settings = pipeline.settings_of(experiment, ["prepare"])["prepare"]
+    if records.is_done(folder, settings):
+        made = Prepared.load(experiment.model_dir, identifiers=False)
+        judged = (
+            (qid, grade)
+            for split in experiment.prepare.train_splits
+            if (made.folder / "collection" / "qrels" / f"{split}.tsv").is_file()
+            for qid, grades in made.qrels(split).items()
+            for grade in grades.values()
+        )
+        return _corpus(experiment, _spread(made.store), len(made.store), judged), str(folder)
+    if why := _is_absent(experiment.collection):
+        return None, why
+    logger.info("counting the passages of %s", type(experiment.collection).__name__)
+    judged = (
+        (qrel.qid, qrel.relevance)
+        for split in experiment.prepare.train_splits
+        for qrel in _judgements(experiment, split)
+    )
+    passages = _every(experiment.collection.passages())
+    return _corpus(experiment, passages, 0, judged), type(experiment.collection).__name__
+
+
+def _is_absent(collection: Any) -> str:
+    """Why the passages of a collection cannot be counted, blank where they can be."""
+    if missing := [name for name, path in collection.inputs(()).items() if path is None]:
+        return f"the collection lacks {', '.join(missing)}"
+    while hasattr(collection, "collection"):  # a part of another one
+        collection = collection.collection
+    if not getattr(collection, "is_here", lambda: True)():
+        return f"the library has not fetched {collection.dataset} yet"
+    return ""
+
+
+def _judgements(experiment: Experiment | DenseExperiment, split: str) -> Iterator[Any]:
+    """Those of a split; none where it has no file."""
+    if all(experiment.collection.inputs((split,)).values()):
+        yield from experiment.collection.qrels(split)
+
+
+def _corpus(
+    experiment: Experiment | DenseExperiment,
+    passages: Iterable[tuple[int, Passage]],
+    number: int,
+    judged: Iterable[tuple[str, int]],
+) -> Corpus:
+    """passages: (number, passage) of those that are looked at; number: of all, 0: the last one's.
+    judged: (qid, relevance) of the training queries."""
+    sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
+    for last, passage in passages:
+        if last <= _ALL or last % 100 == 0 or number:
+            seen += 1
+            words += len(passage.contents.split())
+            sentences += sum(1 for _ in sources.sentences(passage))
+    number = number or last
+    positives = [qid for qid, grade in judged if grade >= experiment.prepare.min_relevance]
+    written = sentences / seen
+    if sources.pseudo_query_path:
+        file = lines.place(sources.pseudo_query_path)
+        written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
+    return Corpus(
+        number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
+    )
+
+
+def _spread(store: PassageStore) -> Iterator[tuple[int, Passage]]:
+    """At most about _ALL passages of a store, evenly spaced, with their numbers from 1."""
+    for index in range(0, len(store), max(1, len(store) // _ALL)):
+        yield index + 1, store[index]
+
+
+def _every(passages: Iterable[Passage]) -> Iterator[tuple[int, Passage]]:
+    """All passages with their numbers from 1; says how far it is."""
+    for number, passage in enumerate(passages, start=1):
+        if number % _SAY == 0:
+            logger.info("counted %s passages so far; --corpus counts none", f"{number:,}")
+        yield number, passage
+
+
+def _lines(path: Path) -> int:
+    return sum(count for *_, count in lines.places(path, _LINES))

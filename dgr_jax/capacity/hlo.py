@@ -1,0 +1,433 @@
+"""What a compiled program does, read from its text: FLOPs, bytes, collectives, by the loop.
+
+XLA's own cost analysis counts the body of a loop once. Here the text of the optimised program is
+read, and a body counts as often as it runs: the trip count that XLA found (`known_trip_count`), or
+the one that the caller gives where the loop ends by its data, as beam search does. Of a conditional
+the dearest branch counts.
+
+    cost(compiled.as_text(), unknown_trips=8)
+
+The rules are those of XLA's HloCostAnalysis: a dot is 2 * result * contracted; a convolution (what
+TPUs make of dots) counts the positions where the kernel meets the input, not padding. Bytes are the
+operands and results of every fusion in main memory; where a fusion only slices or gathers from an
+operand, or updates a slice of it, the slice counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4,
+    "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5,
+}  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](?:\{([^}]*)\})?")
+_OPCODE = re.compile(r"\s*([a-z][\w-]*)\(")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\([^\n]*)?.*\{$")
+_NAME = re.compile(r"%([\w.-]+)")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier", "domain",
+}  # fmt: skip
+_SLICES = {"dynamic-slice", "slice", "gather"}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What one collective sends: kind, shapes of its results, devices in a group, bytes a device
+    puts on the network in one run of a bandwidth-optimal algorithm, and runs."""
+
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+    group: int
+    sent: float
+    runs: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one device: floating point operations of matrix products, bytes of main memory read and
+    written, collectives. unknown: loops whose trip count was not in the program."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+    unknown: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.collectives + other.collectives,
+            self.unknown + other.unknown,
+        )
+
+    def times(self, runs: float) -> Cost:
+        """The cost of so many runs."""
+        many = tuple(dataclasses.replace(c, runs=c.runs * runs) for c in self.collectives)
+        return Cost(self.flops * runs, self.bytes * runs, many, self.unknown)
+
+    def sent(self) -> dict[str, float]:
+        """Bytes that a device sends, by kind of collective, the most first."""
+        total: dict[str, float] = {}
+        for one in self.collectives:
+            total[one.kind] = total.get(one.kind, 0.0) + one.sent * one.runs
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array type: element bytes, shape, and whether it lies in main memory (not on the chip)."""
+
+    element: float
+    shape: tuple[int, ...]
+    main: bool = True
+
+    @property
+    def nbytes(self) -> float:
+        return self.element * math.prod(self.shape) if self.main else 0.0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """name = type opcode(operands), attributes"""
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool = False
+
+    @property
+    def nbytes(self) -> float:
+        return sum(array.nbytes for array in self.arrays)
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that `calls`, `to_apply`, branches ... name."""
+        found = re.findall(
+            r"(?:calls|branch_computations|true_computation|false_computation|to_apply)="
+            r"(\{[^}]*\}|%?[\w.-]+)",
+            self.attributes,
+        )
+        return tuple(
+            name.lstrip("%") for part in found for name in re.split(r"[{}, ]+", part) if name
+        )
+
+
+@dataclass
+class Computation:
+    """Instructions by name, in order."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        found: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for operand in instruction.operands:
+                found.setdefault(operand, []).append(instruction)
+        return found
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        """In their order."""
+        numbered = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(numbered, key=lambda i: int(i.operands[0]))
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.root)
+
+
+def arrays_of(text: str) -> tuple[Array, ...]:
+    """The arrays of a type such as (f32[2,3]{1,0:T(8,128)S(1)}, s32[])."""
+    return tuple(
+        Array(
+            _BYTES.get(kind, 1),
+            tuple(int(size) for size in dims.split(",") if size),
+            re.search(r"S\([1-9]", layout) is None,
+        )
+        for kind, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Place after the bracket that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] in "({") - (text[place] in ")}")
+        if not depth:
+            return place + 1
+    raise ValueError(f"program text: brackets are not closed in {text[:200]!r}")
+
+
+def _instruction(line: str) -> Instruction | None:
+    name, equals, rest = line.strip().partition(" = ")
+    if not equals:
+        return None
+    root = name.startswith("ROOT ")
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    opcode = _OPCODE.match(rest, end)
+    if opcode is None:
+        return None
+    stop = _closing(rest, opcode.end() - 1)
+    inside = rest[opcode.end() : stop - 1]
+    literal = (inside,) if opcode[1] in ("parameter", "constant") else ()
+    operands = literal or tuple(_NAME.findall(inside))
+    return Instruction(
+        name.removeprefix("ROOT ").lstrip("%"),
+        arrays_of(rest[:end]),
+        opcode[1],
+        operands,
+        rest[stop:],
+        root,
+    )
+
+
+def computations(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations of a program's text by name, and the name of the entry."""
+    found: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if not line.startswith(" ") and line.endswith("{") and not line.startswith("HloModule"):
+            header = _HEADER.match(line)
+            if header:
+                current = found[header[2]] = Computation(header[2])
+                entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (instruction := _instruction(line)):
+            current.instructions[instruction.name] = instruction
+    if not entry:
+        raise ValueError("program text: got no ENTRY computation, expected an optimised HLO module")
+    return found, entry
+
+
+def cost(text: str, *, unknown_trips: int = 1) -> Cost:
+    """The cost of one run of a program on one device.
+
+    unknown_trips: runs of the body of a loop that ends by its data.
+    """
+    return _Reader(*computations(text), unknown_trips).of(None)
+
+
+class _Reader:
+    def __init__(self, found: dict[str, Computation], entry: str, unknown_trips: int) -> None:
+        self.found, self.entry, self.unknown_trips = found, entry, unknown_trips
+        self._known: dict[tuple[str, bool], Cost] = {}
+
+    def of(self, name: str | None, *, fused: bool = False) -> Cost:
+        """Cost of a computation; inside of a fusion no bytes are counted."""
+        name = self.entry if name is None else name
+        if (name, fused) not in self._known:
+            computation = self.found[name]
+            total = Cost()
+            for instruction in computation.instructions.values():
+                total += self._one(instruction, computation, fused)
+            self._known[name, fused] = total
+        return self._known[name, fused]
+
+    def _one(self, one: Instruction, inside: Computation, fused: bool) -> Cost:
+        if one.opcode == "while":
+            return self._loop(one, fused)
+        if one.opcode == "conditional":
+            branches = [self.of(name, fused=fused) for name in one.called if name in self.found]
+            return max(branches, key=lambda c: c.flops / 200 + c.bytes, default=Cost())
+        moved = 0.0 if fused or one.opcode in _FREE else self._bytes(one, inside)
+        if one.opcode == "dot":
+            return Cost(_dot_flops(one, inside), moved)
+        if one.opcode == "convolution":
+            return Cost(_convolution_flops(one, inside), moved)
+        kind = one.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return Cost(0.0, moved, (_collective(kind, one, inside),))
+        if one.opcode in ("fusion", "call", "async-start", "custom-call"):
+            within = fused or one.opcode == "fusion"
+            parts = (self.of(name, fused=within) for name in one.called if name in self.found)
+            return sum(parts, Cost(0.0, moved))
+        return Cost(0.0, moved)
+
+    def _loop(self, one: Instruction, fused: bool) -> Cost:
+        body = self.of(_found(r"body=%?([\w.-]+)", one.attributes)[1], fused=fused)
+        trips = self._trips(one)
+        if trips is not None:
+            return body.times(trips)
+        return body.times(self.unknown_trips) + Cost(unknown=1)
+
+    def _trips(self, one: Instruction) -> int | None:
+        """Runs of a loop's body: as XLA noted, or of a loop that counts from 0 to a constant."""
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', one.attributes):
+            return int(noted[1])
+        name = _found(r"condition=%?([\w.-]+)", one.attributes)[1]
+        condition = self.found[name]
+        names = [name, *condition.root.called]
+        inside = [i for n in names if n in self.found for i in self.found[n].instructions.values()]
+        compared = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.attributes]
+        constants = [i for i in inside if i.opcode == "constant" and i.arrays[0].shape == ()]
+        simple = condition.root.opcode == "compare" or len(names) > 1
+        others = {i.opcode for i in inside} & {"and", "or", "not", "reduce"}
+        if simple and not others and len(compared) == len(constants) == 1:
+            return int(constants[0].operands[0])
+        return None
+
+    def _bytes(self, one: Instruction, inside: Computation) -> float:
+        """Main memory that a top-level instruction reads and writes."""
+        if one.opcode.endswith(("-done", "-update")):
+            return 0.0
+        get = inside.instructions.get
+        read = [get(name) for name in one.operands]
+        if one.opcode in _SLICES:
+            return 2 * one.nbytes
+        if one.opcode == "dynamic-update-slice":
+            return 2 * (read[1].nbytes if len(read) > 1 and read[1] else 0.0)
+        if one.opcode.endswith("-start"):
+            return 2 * sum(o.nbytes for o in read if o)
+        if one.opcode == "fusion" and one.called and one.called[0] in self.found:
+            return self._fusion_bytes(one, read, self.found[one.called[0]])
+        return one.nbytes + sum(o.nbytes for o in read if o)
+
+    def _fusion_bytes(
+        self, one: Instruction, read: list[Instruction | None], body: Computation
+    ) -> float:
+        total, updated = 0.0, 0.0
+        for operand, parameter in zip(read, body.parameters, strict=False):
+            if operand is None or not operand.nbytes:
+                continue
+            users = list(_through_bitcasts(body, parameter.name))
+            if users and all(u.opcode in _SLICES and u.operands[0] == via for via, u in users):
+                total += min(operand.nbytes, sum(_size(user) for _, user in users))
+            elif users and all(
+                u.opcode == "dynamic-update-slice" and u.operands[0] == via for via, u in users
+            ):
+                updates = (body.instructions[u.operands[1]] for _, u in users)
+                total += sum(map(_size, updates))
+                updated += operand.nbytes
+            else:
+                total += operand.nbytes
+        return total + max(0.0, one.nbytes - updated)
+
+
+def _size(instruction: Instruction) -> float:
+    return sum(array.element * math.prod(array.shape) for array in instruction.arrays)
+
+
+def _through_bitcasts(body: Computation, name: str) -> Iterator[tuple[str, Instruction]]:
+    """(operand, user) of every use of a value, bitcasts looked through."""
+    for user in body.users.get(name, ()):
+        if user.opcode == "bitcast":
+            yield from _through_bitcasts(body, user.name)
+        else:
+            yield name, user
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    found = re.search(pattern, text)
+    return [int(i) for i in found[1].split(",") if i] if found else []
+
+
+def _found(pattern: str, attributes: str) -> re.Match[str]:
+    """What XLA always writes. Raises ValueError where it is not there."""
+    if (match := re.search(pattern, attributes)) is None:
+        raise ValueError(f"instruction of XLA: got {attributes!r}, expected {pattern!r} in it")
+    return match
+
+
+def _shape(inside: Computation, name: str) -> tuple[int, ...]:
+    return inside.instructions[name].arrays[0].shape
+
+
+def _dot_flops(one: Instruction, inside: Computation) -> float:
+    left = _shape(inside, one.operands[0])
+    contracted = _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
+    return 2.0 * math.prod(one.arrays[0].shape) * math.prod(left[i] for i in contracted)
+
+
+def _convolution_flops(one: Instruction, inside: Computation) -> float:
+    labels = _found(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    left, right = (_shape(inside, name) for name in one.operands[:2])
+    result = one.arrays[0].shape
+    sizes = dict(zip(labels[1], left, strict=True))
+    kernel = dict(zip(labels[2], right, strict=True))
+    out = dict(zip(labels[3], result, strict=True))
+    window = re.search(r"window=\{([^}]*)\}", one.attributes)
+    window = dict(part.split("=") for part in window[1].split()) if window else {}
+    groups = _numbers(r"feature_group_count=(\d+)", one.attributes) or [1]
+    batch_groups = _numbers(r"batch_group_count=(\d+)", one.attributes) or [1]
+    meetings = 1
+    for place, label in enumerate(sorted(k for k in out if k.isdigit())):
+        setting = lambda name, usual, place=place: (
+            window[name].split("x")[place] if name in window else usual
+        )
+        meetings *= _meetings(
+            sizes[label], kernel[label], out[label],
+            stride=int(setting("stride", 1)),
+            low=int(str(setting("pad", "0_0")).split("_")[0]),
+            input_dilation=int(setting("lhs_dilate", 1)),
+            kernel_dilation=int(setting("rhs_dilate", 1)),
+        )  # fmt: skip
+    features = kernel["i"] * out["f"] if groups[0] > 1 else sizes["f"] * out["f"]
+    return 2.0 * features * sizes["b"] / batch_groups[0] * meetings
+
+
+@functools.lru_cache(maxsize=4096)
+def _meetings(
+    size: int,
+    kernel: int,
+    out: int,
+    *,
+    stride: int,
+    low: int,
+    input_dilation: int,
+    kernel_dilation: int,
+) -> int:
+    """Pairs of an output and a kernel place whose input place is neither padding nor a hole."""
+    if kernel == 1 and stride == 1 and low == 0 and input_dilation == 1:
+        return min(out, size)
+    spread = (size - 1) * input_dilation + 1
+    count = 0
+    for k in range(kernel):
+        first = k * kernel_dilation - low
+        for o in range(out):
+            place = first + o * stride
+            count += 0 <= place < spread and place % input_dilation == 0
+    return count
+
+
+def group_size(attributes: str) -> int:
+    """Devices that take part in one collective together, in any of XLA's notations; 0: all."""
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\][^{]*\{('.*?)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", match[2]))
+    return 0
+
+
+_SENT: Mapping[str, Callable[[int], float]] = {  # bytes sent by a device for a byte of its operand
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+
+def _collective(kind: str, one: Instruction, inside: Computation) -> Collective:
+    group = group_size(one.attributes) or 1
+    operands = [inside.instructions.get(name) for name in one.operands]
+    given = sum(_size(o) for o in operands if o)
+    if kind == "all-reduce" and inside.name.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # a fusion of TPUs: each device keeps its part
+    shapes = tuple(array.shape for array in one.arrays)
+    return Collective(kind, shapes, group, given * _SENT[kind](max(group, 1)))

@@ -1,0 +1,245 @@
+"""What an experiment needs of a machine that is not here: memory, FLOPs, network, time at best.
+
+The programs that would run, the two train steps and the search with its trie, are built from shapes
+alone and compiled for a TPU topology by libtpu, which needs no TPU. `hlo` reads what they do. For
+GPUs, and to rank meshes, `analytic` counts by formula.
+
+Estimated, as no data is read: the size of the vocabulary and of the trie, from the settings and the
+number of passages, as if these were spread evenly over all codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dgr_jax import partitioning
+from dgr_jax.capacity import hlo
+from dgr_jax.capacity.chips import Topology
+from dgr_jax.capacity.formulas import _moved, _sent, _temporaries, _tokens, forward_flops, passes
+from dgr_jax.capacity.programs import Program, model_config, program
+from dgr_jax.capacity.sizes import Sizes
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.models.t5 import T5Config
+
+logger = logging.getLogger(__name__)
+
+
+# sizes that are estimated
+
+
+# programs
+
+
+# plans
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One program on one mesh, a chip's share of it.
+
+    parts: bytes by name, `temporaries` included. sent: bytes by collective. products: what most of
+    the FLOPs are, one of PRODUCTS. source: 'compiled', 'formula', or what the compiler said when it
+    did not fit.
+    """
+
+    program: str
+    mesh: Mapping[str, int]
+    topology: Topology
+    parts: Mapping[str, float]
+    flops: float
+    moved: float
+    sent: Mapping[str, float]
+    queries: int
+    products: str = "bfloat16"
+    source: str = "formula"
+    seconds: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.topology.chip.memory
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Least seconds of a run, by what bounds it; all three at once at best."""
+        chip = self.topology.chip
+        far = chip.near and self.topology.size > chip.near
+        network = chip.far_network if far else chip.network
+        return {
+            "compute": self.flops / chip.peak(self.products)[0],
+            "memory": self.moved / chip.bandwidth,
+            "network": sum(self.sent.values()) / network,
+        }
+
+    @property
+    def bound(self) -> str:
+        return max(self.times, key=self.times.__getitem__)
+
+    @property
+    def queries_per_second(self) -> float:
+        """At best: as many as the tightest bound lets through."""
+        return self.queries / max(max(self.times.values()), 1e-12)
+
+
+def compiled(made: Program, formula: Plan) -> Plan:
+    """Compiles a program and reads what it does; formula: the same by formula."""
+    start = time.monotonic()
+    logger.info("plan: compiling %s for %s", made.name, formula.topology)
+    try:
+        program = made.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+            raise
+        total = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)
+        parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
+        source = "too large to compile; FLOPs and bytes by formula"
+        return dataclasses.replace(formula, parts=parts, source=source)
+    memory = program.memory_analysis()
+    arguments = memory.argument_size_in_bytes
+    total = arguments + memory.temp_size_in_bytes
+    total += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
+    done = hlo.cost(program.as_text(), unknown_trips=made.work.looped)
+    return dataclasses.replace(
+        formula,
+        parts=parts,
+        flops=done.flops,
+        moved=done.bytes,
+        sent=done.sent(),
+        source="compiled",
+        seconds=time.monotonic() - start,
+    )
+
+
+def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> Plan:
+    """The same by formula: products of matrices, what layers keep, Megatron's all-reduces of
+    activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where fully sharded."""
+    axes = dict(mesh.shape)
+    chips = topology.size
+    work, training = made.work, not made.work.beams
+    runs = passes(config) if training else 1
+    flops = runs * forward_flops(config, work) / chips
+    tokens = _tokens(work, partitioning.batch_shards(mesh))
+    temporaries = _temporaries(config, work, axes["model"], tokens)
+    gathered = 1 if training else axes["fsdp"] / 2
+    temporaries += made.parts["parameters"] * gathered  # gradients, or all kernels in bfloat16
+    return Plan(
+        program=made.name,
+        mesh=axes,
+        topology=topology,
+        parts={**made.parts, "temporaries": temporaries},
+        flops=flops,
+        moved=_moved(config, made, temporaries, runs),
+        sent=_sent(config, made, axes, tokens, runs),
+        queries=work.queries,
+        products=config.dtype,
+    )
+
+
+def meshes(topology: Topology, config: T5Config, rows: int) -> Iterator[partitioning.Mesh]:
+    """Meshes of all chips that cut heads, MLP and batch evenly, with and without fsdp."""
+    for model in (n for n in range(1, topology.size + 1) if topology.size % n == 0):
+        if config.num_heads % model or config.mlp_dim % model:
+            continue
+        rest = topology.size // model
+        if rows % rest == 0:
+            yield partitioning.Mesh(data=rest, model=model)
+            if rest > 1:
+                yield partitioning.Mesh(data=1, model=model, fsdp=rest)
+
+
+def abstract_mesh(mesh: partitioning.Mesh, topology: Topology) -> Any:
+    """The mesh without devices, for formulas."""
+    sizes = partitioning.mesh_sizes(mesh, topology.size)
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=auto)
+
+
+def plan(
+    name: str,
+    experiment: Experiment,
+    sizes: Sizes,
+    topology: Topology,
+    mesh: partitioning.Mesh,
+    *,
+    compile: bool = True,
+) -> Plan:
+    """The plan of one program: compiled where the topology is of TPUs, by formula otherwise."""
+    if compile and topology.is_tpu:
+        config = model_config(experiment, sizes)
+        on = partitioning.make_mesh(mesh, topology.devices())
+        made = program(name, experiment, sizes, on, mesh.rules)
+        formula = analytic(made, on, topology, config)
+        return compiled(made, formula)
+    # The same bytes, and one layer to trace in place of all.
+    scanned = dataclasses.replace(experiment.model, scan_layers=True)
+    experiment = dataclasses.replace(experiment, model=scanned)
+    on = abstract_mesh(mesh, topology)
+    made = program(name, experiment, sizes, on, mesh.rules)
+    return analytic(made, on, topology, model_config(experiment, sizes))
+
+
+def sweep(
+    name: str, experiment: Experiment, sizes: Sizes, topology: Topology
+) -> list[tuple[partitioning.Mesh, Plan]]:
+    """Every mesh by formula, those that fit first, the fastest first."""
+    settings = experiment.generate if name == "decode" else getattr(experiment, name)
+    rows = settings.batch_size if name != "decode" else experiment.evaluate.search.batch_size
+    if name == "distill":
+        rows = math.gcd(rows, settings.list_batch_size)
+    rows = rows // settings.microbatches if name != "decode" else 10**6 * topology.size
+    found = [
+        (mesh, plan(name, experiment, sizes, topology, mesh, compile=False))
+        for mesh in meshes(topology, model_config(experiment, sizes), rows)
+    ]
+    key = lambda pair: (not pair[1].fits, -pair[1].queries_per_second, pair[1].total)
+    return sorted(found, key=key)
+
+
+def advice(found: Plan, experiment: Experiment) -> list[str]:
+    """What to change where a plan does not fit, or waits for the network."""
+    config, parts = experiment.model, found.parts
+    say: list[str] = []
+    if found.fits:
+        if found.bound == "network" and found.mesh["model"] > 1:
+            say.append("the network bounds it: a smaller --mesh model axis, or a larger batch")
+        return say
+    if found.program == "decode":
+        if parts["temporaries"] > parts["parameters"]:
+            say.append("--gin.Search.batch_size or --gin.NUM_BEAMS smaller")
+        if parts["trie"] > 0.1 * found.total:
+            say.append("--gin.Search.max_replicated_bytes smaller, so that the trie is cut")
+        return [*say, "more chips in the model axis of --mesh"]
+    if parts["temporaries"] > parts["parameters"] + parts["optimizer"]:
+        if config.remat != "full":
+            stronger = "minimal" if config.remat == "none" else "full"
+            say.append(f"--gin.T5Config.remat={stronger}")
+        if config.dtype != "bfloat16":
+            say.append("--gin.T5Config.dtype=bfloat16")
+        say.append("--gin.Training.microbatches larger, or --gin.BATCH_SIZE smaller")
+    if parts["optimizer"] > parts["parameters"]:
+        say.append("Adafactor in place of AdamW")
+    if not config.scan_layers:
+        say.append("--gin.T5Config.scan_layers=True")
+    more = found.mesh["model"] * 2
+    if config.num_heads % more == 0 and found.mesh["data"] > 1:
+        say.append(f"--mesh={found.mesh['data'] // 2},{more}: parameters cut over {more} chips")
+    if found.mesh["fsdp"] == 1 and found.mesh["data"] > 1:
+        say.append(
+            f"--mesh=1,{found.mesh['model']},{found.mesh['data']}: parameters cut over the data "
+            "shards as well (fsdp)"
+        )
+    return say or ["a larger --topology"]

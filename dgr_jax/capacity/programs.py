@@ -1,0 +1,207 @@
+"""The compiled programs of training and search, lowered for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.capacity.sizes import Sizes, abstract_trie
+from dgr_jax.decoding.trie_expand import TrieConstraint
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.generative import Search, decode_fn
+from dgr_jax.training.step import abstract_state, make_train_step
+
+PROGRAMS = ("generate", "distill", "decode")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the formulas need to know of a program. queries of Q tokens are encoded; each has
+    `targets` sequences of T tokens. beams: of a search, 0: training; ahead: tokens at the end of a
+    search that one pass scores (TrieConstraint.completion_width)."""
+
+    queries: int
+    query_length: int
+    targets: float
+    target_length: int
+    beams: int = 0
+    microbatches: int = 1
+    ahead: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Passes of the decoder that a search makes, the first, of one beam, among them."""
+        return self.target_length - self.ahead + 1
+
+    @property
+    def looped(self) -> int:
+        """Those of them that are runs of its loop: not the first, nor the one that scores ahead."""
+        return max(1, self.steps - 1 - (self.ahead > 1))
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program on a mesh. parts: bytes that a chip holds all the time, by name."""
+
+    name: str
+    work: Work
+    parts: Mapping[str, int]
+    lower: Callable[[], Any]
+
+
+def _held(tree: Any) -> int:
+    """Bytes on one chip of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def abstract(
+    mesh: Any, shape: tuple[int, ...], dtype: Any, *, sharding: Any = None
+) -> jax.ShapeDtypeStruct:
+    sharding = sharding or partitioning.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _generation_batch(mesh: Any, rows: int, query_length: int, length: int) -> dict[str, Any]:
+    return {
+        "encoder_input_tokens": abstract(mesh, (rows, query_length), jnp.int32),
+        "decoder_input_tokens": abstract(mesh, (rows, length), jnp.int32),
+        "decoder_target_tokens": abstract(mesh, (rows, length), jnp.int32),
+        "decoder_loss_weights": abstract(mesh, (rows, length), jnp.float32),
+    }
+
+
+def _list_batch(mesh: Any, rows: int, lists: int, query_length: int, length: int) -> dict[str, Any]:
+    return _generation_batch(mesh, rows, query_length, length) | {
+        "identifier_tokens": abstract(mesh, (rows, lists, 1, length), jnp.int32),
+        "identifier_weights": abstract(mesh, (rows, lists, 1), jnp.float32),
+        "teacher_scores": abstract(mesh, (rows, lists), jnp.float32),
+        "passage_mask": abstract(mesh, (rows, lists), jnp.bool_),
+    }
+
+
+def abstract_batch(name: str, experiment: Experiment, sizes: Sizes, mesh: Any) -> dict[str, Any]:
+    """A batch of the stage 'generate', 'control' or 'distill' in shape, of one identifier a
+    passage."""
+    settings = experiment.generate if name == "generate" else experiment.distill
+    shape = experiment.prepare.query_length, sizes.length
+    generation = _generation_batch(mesh, settings.examples, *shape)
+    if name != "distill":
+        return generation
+    size = list_size(experiment.teach.lists)
+    lists = {"rank_list": _list_batch(mesh, settings.list_batch_size, size, *shape)}
+    # Without examples of their own, the target of each list's query.
+    return lists | ({"generation": generation} if settings.batch_size else {})
+
+
+def list_size(lists: Any) -> int:
+    """Passages of a rank list of a recipe."""
+    return getattr(lists, "size", 0) or lists.negatives + 1
+
+
+def model_config(experiment: Experiment, sizes: Sizes) -> T5Config:
+    """The student with the vocabulary of these sizes."""
+    return dataclasses.replace(experiment.model, vocab_size=sizes.vocab_size)
+
+
+def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: Any) -> Program:
+    """'generate' or 'distill', one step of training; 'decode', one batch of a search.
+
+    mesh: of devices, or abstract, where the program is not compiled.
+    """
+    config = model_config(experiment, sizes)
+    if name == "decode":
+        return _search(experiment, config, sizes, mesh, rules)
+    settings = getattr(experiment, name)
+    query_length = experiment.prepare.query_length
+    batch = abstract_batch(name, experiment, sizes, mesh)
+    work = Work(settings.batch_size, query_length, 1, sizes.length)
+    if name == "distill":
+        rows, size = settings.list_batch_size, list_size(experiment.teach.lists)
+        both = rows + settings.batch_size
+        targets = (rows * size + settings.examples) / both
+        work = Work(both, query_length, targets, sizes.length)
+    work = dataclasses.replace(work, microbatches=settings.microbatches)
+    check_rows(batch, settings, mesh, name)
+    return step_program(name, settings, Transformer(config), batch, work, mesh, rules)
+
+
+def check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
+    shards = partitioning.batch_shards(mesh) * settings.microbatches
+    for leaf in jax.tree.leaves(batch):
+        if leaf.shape[0] % shards:
+            raise ValueError(
+                f"{name}: got a batch of {leaf.shape[0]}, expected a multiple of {shards}, "
+                "microbatches x data shards of the mesh; set BATCH_SIZE, LIST_BATCH_SIZE or --mesh"
+            )
+
+
+def step_program(
+    name: str, settings: Training, model: Any, batch: Any, work: Work, mesh: Any, rules: Any
+) -> Program:
+    """A train step of a model on batches of these shapes."""
+    optimizer = settings.optimizer.transformation(settings.steps)
+    state = abstract_state(model, optimizer, mesh, rules)
+    parts = {
+        "parameters": _held(state.params),
+        "optimizer": _held(state.opt_state),
+        "batch": _held(batch),
+    }
+
+    def lower() -> Any:
+        step: Any = make_train_step(
+            *(settings.objective, model, optimizer, mesh, state),
+            microbatches=settings.microbatches,
+            rules=rules,
+        )
+        return step.lower(state, batch)
+
+    return Program(name, work, parts, lower)
+
+
+def _search(
+    experiment: Experiment, config: T5Config, sizes: Sizes, mesh: Any, rules: Any
+) -> Program:
+    search = experiment.evaluate.search
+    if not isinstance(search, Search):
+        raise ValueError(
+            f"Evaluate.search: got {type(search).__name__}; decoding is planned for one identifier "
+            "a passage: give --programs=generate,distill"
+        )
+    shards = partitioning.batch_shards(mesh)
+    rows = -(-search.batch_size // shards) * shards
+    arrays, layout = abstract_trie(sizes)
+    places = partitioning.index_shardings(
+        dict(arrays.items()), mesh, max_replicated_bytes=search.max_replicated_bytes
+    )
+    put: dict[str, Any] = {
+        k: abstract(mesh, a.shape, a.dtype, sharding=places[k]) for k, a in arrays.items()
+    }
+    constraint = TrieConstraint(
+        **put, layout=layout, vocab_size=sizes.vocab_size, renormalise=search.renormalise
+    )
+    params = partitioning.abstract_params(Transformer(config), mesh, rules)
+    tokens = abstract(mesh, (rows, search.query_length), jnp.int32)
+    parts = {"parameters": _held(params), "trie": _held(constraint), "batch": _held(tokens)}
+
+    def lower() -> Any:
+        decode = decode_fn(config, search.num_beams, layout.max_length, mesh, rules=rules)
+        return decode.lower(params, constraint, tokens)
+
+    work = Work(
+        *(rows, search.query_length, search.num_beams, sizes.length, search.num_beams),
+        ahead=max(1, constraint.completion_width),
+    )
+    return Program("decode", work, parts, lower)

@@ -1,0 +1,267 @@
+"""Plans as tables on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from dgr_jax import display
+from dgr_jax.capacity import chips, counting, planning
+from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.capacity.planning import Plan
+from dgr_jax.capacity.programs import PROGRAMS
+from dgr_jax.capacity.sizes import Sizes, estimated_sizes
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.partitioning import Mesh
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> None:
+    """Plans what the flags ask for and prints it.
+
+    Raises ValueError for a topology, mesh, program or number of passages that cannot be.
+    """
+    console = display.console(soft_wrap=True)
+    topology = chips.topology(args.topology)
+    dense = isinstance(experiment, DenseExperiment)
+    programs = _programs(args.programs, dense_plans.PROGRAMS if dense else PROGRAMS)
+    passages, origin = _passages(args.passages, experiment)
+    console.print(f"{passages:,} passages, {origin}")
+    if isinstance(experiment, DenseExperiment):
+        _show_dense(console, args, experiment, topology, programs, passages)
+        return
+    sizes = estimated_sizes(experiment, passages)
+    console.print(assumptions(experiment, sizes, topology))
+    if args.sweep is not None:
+        for name in programs:
+            _sweep(console, name, experiment, sizes, topology, args.sweep)
+        return
+    mesh = mesh_of(args.mesh, experiment.mesh)
+    plans = [planning.plan(name, experiment, sizes, topology, mesh) for name in programs]
+    console.print(*(table for table in tables(plans)))
+    for found in plans:
+        for line in planning.advice(found, experiment):
+            verdict = "does not fit" if not found.fits else found.bound
+            console.print(f"{found.program} ({verdict}): {line}")
+
+
+def _passages(given: float | None, experiment: Experiment | DenseExperiment) -> tuple[int, str]:
+    """Passages of the corpus, and how they are known. Raises ValueError for fewer than two."""
+    if given is not None:
+        if not 2 <= given < math.inf:
+            raise ValueError(f"--passages: got {given:g}, expected 2 or more")
+        return int(given), "as given by --passages"
+    corpus, where = counting.counted(experiment)
+    if corpus is None:
+        return counting.TAKEN.passages, f"as many as MS MARCO has, as {where}: give --passages"
+    return max(2, corpus.passages), f"as counted in {where}"
+
+
+def _show_dense(
+    console: Console,
+    args: argparse.Namespace,
+    experiment: DenseExperiment,
+    topology: Topology,
+    programs: Sequence[str],
+    passages: int,
+) -> None:
+    if args.sweep is not None:
+        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
+    mesh = mesh_of(args.mesh, experiment.mesh)
+    console.print(dense_plans.assumptions(experiment, passages, topology))
+    plans = [dense_plans.plan(name, experiment, passages, topology, mesh) for name in programs]
+    console.print(*(table for table in tables(plans)))
+    for found in plans:
+        for line in dense_plans.advice(found, experiment, passages):
+            verdict = "does not fit" if not found.fits else found.bound
+            console.print(f"{found.program} ({verdict}): {line}")
+
+
+def _programs(text: str, known: Sequence[str]) -> list[str]:
+    asked = [name.strip() for name in text.split(",")] if text else list(known)
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--programs: got {name!r}, expected some of {', '.join(known)}")
+    return asked
+
+
+def mesh_of(text: str | None, default: Mesh) -> Mesh:
+    """'16,4' (data, model) or '16,4,1' (and fsdp) over the experiment's other settings.
+
+    Raises ValueError for anything else.
+    """
+    if text is None:
+        return default
+    numbers = text.split(",")
+    if len(numbers) not in (2, 3) or not all(n.strip().isdigit() for n in numbers):
+        raise ValueError(f"--mesh: got {text!r}, expected DATA,MODEL or DATA,MODEL,FSDP: 16,4")
+    data, model, fsdp = (*(int(n) for n in numbers), 1)[:3]
+    return Mesh(data, model, fsdp, default.parameter_dims, default.activation_dims)
+
+
+def assumptions(experiment: Experiment, sizes: Sizes, topology: Topology) -> str:
+    """What the plan takes for granted."""
+    config = experiment.model
+    many = {n for n in sizes.levels}
+    codes = f"{len(sizes.levels)} codes of {many.pop()}" if len(many) == 1 else f"{sizes.levels}"
+    return (
+        f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
+        f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
+        f"layers, {config.dtype}, remat {config.remat}, layers "
+        f"{'scanned' if config.scan_layers else 'not scanned'}\n"
+        f"estimated: {sizes.passages:,} passages, vocabulary of {sizes.vocab_size:,}, identifiers "
+        f"of {sizes.length} tokens ({codes}, used evenly)"
+    )
+
+
+def tables(plans: Sequence[Plan]) -> list[Table]:
+    """Memory, work and time of each plan."""
+    return [_memory(plans), _work(plans), _time(plans)]
+
+
+def _table(title: str, plans: Sequence[Plan]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("a chip" if "time" not in title else "")
+    for found in plans:
+        table.add_column(found.program, justify="right")
+    return table
+
+
+def _memory(plans: Sequence[Plan]) -> Table:
+    table = _table("memory", plans)
+    for name in ("parameters", "optimizer", "trie", "vectors", "batch", "temporaries"):
+        if any(name in found.parts for found in plans):
+            table.add_row(name, *(_bytes(found.parts.get(name, 0)) for found in plans))
+    table.add_row("together", *(_bytes(found.total) for found in plans), style="bold")
+    table.add_row("of the chip's", *(_share(found) for found in plans))
+    return table
+
+
+def _share(found: Plan) -> str:
+    share = found.total / found.topology.chip.memory
+    return f"{share:.1%}" if found.fits else f"{share:.1%}: does not fit"
+
+
+def _work(plans: Sequence[Plan]) -> Table:
+    table = _table("work of one step, or of one batch of a search", plans)
+    table.add_row("counted", *(found.source for found in plans))
+    table.add_row("FLOPs", *(_number(found.flops) for found in plans))
+    table.add_row("memory moved", *(_bytes(found.moved) for found in plans))
+    for kind in dict.fromkeys(kind for found in plans for kind in found.sent):
+        table.add_row(f"{kind} sent", *(_bytes(found.sent.get(kind, 0)) for found in plans))
+    return table
+
+
+def _time(plans: Sequence[Plan]) -> Table:
+    table = _table("time at best", plans)
+    table.add_row("products in", *(_peak(found)[1] for found in plans))
+    table.add_row("FLOP/s at best", *(_number(_peak(found)[0]) for found in plans))
+    for name in ("compute", "memory", "network"):
+        table.add_row(f"bound by {name}", *(_seconds(found.times[name]) for found in plans))
+    table.add_row("queries a step", *(f"{found.queries:,}" for found in plans))
+    table.add_row(
+        "queries/s, all chips",
+        *(f"{found.queries_per_second:,.0f}" for found in plans),
+        style="bold",
+    )
+    if any(found.seconds for found in plans):
+        table.add_row("compiled in", *(_seconds(found.seconds) for found in plans))
+    return table
+
+
+def _peak(found: Plan) -> tuple[float, str]:
+    return found.topology.chip.peak(found.products)
+
+
+def _sweep(
+    console: Console,
+    name: str,
+    experiment: Experiment,
+    sizes: Sizes,
+    topology: Topology,
+    compiled: int,
+) -> None:
+    ranked = planning.sweep(name, experiment, sizes, topology)
+    console.print(_of_meshes(f"{name}: meshes by formula", ranked))
+    if not compiled or not topology.is_tpu:
+        return
+    best = [mesh for mesh, _ in ranked[:compiled]]
+    plans = [(m, planning.plan(name, experiment, sizes, topology, m)) for m in best]
+    plans.sort(key=lambda pair: (not pair[1].fits, -pair[1].queries_per_second))
+    console.print(_of_meshes(f"{name}: the best of them compiled", plans))
+
+
+def _of_meshes(title: str, plans: Sequence[tuple[Mesh, Plan]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
+        table.add_column(column, justify="right")
+    for mesh, found in plans:
+        table.add_row(_written(mesh), *_row(found))
+    return table
+
+
+def _written(mesh: Mesh) -> str:
+    return f"{mesh.data},{mesh.model},{mesh.fsdp}"
+
+
+def _row(found: Plan) -> tuple[str, ...]:
+    fits = "yes" if found.fits else "no"
+    return (f"{found.total / GIB:.2f}", fits, found.bound, f"{found.queries_per_second:,.0f}")
+
+
+def _bytes(size: float) -> str:
+    for unit, scale in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"
+
+
+def _number(value: float) -> str:
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= scale:
+            return f"{value / scale:.2f} {prefix}"
+    return f"{value:.0f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
+
+
+def as_dict(found: Plan) -> Mapping[str, object]:
+    """A plan as JSON."""
+    return {
+        "program": found.program,
+        "topology": str(found.topology),
+        "mesh": dict(found.mesh),
+        "bytes": dict(found.parts),
+        "flops": found.flops,
+        "moved": found.moved,
+        "sent": dict(found.sent),
+        "products": found.products,
+        "seconds": found.times,
+        "queries_per_second": found.queries_per_second,
+        "source": found.source,
+        "compiled_in": found.seconds,
+    }
+
+
+def from_dict(like: Plan, stored: Mapping[str, Any]) -> Plan:
+    """The plan that `as_dict` has written; `like`: one of the same program, topology and mesh."""
+    return dataclasses.replace(
+        like,
+        parts=stored["bytes"],
+        flops=stored["flops"],
+        moved=stored["moved"],
+        sent=stored["sent"],
+        source=stored["source"],
+        seconds=stored["compiled_in"],
+    )

@@ -1,0 +1,222 @@
+"""The command line: flags, gin files and their search path, the experiment they describe.
+
+Nothing heavy is imported before the arguments are read, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import ctypes
+import io
+import logging
+import os
+import platform
+import select
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dgr_jax import interrupts, processes
+from dgr_jax.config import requirements
+from dgr_jax.config.mistakes import FLAGS, Mistake
+from dgr_jax.display import LogFormatter, harmless
+from dgr_jax.model_dir import kept
+from dgr_jax.shipped import resources
+
+logger = logging.getLogger(__name__)
+
+EXIT_CLOSED = 141  # 128 + SIGPIPE, as shells say it: nobody reads any more
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats nothing of what it was given that a terminal would obey."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(harmless(message or ""), file)
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
+    p = _Parser(
+        prog=f"python -m dgr_jax.{command}",
+        allow_abbrev=False,
+        description=description,
+        epilog="Any binding can be set as --gin.NAME=VALUE, such as --gin.SEED=1 or "
+        "--gin.Search.num_beams=40. gin files shipped with the package: "
+        + ", ".join(sorted(f.name for f in resources("gin_configs").glob("*.gin"))),
+    )
+    p.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an experiment such as quickstart.gin; repeat to put one over another",
+    )
+    p.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIR,DIR",
+        help="more folders to look for gin files in",
+    )
+    p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
+    p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
+    p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
+    return p
+
+
+def several(p: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that several processes can run together."""
+    group = p.add_argument_group(
+        "several processes", "on one or more hosts, one MODEL_DIR; see docs/launching.md"
+    )
+    group.add_argument(
+        "--distributed", action="store_true", help="JAX finds them: TPU slice, SLURM, MPI"
+    )
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num_processes", metavar="N")
+    group.add_argument("--process_id", metavar="I", help="of this one: 0 to N - 1")
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes, where there are any; the first one speaks for all."""
+    try:
+        given = processes.settings({name: getattr(args, name) for name in processes.VARIABLES})
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    if given is None and args.distributed:
+        given = {}
+    if given is not None:
+        processes.start(given)
+    if not processes.first():
+        kept.leave_contents_to_others()
+        logging.getLogger("dgr_jax").setLevel(logging.WARNING)
+
+
+def parse(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Flags, and gin bindings from --gin.NAME=VALUE, --model_dir and --data_dir."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
+    args = p.parse_args([a for a in given if not a.startswith("--gin.")])
+    for binding in bindings:
+        if not binding.partition("=")[0].strip() or "=" not in binding:
+            p.error(f"--gin.{binding}: expected --gin.NAME=VALUE")
+    for macro, flag in FLAGS.items():
+        if value := getattr(args, flag.removeprefix("--")):
+            bindings.append(f"{macro}={value!r}")
+    _configure_logging(args.verbose)
+    return args, [_quoted(binding) for binding in bindings]
+
+
+def _quoted(binding: str) -> str:
+    """name=value with the value as gin reads it: a bare word or path becomes a string."""
+    name, _, value = binding.partition("=")
+    value = value.strip()
+    if not value.startswith(("@", "%", "[", "(", "{")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = repr(value)
+    return f"{name.strip()} = {value}"
+
+
+def named(bindings: Iterable[str]) -> set[str]:
+    """The strings that bindings set something to: where they are files, these must be there."""
+    values = (binding.partition(" = ")[2] for binding in bindings)
+    return {ast.literal_eval(value) for value in values if value[:1] in ("'", '"')}
+
+
+def _configure_logging(verbose: bool) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0" if verbose else "3")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        force=True,
+    )
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(LogFormatter("%(message)s"))
+    logging.getLogger("dgr_jax").setLevel(logging.INFO)
+    # gin logs an error for every folder of its search path that lacks a file.
+    logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
+    if not verbose:
+        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs, and matplotlib
+        # where there is no home to keep its fonts in.
+        for name in ("absl", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def reuse_memory() -> None:
+    """Ask glibc, before there are threads, to keep what is freed.
+
+    Otherwise the temporaries of every step on CPU go back to the system and return zeroed, page by
+    page: a fifth of a small student's training time. Without effect on other systems.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
+    libc = ctypes.CDLL(None)
+    for parameter, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+        libc.mallopt(parameter, value)
+
+
+def main(command: Callable[[Sequence[str] | None], None]) -> None:
+    """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
+    _open_streams()
+    if interrupts.is_program():
+        sys.excepthook = _show_crash
+    with processes.leaving(), interrupts.heard():
+        _run(command)
+
+
+def _run(command: Callable[[Sequence[str] | None], None]) -> None:
+    try:
+        with processes.blaming():
+            try:
+                command(None)
+            finally:
+                sys.stdout.flush()
+    except Mistake as mistake:
+        sys.exit(_complain(str(mistake)))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _close_broken():
+            sys.exit(EXIT_CLOSED)
+        if logging.getLogger().level <= logging.INFO:
+            raise
+        missing = isinstance(error, ModuleNotFoundError) and requirements.problem()
+        message = missing or str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        sys.exit(_complain(f"{message}\n(--verbose shows where)"))
+    except KeyboardInterrupt:
+        sys.exit(interrupts.EXIT_INTERRUPTED)
+
+
+def _open_streams() -> None:
+    """Text is written whatever the locale, or else spelt; and nowhere, where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, place: Any) -> None:
+    sys.stderr.write(harmless("".join(traceback.format_exception(kind, error, place))))
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(harmless(f"error: {message}\n"))
+    return 2
+
+
+def _close_broken() -> bool:
+    """Whether who reads our output has gone, as `| head` does; then nothing more is written."""
+    poll, nowhere = select.poll(), os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)  # of errors it tells unasked
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
+    for descriptor in gone:
+        os.dup2(nowhere, descriptor)
+    return bool(gone)

@@ -1,0 +1,420 @@
+"""gin files and bindings -> the experiment that they describe, and what they say of mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import functools
+import inspect
+import logging
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dgr_jax import interrupts, processes
+from dgr_jax.config import cli, requirements
+from dgr_jax.config.mistakes import FLAGS, Mistake
+from dgr_jax.model_dir import writer_lock
+from dgr_jax.shipped import resources
+
+logger = logging.getLogger(__name__)
+
+
+EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
+# Lines of what gin prints: NAME = ..., and scope/Component.setting = ...
+_MACRO = re.compile(r"^(\w+) =", re.MULTILINE)
+_SETTING = re.compile(r"^((?:[\w-]+/)*)([\w.]*?)(\w+)\.(\w+) =", re.MULTILINE)
+_MACRO_REFERENCE = re.compile(r"%(\w[\w.]*)")
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_PLACE = re.compile(r'\n  In file "([^"]+)", line (\d+)')
+
+
+def load_experiment(
+    args: argparse.Namespace,
+    bindings: Sequence[str],
+    kinds: Sequence[str] = EXPERIMENTS,
+    *,
+    keep: bool = True,
+    fill: bool | None = None,
+) -> Any:
+    """The experiment that gin files and bindings describe; MODEL_DIR/config.gin keeps it.
+
+    Without --gin_file the experiment of --model_dir goes on: its config.gin is read.
+    kinds: the components that it may be.
+    keep: False writes nothing.
+    fill: takes folders and files that are not given for given; None: where nothing is written.
+    Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
+    that is missing or of a wrong type, and for one on the command line that another overrides.
+    """
+    files = _gin_files(args)
+    if problem := requirements.problem():
+        raise Mistake(problem)
+    if keep and hasattr(args, "num_processes"):
+        cli.join(args)
+    if keep:
+        interrupts.goes_on("the experiment")
+    import gin
+
+    register()
+    gin.clear_config()
+    paths = [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
+    _check_files(files, paths)
+    _without_packages()
+    for path in paths:
+        _add_search_path(path)
+    gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
+    for file in files:
+        _check_statements(file, paths)
+        with _explained(file):
+            gin.parse_config_file(file)
+    _bind(files, bindings)
+    if fill or fill is None and not keep:
+        _fill()
+    kind = _kind(files, kinds)
+    experiment = _call_experiment(files, kind)
+    _check_effects(bindings)
+    if kind in EXPERIMENTS:
+        _check_tasks(experiment.prepare.tasks)
+    _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
+    if keep and processes.first():
+        _keep(experiment)
+    return _labelled(experiment) if kind in EXPERIMENTS else experiment
+
+
+def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) -> Any:
+    """The experiment that flags of `python -m dgr_jax.train` describe; see `load_experiment`."""
+    args, bindings = cli.parse(cli.parser("train", ""), flags)
+    return load_experiment(args, bindings, keep=keep, fill=fill)
+
+
+def _labelled(experiment: Any) -> Any:
+    """The experiment as its collection lets it be, see `pipeline.without_labels`."""
+    from dgr_jax.stages import pipeline
+
+    return pipeline.without_labels(experiment)
+
+
+def _fill() -> None:
+    """Sets all that is still required to a word; settings that are no strings refuse it."""
+    import gin
+
+    for name in re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE):
+        gin.parse_config(f"{name} = 'NOT_GIVEN'")
+
+
+def _gin_files(args: argparse.Namespace) -> list[str]:
+    if args.gin_file:
+        return args.gin_file
+    if not args.model_dir:
+        raise Mistake("give --gin_file=FILE, such as quickstart.gin, or --model_dir=DIR")
+    file = Path(args.model_dir) / "config.gin"
+    if not file.is_file():
+        raise Mistake(f"no experiment at {file}; give --gin_file=FILE")
+    return [str(file)]
+
+
+def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
+    for path in paths:
+        if not Path(path).is_dir():
+            raise Mistake(f"--gin_search_paths: {path} is no folder")
+    for file in files:
+        if not any((Path(path) / file).is_file() for path in paths):
+            names = sorted(
+                f.relative_to(path).as_posix()
+                for path in paths
+                for form in ("*.gin", "*/*.gin")
+                for f in Path(path).glob(form)
+            )
+            raise Mistake(
+                f"--gin_file={file}: not found in {', '.join(paths)}{_nearest(file, names)}"
+            )
+
+
+def _parsed(source: Any, where: str) -> list[Any]:
+    """The statements of a gin file, or of a text, before gin obeys any of them."""
+    from gin import config_parser
+
+    class Names(config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+            return scoped_configurable_name
+
+        def macro(self, macro_name: str) -> str:
+            return macro_name
+
+    with _explained(where):
+        return list(config_parser.ConfigParser(source, Names()))
+
+
+def _check_statements(file: str, paths: Sequence[str]) -> None:
+    """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
+    folders: whoever reads a file of somebody else runs nothing of theirs."""
+    place = _place(file, paths)
+    assert place is not None  # `_check_files` has found it
+    named = [place.resolve().parent, *(Path(path).resolve() for path in paths if path != ".")]
+    _check_included(file, paths, named, ())
+
+
+def _check_included(
+    file: str, paths: Sequence[str], named: Sequence[Path], above: tuple[Path, ...]
+) -> None:
+    """named: folders that an include may give in full; above: the files that include this one."""
+    place = _place(file, paths)
+    if place is None:  # gin says so
+        return
+    if place in above:
+        raise Mistake(f"{above[-1]} includes {file}, which includes it")
+    with place.open(encoding="utf-8") as text:
+        statements = _parsed(text, file)
+    for statement in statements:
+        if module := getattr(statement, "module", None):
+            raise Mistake(
+                f"{place}:{statement.location.line_num}: got an import of {module}, expected none: "
+                "gin files name the components of dgr_jax, and run no other code"
+            )
+        if included := getattr(statement, "filename", None):
+            within = _place(included, paths)
+            free = not Path(included).is_absolute() and ".." not in Path(included).parts
+            folders = [*named, Path.cwd()] if free else named
+            if within and not any(within.resolve().is_relative_to(f) for f in folders):
+                raise Mistake(
+                    f"{place}:{statement.location.line_num}: include {included!r}: expected a file "
+                    f"in {', '.join(map(str, folders))}; add folders by --gin_search_paths"
+                )
+            _check_included(included, paths, named, (*above, place))
+
+
+def _place(file: str, paths: Sequence[str]) -> Path | None:
+    """Where gin finds a file: as it is named, or else in the first folder that has it."""
+    places = (Path(folder, file) for folder in ("", *paths))
+    return next((place for place in places if place.is_file()), None)
+
+
+def _without_packages() -> None:
+    """gin also looks into Python packages, and breaks off where a folder of the working directory
+    (models/, runs/) has the name of one of our folders: only files are read here."""
+    import gin
+
+    readers = gin.config._FILE_READERS
+    readers[:] = [pair for pair in readers if pair[1].__module__ != "gin.resource_reader"]
+
+
+@functools.cache
+def _add_search_path(path: str) -> None:
+    """Once a process: gin never forgets one."""
+    import gin
+
+    gin.add_config_file_search_path(path)
+
+
+def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Puts bindings over the files.
+
+    Raises Mistake where one names an unknown macro, and where a macro is used that nothing sets.
+    """
+    import gin
+
+    macros = _MACRO.findall(gin.config_str())
+    for binding in bindings:
+        name = binding.partition(" =")[0]
+        if "." not in name and name not in macros:
+            where = f"{', '.join(files)} has no macro {name}"
+            if name in FLAGS:
+                raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
+            raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
+        given = f"--gin.{binding.replace(' = ', '=')}"
+        if [type(found).__name__ for found in _parsed(binding, given)] != ["BindingStatement"]:
+            raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
+        with _explained(given):
+            gin.parse_config(binding)
+    for name in _MACRO_REFERENCE.findall(_STRING.sub("''", gin.config_str())):
+        if name not in macros and name != "gin.REQUIRED":
+            raise Mistake(f"{', '.join(files)}: %{name} is not set{_nearest(name, macros)}")
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Raises what gin has to say as a Mistake: the place, gin's words, and the nearest names."""
+    try:
+        yield
+    except (SyntaxError, tokenize.TokenError) as error:
+        line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
+        place = where if where.startswith("--") else f"{where}:{line}"
+        raise Mistake(
+            f"{place}: gin cannot read this; are strings in quotes, and brackets closed?"
+        ) from error
+    except (AttributeError, ValueError, TypeError, NameError, OSError) as error:
+        message = str(error)
+        if not where.startswith("--") and (found := _PLACE.search(message)):
+            where = f"{found[1]}:{found[2]}"
+        message = message.strip().splitlines()[0].removesuffix(".")
+        raise Mistake(f"{where}: {message}{_nearest_in(message)}") from error
+
+
+def _nearest_in(message: str) -> str:
+    """The nearest known names where gin names an unknown one."""
+    made = _known().configurables()
+    if unknown := re.search(r"No configurable matching (?:reference )?'@?([^'()]+)", message):
+        return _nearest(unknown[1].split("/")[-1], list(made))
+    parameter = re.search(r"parameter named '([^']+)'", message)
+    target = re.search(r"[Cc]onfigurable '([^']+)'", message)
+    if parameter and target and (component := made.get(target[1].split(".")[-1])):
+        return _nearest(parameter[1], list(inspect.signature(component).parameters))
+    return ""
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; there are: {', '.join(known[:40])}" if known else ""
+
+
+def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
+    """Which of these the files describe. Raises Mistake where it is an experiment of another
+    command."""
+    import gin
+
+    commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
+    set_up = {name for _, name, key in _settings(gin.config_str()) if key == "model_dir"}
+    if found := [kind for kind in kinds if kind in set_up]:
+        return found[0]
+    if others := [other for other in commands if other in set_up]:
+        if others[0] in EXPERIMENTS and kinds[0] in EXPERIMENTS:
+            raise Mistake(f"{', '.join(files)}: got {others[0]}, expected {' or '.join(kinds)}")
+        raise Mistake(f"{', '.join(files)} is for python -m dgr_jax.{commands[others[0]]}")
+    return kinds[0]
+
+
+def _call_experiment(files: Sequence[str], kind: str) -> Any:
+    """Makes the experiment. Raises Mistake naming all that must still be given, or what a component
+    says of its settings."""
+    import gin
+
+    try:
+        return gin.get_configurable(kind)()
+    except _known().Missing as error:
+        missing = re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE)
+        asked = (f"{FLAGS.get(name, f'--gin.{name}')}=..." for name in missing)
+        raise Mistake(f"{', '.join(files)} needs {', '.join(asked)}") from error
+    except (TypeError, ValueError) as error:
+        # gin appends where it was; what the settings said is before it.
+        raise Mistake(str(error).strip().split("\n  In call to")[0]) from error
+
+
+def _settings(text: str) -> list[tuple[str, str, str]]:
+    """(scope, component, setting) of every binding in what gin prints."""
+    return [(scope.rstrip("/"), name, key) for scope, _, name, key in _SETTING.findall(text)]
+
+
+def _winner(scope: str, name: str, key: str, bound: Iterable[tuple[str, str, str]]) -> str | None:
+    """The scope whose binding a call in `scope` takes: the longest that is bound; None: default."""
+    parts = scope.split("/") if scope else []
+    prefixes = ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    return next((p for p in prefixes if (p, name, key) in bound), None)
+
+
+def _check_effects(bindings: Sequence[str]) -> None:
+    """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
+    bindings that are more special; warns where the experiment makes no such component."""
+    import gin
+
+    bound = set(_settings(gin.config_str()))
+    called = _settings(gin.operative_config_str())
+    for scope, name, key in _settings("\n".join(bindings)):
+        calls = [s for s, n, k in called if (n, k) == (name, key)]
+        if any(_winner(s, name, key, bound) == scope for s in calls):
+            continue
+        given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+        if not calls:
+            logger.warning("%s has no effect: this experiment makes no %s", given, name)
+            continue
+        others = sorted({f"{s}/{name}.{key}" for s in calls if s})
+        raise Mistake(f"{given} has no effect; set {' or '.join(others) or f'{name}.{key}'}")
+
+
+def _check_tasks(name: str) -> None:
+    known = sorted(f.stem for f in resources("tasks").glob("[a-z]*.py"))
+    if name not in known:
+        raise Mistake(f"Prepare.tasks: no tasks/{name}.py{_nearest(name, known)}")
+
+
+def _check_model_dir(folder: str, given: str | None) -> None:
+    if folder and given and folder != given:
+        raise Mistake(f"--model_dir={given}: the gin files set {folder}, whatever MODEL_DIR is")
+    if "://" in folder:
+        raise Mistake(
+            f"MODEL_DIR: got {folder}, expected a folder: its files are mapped into memory and "
+            "renamed, so a bucket must be mounted, as by gcsfuse or mount-s3"
+        )
+
+
+def _keep(experiment: Any) -> None:
+    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made. From
+    here on no other process writes into MODEL_DIR, see `writer_lock`.
+
+    So the file alone says what is done, and bindings are as general as they were: any of them can
+    be overridden when the experiment goes on.
+    """
+    import gin
+
+    text = gin.config_str(max_line_length=100)
+    bound = set(_settings(text))
+    lines = {}
+    for _, name, _ in _settings(gin.operative_config_str()):
+        for key, default in (
+            _known().defaults(name).items() if name in _known().configurables() else ()
+        ):
+            if ("", name, key) not in bound and _is_literal(default):
+                lines[f"{name}.{key} = {default!r}"] = None
+    folder = Path(experiment.model_dir)
+    try:
+        writer_lock.take(folder)
+    except OSError as error:
+        raise Mistake(f"MODEL_DIR {folder} cannot be made: {error.strerror}") from error
+    rule = "# " + "=" * 78
+    kept = f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n"
+    if _read(folder / "config.gin") == kept:
+        return
+    partial = folder / "config.gin.partial"
+    try:
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(folder / "config.gin")
+    except OSError as error:  # what is finished there can be read all the same
+        if error.errno not in writer_lock.READ_ONLY:
+            raise
+        logger.warning("%s: %s; it stays as it is", folder / "config.gin", error.strerror)
+
+
+def _read(file: Path) -> str:
+    """Blank where the file is missing or no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def _is_literal(value: object) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False
+
+
+def _known():
+    """The module of all configurables, imported when a gin file is read: it imports JAX."""
+    from dgr_jax.config import configurables
+
+    return configurables
+
+
+@functools.cache
+def register() -> None:
+    """Make every configurable known to gin, once a process."""
+    import gin
+
+    for name, made in _known().configurables().items():
+        gin.external_configurable(made, name=name, module="dgr_jax")

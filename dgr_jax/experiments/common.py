@@ -1,0 +1,141 @@
+"""Settings that experiments of several kinds share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dgr_jax import ranges
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.dense import DenseSearch
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.settings import describe, without_effect
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run: a generation or distillation objective for `steps` steps.
+
+    batch_size: generation examples a step. In distillation they are the mixture's, and 0 stands for
+      the best positive of each list instead, as published: a query is then encoded once for both.
+    list_batch_size: rank lists a step (distillation).
+    """
+
+    objective: Any
+    optimizer: Any
+    steps: int
+    batch_size: int = 64
+    list_batch_size: int = 16
+    microbatches: int = 1
+    seed: int = 0
+    log_every: int = without_effect(50)
+    checkpoint_every: int = without_effect(1000)
+    keep_checkpoints: int = without_effect(2)
+
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            steps=ranges.at_least(0),
+            batch_size=ranges.at_least(0),
+            list_batch_size=ranges.at_least(1),
+            microbatches=ranges.at_least(1),
+            seed=ranges.SEED,
+            log_every=ranges.at_least(1),
+            checkpoint_every=ranges.at_least(1),
+            keep_checkpoints=ranges.at_least(1),
+        )
+
+    @property
+    def examples(self) -> int:
+        """Generation examples a step."""
+        return self.batch_size or self.list_batch_size
+
+    def check_shards(self, stage: str, shards: int) -> None:
+        """Raises ValueError where the data shards cannot share the batches of a stage."""
+        sizes = {"batch_size": self.batch_size}
+        if stage == "distill" or not self.batch_size:
+            sizes["list_batch_size"] = self.list_batch_size
+        for name, size in sizes.items():
+            if size % (self.microbatches * shards):
+                raise ValueError(
+                    f"{stage}: got Training.{name}={size}, expected a multiple of "
+                    f"{self.microbatches * shards}, Training.microbatches x the data shards of the "
+                    "mesh; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
+                )
+
+    def check_batches(self, name: str, *sizes: str) -> None:
+        """Raises ValueError where one of these batch sizes cannot be cut into the microbatches, or
+        is 0 and alone. name: of these settings in gin, such as 'generate/Training'."""
+        if len(sizes) == 1:
+            ranges.require(f"{name}.{sizes[0]}", getattr(self, sizes[0]), ranges.at_least(1))
+        for size in sizes:
+            if getattr(self, size) % self.microbatches:
+                raise ValueError(
+                    f"{name}.microbatches: got {self.microbatches}, expected a number that divides "
+                    f"{name}.{size}, {getattr(self, size)}"
+                )
+
+
+@dataclass(frozen=True)
+class Teach:
+    """A teacher orders the candidates, and rank lists are cut from its order.
+
+    teacher, lists: see `dgr_jax.teaching.teachers` and `dgr_jax.teaching.list_recipes`.
+    """
+
+    teacher: Any
+    lists: Any
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(self, seed=ranges.SEED)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Runs and measures of every system on the test splits.
+
+    measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
+    grade from which Success, RR and R count.
+    max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
+    """
+
+    search: Search | MultiviewSearch | DenseSearch
+    measures: tuple[str, ...] = (
+        "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
+        "RR@10", "nDCG@10", "R@100",
+    )  # fmt: skip
+    min_relevance: int = 1
+    max_queries: int = 0
+    bm25: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            min_relevance=ranges.at_least(1),
+            max_queries=ranges.at_least(0),
+            seed=ranges.SEED,
+        )
+
+
+class Stage(NamedTuple):
+    """settings: those of the experiment that a stage reads itself; upstream: the stages whose
+    output it reads."""
+
+    settings: tuple[str, ...]
+    upstream: tuple[str, ...]
+
+
+def texts(prepare: Any) -> tuple[Any, ...]:
+    """What a mixture is made of, beside its judgements."""
+    return prepare.min_relevance, prepare.shared_queries, json.dumps(describe(prepare.sources))
+
+
+def sizes(config: T5Config) -> str:
+    """The settings of a model, but for its vocabulary and prefix-adaptive layers, as JSON."""
+    apart = ("vocab_size", "prefix_adaptive_layers")
+    described = {k: v for k, v in describe(config).items() if k not in apart}
+    return json.dumps(described, sort_keys=True)

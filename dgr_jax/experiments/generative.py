@@ -1,0 +1,216 @@
+"""The settings of an experiment, and the fingerprint that tells whether a stage is up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dgr_jax import ranges
+from dgr_jax.corpora.types import Collection
+from dgr_jax.data.examples import SOURCES, Sources
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
+from dgr_jax.data.views import ViewMixture
+from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts
+from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview.search import MultiviewSearch
+
+
+@dataclass(frozen=True)
+class Prepare(DataRules):
+    """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
+
+    tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
+    identifiers: a scheme of `dgr_jax.identifiers`; with Multiview, a passage has many.
+    mixture: examples of each (text, passage) pair by view, of Multiview.
+    train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
+      from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
+      `pipeline.without_labels`); then test_splits may be () too.
+    min_relevance: grade from which a judged passage is a positive.
+    query_length: tokens of an encoder input, EOS counted.
+    """
+
+    tasks: str
+    identifiers: Any
+    vocabulary: SentencePiece = SentencePiece()
+    sources: Sources = Sources()
+    mixture: ViewMixture = ViewMixture()
+    train_split: str = TRAIN_SPLIT
+    test_splits: tuple[str, ...] = TEST_SPLITS
+    min_relevance: int = 1
+    query_length: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check_rules()
+        if self.train_split and not self.test_splits:
+            raise ValueError("Prepare.test_splits: got (), expected a split or more")
+        ranges.check(
+            self,
+            min_relevance=ranges.at_least(1),
+            query_length=ranges.at_least(2, ", EOS counted"),
+            seed=ranges.SEED,
+        )
+        if not self.train_split:
+            rates = self.sources.rates().keys() - {"labelled"}
+            if not rates:
+                raise ValueError(
+                    "Prepare.train_split: got '', no labels, with Sources.passages=0 and "
+                    "Sources.pseudo_queries=0, expected a rate for one of them, such as 0.5"
+                )
+            object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that are read."""
+        return (*self.train_splits, *self.test_splits)
+
+    @property
+    def train_splits(self) -> tuple[str, ...]:
+        """Splits that are learned from: one, or none without labels."""
+        return (self.train_split,) if self.train_split else ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The student retrieves its own candidates for queries that it learned from.
+
+    sources: 'labelled' is the queries of the training split; 'passages' and 'pseudo_queries' are
+      the texts of these sources of the mixture, each with the passage that it was made of as its
+      positive. A teacher that needs no labels can order the candidates of any text.
+    max_queries: so many queries of each source at most (0: all), drawn by the seed.
+    keys: identifiers kept of each passage, where it has many.
+    """
+
+    search: Search | MultiviewSearch
+    sources: tuple[str, ...] = ("labelled",)
+    max_queries: int = 0
+    keys: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sources if name not in SOURCES]
+        if unknown or not self.sources:
+            raise ValueError(f"Candidates.sources: got {self.sources}, expected some of {SOURCES}")
+        ranges.check(
+            self, max_queries=ranges.at_least(0), keys=ranges.at_least(1), seed=ranges.SEED
+        )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
+
+    control: also train the generation objective alone for as many steps more as distillation
+    has, from the same checkpoint and on the same examples: what distillation is compared with.
+    initial: where the student starts, such as Pretrained; None: at random.
+    """
+
+    model_dir: str
+    collection: Collection
+    prepare: Prepare
+    model: T5Config
+    generate: Training
+    candidates: Candidates
+    teach: Teach
+    distill: Training
+    evaluate: Evaluate
+    control: bool = True
+    mesh: Mesh = Mesh()
+    initial: Any = None
+
+    def __post_init__(self) -> None:
+        many = isinstance(self.prepare.identifiers, Multiview)
+        if self.model.prefix_adaptive_layers and not getattr(
+            self.prepare.identifiers, "codes_by_position", False
+        ):
+            raise ValueError(
+                f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers} with "
+                f"{type(self.prepare.identifiers).__name__} identifiers, expected 0, or codes that "
+                "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
+                "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
+            )
+        expected = MultiviewSearch if many else Search
+        for name in ("candidates", "evaluate"):
+            search = getattr(self, name).search
+            if not isinstance(search, expected):
+                raise ValueError(
+                    f"{type(getattr(self, name)).__name__}.search: got {type(search).__name__}, "
+                    f"expected @{expected.__name__}() with identifiers of "
+                    f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
+                )
+        if many and not self.distill.batch_size:
+            raise ValueError(
+                "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
+                "with one identifier a passage"
+            )
+        self.generate.check_batches("generate/Training", "batch_size")
+        self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
+        rates = self.prepare.sources.rates()
+        if not self.prepare.train_split:
+            asked = tuple(name for name in self.candidates.sources if name != "labelled")
+            unlabelled = dataclasses.replace(self.candidates, sources=asked or tuple(rates))
+            object.__setattr__(self, "candidates", unlabelled)
+        for source in self.candidates.sources:
+            if source != "labelled" and source not in rates:
+                raise ValueError(
+                    f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
+                    f"{sorted(rates)}: give Sources.{source} a rate"
+                )
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The stages that train what is measured."""
+        return ("generate", "control", "distill") if self.control else ("generate", "distill")
+
+    def training(self, system: str) -> dict[str, Training]:
+        """The training stages of a system, in order; the steps of `control` are those of
+        `distill`."""
+        return {"generate": self.generate} | (
+            {system: self.distill} if system != "generate" else {}
+        )
+
+    def compared(self, system: str) -> dict[str, Any]:
+        """What systems must have in common to be compared: examples seen, sizes of the model (but
+        for its vocabulary), the kind of its decoder, and the data to learn from."""
+        return {
+            "examples": sum(run.steps * run.examples for run in self.training(system).values()),
+            "model": sizes(self.model),
+            "decoder": self.model.prefix_adaptive_layers,
+            "data": (self.prepare.train_split, *texts(self.prepare)),
+        }
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """All stages, in the order that they run in."""
+        left_out = () if self.control else ("control",)
+        return {
+            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
+            for name, settings in SETTINGS.items()
+        }
+
+
+# Settings of Experiment that a stage reads itself, and the stages whose output it reads.
+SETTINGS = {
+    "prepare": ("collection", "prepare"),
+    "generate": ("model", "generate", "initial"),
+    "candidates": ("candidates",),
+    "teach": ("teach",),
+    "distill": ("distill",),
+    "control": ("distill", "generate"),
+    "evaluate": ("evaluate",),
+}
+UPSTREAM = {
+    "prepare": (),
+    "generate": ("prepare",),
+    "candidates": ("generate",),
+    "teach": ("candidates",),
+    "distill": ("teach",),
+    "control": ("generate",),
+    "evaluate": ("distill", "control"),
+}
+STAGES = tuple(SETTINGS)

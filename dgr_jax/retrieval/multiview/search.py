@@ -1,0 +1,286 @@
+"""A student that writes identifiers of several views: queries -> passages.
+
+Each view is asked for with its marker before the query, and searched under its own constraint: the
+trie of titles, the trie of pseudo-queries, all substrings of the text.  What is found in all of
+them names and scores the passages, see dgr_jax.retrieval.multiview.index.
+
+Axis letters: B queries, Q query length, M beams.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from dgr_jax import partitioning, ranges
+from dgr_jax.corpora.ranking import PidOf
+from dgr_jax.decoding.beam_search import BeamResult
+from dgr_jax.decoding.passage_scoring import Scoring
+from dgr_jax.decoding.trie import Trie
+from dgr_jax.identifiers.table import EOS_ID
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.generative import decode_fn
+from dgr_jax.retrieval.multiview.index import (
+    MultiviewIndex,
+    Scored,
+    Written,
+    best,
+    written_rows,
+    written_spans,
+)
+from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+
+
+@dataclass(frozen=True)
+class MultiviewSearch:
+    """Settings of retrieval with identifiers of several views.
+
+    num_beams: identifiers kept a view; of body spans, all prefixes of so many.
+    batch_size: queries decoded together, rounded up to the data shards of the mesh; the last batch
+      is padded. A query asked alone is decoded alone.
+    depth: passages a query in a run.
+    query_length: tokens of a query, the marker of the view and EOS counted; longer ones are cut.
+    scoring: what identifiers are worth.
+    The published numbers (MINDER, Li et al. 2023) are the defaults.
+    """
+
+    num_beams: int = 15
+    batch_size: int = 32
+    depth: int = 100
+    query_length: int = 32
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        counts = ("num_beams", "batch_size", "depth")
+        ranges.check(
+            self,
+            **dict.fromkeys(counts, ranges.at_least(1)),
+            query_length=ranges.at_least(3, ", the marker of the view and EOS counted"),
+        )
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> MultiviewSearch:
+        """Settings from what dataclasses.asdict has made of them."""
+        return cls(**{**described, "scoring": Scoring(**described["scoring"])})
+
+
+@dataclass
+class MultiviewDecoder:
+    """Parameters, indexes and settings ready to answer token batches.
+
+    params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
+    index: text, tables and scoring; its text is not searched where 'body' has no marker.
+    tries: built from the rows of the tables, in their order, by view.
+    markers: the token that asks for a view; only these views are searched.
+    span_tokens, opening: of body spans, see SuffixArray.constraint.
+    """
+
+    config: T5Config
+    params: Any
+    index: MultiviewIndex
+    tries: Mapping[str, Trie]
+    markers: Mapping[str, int]
+    search: MultiviewSearch
+    mesh: jax.sharding.Mesh
+    span_tokens: int = 10
+    opening: np.ndarray | None = None
+    rules: partitioning.Rules = partitioning.RULES
+
+    @classmethod
+    def of(
+        cls,
+        config: T5Config,
+        params: Any,
+        indexes: ViewIndexes,
+        search: MultiviewSearch,
+        mesh: jax.sharding.Mesh,
+        rules: partitioning.Rules = partitioning.RULES,
+    ) -> MultiviewDecoder:
+        """A decoder over the indexes of a prepared collection."""
+        markers = indexes.markers
+        index = MultiviewIndex(
+            indexes.text, indexes.tables, search.scoring,
+            special_ids=(EOS_ID, *markers.values()), num_tokens=indexes.num_tokens,
+        )  # fmt: skip
+        return cls(
+            config, params, index, indexes.tries, markers, search, mesh,
+            span_tokens=indexes.span_tokens, opening=indexes.opening, rules=rules,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        constraints, lengths = {}, {}
+        for view in self.markers:
+            if view == "body":
+                assert self.index.text is not None
+                length = self.span_tokens
+                made = self.index.text.constraint(max_length=length, opening=self.opening)
+            else:
+                made = self.tries[view].constraint()
+                length = self.tries[view].layout.max_length
+            constraints[view] = partitioning.place(made, partitioning.replicated(self.mesh))
+            lengths[view] = length
+        self._constraints = constraints
+        self._decode = {
+            view: decode_fn(
+                *(self.config, self.search.num_beams, length, self.mesh),
+                record=view == "body",
+                rules=self.rules,
+            )
+            for view, length in lengths.items()
+        }
+
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query without marker, EOS counted."""
+        return self.search.query_length - 1
+
+    @property
+    def num_identifiers(self) -> int:
+        """Titles, pseudo-queries, and body spans, one a token of the text."""
+        body = 0 if self.index.text is None else len(self.index.text)
+        return body + sum(len(self.index.tables[view]) for view in self.tries)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the suffix array, tries and tables."""
+        text = 0 if self.index.text is None else self.index.text.nbytes
+        tables = [self.index.tables[view] for view in self.tries]
+        owned = sum(table.offsets.nbytes + table.passages.nbytes for table in tables)
+        return text + owned + sum(trie.nbytes for trie in self.tries.values())
+
+    @property
+    def identifier_length(self) -> int:
+        """Tokens of the longest identifier."""
+        spans = [self.span_tokens] * (self.index.text is not None)
+        return max([*spans, *(table.tokens.shape[1] for table in self.index.tables.values())])
+
+    @property
+    def most_identifiers(self) -> int:
+        """Identifiers that a query can write at most."""
+        beams = self.search.num_beams
+        return sum(beams * (self.span_tokens if v == "body" else 1) for v in self.markers)
+
+    @property
+    def most_passages(self) -> int:
+        """Passages that a query can find at most."""
+        return min(self.limits.values())
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What bounds the passages of a query, by name."""
+        most = self.search.scoring.max_passages
+        return {"depth": self.search.depth, "scoring.max_passages": most}
+
+    def restrict(self, passage_mask: np.ndarray) -> MultiviewDecoder:
+        """A decoder that finds only some passages, bool [P]; nothing is compiled again.
+
+        Titles and pseudo-queries of no other passage are not written; spans of the text are those
+        of all passages. Counts stay those of the whole corpus.
+        Raises ValueError for a mask of another shape or dtype, or one that leaves no identifier.
+        """
+        mask = np.asarray(passage_mask)
+        if mask.dtype == np.bool_ and self.index.allowed is not None:
+            mask = mask & self.index.allowed
+        index = dataclasses.replace(self.index, allowed=mask)  # checks the mask
+        tries = {
+            view: trie.restrict(
+                np.maximum.reduceat(
+                    mask[index.tables[view].passages], index.tables[view].offsets[:-1]
+                )
+            )
+            for view, trie in self.tries.items()
+        }
+        return dataclasses.replace(self, index=index, tries=tries)
+
+    def by_pid(self, pid_of: PidOf) -> MultiviewDecoder:
+        """The same decoder, which brings passages of equal score into the order of their pids."""
+        ordered = copy.copy(self)
+        ordered.index = dataclasses.replace(self.index, pid_of=pid_of)
+        return ordered
+
+    def passages(self, tokens: np.ndarray) -> Found:
+        """int32 [n, Q] without marker -> passage index int32 and score f32 [n, depth], best first;
+        free places hold -1 and -inf."""
+        size = 1 if len(tokens) == 1 else self.search.batch_size
+        return best(list(self._scored([tokens], size)), self.search.depth)
+
+    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
+        """(passage index, score, tokens of the identifier of most weight) of each query int32
+        [n, Q], best first, at most `depth`."""
+        size = 1 if len(tokens) == 1 else self.search.batch_size
+        for found in self._scored([tokens], size):
+            best_of = found.query.tokens[found.packed.members[: self.search.depth, 0]]
+            pairs = zip(found.passages.tolist(), found.scores.tolist(), best_of, strict=False)
+            yield list(pairs)
+
+    def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
+        """`passages` of each block of queries, which a generator may tokenise."""
+        counted, blocks = itertools.tee(blocks)
+        scored = self._scored(blocks, self.search.batch_size)
+        for block in counted:
+            found = (best([one], self.search.depth) for one in itertools.islice(scored, len(block)))
+            passages, scores = zip(*found, strict=True) if len(block) else ([], [])
+            nothing = np.zeros((0, self.search.depth), np.float32)
+            yield (
+                np.concatenate([nothing.astype(np.int32), *passages]),
+                np.concatenate([nothing, *scores]),
+            )
+
+    def scored(self, blocks: Iterable[np.ndarray]) -> Iterator[Scored]:
+        """What each query of all blocks found, one after another, with its identifiers.
+
+        The next batch is on the device while the host ranks the one before.
+        """
+        return self._scored(blocks, self.search.batch_size)
+
+    def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
+        before = None
+        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
+            if before is not None:
+                yield from self.index.rank(self._written(*before))
+            before = batch
+
+    def _started(
+        self, blocks: Iterable[np.ndarray], batch_size: int
+    ) -> Iterator[tuple[int, dict[str, BeamResult]]]:
+        shards = partitioning.batch_shards(self.mesh)
+        size = -(-batch_size // shards) * shards
+        for tokens in blocks:
+            for start in range(0, len(tokens), size):
+                batch = tokens[start : start + size]
+                yield len(batch), {view: self._start(view, batch, size) for view in self.markers}
+
+    def _start(self, view: str, tokens: np.ndarray, size: int) -> BeamResult:
+        """tokens int32 [n <= size, Q]."""
+        longest = int((tokens > 0).sum(1).max())
+        if longest > self.query_length:
+            raise ValueError(
+                f"tokens: got a query of {longest}, expected at most {self.query_length}, "
+                "MultiviewSearch.query_length without the marker of the view"
+            )
+        padded = np.zeros((size, self.search.query_length), np.int32)
+        padded[:, :2] = self.markers[view], EOS_ID  # of the rows that no query fills
+        width = min(tokens.shape[1], self.query_length)
+        padded[: len(tokens), 1 : width + 1] = tokens[:, :width]
+        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
+        return self._decode[view](self.params, self._constraints[view], placed)
+
+    def _written(self, count: int, results: Mapping[str, BeamResult]) -> list[Written]:
+        """What `count` queries wrote in each view, on the host."""
+        written = []
+        for view, result in jax.device_get(dict(results)).items():
+            result = jax.tree.map(lambda leaf: leaf[:count], result)
+            if view == "body":
+                written.append(written_spans(result))
+                continue
+            rows = self.tries[view].table_rows(result.rows)
+            written.append(written_rows(view, result, rows, self.index.tables[view]))
+        return written

@@ -1,0 +1,179 @@
+"""Answering questions from the command line with a trained student."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dgr_jax import display
+from dgr_jax.analysis import speed
+from dgr_jax.corpora import checks, files, lines, trec
+from dgr_jax.corpora.types import RankList
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.retriever import Hit, Retriever, is_text
+
+logger = logging.getLogger(__name__)
+
+
+def answer(args: argparse.Namespace) -> None:
+    """--query: print passages; --queries: write a TREC run, or measure speed (--report_speed)."""
+    if args.k < 1:
+        raise ValueError(f"--k: got {args.k}, expected at least 1")
+    asked = [_written(query) for query in args.query]
+    queries = read_queries(args.queries) if args.queries else {}
+    settings = {"depth": args.k}
+    if args.batch_size is not None:
+        settings["batch_size"] = args.batch_size
+    elif not args.report_speed:
+        settings["batch_size"] = min(32, max(len(asked), len(queries)))
+    if args.num_beams is not None:
+        settings["num_beams"] = args.num_beams
+    mesh = _mesh(args.mesh) if args.mesh else None
+    retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
+    _check_k(args.k, retriever.decoder.limits)
+    if asked:
+        _print(retriever, asked, args.k)
+    if args.report_speed:
+        _report_speed(retriever, list(queries.values()), args.output)
+    elif queries:
+        run = retriever.run(queries)
+        lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
+        trec.write_run(args.output, lists, tag="dgr_jax")
+        logger.info("wrote the passages of %d queries to %s", len(run), args.output)
+
+
+def _written(query: str) -> str:
+    """A question of the command line, whatever the locale makes of its bytes, which are UTF-8.
+
+    Raises ValueError where they are not, and for a blank question.
+    """
+    if not query.strip():
+        raise ValueError("--query: got a blank question")
+    try:
+        return query if is_text(query) else os.fsencode(query).decode("utf-8")
+    except UnicodeError:
+        raise ValueError(f"--query: got {query!r}, expected text in UTF-8") from None
+
+
+_LIMITS = {
+    "num_beams": "the beams (--num_beams)",
+    "passages": "all of them",
+    "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
+}
+
+
+def _check_k(k: int, limits: Mapping[str, int]) -> None:
+    """Raises ValueError naming what keeps a query from finding k passages."""
+    name = min(limits, key=limits.__getitem__)
+    if k > limits[name]:
+        raise ValueError(f"--k: got {k}, expected at most {limits[name]}, {_LIMITS[name]}")
+
+
+def _mesh(text: str) -> Mesh:
+    try:
+        data, model = (int(size) for size in text.split(","))
+    except ValueError:
+        raise ValueError(f"--mesh: got {text!r}, expected DATA,MODEL such as 4,2") from None
+    return Mesh(data=data, model=model)
+
+
+def _report_speed(retriever: Retriever, queries: list[str], output: str | None) -> None:
+    """Prints the report, and writes it as JSON."""
+    report = speed.measure(retriever, queries)
+    console = display.console()
+    console.print(
+        f"{report['device']}; {report['parameters']:,} parameters, {report['dtype']}; "
+        + (
+            f"{report['vectors']:,} vectors of {report['width']}, {report['storage']}"
+            if "vectors" in report
+            else f"{report['identifiers']:,} identifiers; {report['num_beams']} beams"
+        )
+    )
+    table = Table("batch", "queries", "queries/s", "p50 ms", "p95 ms", "p99 ms")
+    for row in (report["alone"], report["batched"]):
+        numbers = (row["queries_per_second"], *row["latency_ms"].values())
+        cells = (str(row["batch_size"]), str(row["queries"]))
+        table.add_row(*cells, *(f"{number:.1f}" for number in numbers))
+    console.print(table)
+    if output:
+        with lines.writing(output) as handle:
+            handle.write(f"{json.dumps(report, indent=1)}\n".encode())
+        logger.info("wrote the speed of %d queries to %s", len(queries), output)
+
+
+def read_queries(path: str) -> dict[str, str]:
+    """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl; also a pipe, such as /dev/stdin.
+
+    Raises ValueError naming file and line for a missing column, a qid that comes again or that no
+    run can hold, a blank text, an empty file.
+    """
+    where = lines.place(path)
+    if not where.exists() or where.is_dir():
+        raise FileNotFoundError(f"--queries={path}: no such file; expected a TSV of qid and text")
+    queries: dict[str, str] = {}
+    with files.rereadable(where):
+        for number, qid, text in _records(where):
+            if qid.split() != [qid]:
+                raise lines.error(where, number, f"the query id {lines.shown(qid)}", checks.ID)
+            qid = checks.checked_id(qid, where, number, "query")
+            found, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
+            if not text.strip():
+                found, expected = f"a blank text of qid {lines.shown(qid)}", "a question"
+            if qid in queries or not text.strip():
+                raise lines.error(where, number, found, expected)
+            queries[qid] = text
+    if not queries:
+        raise ValueError(f"--queries={path}: the file has no query; expected qid, tab, text")
+    return queries
+
+
+def _records(path: Path) -> Iterator[tuple[int, str, str]]:
+    """(line, qid, text) of each query; JSON lines are known by the name or by their first brace."""
+    first = next((text.lstrip() for _, text in lines.read(path) if text.strip()), "")
+    if path.name.removesuffix(".gz").endswith(".jsonl") or first.startswith("{"):
+        for number, record in lines.json_objects(path, "_id, text"):
+            qid = checks.id_field(record, "_id", path, number, "query")
+            yield number, qid, checks.text_field(record, "text", path, number)
+        return
+    for number, line in lines.read(path):
+        qid, tab, text = line.partition("\t")
+        if not line.strip():
+            continue
+        if not tab:
+            raise lines.error(path, number, repr(line[:60]), "two columns: qid, tab, text")
+        yield number, qid, text
+
+
+def _print(retriever: Retriever, queries: list[str], k: int) -> None:
+    console = display.console()
+    for query, hits in zip(queries, retriever.search(queries, k), strict=True):
+        console.print(display.cell(query, "bold"))
+        if not hits:
+            console.print(
+                "     nothing was found: no identifier that was written is one of a passage"
+            )
+        for hit in hits:
+            _print_hit(console, hit)
+
+
+def _print_hit(console: Console, hit: Hit) -> None:
+    """Rank, title or else pid, pid, score and identifier; then the beginning of the text."""
+    title, pid = display.cell(hit.title.strip(), "cyan"), display.cell(hit.pid, "dim")
+    named = (title, " ", pid) if title.plain else (display.cell(hit.pid, "cyan"),)
+    rest = display.cell(f"  {hit.score:.3f}  {hit.identifier}".rstrip(), "dim")
+    console.print(Text.assemble(f"{hit.rank:3d}. ", *named, rest))
+    snippet = textwrap.shorten(display.harmless_line(hit.text), 160, placeholder=" ...")
+    indent = " " * 5
+    wrapped = textwrap.fill(
+        snippet, min(console.width, 100), initial_indent=indent, subsequent_indent=indent
+    )
+    console.print(wrapped)

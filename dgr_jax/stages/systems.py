@@ -1,0 +1,45 @@
+"""Opens what is trained, to retrieve with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dgr_jax import checkpoints, partitioning
+from dgr_jax.decoding import trie
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.generative import Decoder, Search
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.training_run import with_vocabulary
+
+
+def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
+    """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
+    return with_vocabulary(experiment.model, vocab_size)
+
+
+def _trained(experiment: Experiment, system: str) -> Any:
+    """Parameters of a finished student on the experiment's mesh."""
+    vocabulary = Prepared.load(experiment.model_dir).vocabulary
+    model = Transformer(model_config(experiment, vocabulary.size))
+    mesh = partitioning.make_mesh(experiment.mesh)
+    folder = Path(experiment.model_dir) / system / "checkpoints"
+    abstract = partitioning.abstract_params(model, mesh, experiment.mesh.rules)
+    return checkpoints.restore_params(folder, abstract)
+
+
+def decoder(
+    experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
+) -> Decoder | MultiviewDecoder:
+    """A finished student, ready to retrieve; equal scores by pid."""
+    config = model_config(experiment, made.vocabulary.size)
+    params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
+    rules = experiment.mesh.rules
+    if made.indexes is not None:
+        views = MultiviewDecoder.of(config, params, made.indexes, search, mesh, rules)
+        return views.by_pid(made.store.pid_of)
+    index = trie.load(made.folder / "trie")
+    docids = Decoder(config, params, index, made.table, search, mesh, rules=rules)
+    return docids.by_pid(made.store.pid_of)

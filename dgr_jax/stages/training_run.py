@@ -1,0 +1,77 @@
+"""One training run, from a stage of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dgr_jax import partitioning
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.dense import DenseExperiment
+from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.pseudo_queries import PseudoQueries
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.training import loop
+from dgr_jax.training.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A source that begins where `steps` steps of another run have left it."""
+
+    source: Source
+    steps: int
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        return self.source.batch(step + self.steps, process_index, process_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Together:
+    """One batch of each source, by name."""
+
+    sources: Mapping[str, Source]
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
+        return {k: s.batch(step, process_index, process_count) for k, s in self.sources.items()}
+
+
+def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
+    """The sizes with so many tokens, unless T5Config.vocab_size is set; ValueError if too small."""
+    if config.vocab_size and config.vocab_size < vocab_size:
+        raise ValueError(
+            f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
+            "text pieces and docid codes of this experiment (0 takes just those)"
+        )
+    return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+
+
+def train(
+    experiment: Experiment | DenseExperiment | PseudoQueries,
+    folder: Path,
+    name: str,
+    settings: Training,
+    model: Any,
+    batches: Source,
+    start: Any = None,
+) -> None:
+    """One training run of an experiment's stage."""
+    loop.train(
+        name=name,
+        folder=folder,
+        model=model,
+        objective=settings.objective,
+        optimizer=settings.optimizer.transformation(settings.steps),
+        source=batches,
+        mesh=partitioning.make_mesh(experiment.mesh),
+        total_steps=settings.steps,
+        seed=settings.seed,
+        initial_params=start,
+        microbatches=settings.microbatches,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        keep_checkpoints=settings.keep_checkpoints,
+        rules=experiment.mesh.rules,
+    )

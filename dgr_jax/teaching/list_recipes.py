@@ -1,0 +1,185 @@
+"""Recipes cut rank lists from a teacher's order: the arrays that distillation reads."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgr_jax import ranges
+from dgr_jax.corpora.types import ScoredPassage
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
+    from dgr_jax.teaching.teachers import Candidates, Qrels, Ranked
+
+
+@dataclass(frozen=True, eq=False)
+class RankLists:
+    """n rank lists of at most L passages, in the teacher's order (best first).
+
+    query_rows: int32 [n], places in the sequence of qids. passages: int32 [n, L], passage
+    indices, -1 for free places. teacher_scores: f32 [n, L], 0 at free places. positives: int32
+    [n], the column of the generation target. report: counts of what was made and left out.
+    """
+
+    query_rows: np.ndarray
+    passages: np.ndarray
+    teacher_scores: np.ndarray
+    positives: np.ndarray
+    report: dict[str, int]
+
+    @property
+    def positive_passages(self) -> np.ndarray:
+        """int32 [n]: the passage index of the generation target."""
+        return self.passages[np.arange(len(self.passages)), self.positives]
+
+
+@dataclass(frozen=True)
+class TopM:
+    """The plain recipe: the first `size` passages of the teacher's list as it is.
+
+    The best positive (the highest grade, then the teacher's order) takes the last place where it
+    is not among them. Shorter lists are padded; a list of one passage is left out.
+    """
+
+    size: int = 5
+
+    def __post_init__(self) -> None:
+        ranges.check(self, size=ranges.at_least(2))
+
+    def select(
+        self,
+        ranked: Ranked,
+        *,
+        qids: Sequence[str],
+        store: PassageStore,
+        qrels: Qrels,
+        candidates: Candidates | None = None,
+        seed: int = 0,
+        min_relevance: int = 1,
+    ) -> RankLists:
+        """One list a query where possible, in the order of `qids`; nothing is drawn.
+
+        ranked: (qid, its list) of every query, in any order.
+        """
+        del candidates, seed
+        made = _Builder(self.size, store, qids)
+        for qid, listed in ranked:
+            best = made.best_positive(listed, qrels.get(qid, {}), min_relevance)
+            if best is None:
+                continue
+            if len(listed) < 2:
+                made.count("too_few_negatives")
+                continue
+            top = list(listed[: self.size])
+            if best not in top:
+                top[-1] = best
+            made.add(qid, top, best)
+        return made.arrays()
+
+
+@dataclass(frozen=True)
+class TwoLists:
+    """The published recipe (DGR, Li et al. 2024): two lists a query with the same negatives.
+
+    List A holds the best positive, list B a random one (the same, where there is no other), each
+    with `negatives` passages that are not positive: the student's first, the others drawn from the
+    student's first `depth`. Passages stand in the teacher's order; negatives that the teacher has
+    not scored cannot be drawn.
+    """
+
+    negatives: int = 4
+    depth: int = 200
+
+    def __post_init__(self) -> None:
+        ranges.check(self, negatives=ranges.at_least(1))
+        ranges.check(self, depth=ranges.at_least(self.negatives, ", TwoLists.negatives"))
+
+    def select(
+        self,
+        ranked: Ranked,
+        *,
+        qids: Sequence[str],
+        store: PassageStore,
+        qrels: Qrels,
+        candidates: Candidates,
+        seed: int = 0,
+        min_relevance: int = 1,
+    ) -> RankLists:
+        """Two lists a query where possible, in the order of `qids`.
+
+        ranked: (qid, its list) of every query, in any order. candidates: the student's, best first.
+        Draws depend on the seed and the qid alone, so a query gets the same lists in any company.
+        """
+        made = _Builder(self.negatives + 1, store, qids)
+        for qid, listed in ranked:
+            grades = qrels.get(qid, {})
+            best = made.best_positive(listed, grades, min_relevance)
+            if best is None:
+                continue
+            rng = np.random.default_rng([seed, zlib.crc32(qid.encode())])
+            place = {passage.pid: i for i, passage in enumerate(listed)}
+            eligible = [
+                place[pid]
+                for pid in dict.fromkeys(candidates.get(qid, ())[: self.depth])
+                if pid in place and grades.get(pid, 0) < min_relevance
+            ]
+            if len(eligible) < self.negatives:
+                made.count("too_few_negatives")
+                continue
+            drawn = rng.choice(len(eligible) - 1, self.negatives - 1, replace=False) + 1
+            negatives = [eligible[0], *(eligible[i] for i in drawn)]
+            others = [i for i, p in enumerate(listed) if grades.get(p.pid, 0) >= min_relevance]
+            for positive in (place[best.pid], int(rng.choice(others))):
+                chosen = [listed[i] for i in sorted([positive, *negatives])]
+                made.add(qid, chosen, listed[positive])
+        return made.arrays()
+
+
+class _Builder:
+    """Collects rank lists of one width, and counts what is left out."""
+
+    def __init__(self, width: int, store: PassageStore, qids: Sequence[str]) -> None:
+        self._width = width
+        self._store = store
+        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self._rows, self._positives, self._passages = array("i"), array("i"), array("i")
+        self._scores = array("f")
+        self._left_out = {"without_positive": 0, "positive_not_scored": 0, "too_few_negatives": 0}
+
+    def best_positive(
+        self, listed: Sequence[ScoredPassage], grades: Mapping[str, int], min_relevance: int
+    ) -> ScoredPassage | None:
+        """The highest grade, then the teacher's order; None is counted."""
+        positives = [p for p in listed if grades.get(p.pid, 0) >= min_relevance]
+        if positives:
+            return max(positives, key=lambda p: grades[p.pid])
+        judged = any(grade >= min_relevance for grade in grades.values())
+        self.count("positive_not_scored" if judged else "without_positive")
+        return None
+
+    def count(self, reason: str) -> None:
+        self._left_out[reason] += 1
+
+    def add(self, qid: str, listed: Sequence[ScoredPassage], positive: ScoredPassage) -> None:
+        free = self._width - len(listed)
+        self._rows.append(self._row_of[qid])
+        self._positives.append(listed.index(positive))
+        self._passages.extend([*(self._store.index_of(p.pid) for p in listed), *[-1] * free])
+        self._scores.extend([*(p.score for p in listed), *[0.0] * free])
+
+    def arrays(self) -> RankLists:
+        rows = np.array(self._rows, np.int32)
+        order = np.argsort(rows, kind="stable")
+        return RankLists(
+            query_rows=rows[order],
+            passages=np.array(self._passages, np.int32).reshape(-1, self._width)[order],
+            teacher_scores=np.array(self._scores, np.float32).reshape(-1, self._width)[order],
+            positives=np.array(self._positives, np.int32)[order],
+            report={"queries": len(self._row_of), "lists": len(rows), **self._left_out},
+        )
