@@ -19,6 +19,7 @@ from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Search, decode_fn
+from dgr_jax.teaching.list_recipes import ListRecipe
 from dgr_jax.training.step import abstract_state, make_train_step
 
 PROGRAMS = ("generate", "distill", "decode")
@@ -106,9 +107,9 @@ def abstract_batch(name: str, experiment: Experiment, sizes: Sizes, mesh: Any) -
     return lists | ({"generation": generation} if settings.batch_size else {})
 
 
-def list_size(lists: Any) -> int:
+def list_size(lists: ListRecipe) -> int:
     """Passages of a rank list of a recipe."""
-    return getattr(lists, "size", 0) or lists.negatives + 1
+    return lists.length
 
 
 def model_config(experiment: Experiment, sizes: Sizes) -> T5Config:

@@ -12,6 +12,8 @@ from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.settings import describe, without_effect
+from dgr_jax.teaching.list_recipes import ListRecipe
+from dgr_jax.teaching.teachers import Teacher
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Teach:
-    """A teacher orders the candidates, and rank lists are cut from its order.
+    """A teacher orders the candidates, and rank lists are cut from its order."""
 
-    teacher, lists: see `dgr_jax.teaching.teachers` and `dgr_jax.teaching.list_recipes`.
-    """
-
-    teacher: Any
-    lists: Any
+    teacher: Teacher
+    lists: ListRecipe
     seed: int = 0
 
     def __post_init__(self) -> None:

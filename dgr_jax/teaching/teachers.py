@@ -41,7 +41,8 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher(ABC):
-    """What all teachers share.
+    """What all teachers share; a further one gives `order`, and its name in
+    `dgr_jax.config.configurables`.
 
     judged_first: positives of the qrels come first, higher grades before lower ones, whatever the
     teacher says of them, and also where it says nothing. A positive whose score is not above the
@@ -74,7 +75,7 @@ class Teacher(ABC):
         """
         pools = _Pools(queries, candidates, store, qrels, min_relevance)
         left, counts = dict.fromkeys(queries), Counter()
-        for qid, listed in self._order(queries, pools, store):
+        for qid, listed in self.order(queries, pools, store):
             del left[qid]
             if qid in self_hits:
                 listed = [passage for passage in listed if passage.pid != qid]
@@ -119,7 +120,7 @@ class Teacher(ABC):
             )
 
     @abstractmethod
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterable[tuple[str, list[ScoredPassage]]]:
         """(qid, passages of its pool that the teacher can score, best first)."""
@@ -174,7 +175,7 @@ class RunTeacher(Teacher):
         if self.pool not in ("candidates", "run"):
             raise ValueError(f"RunTeacher.pool = {self.pool!r}, expected 'candidates' or 'run'")
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         found = places = unknown = 0
@@ -217,7 +218,7 @@ class Bm25Teacher(Teacher):
     def __post_init__(self) -> None:
         ranges.check(self, own=ranges.at_least(0))
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         index = self.bm25.fit(store)
@@ -242,7 +243,7 @@ class CrossEncoderTeacher(Teacher):
     def __post_init__(self) -> None:
         ranges.check(self, batch_size=ranges.at_least(1), max_length=ranges.at_least(1))
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         encoder = self._load()
@@ -303,7 +304,7 @@ class BiEncoderTeacher(Teacher):
     def __post_init__(self) -> None:
         ranges.check(self, batch_size=ranges.at_least(1))
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         encoder = load_sentence_transformer(self.model, "BiEncoderTeacher.model")
@@ -346,7 +347,7 @@ class VectorTeacher(Teacher):
     query_ids_path: str
     passage_ids_path: str = ""
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         row = self._rows(store)
@@ -417,7 +418,7 @@ class FusionTeacher(Teacher):
             )
         ranges.check(self, weights=ranges.optional(ranges.each(ranges.FINITE)))
 
-    def _order(
+    def order(
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         weights = self.weights or (1.0,) * len(self.teachers)
@@ -442,7 +443,7 @@ class FusionTeacher(Teacher):
         pools: Mapping[str, list[str]],
         store: PassageStore,
     ) -> Iterator[tuple[str, dict[str, float]]]:
-        for qid, listed in teacher._order(queries, pools, store):
+        for qid, listed in teacher.order(queries, pools, store):
             yield qid, {passage.pid: weight * passage.score for passage in listed}
 
 
