@@ -86,7 +86,7 @@ def test_vectors_of_a_store(embedded, monkeypatch):
     assert [p.name for p in path.parent.glob("*.npy*")] == ["vectors.npy"]
     _, alone = _model()(students.queries(13), tokens_of(store))
     np.testing.assert_allclose(vectors, alone, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(dense.generative, "BLOCK", 6)
+    monkeypatch.setattr(batching, "BLOCK", 6)
     again = path.with_name("again.npy")
     dense.embed(encoder(), store, encode_inputs, again, SEARCH)
     np.testing.assert_allclose(np.load(again), vectors, rtol=1e-4, atol=1e-6)
@@ -123,7 +123,20 @@ def test_passages_found(embedded):
         np.testing.assert_array_equal(alone[0], passages[:1])
         np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), passages)
         assert list(searcher.passages_of_blocks(iter([]))) == []
-    assert [one.encoder._size(n, SEARCH) for n in (1, 2, 13)] == [1, 8, 8]
+
+
+def test_a_text_alone_does_not_wait_for_a_batch(monkeypatch):
+    place, rows = partitioning.place_padded, []
+
+    def placed(tokens, shape, mesh):
+        rows.append(shape[0])
+        return place(tokens, shape, mesh)
+
+    monkeypatch.setattr(partitioning, "place_padded", placed)
+    one = encoder()
+    for count in (1, 2, 13):
+        one.queries(np.ones((count, 4), np.int32), SEARCH)
+    assert rows == [1, 8, 8, 8]
 
 
 def test_passages_without_text_are_never_found(tmp_path, caplog):

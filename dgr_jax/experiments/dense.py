@@ -19,9 +19,10 @@ from dgr_jax.experiments.common import (
     Training,
     sizes,
     texts,
+    with_start,
 )
 from dgr_jax.models.dual_encoder import DualEncoderConfig
-from dgr_jax.models.initial import Pretrained
+from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -72,7 +73,8 @@ class DensePrepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits)))
+        named = (self.validation_split,) if self.validation_split else ()
+        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits, *named)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ class DenseExperiment:
       as ANCE does (Xiong et al. 2021); None: do not.
     teach: a teacher orders the `negatives` and the positives of each labelled query, and the lists
       cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
-    initial: a published T5 whose encoder the towers start from; None: at random.
+    initial: where the towers start: Corpus, or Pretrained, a published T5 whose encoder they take;
+      None: at random.
     """
 
     model_dir: str
@@ -179,9 +182,10 @@ class DenseExperiment:
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
-    initial: Pretrained | None = None
+    initial: Initial | None = None
 
     def __post_init__(self) -> None:
+        check_initial("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
             raise ValueError(
@@ -202,9 +206,10 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
-        self.train.check_batches("Training", "batch_size")
-        if self.refresh is not None:
-            self.refresh.check_batches("refresh/Training", "batch_size")
+        for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
+            if training is not None:
+                training.check_batches(name, "batch_size")
+                training.check_held_out(name, self.prepare)
         self._check_teacher()
 
     def _check_teacher(self) -> None:
@@ -232,6 +237,11 @@ class DenseExperiment:
             )
 
     @property
+    def width(self) -> int:
+        """Width D of the encoder's embeddings."""
+        return self.model.t5.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
@@ -249,6 +259,7 @@ class DenseExperiment:
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
+            "start": repr(self.initial),
             "data": (splits if len(splits) > 1 else "".join(splits), *texts(self.prepare)),
         }
 
@@ -265,7 +276,8 @@ class DenseExperiment:
         if self.refresh is not None:
             found["mine"] = Stage(("mined",), ("dense",))
             found["refresh"] = Stage(("refresh", "lists"), ("mine",))
-        return found | {"evaluate": Stage(("evaluate",), self.systems)}
+        found["evaluate"] = Stage(("evaluate",), self.systems)
+        return with_start(found, self.initial, "dense")
 
 
 def _has_teacher_loss(training: Training | None) -> bool:

@@ -25,16 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning, ranges
+from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import ranking, words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval import batching, exact_search
+from dgr_jax.retrieval import batching, exact_search, trained
 from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
+from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
@@ -131,27 +132,16 @@ class Encoder:
         method = "encode_queries" if kind == "query" else "encode_passages"
         encode = encode_fn(self.config, method, self.mesh, self.rules)
         vectors = np.zeros((len(tokens), self.config.dim), np.float32)
-        size, before = self._size(len(tokens), search), None
-        planned = batching.batches(lengths, search.shapes(longest), size)
-        for length, places in itertools.chain(planned, [(0, None)]):
-            after = None
-            if places is not None:
-                after = places, encode(self.params, self._placed(tokens[places], (size, length)))
-            if before is not None:
-                vectors[before[0]] = np.asarray(before[1])[: len(before[0])]
-            before = after
+        # One that comes alone does not wait for a whole batch.
+        size = partitioning.shared_rows(1 if len(tokens) == 1 else search.batch_size, self.mesh)
+        place = functools.partial(partitioning.place_padded, mesh=self.mesh)
+        started = (
+            (places, encode(self.params, place(tokens[places], (size, length))))
+            for length, places in batching.batches(lengths, search.shapes(longest), size)
+        )
+        for places, encoded in one_behind(started):
+            vectors[places] = np.asarray(encoded)[: len(places)]
         return vectors
-
-    def _size(self, texts: int, search: DenseSearch) -> int:
-        """Texts of a batch: one that comes alone does not wait for a whole one."""
-        shards = partitioning.batch_shards(self.mesh)
-        return -(-(1 if texts == 1 else search.batch_size) // shards) * shards
-
-    def _placed(self, tokens: np.ndarray, shape: tuple[int, int]) -> jax.Array:
-        padded = np.zeros(shape, np.int32)
-        tokens = tokens[:, : shape[1]]
-        padded[: len(tokens), : tokens.shape[1]] = tokens
-        return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
 
 def embed(
@@ -231,8 +221,7 @@ def load(
     with kept.reading(folder / "student.json"):
         config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
         settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
-    abstract = partitioning.abstract_params(DualEncoder(config), mesh, rules)
-    params = checkpoints.restore_params(folder / "checkpoints", abstract)
+    params = trained.params(folder, DualEncoder(config), mesh, rules)
     index = open_index(folder / VECTORS, settings.index, mesh)
     return Searcher(Encoder(config, params, mesh, rules), index, settings)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
@@ -22,6 +22,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import STUDENT
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
 from dgr_jax.retrieval.generative import Decoder, Search
 
@@ -134,8 +135,7 @@ class Retriever:
             return cls(searcher, vocabulary, store)
         with kept.reading(folder / STUDENT):
             config = T5Config(**described["model"])
-        abstract = partitioning.abstract_params(Transformer(config), devices, rules)
-        params = checkpoints.restore_params(folder / "checkpoints", abstract)
+        params = trained.params(folder, Transformer(config), devices, rules)
         if vocabulary.views:
             from dgr_jax.retrieval.multiview import search as multiview
 

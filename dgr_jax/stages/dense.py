@@ -1,4 +1,5 @@
-"""The stages of a dense retriever: prepare, negatives, dense, mine, refresh, evaluate."""
+"""The stages of a dense retriever: prepare, negatives, teach, start, dense, mine, refresh,
+evaluate."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.task_files import task_file
@@ -25,15 +26,18 @@ from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Negatives
 from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
 from dgr_jax.retrieval import dense as retrieval
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.batching import BLOCK
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.retriever import write_student
-from dgr_jax.stages import generation_data, student, training_run
+from dgr_jax.stages import generation_data, student, training_run, validation
 from dgr_jax.stages.evaluate import measure, search_of
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, self_hits, test_texts
 from dgr_jax.stages.prepare import read, without_tasks
 from dgr_jax.stages.prepared import Prepared, cut, write_report
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.start import start as corpus_start
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.stages.training_run import Later
 from dgr_jax.teaching.list_recipes import RankLists
@@ -353,10 +357,8 @@ def _ranked(
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    start = None
-    if experiment.initial is not None:
-        start = _initial(experiment)
-    _train(experiment, folder, experiment.train, start)
+    initial = None if experiment.initial is None else _initial(experiment)
+    _train(experiment, folder, experiment.train, initial)
 
 
 def batches(experiment: DenseExperiment, stage: str) -> Source:
@@ -457,29 +459,42 @@ def _config(experiment: DenseExperiment) -> DualEncoderConfig:
 
 
 def _initial(experiment: DenseExperiment) -> Any:
-    """Parameters with the encoder of a published T5; projections are new."""
+    """Parameters with embeddings from the passages, or with the encoder of a published T5;
+    projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
     config = encoder_config(experiment, vocabulary.size)
+    if "start" in experiment.stages:
+        return corpus_params(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
 
 
-def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
+def _train(experiment: DenseExperiment, folder: Path, settings: Training, initial: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
-    config = _config(experiment)
-    model = DualEncoder(config)
+    config, made = _config(experiment), _prepared(experiment)
+
+    def embedded(params: Any, search: DenseSearch, at: Path) -> Searcher:
+        return _opened(_embed(experiment, params, made, search, at), at, search)
+
+    opened = validation.in_passing(embedded, folder)
+    validated = validation.of(experiment, settings, made, opened)
     source = batches(experiment, folder.name)
-    training_run.train(experiment, folder, folder.name, settings, model, source, start)
-    made = _prepared(experiment)
-    retrieval.embed(
-        _encoder(experiment, folder.name),
-        made.store,
-        made.vocabulary.encode_inputs,
-        folder / retrieval.VECTORS,
-        _search(experiment),
+    training_run.train(
+        experiment, folder, folder.name, settings, DualEncoder(config), source, initial, validated
     )
+    _embed(experiment, _trained(experiment, folder.name), made, _search(experiment), folder)
     write_student(folder, config, experiment.evaluate.search)
+
+
+def _embed(
+    experiment: DenseExperiment, params: Any, made: Prepared, search: DenseSearch, folder: Path
+) -> Encoder:
+    """The encoder with these parameters, once it has written the vectors of all passages."""
+    encoder = _encoder(experiment, params)
+    path = folder / retrieval.VECTORS
+    retrieval.embed(encoder, made.store, made.vocabulary.encode_inputs, path, search)
+    return encoder
 
 
 def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
@@ -492,24 +507,24 @@ def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
 
 def _trained(experiment: DenseExperiment, system: str) -> Any:
     """Parameters of a finished encoder on the experiment's mesh."""
-    mesh = partitioning.make_mesh(experiment.mesh)
-    model, rules = DualEncoder(_config(experiment)), experiment.mesh.rules
-    abstract = partitioning.abstract_params(model, mesh, rules)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    return checkpoints.restore_params(folder, abstract)
+    mesh, model = partitioning.make_mesh(experiment.mesh), DualEncoder(_config(experiment))
+    folder = Path(experiment.model_dir) / system
+    return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
-def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
+def _encoder(experiment: DenseExperiment, params: Any) -> Encoder:
     mesh = partitioning.make_mesh(experiment.mesh)
-    params = _trained(experiment, system)
     return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
 
 
 def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
     """A finished encoder and its passages, ready to retrieve."""
-    encoder = _encoder(experiment, system)
-    path = Path(experiment.model_dir) / system / retrieval.VECTORS
-    index = retrieval.open_index(path, search.index, encoder.mesh)
+    encoder = _encoder(experiment, _trained(experiment, system))
+    return _opened(encoder, Path(experiment.model_dir) / system, search)
+
+
+def _opened(encoder: Encoder, folder: Path, search: DenseSearch) -> Searcher:
+    index = retrieval.open_index(folder / retrieval.VECTORS, search.index, encoder.mesh)
     return Searcher(encoder, index, search)
 
 
@@ -523,6 +538,7 @@ def evaluate(experiment: DenseExperiment, folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
     "prepare": prepare,
+    "start": corpus_start,
     "negatives": negatives,
     "teach": teach,
     "dense": dense,

@@ -21,13 +21,13 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK, scored_passages
-from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import decoder
-from dgr_jax.training import metrics
+from dgr_jax.training import metrics, validation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,6 +121,8 @@ def measure(
     first = {s: found[splits[0]] if splits else {} for s, found in values.items()}
     _plot(experiment, folder, first)
     _show(measured, compared)
+    for line in _choices(experiment):
+        _console().print(line, soft_wrap=True)
 
 
 def chosen_queries(
@@ -148,7 +150,8 @@ def first_test_split(experiment: Experiment | DenseExperiment) -> str:
 
 
 def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
-    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus.
+    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus, and is
+    named by its settings too, but for BM25 of words, as it always was.
 
     own: whether queries are passages, which are left out of the run.
     """
@@ -156,7 +159,8 @@ def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str,
     student = system != "bm25"
     asked = (settings.search if student else settings.search.depth, settings.max_queries)
     drawn = settings.seed if settings.max_queries else 0
-    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own]))
+    baseline = [] if student or settings.baseline == WORDS else [settings.baseline]
+    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own, *baseline]))
     folder = Path(experiment.model_dir) / (system if student else "prepare") / "runs"
     return folder / f"{system}.{split}-{mark}.trec"
 
@@ -178,7 +182,8 @@ def _search(
     if not absent or system == "bm25" and not processes.first():
         return
     depth = experiment.evaluate.search.depth
-    search = _searcher(made, system, opened, depth + any(own.values()))
+    baseline = experiment.evaluate.baseline
+    search = _searcher(made, system, opened, baseline, depth + any(own.values()))
     for split in absent:
         found = search({qid: query.text for qid, query in queries[split].items()})
         if any(own.values()):
@@ -220,11 +225,11 @@ def _without_self_hits(
 
 
 def _searcher(
-    made: Prepared, system: str, opened: Callable[[str], Any], depth: int
+    made: Prepared, system: str, opened: Callable[[str], Any], baseline: Bm25, depth: int
 ) -> Callable[[dict[str, str]], Iterator[Run]]:
     """queries -> the run of a system in blocks."""
     if system == "bm25":
-        index = Bm25().fit(made.store)
+        index = baseline.fit(made.store)
         return lambda queries: (index.search(b, depth) for b in _blocks(queries))
     student = opened(system)
     return lambda queries: _retrieve(student, made, queries)
@@ -367,6 +372,14 @@ def _show(measured: Any, compared: Any) -> None:
             if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
                 console.print(line, soft_wrap=True)
+
+
+def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
+    """What was chosen of each training run that is measured, and on how many questions."""
+    stages = dict.fromkeys(s for system in experiment.systems for s in experiment.training(system))
+    for stage in stages:
+        if choice := validation.readable(Path(experiment.model_dir) / stage):
+            yield f"{stage}: {choice}"
 
 
 def _console() -> Console:

@@ -15,8 +15,10 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.stages import validation
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import _trained, model_config
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.systems import _trained, assembled, model_config
 from dgr_jax.stages.training_run import Later, _Together, train
 from dgr_jax.training import packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
@@ -28,8 +30,12 @@ def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     start = None
     if experiment.initial is not None:
-        vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = initial_params(experiment, model_config(experiment, vocabulary.size), vocabulary)
+        vocabulary = Prepared.load(experiment.model_dir, identifiers=False).vocabulary
+        config = model_config(experiment, vocabulary.size)
+        if "start" in experiment.stages:
+            start = corpus_params(experiment, Transformer(config), experiment.generate.seed)
+        else:
+            start = initial_params(experiment, config, vocabulary)
     _train(experiment, folder, "generate", experiment.generate, start)
 
 
@@ -113,9 +119,11 @@ def _train(
     settings: Training,
     start: Any,
 ) -> None:
-    vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    config = model_config(experiment, vocabulary.size)
+    made = Prepared.load(experiment.model_dir)
+    config = model_config(experiment, made.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, params, search, made)
+    validated = validation.of(experiment, settings, made, validation.reopened(opened))
     source = batches(experiment, name)
-    train(experiment, folder, name, settings, Transformer(config), source, start)
+    train(experiment, folder, name, settings, Transformer(config), source, start, validated)
     if processes.first():
         write_student(folder, config, experiment.evaluate.search)

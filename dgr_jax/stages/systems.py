@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.decoding import trie
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.stages.prepared import Prepared
@@ -25,18 +26,23 @@ def _trained(experiment: Experiment, system: str) -> Any:
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
     model = Transformer(model_config(experiment, vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    abstract = partitioning.abstract_params(model, mesh, experiment.mesh.rules)
-    return checkpoints.restore_params(folder, abstract)
+    folder = Path(experiment.model_dir) / system
+    return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
 def decoder(
     experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
 ) -> Decoder | MultiviewDecoder:
-    """A finished student, ready to retrieve; equal scores by pid."""
+    """A finished student, see `assembled`."""
+    return assembled(experiment, _trained(experiment, system), search, made)
+
+
+def assembled(
+    experiment: Experiment, params: Any, search: Search | MultiviewSearch, made: Prepared
+) -> Decoder | MultiviewDecoder:
+    """A student with these parameters, ready to retrieve; equal scores by pid."""
     config = model_config(experiment, made.vocabulary.size)
-    params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
-    rules = experiment.mesh.rules
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
     if made.indexes is not None:
         views = MultiviewDecoder.of(config, params, made.indexes, search, mesh, rules)
         return views.by_pid(made.store.pid_of)

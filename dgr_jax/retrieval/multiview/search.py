@@ -37,6 +37,7 @@ from dgr_jax.retrieval.multiview.index import (
     written_spans,
 )
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+from dgr_jax.retrieval.overlap import one_behind
 
 
 @dataclass(frozen=True)
@@ -242,17 +243,13 @@ class MultiviewDecoder:
         return self._scored(blocks, self.search.batch_size)
 
     def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
-        before = None
-        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
-            if before is not None:
-                yield from self.index.rank(self._written(*before))
-            before = batch
+        for batch in one_behind(self._started(blocks, batch_size)):
+            yield from self.index.rank(self._written(*batch))
 
     def _started(
         self, blocks: Iterable[np.ndarray], batch_size: int
     ) -> Iterator[tuple[int, dict[str, BeamResult]]]:
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-batch_size // shards) * shards
+        size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
             for start in range(0, len(tokens), size):
                 batch = tokens[start : start + size]
