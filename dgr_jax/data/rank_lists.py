@@ -16,7 +16,8 @@ VIEW_FEATURES = ("identifier_views", "identifier_counts", "spans", "span_starts"
 class Table(Protocol):
     """What is asked of an identifier table."""
 
-    tokens: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray: ...
 
     def rows_of_passages(self) -> np.ndarray: ...
 

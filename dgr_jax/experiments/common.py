@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from dgr_jax import ranges
 from dgr_jax.data.rules import DataRules
@@ -21,6 +21,8 @@ from dgr_jax.teaching.list_recipes import ListRecipe
 from dgr_jax.teaching.teachers import Teacher
 from dgr_jax.training.objectives import Objective
 from dgr_jax.training.optimizers import Optimizer
+
+AnySearch = TypeVar("AnySearch", bound=Search | MultiviewSearch | DenseSearch)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Generic[AnySearch]):
     """Runs and measures of every system on the test splits.
 
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
@@ -148,7 +150,7 @@ class Evaluate:
     bm25: whether BM25 is measured beside; baseline: its settings.
     """
 
-    search: Search | MultiviewSearch | DenseSearch
+    search: AnySearch
     measures: tuple[str, ...] = (
         "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
         "RR@10", "nDCG@10", "R@100",

@@ -175,7 +175,7 @@ class DenseExperiment:
     prepare: DensePrepare
     model: DualEncoderConfig
     train: Training
-    evaluate: Evaluate
+    evaluate: Evaluate[DenseSearch]
     lists: Lists = Lists()
     negatives: Negatives = Negatives()
     teach: Teach | None = None

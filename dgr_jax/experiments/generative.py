@@ -120,7 +120,7 @@ class Experiment:
     candidates: Candidates
     teach: Teach
     distill: Training
-    evaluate: Evaluate
+    evaluate: Evaluate[Search | MultiviewSearch]
     control: bool = True
     mesh: Mesh = Mesh()
     initial: Initial | None = None
