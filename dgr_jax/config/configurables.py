@@ -101,7 +101,7 @@ def defaults(name: str) -> dict[str, Any]:
 def _checked(component: type) -> Callable[..., Any]:
     """The component, with settings of a wrong type, and missing ones, named as gin knows them."""
     name, signature = component.__name__, inspect.signature(component)
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(component)}
+    kinds = {f.name: _written(f.type) for f in dataclasses.fields(component)}
 
     def make(**settings: Any) -> Any:
         for parameter in signature.parameters.values():
@@ -111,6 +111,11 @@ def _checked(component: type) -> Callable[..., Any]:
         return component(**{k: _as(kinds[k], v, f"{name}.{k}") for k, v in settings.items()})
 
     return _known_as(name, make, component.__doc__, signature)
+
+
+def _written(annotation: Any) -> str:
+    """An annotation as text, whether or not its module evaluates annotations."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}

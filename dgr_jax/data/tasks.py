@@ -24,7 +24,8 @@ import tensorflow as tf
 
 from dgr_jax.data import prepared
 from dgr_jax.data.rank_lists import VIEW_FEATURES
-from dgr_jax.data.vocabulary import EOS_ID, VIEWS, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, Vocabulary
+from dgr_jax.special_tokens import EOS_ID
 
 RankListSource = Callable[[], Iterator[Mapping[str, object]]]
 

@@ -26,7 +26,8 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.data import examples as texts_of
 from dgr_jax.data.same_text import normalised
-from dgr_jax.data.vocabulary import UNK_ID, VIEWS, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, Vocabulary
+from dgr_jax.special_tokens import UNK_ID
 
 _BLOCK = 256  # pairs; what is drawn depends on it
 _SAMPLE = 1 << 23  # tokens that their rarity is measured on

@@ -25,13 +25,14 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.corpora import lines
 from dgr_jax.model_dir import kept
+from dgr_jax.special_tokens import EOS_ID, PAD_ID, UNK_ID
 
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 VIEWS = ("title", "body", "query")
 _MULTIPLE = 128
 
 
-def _round_up(n: int) -> int:
+def round_up(n: int) -> int:
+    """Rows of a block of the vocabulary that holds n tokens."""
     return -(-n // _MULTIPLE) * _MULTIPLE
 
 
@@ -196,17 +197,17 @@ class Vocabulary:
     @property
     def first_view_id(self) -> int:
         """Token id of the first view marker, where there is one."""
-        return _round_up(self.text_size)
+        return round_up(self.text_size)
 
     @property
     def first_code_id(self) -> int:
         """Token id of the first docid code."""
-        return self.first_view_id + _round_up(len(self.views))
+        return self.first_view_id + round_up(len(self.views))
 
     @property
     def size(self) -> int:
         """Rows of the embedding table, V."""
-        return self.first_code_id + _round_up(self.num_code_tokens)
+        return self.first_code_id + round_up(self.num_code_tokens)
 
     def marker(self, view: str) -> int:
         """Token id that marks a view. Raises ValueError for one without a marker."""

@@ -22,7 +22,7 @@ from dgr_jax.teaching.teachers import Teacher
 from dgr_jax.training.objectives import Objective
 from dgr_jax.training.optimizers import Optimizer
 
-AnySearch = TypeVar("AnySearch", bound=Search | MultiviewSearch | DenseSearch)
+SearchKind = TypeVar("SearchKind", bound=Search | MultiviewSearch | DenseSearch)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
 
 
 @dataclass(frozen=True)
-class Evaluate(Generic[AnySearch]):
+class Evaluate(Generic[SearchKind]):
     """Runs and measures of every system on the test splits.
 
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
@@ -150,7 +150,7 @@ class Evaluate(Generic[AnySearch]):
     bm25: whether BM25 is measured beside; baseline: its settings.
     """
 
-    search: AnySearch
+    search: SearchKind
     measures: tuple[str, ...] = (
         "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
         "RR@10", "nDCG@10", "R@100",

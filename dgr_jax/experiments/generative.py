@@ -13,7 +13,7 @@ from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts, with_start
-from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
@@ -26,8 +26,8 @@ class Prepare(DataRules):
     """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
 
     tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
-    identifiers: a scheme of `dgr_jax.identifiers`; with Multiview, a passage has many.
-    mixture: examples of each (text, passage) pair by view, of Multiview.
+    identifiers: a scheme of `dgr_jax.identifiers`; of several views, a passage has many.
+    mixture: examples of each (text, passage) pair by view, of a scheme of several views.
     train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
       from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
       `pipeline.without_labels`); then test_splits may be () too.
@@ -36,7 +36,7 @@ class Prepare(DataRules):
     """
 
     tasks: str
-    identifiers: Any
+    identifiers: Scheme
     vocabulary: SentencePiece = SentencePiece()
     sources: Sources = Sources()
     mixture: ViewMixture = ViewMixture()
@@ -47,6 +47,12 @@ class Prepare(DataRules):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.identifiers, Scheme):
+            raise ValueError(
+                f"Prepare.identifiers: got {type(self.identifiers).__name__}, expected a scheme of "
+                "identifiers (dgr_jax.identifiers.scheme.Scheme), such as "
+                "IDENTIFIERS=@ResidualQuantization()"
+            )
         self.check_rules()
         if self.train_split and not self.test_splits:
             raise ValueError("Prepare.test_splits: got (), expected a split or more")
@@ -127,26 +133,24 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_initial("Experiment.initial", self.initial)
-        many = isinstance(self.prepare.identifiers, Multiview)
-        if self.model.prefix_adaptive_layers and not getattr(
-            self.prepare.identifiers, "codes_by_position", False
-        ):
+        scheme = self.prepare.identifiers
+        if self.model.prefix_adaptive_layers and not scheme.codes_by_position:
             raise ValueError(
                 f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers} with "
-                f"{type(self.prepare.identifiers).__name__} identifiers, expected 0, or codes that "
+                f"{type(scheme).__name__} identifiers, expected 0, or codes that "
                 "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
                 "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
             )
-        expected = MultiviewSearch if many else Search
+        expected = MultiviewSearch if scheme.views else Search
         for name in ("candidates", "evaluate"):
             search = getattr(self, name).search
             if not isinstance(search, expected):
                 raise ValueError(
                     f"{type(getattr(self, name)).__name__}.search: got {type(search).__name__}, "
                     f"expected @{expected.__name__}() with identifiers of "
-                    f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
+                    f"{type(scheme).__name__} (Prepare.identifiers)"
                 )
-        if many and not self.distill.batch_size:
+        if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"

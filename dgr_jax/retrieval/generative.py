@@ -23,11 +23,12 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
-from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
+from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.settings import without_effect
+from dgr_jax.special_tokens import EOS_ID
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint

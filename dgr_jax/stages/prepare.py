@@ -20,7 +20,6 @@ from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.task_files import _task_path, task_file
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.experiments.generative import Experiment, Prepare
-from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.stages import generation_data, identifiers, judged
 from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
@@ -44,12 +43,8 @@ def prepare(
     settings = experiment.prepare
     passages, found = read(experiment, folder)
     with _part("identifiers"):
-        if isinstance(settings.identifiers, Multiview):
-            made = identifiers.views(
-                settings, folder, passages, found.asked(measured_splits(settings))
-            )
-        else:
-            made = identifiers.docids(settings, folder, passages)
+        asked = found.asked(measured_splits(settings))
+        made = identifiers.build(settings, folder, passages, asked)
     train = settings.train_split
     opened = Opened(
         passages,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgr_jax.analysis import costs
+from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.display import harmless
 from dgr_jax.model_dir import records
 from dgr_jax.stages import pipeline
@@ -75,11 +76,14 @@ def show(grid: Grid) -> None:
 
 def _stages(grid: Grid) -> Iterator[_Planned]:
     """Every stage, once, with the first run that needs it."""
-    seen = set()
+    seen, corpora = set(), {}
     for run in grid.runs:
         experiment = grid.experiment(run)
-        flops = costs.expected_flops(experiment)
-        trained = {name for system in experiment.systems for name in experiment.training(system)}
+        collection = repr((experiment.collection, experiment.prepare.sources))
+        if collection not in corpora:
+            corpora[collection] = costs.planned_corpus(experiment)
+        flops = costs.expected_flops(experiment, corpora[collection])
+        trained = training_stages(experiment)
         for stage, settings in pipeline.settings_of(experiment).items():
             kept = grid.kept_in(stage, settings)
             if kept not in seen:

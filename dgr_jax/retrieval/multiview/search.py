@@ -24,7 +24,6 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
-from dgr_jax.identifiers.table import EOS_ID
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
@@ -38,6 +37,7 @@ from dgr_jax.retrieval.multiview.index import (
 )
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.special_tokens import EOS_ID
 
 
 @dataclass(frozen=True)
