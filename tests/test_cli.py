@@ -592,6 +592,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["reuse"] < faults["leave"] / 10
 
 
+def test_every_command_uses_freed_memory_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "reuse_memory", lambda: asked.append(True))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    cli.main(lambda _: None)
+    assert asked == []  # the memory of another program is its own
+    monkeypatch.setattr(cli.interrupts, "is_program", lambda: True)
+    cli.main(lambda _: None)
+    assert asked == [True]
+
+
 def test_other_ends_of_a_command():
     def interrupted(_):
         raise KeyboardInterrupt
@@ -734,6 +745,11 @@ def test_unknown_stage(capsys):
             "student of --model_dir; there are --k, --num_beams, --batch_size, --system",
         ),
         (("--query=why", "--model_dir=m", QUICKSTART), "--gin_file has no effect on --query"),
+        (("--query=why", "--model_dir=m", "--rerank=r.trec"), "--rerank needs --queries"),
+        (
+            ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
+            "--rerank and --report_speed exclude each other",
+        ),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )

@@ -317,3 +317,15 @@ def test_vectors_in_a_file_are_the_same(tmp_path, monkeypatch):
 def test_a_worker_opens_what_the_stage_wrote(by_one):
     opened = generation_data.reopened(generation_data.Work(Experiment().prepare, by_one))
     assert len(opened.passages) == 23 and len(opened.queries) == len(opened.qrels) == 9
+
+
+def test_beam_makes_the_examples_of_a_student_alone(monkeypatch):
+    from dgr_jax.stages import beam, dense_prepare
+    from dgr_jax.stages.prepare import STAGE
+
+    monkeypatch.setattr(beam, "check", lambda: None)
+    changed = beam.everywhere("--runner=DirectRunner")
+    made = changed(STAGE)
+    assert made.name == STAGE.name and "everywhere" in made.make.keywords
+    with pytest.raises(ValueError, match="--beam_options: got a dense retriever, expected an"):
+        changed(dense_prepare.STAGE)

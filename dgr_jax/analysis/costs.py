@@ -23,7 +23,7 @@ from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.retriever import Retriever
-from dgr_jax.stages import dense, student, systems, training_run
+from dgr_jax.stages import dense, systems, training_run
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
 
@@ -131,8 +131,7 @@ def _config(experiment: Experiment | DenseExperiment) -> T5Config:
 
 
 def _first_batch(experiment: Experiment | DenseExperiment, stage: str) -> Mapping[str, Any]:
-    of = dense if isinstance(experiment, DenseExperiment) else student
-    return of.batches(experiment, stage).batch(0)
+    return experiment.stages[stage].batches(experiment).batch(0)
 
 
 def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgr_jax.corpora import checks, lines
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 _SITE = "https://dl.fbaipublicfiles.com/dpr"
 _HOW = "(data/download_data.py of github.com/facebookresearch/DPR fetches it)"
@@ -23,7 +23,7 @@ _MARKED = 1000
 
 
 @dataclass(frozen=True)
-class DprCollection:
+class DprCollection(Collection):
     """A folder with psgs_w100.tsv and the question files of one data set, or DPR's data folder.
 
     `dataset` is the name in DPR's files: nq, trivia, webquestions, curatedtrec, squad1. A split

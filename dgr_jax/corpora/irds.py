@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 from dgr_jax.corpora import checks, lines
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 
 @dataclass(frozen=True)
-class IrDatasetsCollection:
+class IrDatasetsCollection(Collection):
     """`dataset` is the id that holds the passages, `splits` maps a split to the id of its queries.
 
     A split that is not in `splits` is the id <dataset>/<split>: with dataset="beir/scifact" the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgr_jax.corpora import checks, lines, trec
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 _SITE = "https://microsoft.github.io/msmarco/"
 _ORIGIN = f"collectionandqueries.tar.gz of {_SITE}"
@@ -22,7 +22,7 @@ _FILES = (
 
 
 @dataclass(frozen=True)
-class MsmarcoCollection:
+class MsmarcoCollection(Collection):
     """A folder with collection.tsv (pid, text) and the query and qrels files of each split.
 
     `files` has rows (split, query file, qrels file); of rows with the same split the first whose

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from dgr_jax.corpora.beir import BeirCollection
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 
 @dataclass(frozen=True)
-class QuickstartCollection:
+class QuickstartCollection(Collection):
     """The embedded BEIR folder, wherever the package is installed."""
 
     @property

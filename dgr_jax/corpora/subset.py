@@ -46,14 +46,13 @@ class Subset:
         return self.collection.inputs(splits)
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """As those of the whole collection; () of one that does not say."""
-        told = getattr(self.collection, "lacking", None)
-        return told(splits) if told else ()
+        """As those of the whole collection."""
+        return self.collection.lacking(splits)
 
     @property
     def has_queries(self) -> bool:
-        """As the whole collection; True of one that does not say."""
-        return getattr(self.collection, "has_queries", True)
+        """As the whole collection."""
+        return self.collection.has_queries
 
     def passages(self) -> Iterator[Passage]:
         """The passages of the part, in corpus order.

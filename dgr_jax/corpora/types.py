@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +65,16 @@ class Collection(Protocol):
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
         """Name -> each file that `splits` are read from, None where it is missing; without the
         files of a library or of this package."""
+
+    def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
+        """Those of the splits that have no judgements, as far as it tells; None where it is not at
+        hand."""
+        return ()
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether there are any queries, as far as it tells."""
+        return True
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order; a second call starts again."""

@@ -9,16 +9,19 @@ from typing import Any
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
-from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts, with_start
+from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
+from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Plan
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Prepare(DataRules):
     mixture: examples of each (text, passage) pair by view, of a scheme of several views.
     train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
       from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
-      `pipeline.without_labels`); then test_splits may be () too.
+      `stages.labels`); then test_splits may be () too.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
     """
@@ -70,6 +73,10 @@ class Prepare(DataRules):
                     "Sources.pseudo_queries=0, expected a rate for one of them, such as 0.5"
                 )
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
+
+    def without_labels(self) -> Prepare:
+        """The same, learning from passages and pseudo-queries."""
+        return dataclasses.replace(self, train_split="")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -116,6 +123,9 @@ class Experiment:
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, Corpus or Pretrained; None: at random.
+    further: stages of one's own; each runs after those that it reads.
+    plan: what scores all passages before a student writes, such as Lexical: the distilled student
+      with it is measured as `planned` beside the others. None: nothing.
     """
 
     model_dir: str
@@ -130,8 +140,11 @@ class Experiment:
     control: bool = True
     mesh: Mesh = Mesh()
     initial: Initial | None = None
+    further: tuple[Stage, ...] = ()
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
+        check_apart(self.prepare)
         check_initial("Experiment.initial", self.initial)
         scheme = self.prepare.identifiers
         if self.model.prefix_adaptive_layers and not scheme.codes_by_position:
@@ -150,6 +163,15 @@ class Experiment:
                     f"expected @{expected.__name__}() with identifiers of "
                     f"{type(scheme).__name__} (Prepare.identifiers)"
                 )
+        if self.plan is not None:
+            if scheme.views:
+                raise ValueError(
+                    f"Experiment.plan: got {type(self.plan).__name__} with identifiers of "
+                    f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
+                    "has one (Prepare.identifiers)"
+                )
+            assert isinstance(self.evaluate.search, Search)
+            planned.check_search(self.plan, self.evaluate.search)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -181,6 +203,11 @@ class Experiment:
         """The stages that train what is measured."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What is measured: the systems, and `planned`, the best of them with the plan."""
+        return (*self.systems, "planned") if self.plan is not None else self.systems
+
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order; the steps of `control` are those of
         `distill`."""
@@ -202,31 +229,8 @@ class Experiment:
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
-        left_out = () if self.control else ("control",)
-        stages = {
-            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
-            for name, settings in SETTINGS.items()
-        }
-        return with_start(stages, self.initial, "generate")
-
-
-# Settings of Experiment that a stage reads itself, and the stages whose output it reads.
-SETTINGS = {
-    "prepare": ("collection", "prepare"),
-    "generate": ("model", "generate", "initial"),
-    "candidates": ("candidates",),
-    "teach": ("teach",),
-    "distill": ("distill",),
-    "control": ("distill", "generate"),
-    "evaluate": ("evaluate",),
-}
-UPSTREAM = {
-    "prepare": (),
-    "generate": ("prepare",),
-    "candidates": ("generate",),
-    "teach": ("candidates",),
-    "distill": ("teach",),
-    "control": ("generate",),
-    "evaluate": ("distill", "control"),
-}
-STAGES = tuple(SETTINGS)
+        control = ("student:CONTROL",) if self.control else ()
+        trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
+        return listed(
+            "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )

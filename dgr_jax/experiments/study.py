@@ -10,7 +10,7 @@ from typing import Any
 from dgr_jax import ranges
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
 
-SYSTEMS = ("bm25", "generate", "control", "distill", "dense", "refresh")
+SYSTEMS = ("bm25", "generate", "control", "distill", "planned", "dense", "refresh")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import batching, exact_search, trained
-from dgr_jax.retrieval.batching import Shapes
+from dgr_jax.retrieval.batching import ReadsTokens, Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.settings import without_effect
@@ -227,7 +227,7 @@ def load(
 
 
 @dataclass(frozen=True)
-class Searcher:
+class Searcher(ReadsTokens):
     """A dual encoder and an index of its passages, ready to answer token batches.
 
     Its results are those of `generative.Decoder`, so what retrieves with one can with the other.

@@ -45,7 +45,12 @@ def answer(args: argparse.Namespace) -> None:
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
-        run = retriever.run(queries)
+        if args.rerank:
+            given = trec.run_in_memory(trec.runs(args.rerank))
+            ranked = retriever.rerank(queries, given)
+            run = {qid: passages[: args.k] for qid, passages in ranked.items()}
+        else:
+            run = retriever.run(queries)
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
         logger.info("wrote the passages of %d queries to %s", len(run), args.output)
@@ -67,6 +72,7 @@ def _written(query: str) -> str:
 _LIMITS = {
     "num_beams": "the beams (--num_beams)",
     "passages": "all of them",
+    "planned": "the passages that are planned (Lexical.planned)",
     "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
 }
 

@@ -18,14 +18,18 @@ from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.stage import Stage
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK, scored_passages
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
+from dgr_jax.retrieval.planned import check_corpus
+from dgr_jax.retrieval.retriever import write_plan
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import judged
+from dgr_jax.stages.measures import check_measures
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import decoder
+from dgr_jax.stages.systems import open_system
 from dgr_jax.training import metrics, validation
 
 if TYPE_CHECKING:
@@ -43,7 +47,9 @@ def evaluate(experiment: Experiment, folder: Path) -> None:
     """Measures every student; see `measure`."""
     made = Prepared.load(experiment.model_dir)
     search = search_of(experiment, made)
-    measure(experiment, folder, made, lambda system: decoder(experiment, system, search, made))
+    if processes.first() and experiment.plan is not None:
+        write_plan(folder, experiment.plan)
+    measure(experiment, folder, made, lambda system: open_system(experiment, system, search, made))
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
@@ -89,7 +95,7 @@ def measure(
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
         evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
     values: dict[str, dict[str, Values]] = {}
-    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.systems]:
+    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.measured]:
         runs = {split: _kept_run(experiment, system, split, bool(own[split])) for split in splits}
         _search(experiment, made, system, opened, queries, runs, own)
         if processes.first():
@@ -150,7 +156,8 @@ def first_test_split(experiment: Experiment | DenseExperiment) -> str:
 
 def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
     """The file of a system's run, named by what is asked of it; BM25's lies with the corpus, and is
-    named by its settings too, but for BM25 of words, as it always was.
+    named by its settings too, but for BM25 of words, as it always was; that of `planned` lies with
+    its student, and is named by the plan too.
 
     own: whether queries are passages, which are left out of the run.
     """
@@ -158,9 +165,12 @@ def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str,
     student = system != "bm25"
     asked = (settings.search if student else settings.search.depth, settings.max_queries)
     drawn = settings.seed if settings.max_queries else 0
-    baseline = [] if student or settings.baseline == WORDS else [settings.baseline]
-    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own, *baseline]))
-    folder = Path(experiment.model_dir) / (system if student else "prepare") / "runs"
+    more = [experiment.plan] if system == "planned" else []
+    if not student and settings.baseline != WORDS:
+        more = [settings.baseline]
+    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own, *more]))
+    stage = {"bm25": "prepare", "planned": "distill"}.get(system, system)
+    folder = Path(experiment.model_dir) / stage / "runs"
     return folder / f"{system}.{split}-{mark}.trec"
 
 
@@ -240,9 +250,8 @@ def _blocks(queries: dict[str, Item]) -> Iterator[dict[str, Item]]:
 
 
 def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
-    length = student.query_length
-    tokens = (made.vocabulary.encode_inputs(list(b.values()), length) for b in _blocks(queries))
-    found = student.passages_of_blocks(tokens)
+    encoded = (student.encode(made.vocabulary, list(b.values())) for b in _blocks(queries))
+    found = student.passages_of_blocks(encoded)
     for block, (passages, scores) in zip(_blocks(queries), found, strict=True):
         yield scored_passages(list(block), passages, scores, made.store.pids)
 
@@ -319,6 +328,7 @@ def _compare(
     COMPARED and every measure of answers."""
     pairs = [
         ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),
+        ("planned", "bm25"), ("planned", "distill"),
         ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"),
     ]  # fmt: skip
     return [
@@ -353,9 +363,9 @@ def _plot(
         title = f"Success@k, {first_test_split(experiment)}"
         plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
-    # BM25 has no curve, but a colour: the others have theirs in both plots.
+    # BM25 and a plan have no curve, but a colour: the others have theirs in both plots.
     rows = {
-        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s != "bm25" else ()
+        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in experiment.systems else ()
         for s in values
     }
     plots.training_curves(rows, folder / "training_curves.png")
@@ -452,3 +462,28 @@ def _remarks(
             f"passages of {ties:,} queries have equal scores, and stand in the order of their "
             "pids; other tools may order them otherwise"
         )
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Without the plan where there is none, so that older stages stay."""
+    plan = {} if experiment.plan is None else {"plan": experiment.plan}
+    return {"evaluate": experiment.evaluate, **plan}
+
+
+def _check(experiment: Experiment) -> None:
+    """Raises ValueError where measures cannot be taken, or the prepared corpus is too small for the
+    plan."""
+    check_measures(experiment)
+    report = Path(experiment.model_dir) / "prepare" / "report.json"
+    if experiment.plan is not None and report.is_file():
+        with kept.reading(report):
+            check_corpus(experiment.plan, kept.read_json(report)["passages"])
+
+
+STAGE = Stage(
+    "evaluate",
+    evaluate,
+    settings=_settings,
+    upstream=lambda e: ("distill", "control") if e.control else ("distill",),
+    check=_check,
+)

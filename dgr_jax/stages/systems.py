@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, processes
 from dgr_jax.decoding import trie
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.retrieval.planned import PlannedDecoder
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.training_run import with_vocabulary
 
 
-def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
+def model_config(experiment: Experiment | PseudoQueries, vocab_size: int) -> T5Config:
     """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
     return with_vocabulary(experiment.model, vocab_size)
 
@@ -28,6 +30,18 @@ def _trained(experiment: Experiment, system: str) -> Any:
     mesh = partitioning.make_mesh(experiment.mesh)
     folder = Path(experiment.model_dir) / system
     return trained.params(folder, model, mesh, experiment.mesh.rules)
+
+
+def open_system(
+    experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
+) -> Decoder | MultiviewDecoder | PlannedDecoder:
+    """What is measured as `system`, ready to retrieve: a student, or one with the plan."""
+    if system != "planned":
+        return decoder(experiment, system, search, made)
+    plans, keep = made.folder / "plans", processes.first()
+    planner = experiment.plan.planner(made.store, plans, keep=keep)
+    student = decoder(experiment, "distill", search, made)
+    return PlannedDecoder.of(student, experiment.plan, planner)
 
 
 def decoder(

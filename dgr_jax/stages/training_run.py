@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
@@ -16,6 +19,8 @@ from dgr_jax.models.t5 import T5Config
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
+
+Settings = Callable[[Any], Mapping[str, Any]]  # see `Stage.settings`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,26 @@ def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
             "text pieces and docid codes of this experiment (0 takes just those)"
         )
     return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
+
+
+def validated(settings: Settings, *trained: str) -> Settings:
+    """Those of a training stage and, where one of its `trained` asks for it, the search for the
+    questions that are held out."""
+
+    def of(experiment: Any) -> Mapping[str, Any]:
+        own = settings(experiment)
+        if not any(getattr(experiment, name).validate_every for name in trained):
+            return own
+        return {**own, "validation_search": experiment.evaluate.validation_search}
+
+    return of
+
+
+def check_batches(experiment: Any, stage: str, settings: Training, *sizes: str) -> None:
+    """Raises ValueError where the devices that are here cannot share these batches of a stage."""
+    mesh = partitioning.mesh_sizes(experiment.mesh, jax.device_count())
+    shards = math.prod(mesh[axis] for axis in partitioning.BATCH_AXES)
+    settings.check_shards(stage, shards, *sizes)
 
 
 def train(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dgr_jax.analysis import costs
-from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.display import harmless
 from dgr_jax.model_dir import records
 from dgr_jax.stages import pipeline
@@ -83,10 +82,10 @@ def _stages(grid: Grid) -> Iterator[_Planned]:
         if collection not in corpora:
             corpora[collection] = costs.planned_corpus(experiment)
         flops = costs.expected_flops(experiment, corpora[collection])
-        trained = training_stages(experiment)
+        trains = {name for name, stage in experiment.stages.items() if stage.batches}
         for stage, settings in pipeline.settings_of(experiment).items():
             kept = grid.kept_in(stage, settings)
             if kept not in seen:
                 seen.add(kept)
                 done = records.is_done(kept, settings)
-                yield _Planned(run, stage, kept, stage in trained, flops.get(stage), done)
+                yield _Planned(run, stage, kept, stage in trains, flops.get(stage), done)

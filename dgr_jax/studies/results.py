@@ -31,6 +31,10 @@ def rows(grid: Grid) -> list[Row]:
             elif system in states[0]:
                 searched = fingerprint(describe(grid.experiment(group[0]).evaluate))
                 made_of = (searched, *(state[system][1] for state in states))
+            elif system in grid.experiment(group[0]).measured:  # a student with a plan
+                asked = [grid.experiment(group[0]).evaluate, grid.experiment(group[0]).plan]
+                searched = fingerprint(describe(asked))
+                made_of = (searched, *(state["distill"][1] for state in states))
             else:
                 continue
             named = {**labels, "system": system}
@@ -64,8 +68,8 @@ def _row(grid: Grid, labels: dict[str, str], runs: Sequence[Run]) -> Row:
 
 
 def _costs(grid: Grid, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
-    """What `dgr_jax.analysis.costs` measures, once: it is kept beside the runs."""
-    if system == "bm25" or not (grid.study.costs or grid.study.drift):
+    """What `dgr_jax.analysis.costs` measures of a student, once: it is kept beside the runs."""
+    if system not in experiment.systems or not (grid.study.costs or grid.study.drift):
         return {}
     path = folder / "evaluate" / f"costs-{system}.json"
     asked = {"split": grid.study.split, "drift": grid.study.drift}

@@ -25,7 +25,7 @@ from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.batching import Found, ReadsTokens
 from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.multiview.index import (
     MultiviewIndex,
@@ -74,7 +74,7 @@ class MultiviewSearch:
 
 
 @dataclass
-class MultiviewDecoder:
+class MultiviewDecoder(ReadsTokens):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
