@@ -184,7 +184,7 @@ def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():
 def test_every_setting_of_an_experiment_is_read_by_a_stage():
     read = {name for stage in BASE.stages.values() for name in stage.settings(BASE)}
     names = {field.name for field in dataclasses.fields(Experiment)}
-    assert names - read == {"model_dir", "control", "mesh", "further"}
+    assert names - read == {"model_dir", "control", "mesh", "further", "plan"}
 
 
 def test_stages_stand_after_those_that_they_read():

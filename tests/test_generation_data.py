@@ -168,7 +168,7 @@ def test_arrays_and_records_are_those_of_the_seqio_tasks(by_one):
 
     settings, vocabulary = Experiment().prepare, Vocabulary.load(by_one)
     rates = settings.sources.rates()
-    tasks.register("cut", tasks.Prepared(by_one / "tfds", vocabulary, rates))
+    tasks.register("cut", tasks.PreparedExamples(by_one / "tfds", vocabulary, rates))
     # The third part of the judgements holds only one of relevance 0, which gives no example.
     shards = Counter(p.name.split(".")[0] for p in by_one.glob("tfds/**/*.tfrecord*"))
     assert shards == {f"examples-{s}": n for s, n in zip(rates, (2, 5, 5), strict=True)}

@@ -111,7 +111,7 @@ def _search(
 ) -> CapacityPlan:
     settings, k = experiment.evaluate.search.index, experiment.evaluate.search.depth
     dim, chips = experiment.model.dim, topology.size
-    index = exact_search.Plan.of(passages, dim, settings, chips)
+    index = exact_search.BlockPlan.of(passages, dim, settings, chips)
     queries, rows = settings.batch_size, index.rows
     scores = 4.0 * queries * rows / index.chunks  # of a chunk, kept twice
     held = rows * settings.row_bytes(dim)
@@ -154,7 +154,7 @@ def advice(found: CapacityPlan, experiment: DenseExperiment, passages: int) -> l
             say.append("--gin.T5Config.remat=full")
         return say
     settings, memory = experiment.evaluate.search.index, found.topology.chip.memory
-    index = exact_search.Plan.of(passages, experiment.model.dim, settings, found.topology.size)
+    index = exact_search.BlockPlan.of(passages, experiment.model.dim, settings, found.topology.size)
     each = settings.row_bytes(experiment.model.dim) * -(-passages // found.topology.size)
     say = []
     if index.blocks > 1:

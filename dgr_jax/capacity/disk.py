@@ -127,7 +127,7 @@ def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
         yield weights._replace(on_device=0.0)
         yield Line(stage, f"vectors of {dim} float32", 4.0 * corpus.passages * dim)
     search = experiment.evaluate.search.index
-    index = exact_search.Plan.of(corpus.passages, dim, search, 1)
+    index = exact_search.BlockPlan.of(corpus.passages, dim, search, 1)
     parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
     yield Line("evaluate", "parameters", 0, weights.on_device)
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)

@@ -24,7 +24,7 @@ class QuickstartCollection(Collection):
         _reader().check(splits)
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, None]:
-        """None that a user could change."""
+        """Empty: a user can change none of the embedded files."""
         return {}
 
     def passages(self) -> Iterator[Passage]:

@@ -1,4 +1,4 @@
-"""The five records that every reader yields and every writer takes."""
+"""The five records that readers yield and writers take, and what a collection offers."""
 
 from __future__ import annotations
 
@@ -63,17 +63,19 @@ class Collection(Protocol):
         """Raise FileNotFoundError naming every missing file, its columns and how to get it."""
 
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
-        """Name -> each file that `splits` are read from, None where it is missing; without the
-        files of a library or of this package."""
+        """Name -> file, for the files that `splits` are read from; None where a file is missing.
+
+        Files that come with a library or with this package are left out.
+        """
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """Those of the splits that have no judgements, as far as it tells; None where it is not at
-        hand."""
+        """The names among `splits` that have no judgements, as far as the collection can tell; None
+        where its files are missing."""
         return ()
 
     @property
     def has_queries(self) -> bool:
-        """Whether there are any queries, as far as it tells."""
+        """Whether there are any queries, as far as the collection can tell."""
         return True
 
     def passages(self) -> Iterator[Passage]:

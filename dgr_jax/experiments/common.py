@@ -17,7 +17,7 @@ from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
-from dgr_jax.teaching.teachers import Teacher
+from dgr_jax.teaching.teacher import Teacher
 from dgr_jax.training.objectives import Objective
 from dgr_jax.training.optimizers import Optimizer
 

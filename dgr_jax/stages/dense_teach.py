@@ -20,7 +20,7 @@ from dgr_jax.stages.judged import self_hits
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.teaching.list_recipes import RankLists
-from dgr_jax.teaching.teachers import Coverage
+from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)

@@ -136,7 +136,9 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
         from dgr_jax.data.feature_converters import GenerationConverter
 
     rates = settings.sources.rates()
-    task_file(settings.tasks).register(tasks.Prepared(folder / "tfds", made.vocabulary, rates))
+    task_file(settings.tasks).register(
+        tasks.PreparedExamples(folder / "tfds", made.vocabulary, rates)
+    )
     lengths = {"inputs": settings.query_length, "targets": made.length}
     for source in rates:
         task, written = f"{settings.tasks}_{source}", folder / "arrays" / source

@@ -24,7 +24,7 @@ from dgr_jax.stages.candidates import training_queries
 from dgr_jax.stages.inputs import named_by
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.teaching.list_recipes import RankLists
-from dgr_jax.teaching.teachers import Coverage
+from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays, packing
 
 logger = logging.getLogger(__name__)
