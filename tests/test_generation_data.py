@@ -53,6 +53,7 @@ class Collection:
 
 class Experiment:
     collection = Collection()
+    plan = None
 
     def __init__(self, **sources):
         self.prepare = Prepare(
