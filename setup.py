@@ -31,6 +31,7 @@ setup(
         "dgr_jax.gin_configs.runs": ["*.gin"],
         "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.gin_configs.t5x": ["*.gin"],
+        "dgr_jax": ["py.typed"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[
@@ -58,6 +59,7 @@ setup(
             "filelock>=3.12",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
+            "mypy>=2.2",
             "nbclient>=0.10",
             "nbformat>=5.9",
             "pydivsufsort>=0.0.18",

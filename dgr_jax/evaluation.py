@@ -119,7 +119,9 @@ class Comparison:
         )
 
 
-def compare(measure: str, a: Sequence[float], b: Sequence[float]) -> Comparison:
+def compare(
+    measure: str, a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray
+) -> Comparison:
     """Compares systems a and b by one value for each query, in the same order for both.
 
     The p-value is that of `paired_randomization_test`.
@@ -219,10 +221,13 @@ def answer_hits(
 
     Raises ValueError for a measure of another kind.
     """
-    cutoffs = {name: answer_cutoff(name) for name in measures}
-    if None in cutoffs.values():
-        name = next(name for name, k in cutoffs.items() if k is None)
-        raise ValueError(f"unknown measure {name!r} of answers: expected 'AnswerHits@5' or alike")
+    cutoffs = {}
+    for name in measures:
+        if (cutoff := answer_cutoff(name)) is None:
+            raise ValueError(
+                f"unknown measure {name!r} of answers: expected 'AnswerHits@5' or alike"
+            )
+        cutoffs[name] = cutoff
     ranks = answer_ranks(run, queries, passage_text, depth=max(cutoffs.values(), default=1))
     return {
         name: {qid: float(rank is not None and rank <= k) for qid, rank in ranks.items()}

@@ -224,7 +224,7 @@ def _spec(
         if name is not None and name not in known:
             raise ValueError(f"{path}: got logical axis {name!r}, expected one of {sorted(known)}")
     spec = []
-    for size, axes in zip(shape, nn.logical_to_mesh_axes(names, rules), strict=True):
+    for size, axes in zip(shape, nn.logical_to_mesh_axes(names, rules) or (), strict=True):
         flat = (axes,) if isinstance(axes, str) else axes or ()
         parts = math.prod(mesh.shape[axis] for axis in flat)
         if size % parts:
@@ -285,7 +285,7 @@ def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """
     shards = batch_shards(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    rows = sorted({index[0].indices(shards)[0] for index in held.values()})
+    rows = sorted({index[0].indices(shards)[0] for index in held.values() if index})
     first, size = rows[0], len(rows)
     together = rows == list(range(first, first + size))
     return (first // size, shards // size) if together and not first % size else (0, 1)
@@ -316,7 +316,7 @@ def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 def _place_rows(rows: np.ndarray, size: int, first: int, sharding: NamedSharding) -> jax.Array:
     """The rows from `first` on of a global array with `size` rows -> that array."""
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(size)
         return rows[start - first : stop - first]
 

@@ -176,7 +176,7 @@ def _log_scale(axes: Axes, values: Sequence[float]) -> None:
 def _success_axes(axes: Axes, ks: Sequence[int]) -> None:
     _log_scale(axes, ks)
     axes.set_xlim(ks[0] * 0.93, ks[-1])
-    lowest = min(min(line.get_ydata()) for line in axes.get_lines())
+    lowest = min(np.asarray(line.get_ydata()).min() for line in axes.get_lines())
     axes.set_ylim(max(0.0, math.floor(lowest * 10 - 0.5) / 10), 1.0)
     axes.set_xlabel("k (passages looked at)")
     axes.set_ylabel("share of queries with a hit")
@@ -186,11 +186,13 @@ def _name_the_lines(axes: Axes) -> None:
     """Writes each system's name at the end of its line, moved apart where lines end together."""
     lines = axes.get_lines()
     low, high = axes.get_ylim()
-    heights = _spread([line.get_ydata()[-1] for line in lines], 0.052 * (high - low), high)
-    right = max(line.get_xdata()[-1] for line in lines)
+    heights = _spread(
+        [np.asarray(line.get_ydata())[-1] for line in lines], 0.052 * (high - low), high
+    )
+    right = max(np.asarray(line.get_xdata()).max() for line in lines)
     for line, height in zip(lines, heights, strict=True):
         axes.annotate(
-            line.get_label(), (right, height), xytext=(9, 0), textcoords="offset points",
+            str(line.get_label()), (right, height), xytext=(9, 0), textcoords="offset points",
             va="center", color=line.get_color(), fontweight="bold", annotation_clip=False,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dgr_jax import processes
 from dgr_jax.config import cli, running
@@ -27,7 +28,7 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    changed = {}
+    changed: dict[str, Any] = {}
     if args.beam_options is not None:
         from dgr_jax.stages import beam
 

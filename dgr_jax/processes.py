@@ -52,7 +52,7 @@ def settings(given: dict[str, str | None]) -> dict[str, Any] | None:
     {} where JAX shall find them, in a SLURM step with several tasks; None where this process works
     alone. Raises ValueError where only some of them are given, or one is no number.
     """
-    joined = {name: given.get(name) or os.environ.get(v) for name, v in VARIABLES.items()}
+    joined = {name: given.get(name) or os.environ.get(v, "") for name, v in VARIABLES.items()}
     missing = [f"--{name} ({VARIABLES[name]})" for name, value in joined.items() if not value]
     if len(missing) == len(joined):
         return {} if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
@@ -62,15 +62,14 @@ def settings(given: dict[str, str | None]) -> dict[str, Any] | None:
     if not address.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator_address: got {address!r}, expected HOST:PORT")
     for name in ("num_processes", "process_id"):
-        if not joined[name].isdigit():
+        if not joined[name].isdecimal():
             raise ValueError(f"--{name}: got {joined[name]!r}, expected a number")
-        joined[name] = int(joined[name])
-    if not joined["process_id"] < joined["num_processes"]:
+    count, index = int(joined["num_processes"]), int(joined["process_id"])
+    if not index < count:
         raise ValueError(
-            f"--process_id: got {joined['process_id']}, expected a number below --num_processes="
-            f"{joined['num_processes']}"
+            f"--process_id: got {index}, expected a number below --num_processes={count}"
         )
-    return joined if joined["num_processes"] > 1 else None
+    return joined | {"num_processes": count, "process_id": index} if count > 1 else None
 
 
 def start(given: dict[str, Any]) -> None:
@@ -90,6 +89,7 @@ def start(given: dict[str, Any]) -> None:
 
     state = distributed.global_state
     if state.num_processes > 1:
+        assert state.coordinator_address is not None
         _group = _Group(state.client, state.process_id, state.num_processes)
         _group.open(state.coordinator_address)
 
@@ -232,7 +232,7 @@ class _Group:
         self._lock = threading.Lock()
         self._step: int | None = None  # the last finished step of a loop; None outside a loop
         self._stopping = False
-        self.signal = signal.SIGTERM  # the signal that stops them
+        self.signal: int = signal.SIGTERM  # the signal that stops them
         self._pressed = 0.0  # the time of the first Ctrl-C in this process
         self._last: int | None = None  # the step to stop after
         self._closed = threading.Event()

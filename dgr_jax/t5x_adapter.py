@@ -71,11 +71,12 @@ class PreparedCollection:
             )
         self.settings: dict[str, Any] = settings
         self.made = Prepared.load(self.folder)
-        if self.made.table is None:
+        if (table := self.made.table) is None:
             raise ValueError(
                 f"PREPARED: {self.folder} has identifiers of several views; expected one a "
                 "passage, such as Prepare.identifiers = @ResidualQuantization()"
             )
+        self.table = table
         self.index = trie.load(self.made.folder / "trie")
         self._register()
 
@@ -93,7 +94,7 @@ class PreparedCollection:
                 f"{name}_{split}",
                 made.vocabulary,
                 list(self._questions(split)),
-                known=lambda tokens: made.table.lookup(tokens) >= 0,
+                known=lambda tokens: self.table.lookup(tokens) >= 0,
             )
 
     def _parts(self) -> list[str]:
@@ -106,7 +107,7 @@ class PreparedCollection:
 
     def _questions(self, split: str) -> Any:
         """(text, identifiers of its positives int32 [n, T], best first) of each judged query."""
-        table, store = self.made.table, self.made.store
+        table, store = self.table, self.made.store
         rows, qrels = table.rows_of_passages(), self.made.qrels(split)
         for qid, query in self.made.queries(split).items():
             judged = sorted(qrels.get(qid, {}).items(), key=lambda item: -item[1])
@@ -117,7 +118,7 @@ class PreparedCollection:
 
     def lengths(self, *, rank_lists: bool = False) -> dict[str, int | tuple[int, ...]]:
         """Task feature lengths of the generation tasks, or of the rank lists."""
-        target = self.made.table.tokens.shape[1]
+        target = self.table.tokens.shape[1]
         lengths = {"inputs": self.settings["query_length"], "targets": target}
         if not rank_lists:
             return lengths

@@ -18,7 +18,7 @@ case $1 in
   -m)
     echo "$0 ${*:2}" >> "$FAKE/calls"
     if [[ $2 == venv ]]; then
-      mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/ruff"
+      mkdir -p "$3/bin"; for program in python ruff mypy; do cp "$0" "$3/bin/$program"; done
     elif [[ $2 == pytest ]]; then
       echo "1 passed"; ! grep -qsx -- "${*:2}" "$FAKE/fail"
     fi ;;
@@ -79,9 +79,10 @@ def test_the_newest_and_the_oldest(run):
         f"venv-oldest/bin/python pytest {DEFAULT}",
         f"venv-newest/bin/python pytest {SLOW}",
     ]
-    assert [call for call in calls if "ruff" in call] == [
+    assert [call for call in calls if "ruff" in call or "mypy" in call] == [
         "venv-newest/bin/ruff format --check .",
         "venv-newest/bin/ruff check .",
+        "venv-newest/bin/mypy dgr_jax",
     ]
     assert done.stdout.count("1 passed") == 3
 

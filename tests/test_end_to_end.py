@@ -631,6 +631,7 @@ def test_the_wheel_holds_everything(wheel):
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix in (".py", ".gin", ".jsonl", ".tsv"):
                 assert f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
+    assert "dgr_jax/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "gin_configs", "tasks"))]
 
 

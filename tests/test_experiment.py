@@ -320,3 +320,13 @@ def test_defaults_that_fingerprints_are_compared_with_are_plain_values():
         for field in dataclasses.fields(component):
             if field.metadata.get("fingerprint") == "unless default":
                 assert isinstance(field.default, (bool, int, float, str, tuple)), field
+
+
+def test_every_setting_says_of_what_type_it_is():
+    untyped = [
+        f"{component.__name__}.{field.name}"
+        for component in configurables._components()
+        for field in dataclasses.fields(component)
+        if str(field.type) in ("Any", "Any | None")
+    ]
+    assert untyped == []

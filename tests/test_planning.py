@@ -42,6 +42,8 @@ def test_a_loop_that_ends_by_its_data_runs_as_often_as_it_is_told():
     text = jax.jit(search).lower(jnp.zeros((8, 8))).compile().as_text()
     assert hlo.cost(text).unknown == 1
     assert hlo.cost(text, unknown_trips=7).flops == 7 * 2 * 8**3
+    with pytest.raises(ValueError, match="instruction of XLA: got .*, expected 'body="):
+        hlo.cost(text.replace("body=", "what="))
 
 
 def test_the_dearest_branch_counts():

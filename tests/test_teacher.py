@@ -427,6 +427,7 @@ def test_top_m_is_the_list_as_it_is_with_the_positive_ensured():
     qrels = {"q1": {"a": 1}, "q2": {"a": 1, "c": 2}, "q3": {"b": 1}, "q5": {"a": 1}, "q6": {"a": 1}}
     lists = select(TopM(size=3), ranked, qrels)
     assert lists.passages.tolist() == [[3, 0, 1], [3, 0, 2], [1, 0, -1]]
+    assert (TopM(size=3).lists_a_query, TopM(size=3).length) == (1, 3)
     assert lists.teacher_scores.tolist() == [[4, 3, 2], [4, 3, 1], [2, 1, 0]]
     assert lists.positives.tolist() == [1, 2, 0]
     assert lists.positive_passages.tolist() == [0, 2, 1]
@@ -484,7 +485,7 @@ def test_two_lists_share_the_negatives_of_the_student(seed):
     lists = recipe.select(
         ranked.items(), qids=["q"], store=BIG, qrels=qrels, candidates={"q": student}, seed=seed
     )
-    assert lists.passages.shape == (2, 5)
+    assert lists.passages.shape == (2, 5) == (recipe.lists_a_query, recipe.length)
     place = {p.pid: i for i, p in enumerate(ranked["q"])}
     negatives = []
     for row, positive, scores in zip(

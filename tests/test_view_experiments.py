@@ -53,6 +53,11 @@ def test_rank_lists_have_the_scores_of_search(made):
         assert not np.any(scores[query, number:])
 
 
+def test_the_report_says_where_spans_begin(made):
+    body = made[3].report["body"]
+    assert body["spans_begin_anywhere"] is False and 0.1 < body["begin_a_word"] <= 1
+
+
 def test_keys_leave_the_padding_of_the_search_out(made):
     vocabulary, indexes, _, _ = made
     found = found_by(vocabulary, indexes)
@@ -293,6 +298,7 @@ def test_titles_and_pseudo_queries_without_the_text(tmp_path):
         "title", "query",
     }  # fmt: skip
     assert indexes.num_tokens == found.report["body"]["tokens"] > 50
+    assert "spans_begin_anywhere" not in found.report["body"]
     ranked = found_by(vocabulary, indexes)
     assert all(len(one.passages) for one in ranked)
     lists, counts = keyed(ranked, indexes), Counter()

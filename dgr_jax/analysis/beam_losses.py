@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir.measurements import read_kept, write_kept
@@ -35,7 +36,7 @@ def measured(
     """
     path = folder / "evaluate" / f"beams-{system}.json"
     asked = {"split": split or first_test_split(experiment), "spread": spread}
-    kept = read_kept(path)
+    kept: dict[str, Any] = read_kept(path)
     if kept.get("asked") != asked:
         kept = {"asked": asked, "lost": {}}
     missing = [width for width in beams if str(width) not in kept["lost"]]

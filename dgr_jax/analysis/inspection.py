@@ -259,7 +259,9 @@ class Inspection:
         split = self._split(split)
         values = {system: by_split[split] for system, by_split in self.measured.items()}
         names = list(dict.fromkeys(name for row in values.values() for name in row))
-        rows = [(system, *(row.get(name) for name in names)) for system, row in values.items()]
+        rows: list[Any] = [
+            (system, *(row.get(name) for name in names)) for system, row in values.items()
+        ]
         best = {
             (place, i)
             for i in range(1, len(names) + 1)

@@ -88,10 +88,10 @@ def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense")
     prepare, is_refresh = experiment.prepare, stage == "refresh"
     rows = experiment.training(stage)[stage].batch_size
     negatives = experiment.mined if is_refresh else experiment.negatives
-    taught = experiment.teach is not None and not is_refresh
+    teach = None if is_refresh else experiment.teach
     length = experiment.lists.positives
-    if taught:
-        length = programs.list_size(experiment.teach.lists)
+    if teach is not None:
+        length = teach.lists.length
     elif negatives.source != "in_batch":
         length += negatives.count
     read = {
@@ -101,7 +101,7 @@ def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense")
         "positive_mask": ((rows, length), jnp.bool_),
         "passages": ((rows, length), jnp.int32),
     }
-    if taught:
+    if teach is not None:
         read["teacher_scores"] = ((rows, length), jnp.float32)
     return {name: abstract(mesh, *found) for name, found in read.items()}
 

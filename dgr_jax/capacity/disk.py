@@ -17,7 +17,6 @@ from rich.table import Table
 from dgr_jax import display
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.counting import corpus_of
-from dgr_jax.capacity.programs import list_size
 from dgr_jax.capacity.sizes import (
     PreparedSizes,
     estimated_sizes,
@@ -70,8 +69,10 @@ def given(text: str) -> CorpusSize:
 def lines(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     """Everything of some size that an experiment writes."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
-    of = _dense if isinstance(experiment, DenseExperiment) else _generative
-    yield from of(experiment, corpus)
+    if isinstance(experiment, DenseExperiment):
+        yield from _dense(experiment, corpus)
+    else:
+        yield from _generative(experiment, corpus)
 
 
 def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
@@ -166,8 +167,8 @@ def _pools(stage: str, negatives: Negatives, queries: int) -> Line:
 
 def _rank_lists(teach: Teach, asked: int, entry: int, query: int = 0) -> Line:
     """entry: bytes of a passage of a list; query: of its query."""
-    lists = asked * (2 if hasattr(teach.lists, "negatives") else 1)
-    width = list_size(teach.lists)
+    lists = asked * teach.lists.lists_a_query
+    width = teach.lists.length
     return Line("teach", f"{lists:,} rank lists of {width}", lists * (query + width * entry))
 
 
@@ -228,7 +229,7 @@ def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) ->
     written = list(lines(experiment, corpus))
     for line in written:
         table.add_row(line.stage, line.what, *map(_readable, (line.size, line.on_device)))
-    disk, device = (sum(line[place] for line in written) for place in (2, 3))
+    disk, device = sum(line.size for line in written), sum(line.on_device for line in written)
     table.add_row("", "together", _readable(disk), _readable(device))
     console.print(table)
     scheme, limit = getattr(experiment.prepare, "identifiers", None), (1 << 31) - 1

@@ -120,7 +120,7 @@ class _Reader:
         return Cost(0.0, moved)
 
     def _loop(self, one: Instruction, fused: bool) -> Cost:
-        body = self.of(re.search(r"body=%?([\w.-]+)", one.attributes)[1], fused=fused)
+        body = self.of(_required(r"body=%?([\w.-]+)", one.attributes)[1], fused=fused)
         trips = self._trips(one)
         if trips is not None:
             return body.times(trips)
@@ -130,7 +130,7 @@ class _Reader:
         """Runs of a loop's body: as XLA noted, or of a loop that counts from 0 to a constant."""
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', one.attributes):
             return int(noted[1])
-        name = re.search(r"condition=%?([\w.-]+)", one.attributes)[1]
+        name = _required(r"condition=%?([\w.-]+)", one.attributes)[1]
         condition = self.found[name]
         names = [name, *condition.root.called]
         inside = [i for n in names if n in self.found for i in self.found[n].instructions.values()]
@@ -197,6 +197,13 @@ def _numbers(pattern: str, text: str) -> list[int]:
     return [int(i) for i in found[1].split(",") if i] if found else []
 
 
+def _required(pattern: str, attributes: str) -> re.Match[str]:
+    """What XLA always writes. Raises ValueError where it is not there."""
+    if (match := re.search(pattern, attributes)) is None:
+        raise ValueError(f"instruction of XLA: got {attributes!r}, expected {pattern!r} in it")
+    return match
+
+
 def _shape(inside: Computation, name: str) -> tuple[int, ...]:
     return inside.instructions[name].arrays[0].shape
 
@@ -208,7 +215,7 @@ def _dot_flops(one: Instruction, inside: Computation) -> float:
 
 
 def _convolution_flops(one: Instruction, inside: Computation) -> float:
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    labels = _required(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     left, right = (_shape(inside, name) for name in one.operands[:2])
     result = one.arrays[0].shape
     sizes = dict(zip(labels[1], left, strict=True))

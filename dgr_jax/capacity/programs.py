@@ -16,7 +16,7 @@ from dgr_jax.decoding.trie_expand import TrieConstraint
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import decode_fn
+from dgr_jax.retrieval.generative import Search, decode_fn
 from dgr_jax.training.step import abstract_state, make_train_step
 
 PROGRAMS = ("generate", "distill", "decode")
@@ -98,15 +98,10 @@ def abstract_batch(
     generation = _generation_batch(mesh, settings.examples, *shape)
     if name != "distill":
         return generation
-    size = list_size(experiment.teach.lists)
+    size = experiment.teach.lists.length
     lists = {"rank_list": _list_batch(mesh, settings.list_batch_size, size, *shape)}
     # Without examples of their own, the target of each list's query.
     return lists | ({"generation": generation} if settings.batch_size else {})
-
-
-def list_size(lists: Any) -> int:
-    """Passages of a rank list of a recipe."""
-    return getattr(lists, "size", 0) or lists.negatives + 1
 
 
 def program(
@@ -124,7 +119,7 @@ def program(
     batch = abstract_batch(name, experiment, sizes, mesh)
     shape = ProgramShape(settings.batch_size, query_length, 1, sizes.length)
     if name == "distill":
-        rows, size = settings.list_batch_size, list_size(experiment.teach.lists)
+        rows, size = settings.list_batch_size, experiment.teach.lists.length
         both = rows + settings.batch_size
         targets = (rows * size + settings.examples) / both
         shape = ProgramShape(both, query_length, targets, sizes.length)
@@ -162,7 +157,7 @@ def step_program(
     }
 
     def lower() -> Any:
-        step = make_train_step(
+        step: Any = make_train_step(
             *(settings.objective, model, optimizer, mesh, state),
             microbatches=settings.microbatches,
             rules=rules,
@@ -176,13 +171,16 @@ def _search(
     experiment: Experiment, config: T5Config, sizes: PreparedSizes, mesh: Any, rules: Any
 ) -> Program:
     search = experiment.evaluate.search
+    assert isinstance(search, Search)  # of other kinds no search is planned
     rows = partitioning.shared_rows(search.batch_size, mesh)
     (table,) = sizes.identifiers.tables
     arrays, layout = abstract_trie(table, sizes.vocab_size)
     places = partitioning.index_shardings(
         dict(arrays.items()), mesh, max_replicated_bytes=search.max_replicated_bytes
     )
-    put = {k: abstract(mesh, a.shape, a.dtype, sharding=places[k]) for k, a in arrays.items()}
+    put: dict[str, Any] = {
+        k: abstract(mesh, a.shape, a.dtype, sharding=places[k]) for k, a in arrays.items()
+    }
     constraint = TrieConstraint(
         **put, layout=layout, vocab_size=sizes.vocab_size, renormalise=search.renormalise
     )

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -33,11 +33,13 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     """
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
-    dense = isinstance(experiment, DenseExperiment)
-    programs = _programs(args.programs, dense_plans.PROGRAMS if dense else programs_of(experiment))
+    if isinstance(experiment, DenseExperiment):
+        programs = _programs(args.programs, dense_plans.PROGRAMS)
+    else:
+        programs = _programs(args.programs, programs_of(experiment))
     corpus, origin = _corpus(args.passages, experiment)
     console.print(f"{corpus.passages:,} passages, {origin}")
-    if dense:
+    if isinstance(experiment, DenseExperiment):
         _show_dense(console, args, experiment, topology, programs, corpus.passages)
         return
     sizes = estimated_sizes(experiment, corpus)
@@ -255,7 +257,7 @@ def as_dict(found: CapacityPlan) -> Mapping[str, object]:
     }
 
 
-def from_dict(like: CapacityPlan, stored: Mapping[str, object]) -> CapacityPlan:
+def from_dict(like: CapacityPlan, stored: Mapping[str, Any]) -> CapacityPlan:
     """The plan that `as_dict` has written; `like`: one of the same program, topology and mesh."""
     return dataclasses.replace(
         like,

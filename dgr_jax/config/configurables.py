@@ -86,7 +86,7 @@ def nested_defaults() -> Iterator[tuple[str, str, str]]:
     known = _components()
     for component in known:
         for field in dataclasses.fields(component):
-            default = field.default
+            default: Any = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if type(default) in known and default == type(default)():
@@ -111,10 +111,7 @@ def _checked(component: type) -> Callable[..., Any]:
                 raise ValueError(f"{given} is not set; give --gin.{given}=VALUE")
         return component(**{k: _as(kinds[k], v, f"{name}.{k}") for k, v in settings.items()})
 
-    make.__name__ = make.__qualname__ = name
-    make.__doc__ = component.__doc__
-    make.__signature__ = signature
-    return make
+    return _known_as(name, make, component.__doc__, signature)
 
 
 def _written(annotation: Any) -> str:
@@ -183,7 +180,11 @@ def _loss_factory(
             ranges.require(f"{name}.{setting}", checked[setting], limits[setting])
         return functools.partial(loss, **usual | checked)
 
+    return _known_as(name, make, loss.__doc__, inspect.Signature(list(known.values())))
+
+
+def _known_as(name: str, make: Any, doc: str | None, signature: inspect.Signature) -> Any:
+    """A function as gin shall see it."""
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = loss.__doc__
-    make.__signature__ = inspect.Signature(list(known.values()))
+    make.__doc__, make.__signature__ = doc, signature
     return make

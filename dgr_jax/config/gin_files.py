@@ -152,8 +152,9 @@ def _parsed(source: Any, where: str) -> list[Any]:
 def _check_statements(file: str, paths: Sequence[str]) -> None:
     """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
     folders: whoever reads a file of somebody else runs nothing of theirs."""
-    own = _place(file, paths).resolve().parent
-    named = [own, *(Path(path).resolve() for path in paths if path != ".")]
+    place = _place(file, paths)
+    assert place is not None  # `_check_files` has found it
+    named = [place.resolve().parent, *(Path(path).resolve() for path in paths if path != ".")]
     _check_included(file, paths, named, ())
 
 

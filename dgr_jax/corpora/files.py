@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
@@ -39,7 +39,7 @@ def place(path: str | os.PathLike) -> Path:
     try:
         import upath
 
-        in_bucket = upath.UPath(text)
+        in_bucket: Any = upath.UPath(text)  # used as a Path, which it is not always
         in_bucket.fs  # noqa: B018 - raises ImportError where the library of this scheme is missing
     except ImportError as err:
         raise ModuleNotFoundError(
@@ -55,7 +55,7 @@ def reading(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
     """Opens `path` to read its bytes, unpacked; where it was packed, `.raw` of the handle is a
     GzipFile."""
     with rereadable(path):
-        opened = place(_copies.get(str(path), path)).open("rb", _BUFFER)
+        opened: Any = place(_copies.get(str(path), path)).open("rb", _BUFFER)
         with opened if hasattr(opened, "peek") else io.BufferedReader(opened, _BUFFER) as raw:
             if raw.peek(2)[:2] == _GZIP_MAGIC:
                 with gzip.GzipFile(fileobj=raw) as packed:

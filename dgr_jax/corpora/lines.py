@@ -285,7 +285,8 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not white space, "" at the end; white space is passed over."""
         while True:
-            self.skip(_JSON_SPACE.match(self.window, self.position).end() - self.position)
+            if space := _JSON_SPACE.match(self.window, self.position):
+                self.skip(space.end() - self.position)
             if self.position < len(self.window):
                 return self.window[self.position]
             if not self.more():

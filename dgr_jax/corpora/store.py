@@ -101,7 +101,7 @@ class PassageStore:
         """The pid of a passage index."""
         return self.pids[index]
 
-    def __contains__(self, pid: str) -> bool:
+    def __contains__(self, pid: object) -> bool:
         """Whether the store has a passage of this pid."""
         return pid in self._rows
 

@@ -252,14 +252,16 @@ def _by_query(rows: Iterable[_Row], path: Path, grouped: bool) -> Iterator[list[
 
 
 def _by_score(rows: list[_Row], path: Path, ties: str) -> RankList:
+    ranks = 1 if ties == "rank" else 0
+    order = []
     for row in rows:
         if row.score is None:
             raise lines.error(
                 path, row.line, f"no score for {lines.shown(row.pid)}", "a finite number"
             )
-    ranks = 1 if ties == "rank" else 0
-    ordered = sorted(rows, key=lambda row: (-row.score, ranks * row.rank, row.pid))
-    return RankList(rows[0].qid, tuple(ScoredPassage(row.pid, row.score) for row in ordered))
+        order.append((-row.score, ranks * row.rank, row.pid))
+    order.sort()
+    return RankList(rows[0].qid, tuple(ScoredPassage(pid, -score) for score, _, pid in order))
 
 
 def _by_rank(rows: list[_Row], path: Path) -> RankList:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -198,7 +199,7 @@ def pairs(
     settings: Sources,
     *,
     store: PassageStore,
-    query_texts: dict[str, str] | None = None,
+    query_texts: Mapping[str, str] = MappingProxyType({}),
     qrels: Sequence[Qrel] = (),
     min_relevance: int = 1,
     part: Part | None = None,
@@ -313,7 +314,7 @@ def of_docids(
             yield {"inputs": text, "targets": identifier, "qid": qid, "pid": store.pids[index]}
 
 
-def count_inputs(lengths: np.ndarray, longest: int, counts: Counter) -> None:
+def count_inputs(lengths: Sequence[int] | np.ndarray, longest: int, counts: Counter) -> None:
     """Adds inputs to the four counts of INPUTS: all inputs, those that are cut to `longest` tokens,
     the tokens of all, and the tokens that are lost.
 

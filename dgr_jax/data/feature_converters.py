@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 import seqio
 import tensorflow as tf
 
 from dgr_jax.data.rank_lists import VIEW_FEATURES
 
-_Spec = seqio.FeatureConverter.FeatureSpec
+_Spec: TypeAlias = seqio.FeatureConverter.FeatureSpec
 
 
 def _ranked(dtype: tf.DType, rank: int) -> _Spec:

@@ -19,7 +19,8 @@ VIEW_FEATURES = ("identifier_views", "identifier_counts", "spans", "span_starts"
 class DocidTable(Protocol):
     """The parts of an identifier table that this module needs."""
 
-    tokens: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray: ...
 
     def rows_of_passages(self) -> np.ndarray: ...
 

@@ -21,6 +21,7 @@ def task_file(name: str) -> ModuleType:
     """The module tasks/`name`.py, from the package or the checkout."""
     path = _task_path(name)
     spec = importlib.util.spec_from_file_location(f"dgr_jax.tasks.{name}", path)
+    assert spec is not None and spec.loader is not None  # of every .py file
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -35,10 +35,14 @@ _SAMPLE = 1 << 23  # the number of tokens from which rarities are computed
 class IdentifierRows(Protocol):
     """The parts of an identifier table that this module needs."""
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    passages: np.ndarray
-    num_passages: int
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+    @property
+    def passages(self) -> np.ndarray: ...
+    @property
+    def num_passages(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,10 @@ class Views:
         if self.title is not None and mixture.titles:
             makers["title"] = _Titles(self.title, mixture.titles)
         if self.body is not None and mixture.spans:
-            makers["body"] = self.sampler(mixture)
+            makers["body"] = SpanSampler(
+                self.body, self.vocabulary.encode, self.span_tokens, mixture.spans,
+                mixture.preference, self._rarity, self.opening,
+            )  # fmt: skip
         if self.query is not None and mixture.pseudo_queries:
             makers["query"] = _PseudoQueries(self.query, mixture.pseudo_queries)
         if not makers:
@@ -268,15 +275,9 @@ class Views:
             self.vocabulary.marker(view)  # raises ValueError where the vocabulary has none
         return makers
 
-    def sampler(self, mixture: ViewMixture) -> SpanSampler:
-        """The sampler of body spans of a mixture."""
-        return SpanSampler(
-            self.body, self.vocabulary.encode, self.span_tokens, mixture.spans,
-            mixture.preference, self._rarity, self.opening,
-        )  # fmt: skip
-
     @cached_property
     def _rarity(self) -> np.ndarray:
+        assert self.body is not None  # asked for by spans of it alone
         return self.body.rarity(self.vocabulary.text_size)
 
 

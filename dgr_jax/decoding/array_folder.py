@@ -59,8 +59,8 @@ def load(
             state = "differs from its sha256 in header.json" if path.exists() else "is missing"
             raise kept.Damaged(path, f"{state}: the index is damaged; build it again")
         with kept.reading(path):
-            mode = "r" if path.stat().st_size > 4096 else None
-            arrays[name] = np.load(path, mmap_mode=mode, allow_pickle=False)
+            large = path.stat().st_size > 4096
+            arrays[name] = np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
     return arrays, header
 
 

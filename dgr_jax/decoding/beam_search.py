@@ -216,10 +216,12 @@ class _Search:
     def completed(self, loop: _Loop) -> _Beams:
         """The live beams with the rest of their sequences, in the order in which they would end."""
         live, position, width = loop.live, loop.position, self.width
-        rest = self.constraint.completions(live.state, width)
+        constraint: Any = self.constraint
+        rest = constraint.completions(live.state, width)
         inputs = jnp.concatenate([loop.last[..., None], rest.tokens[..., :-1]], -1)
         log_probs = live.log_probs
         if not self.constraint.renormalise:
+            assert self.score_fn is not None
             gained = self.score_fn(inputs, rest.tokens, loop.cache, position).astype(jnp.float32)
             written = jnp.arange(width) < rest.lengths[..., None]
             log_probs += jnp.where(written, gained, 0.0).sum(-1)

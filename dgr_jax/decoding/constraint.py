@@ -58,15 +58,19 @@ class Constraint(Protocol):
     One that knows where nothing is left to choose may also have `completion_width` (static), the
     W that its method `completions(state, W) -> Completions` is worth asking for: beam_search then
     has the rest of all beams scored at once.
-
-    max_length: tokens of the longest sequence, or a bound (static).
-    fixed_length: tokens of every sequence when all have the same number, else None (static).
-    renormalise: log-probabilities are over the legal tokens (static).
     """
 
-    max_length: int
-    fixed_length: int | None
-    renormalise: bool
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, or a bound (static)."""
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Tokens of every sequence when all have the same number, else None (static)."""
+
+    @property
+    def renormalise(self) -> bool:
+        """Whether log-probabilities are over the legal tokens (static)."""
 
     def init(self, batch_size: int) -> State:
         """The state before the first token, leaves [B, ...]."""

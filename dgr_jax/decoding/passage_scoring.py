@@ -77,6 +77,9 @@ class Scoring:
         )
 
 
+Array = jax.Array | np.ndarray  # on the device, or the host
+
+
 class Identifiers(NamedTuple):
     """The identifiers of passages: each has K identifiers of T tokens, and E occurrences of them.
 
@@ -93,13 +96,13 @@ class Identifiers(NamedTuple):
       with occurrences that are left out are not seen, and a span without any overlaps nothing.
     """
 
-    log_probs: jax.Array
-    counts: jax.Array
-    tokens: jax.Array
-    views: jax.Array
-    mask: jax.Array
-    spans: jax.Array
-    starts: jax.Array
+    log_probs: Array
+    counts: Array
+    tokens: Array
+    views: Array
+    mask: Array
+    spans: Array
+    starts: Array
 
 
 def passage_scores(
@@ -139,16 +142,16 @@ def passage_scores(
     shares = functools.partial(_shares, repetition=scoring.repetition)
     for _ in range(weights.ndim - 1):
         shares = jax.vmap(shares)
-    constants = map(lax.stop_gradient, (weights, log_probs))
+    constants = lax.stop_gradient((weights, log_probs))
     body = identifiers.views == BODY
     share = shares(*constants, tokens, body, mask, identifiers.spans, identifiers.starts)
     return jnp.sum(jnp.where(mask, weights * share, 0.0), -1)
 
 
 def identifier_weights(
-    log_probs: jax.Array,
-    counts: jax.Array,
-    views: jax.Array,
+    log_probs: Array,
+    counts: Array,
+    views: Array,
     num_tokens: int | float | jax.Array,
     scoring: Scoring | None = None,
 ) -> jax.Array:

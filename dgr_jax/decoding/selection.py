@@ -36,7 +36,8 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     _check_entries(1, n)
     block = 1 << max(0, (n // max(k, 1)).bit_length() // 2)
     if n < _SHORT or values.size < _FEW or 4 * k * block > n:
-        return tuple(lax.top_k(values, k))
+        largest, place = lax.top_k(values, k)
+        return largest, place
     blocks = -(-n // block)
     lead = [(0, 0)] * (values.ndim - 1)
     padded = jnp.pad(values, [*lead, (0, blocks * block - n)], constant_values=-jnp.inf)

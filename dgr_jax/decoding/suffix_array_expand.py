@@ -113,7 +113,8 @@ class SubstringConstraint:
         """The arrays of an index on the default device: tokens, suffixes, first and starts."""
         filled = lambda array: jnp.asarray(array if len(array) else np.zeros(1, array.dtype))
         branches = jax.tree.map(filled, branches)  # JAX cannot index an empty array
-        return cls(*map(jnp.asarray, arrays), branches, jnp.asarray(opens), max_length)
+        tokens, suffixes, first, starts = map(jnp.asarray, arrays)
+        return cls(tokens, suffixes, first, starts, branches, jnp.asarray(opens), max_length)
 
     @property
     def fixed_length(self) -> int:
@@ -244,7 +245,8 @@ class SubstringConstraint:
     def _list_of(self, state, length):
         """(first entry of the beam's list, or -1; how many suffixes to read: those of the list, or
         all `length`)."""
-        lows, levels, ranges = self.branches.lows, self.branches.levels, self.branches.ranges
+        arrays = self.branches
+        lows, levels, ranges = map(jnp.asarray, (arrays.lows, arrays.levels, arrays.ranges))
         at, end = (
             levels.at[state.depth + i].get(mode="fill", fill_value=len(lows)) for i in (0, 1)
         )
@@ -266,7 +268,7 @@ class SubstringConstraint:
         valid, beam = beam < ends.shape[1], jnp.minimum(beam, ends.shape[1] - 1)
         pick = lambda leaf: jnp.take_along_axis(leaf, beam, -1)
         offset, listed = slot - pick(ends - ways.reads), pick(ways.listed)
-        child = self.branches.children.at[listed + offset].get(mode="clip")
+        child = jnp.asarray(self.branches.children).at[listed + offset].get(mode="clip")
         suffix = jnp.where(listed >= 0, child, pick(state.lo) + offset)
         token = self._next(jnp.where(valid, suffix, 0), pick(state.depth))
         before = jnp.pad(token[:, :-1], ((0, 0), (1, 0)))

@@ -193,12 +193,11 @@ def sorting_order(columns: Columns) -> np.ndarray:
     The leading tokens are packed into one 64-bit key; only rows that tie there are compared on
     the next 64 bits, and so on.
     """
-    order, group = None, None
-    for key in _sort_keys(columns):
-        if order is None:
-            order = np.argsort(key, kind="stable")
-            group = _runs(key[order])
-            continue
+    keys = _sort_keys(columns)
+    first = next(keys)
+    order = np.argsort(first, kind="stable")
+    group = _runs(first[order])
+    for key in keys:
         sizes = np.bincount(group)
         ties = np.flatnonzero(sizes[group] > 1)
         if not ties.size:

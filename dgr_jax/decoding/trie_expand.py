@@ -11,6 +11,7 @@ the branches of one lax.switch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -50,7 +51,7 @@ class _Step(NamedTuple):
     node: jax.Array
     inner_id: jax.Array
     first: jax.Array
-    count: jax.Array
+    children: jax.Array
     is_tail: jax.Array
     tail_token: jax.Array
 
@@ -170,13 +171,13 @@ class TrieConstraint:
         step = self._prepare(state, scores, prior)
         branches = [lambda step: self._tails(step, width)]
         for most in self.layout.gathers:
-            branches.append(lambda step, most=most: self._gather(step, width, most))
+            branches.append(functools.partial(self._gather, width=width, most=most))
         limits = [0, *self.layout.gathers]
         if self.layout.bitmap_words:
             branches.append(lambda step: self._wide(step, width))
         else:
             limits.pop()
-        which = (jnp.max(step.count) > jnp.asarray(limits, jnp.int32)).sum()
+        which = (jnp.max(step.children) > jnp.asarray(limits, jnp.int32)).sum()
         return self._finish(state, lax.switch(which, branches, step))
 
     def completions(self, state: TrieState, width: int) -> Completions:
@@ -219,7 +220,7 @@ class TrieConstraint:
             node=node,
             inner_id=before,
             first=first,
-            count=jnp.where(live & internal, count, 0),
+            children=jnp.where(live & internal, count, 0),
             is_tail=live & ~internal,
             tail_token=self._tail_tokens(node, node - before, level),
         )
@@ -264,7 +265,7 @@ class TrieConstraint:
         tokens = self.edge_tokens.at[child].get(mode="clip").astype(jnp.int32)
         tail = step.is_tail[..., None]
         tokens = jnp.where(tail, step.tail_token[..., None], tokens + self.base[step.level])
-        valid = slot < jnp.where(tail, 1, step.count[..., None])
+        valid = slot < jnp.where(tail, 1, step.children[..., None])
         tokens = jnp.where(valid, tokens, 0)  # no stray reads of the scores
         child = jnp.where(tail, step.node[..., None], child)
         return self._choose(step, tokens, valid, child, width)
@@ -296,8 +297,8 @@ class TrieConstraint:
     def _wide(self, step, width):
         """Bitmaps for the nodes that own one, a gather for the others if there are any."""
         widest = self.layout.gathers[-1]
-        is_wide = step.count > widest
-        rest = step._replace(count=jnp.where(is_wide, 0, step.count))
+        is_wide = step.children > widest
+        rest = step._replace(children=jnp.where(is_wide, 0, step.children))
         found = self._bitmapped(step, is_wide, width)
 
         def with_rest():
@@ -308,7 +309,7 @@ class TrieConstraint:
                 return _join(_sorted(_join(a, b), width), _Found(*ends))
             return _join(_sorted(_join(a, b), width), _sorted(_join(a_ends, b_ends), width))
 
-        return lax.cond(((rest.count > 0) | rest.is_tail).any(), with_rest, lambda: found)
+        return lax.cond(((rest.children > 0) | rest.is_tail).any(), with_rest, lambda: found)
 
     def _bitmapped(self, step, is_wide, width):
         owned = jnp.searchsorted(self.wide, step.inner_id, method="scan_unrolled")
@@ -367,7 +368,7 @@ class TrieConstraint:
             rank = lax.population_count(own & before).sum(-1, dtype=jnp.uint32)
             return first + rank.astype(jnp.int32)
         wanted = place + low - self.base[step.level]
-        left = jnp.take_along_axis(step.count, parent, -1)
+        left = jnp.take_along_axis(step.children, parent, -1)
         for _ in range((32 * words).bit_length()):
             half = left >> 1
             edge = self.edge_tokens.at[first + half].get(mode="clip").astype(jnp.int32)

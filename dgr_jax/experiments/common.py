@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from dgr_jax import ranges
 from dgr_jax.data.rules import DataRules
-from dgr_jax.models.initial import Corpus
+from dgr_jax.models.initial import Corpus, Initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.settings import describe, unless_default, without_effect
+from dgr_jax.teaching.list_recipes import ListRecipe
+from dgr_jax.teaching.teacher import Teacher
 from dgr_jax.training.objectives import Objective
 from dgr_jax.training.optimizers import Optimizer
+
+SearchKind = TypeVar("SearchKind", bound=Search | MultiviewSearch | DenseSearch)
 
 
 @dataclass(frozen=True)
@@ -118,13 +122,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Teach:
-    """A teacher orders the candidates, and rank lists are cut from its order.
+    """A teacher orders the candidates, and rank lists are cut from its order."""
 
-    teacher, lists: see `dgr_jax.teaching.teachers` and `dgr_jax.teaching.list_recipes`.
-    """
-
-    teacher: Any
-    lists: Any
+    teacher: Teacher
+    lists: ListRecipe
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -137,7 +138,7 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Generic[SearchKind]):
     """Runs and measures of every system on the test splits.
 
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
@@ -146,7 +147,7 @@ class Evaluate:
     bm25: whether BM25 is measured beside; baseline: its settings.
     """
 
-    search: Search | MultiviewSearch | DenseSearch
+    search: SearchKind
     measures: tuple[str, ...] = (
         "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
         "RR@10", "nDCG@10", "R@100",
@@ -171,7 +172,7 @@ class Evaluate:
         return dataclasses.replace(self.search, depth=min(10, self.search.depth))
 
 
-def start(initial: Any) -> tuple[str, ...]:
+def start(initial: Initial | None) -> tuple[str, ...]:
     """The stage that makes embeddings of the passages, where a model starts from these."""
     return ("start:STAGE",) if isinstance(initial, Corpus) else ()
 

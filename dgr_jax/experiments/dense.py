@@ -13,8 +13,8 @@ from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
 from dgr_jax.experiments.stage import Stage, listed
-from dgr_jax.models import initial
 from dgr_jax.models.dual_encoder import DualEncoderConfig
+from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -172,19 +172,19 @@ class DenseExperiment:
     prepare: DensePrepare
     model: DualEncoderConfig
     train: Training
-    evaluate: Evaluate
+    evaluate: Evaluate[DenseSearch]
     lists: Lists = Lists()
     negatives: Negatives = Negatives()
     teach: Teach | None = None
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
-    initial: Any = None
+    initial: Initial | None = None
     further: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
-        initial.check("DenseExperiment.initial", self.initial)
+        check_initial("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
             raise ValueError(
@@ -252,7 +252,8 @@ class DenseExperiment:
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order."""
-        return {"dense": self.train} | ({"refresh": self.refresh} if system == "refresh" else {})
+        again = self.refresh if system == "refresh" else None
+        return {"dense": self.train} | ({} if again is None else {"refresh": again})
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: see `experiment.Experiment`. A student

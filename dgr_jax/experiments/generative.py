@@ -15,7 +15,7 @@ from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
 from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.identifiers.scheme import Scheme
-from dgr_jax.models import initial
+from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import planned
@@ -136,16 +136,16 @@ class Experiment:
     candidates: Candidates
     teach: Teach
     distill: Training
-    evaluate: Evaluate
+    evaluate: Evaluate[Search | MultiviewSearch]
     control: bool = True
     mesh: Mesh = Mesh()
-    initial: Any = None
+    initial: Initial | None = None
     further: tuple[Stage, ...] = ()
     plan: Plan | None = None
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
-        initial.check("Experiment.initial", self.initial)
+        check_initial("Experiment.initial", self.initial)
         scheme = self.prepare.identifiers
         if self.model.prefix_adaptive_layers and not scheme.codes_by_position:
             raise ValueError(
@@ -170,6 +170,7 @@ class Experiment:
                     f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
                     "has one (Prepare.identifiers)"
                 )
+            assert isinstance(self.evaluate.search, Search)
             planned.check_search(self.plan, self.evaluate.search)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(

@@ -87,8 +87,8 @@ class ResidualQuantization(Scheme):
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """Codes used evenly; a code for ties where there is no room for twice the passages."""
-        sized, passages = self.sized(corpus.passages), corpus.passages
-        levels = (sized.codebook_size,) * sized.num_codes
+        passages, (number, size) = corpus.passages, self.sized(corpus.passages)._shape()
+        levels = (size,) * number
         if math.prod(levels) < 2 * passages:
             levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
         return Sizes((TableSizes(passages, levels),), codes=sum(levels))
@@ -125,6 +125,11 @@ class ResidualQuantization(Scheme):
                 cells, least, left = _cells(number, size) + 1, size, left - 1
                 yield replace(self, num_codes=number, codebook_size=size)
 
+    def _shape(self) -> tuple[int, int]:
+        """The number and the size of codes, as `_choices` has set both."""
+        assert self.num_codes and self.codebook_size
+        return self.num_codes, self.codebook_size
+
     def _codes(self, vectors: np.ndarray, seed: int) -> np.ndarray:
         """Codes int32 [P, num_codes], spread where they collide."""
         codebooks = self.train(vectors, seed)
@@ -135,9 +140,9 @@ class ResidualQuantization(Scheme):
 
     def _table(self, codes: np.ndarray, first_code_id: int) -> IdentifierTable:
         """The table of codes int32 [P, num_codes]."""
-        ties = tie_codes(codes)
-        rows = codes + np.arange(self.num_codes, dtype=np.int32) * self.codebook_size
-        num_code_tokens = self.num_codes * self.codebook_size
+        ties, (number, size) = tie_codes(codes), self._shape()
+        rows = codes + np.arange(number, dtype=np.int32) * size
+        num_code_tokens = number * size
         if ties.any():
             rows = np.column_stack([rows, ties + num_code_tokens])
             num_code_tokens += int(ties.max()) + 1
@@ -153,31 +158,28 @@ class ResidualQuantization(Scheme):
         return table.require_docids()
 
     def _warn(self, own: int, passages: int, largest: int) -> None:
-        wanted = ResidualQuantization().sized(passages)
-        smaller = _cells(self.num_codes, self.codebook_size) < passages
+        wanted, (number, size) = ResidualQuantization().sized(passages), self._shape()
         _log.warning(
             "rq: %d codes of %d: %.1f%% of %s passages have codes of their own, expected %.0f%% or "
             "more; the others are told apart by a last code of %s tokens that says nothing of what "
             "they are about; %s",
-            *(self.num_codes, self.codebook_size, 100 * own / passages, f"{passages:,}"),
+            *(number, size, 100 * own / passages, f"{passages:,}"),
             *(100 * _ENOUGH, f"{largest:,}"),
             "ResidualQuantization.num_codes and codebook_size, left unset, would be "
             f"{wanted.num_codes} and {wanted.codebook_size}"
-            if smaller
+            if _cells(number, size) < passages
             else "look whether many passages are the same",
         )
 
     def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
         """One codebook f32 [<= codebook_size, D] a level, from vectors [P, D]."""
-        sized = self.sized(len(vectors))
+        number, size = self.sized(len(vectors))._shape()
         rows = kmeans.sample(len(vectors), self.train_passages, seed)
         # One fancy index on a memory map reads only the rows of the sample.
         residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
         codebooks = []
-        for level in range(sized.num_codes):
-            codebook = kmeans.fit(
-                residuals, sized.codebook_size, seed=seed + level, full_batch=self.full_batch
-            )
+        for level in range(number):
+            codebook = kmeans.fit(residuals, size, seed=seed + level, full_batch=self.full_batch)
             codebooks.append(codebook)
             residuals -= codebook[kmeans.nearest(residuals, codebook)]
             _log.info("level %d: mean squared residual %.4f", level, np.mean(residuals**2))

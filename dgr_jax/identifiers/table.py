@@ -229,12 +229,14 @@ class IdentifierTable:
         header = _read_header(folder / _HEADER)
         with kept.reading(folder / _HEADER):
             shapes = {name: list(header["shapes"][name]) for name in _DTYPES}
-            described = {
+            described: dict[str, Any] = {
                 "view": str(header["view"]),
                 "num_code_tokens": int(header["num_code_tokens"]),
                 "num_passages": int(header["num_passages"]),
             }
-        arrays = {name: _open_array(folder / f"{name}.npy", name, shapes[name]) for name in _DTYPES}
+        arrays: dict[str, Any] = {
+            name: _open_array(folder / f"{name}.npy", name, shapes[name]) for name in _DTYPES
+        }
         if len(arrays["offsets"]) and arrays["offsets"][-1] != len(arrays["passages"]):
             raise ValueError(
                 f"{folder}: offsets end at {arrays['offsets'][-1]}, but there are "

@@ -53,7 +53,7 @@ UNREADABLE = (
 )  # fmt: skip
 
 Listed = dict[str, dict[str, Any]]
-_Look = tuple[int, int, int, str]  # bytes, times of change of contents and of status, sha256
+_Look = tuple[int, int, int, str | None]  # bytes, times of change of contents and of status, sha256
 
 
 class Damaged(ValueError):

@@ -184,10 +184,10 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 def _try(file: IO[str], *, shared: bool = False) -> bool:
     """Whether the lock of an open file was obtained. Raises OSError where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return _try_region(file)
+    import fcntl
+
     try:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
@@ -197,18 +197,19 @@ def _try(file: IO[str], *, shared: bool = False) -> bool:
     return True
 
 
-def _try_region(file: IO[str]) -> bool:
-    """`_try` with the locks of Windows, on a byte beyond the text of the file."""
+if sys.platform == "win32":
     import msvcrt
 
-    file.seek(1 << 20)
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError:
-        return False
-    finally:
-        file.seek(0)
-    return True
+    def _try_region(file: IO[str]) -> bool:
+        """`_try` with the locks of Windows, on a byte beyond the text of the file."""
+        file.seek(1 << 20)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            file.seek(0)
+        return True
 
 
 def _this_process() -> dict[str, str | int]:

@@ -31,7 +31,7 @@ def cut(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         if kind != AxisType.Manual
     ]
     spec = []
-    for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, rules), strict=True):
+    for size, names in zip(x.shape, nn.logical_to_mesh_axes(axes, rules) or (), strict=True):
         names = (names,) if isinstance(names, str) else names or ()
         names = tuple(name for name in names if name in free)
         parts = math.prod(mesh.shape[name] for name in names)

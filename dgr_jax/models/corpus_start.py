@@ -28,11 +28,9 @@ _NOISE = 1e-5  # eigenvalues below this part of the largest are 0 but for roundi
 def counted(texts: Sequence[Sequence[int]], size: int, *, binary: bool) -> scipy.sparse.csr_array:
     """f32 [texts, size]: log(1 + occurrences) of each token in each text, or 1 if `binary`."""
     starts = np.cumsum([0, *map(len, texts)])
-    tokens = np.concatenate([np.asarray(text, np.int32) for text in texts] or [[]])
+    tokens = np.concatenate([np.zeros(0, np.int32), *(np.asarray(t, np.int32) for t in texts)])
     ones = np.ones(len(tokens), np.float32)
-    counts = scipy.sparse.csr_array(
-        (ones, tokens.astype(np.int32), starts.astype(np.int32)), (len(texts), size)
-    )
+    counts = scipy.sparse.csr_array((ones, tokens, starts.astype(np.int32)), (len(texts), size))
     counts.sum_duplicates()
     counts.data = np.ones_like(counts.data) if binary else np.log1p(counts.data)
     return counts
@@ -50,7 +48,7 @@ def embeddings(
     have no row.
     """
     count = sum(block.shape[0] for block in blocks)
-    seen = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
+    seen: Any = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
     weights = np.log((1 + count) / (1 + seen)) * (seen > 0)
     tokens = np.flatnonzero(weights > 0)
     scale = weights[tokens, None].astype(np.float32)

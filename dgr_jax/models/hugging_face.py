@@ -202,8 +202,8 @@ def _scaled(
     embeddings are tied; in older ones tied embeddings mean scaled logits.
     """
     scaled = described.get("scale_decoder_outputs", described.get("tie_word_embeddings", True))
-    head = arrays.get(flat_params.HEAD)
-    if scaled and head is not None and not np.array_equal(head, arrays.get(_EMBEDDING)):
+    head, embedding = arrays.get(flat_params.HEAD), arrays.get(_EMBEDDING, ())
+    if scaled and head is not None and not np.array_equal(head, embedding):
         raise ValueError(
             f"{where}: scaled logits with an output kernel that is not the embedding "
             f"({flat_params.HEAD}) is neither T5 nor T5 1.1; expected tie_word_embeddings false in "

@@ -108,9 +108,12 @@ class Pretrained:
             )
 
 
-def check(setting: str, initial: Any) -> None:
+Initial = Corpus | Pretrained
+
+
+def check_initial(setting: str, initial: Any) -> None:
     """Raises ValueError where an experiment's start is none."""
-    if not isinstance(initial, Corpus | Pretrained | None):
+    if not isinstance(initial, Initial | None):
         raise ValueError(
             f"{setting}: got {type(initial).__name__}, expected None, @Corpus() or @Pretrained()"
         )

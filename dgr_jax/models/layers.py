@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
+        scale: Any = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],)
         )
         x = x.astype(jnp.float32)
@@ -72,7 +72,7 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        kernel: Any = self.param("kernel", init, (x.shape[-1], self.features))
         return product(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -130,7 +130,7 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        embedding = self.param(
+        embedding: Any = self.param(
             "rel_embedding",
             nn.with_logical_partitioning(init, ("heads", "relpos_buckets")),
             (self.num_heads, self.num_buckets),

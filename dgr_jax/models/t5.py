@@ -152,7 +152,7 @@ class _Embedder(nn.Module):
     emb_dim: int
 
     def setup(self) -> None:
-        self.embedding = self.param(
+        self.embedding: Any = self.param(
             "embedding",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
             (self.vocab_size, self.emb_dim),

@@ -86,8 +86,8 @@ class DecoderLayer(nn.Module):
     def _rest(self, x, cross, cross_bias, deterministic):
         """Cross-attention and feed-forward, the same in training and in a decoding step."""
         y = self.pre_cross_attention_layer_norm(x)
-        q = self.encoder_decoder_attention.queries(y)
-        y = self.encoder_decoder_attention.shared(q, *cross, cross_bias, deterministic)
+        q, (k, v) = self.encoder_decoder_attention.queries(y), cross
+        y = self.encoder_decoder_attention.shared(q, k, v, cross_bias, deterministic)
         x = x + self.dropout(y, deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return activations.cut(x + self.dropout(y, deterministic), TARGETS)
@@ -101,7 +101,7 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(y, deterministic)
         return self._rest(x, self.cross(encoded), cross_bias, deterministic)
 
-    def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """Cross-attention keys and values of a query, [B, Q, H, K] each."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
@@ -174,9 +174,7 @@ def rematerialised(config: T5Config, layer: type[nn.Module], deterministic: int)
     )
 
 
-def _scanned(
-    layer: Any, config: T5Config, length: int, methods: dict[str, tuple[Any, ...]]
-) -> nn.Module:
+def _scanned(layer: Any, config: T5Config, length: int, methods: dict[str, tuple[Any, ...]]) -> Any:
     """A stack of `length` layers as one module.
 
     methods: name of a method -> the scan axes of its arguments after the carry.
@@ -228,7 +226,7 @@ class DecoderStack(nn.Module):
         self.relpos_bias = relpos(config)
         if config.scan_layers:
             whole = nn.broadcast
-            methods = {"scan": (whole,) * 4, "scan_cross": (whole,)}
+            methods: dict[str, Any] = {"scan": (whole,) * 4, "scan_cross": (whole,)}
             methods["scan_step"] = (0, whole, whole, whole)
             methods["scan_ahead"] = (0, whole, whole, whole)
             self.layers = _scanned(layer, config, length, methods)

@@ -100,7 +100,9 @@ def read(source: str | Path, *, step: int | None = None, part: str = "target") -
     that cannot be read, all of which it names.
     """
     folder = find(source, step)
-    layout, inside = _item(folder)
+    item = _item(folder)
+    assert item is not None  # `find` finds no other folder
+    layout, inside = item
     if layout == "orbax":
         return _read_orbax(inside, part)
     tree = _unpacked(inside)
@@ -254,7 +256,8 @@ def write(
 def _write_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves for the file `checkpoint`. Parameters and moments that are not factored are
     written beside it, and specs take their place."""
-    specs, written = {}, []
+    specs: dict[str, Any] = {}
+    written = []
     for name, array in leaves.items():
         if not name.startswith("target/") and (not name.endswith("/v") or array.shape == (1,)):
             specs[name] = np.asarray(array)

@@ -86,7 +86,8 @@ def _array(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
 
 def write_file(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes one file, its arrays sorted by name; the file gets its name when it is whole."""
-    path, header, begin = Path(path), {"__metadata__": {"format": "pt"}}, 0
+    path, begin = Path(path), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, array in sorted(arrays.items()):
         end = begin + array.nbytes
         dtype = _NAMES[array.dtype]

@@ -21,7 +21,10 @@ Found = tuple[np.ndarray, np.ndarray]
 class ReadsTokens:
     """A system that reads nothing of queries but their tokens."""
 
-    query_length: int
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query, EOS counted."""
+        raise NotImplementedError
 
     def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
         """Queries as `passages` takes them: int32 [n, Q]."""

@@ -93,7 +93,7 @@ def encode_fn(
 
     method: 'encode_queries' or 'encode_passages'. Each data shard encodes its own rows.
     """
-    model = DualEncoder(config)
+    model: Any = DualEncoder(config)
 
     def encode(params: Any, tokens: jax.Array) -> jax.Array:
         return model.apply({"params": params}, tokens, method=method)
@@ -308,18 +308,19 @@ class Searcher(ReadsTokens):
                 found, values = self.index.search(vectors[some], wide)
                 last = values[:, depth - 1]
                 tied.append(some[(last == values[:, -1]) & (last > -np.inf)])
-                passages[some] = self._ordered(found, values)[:, :depth]
+                passages[some] = self._ordered(found, values, self.pid_of)[:, :depth]
                 scores[some] = values[:, :depth]
             left = np.concatenate(tied) if wide < most else left[:0]
             wide = min(8 * wide, most)
         return passages, scores
 
-    def _ordered(self, passages: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _ordered(passages: np.ndarray, scores: np.ndarray, pid_of: PidOf) -> np.ndarray:
         """The passages of each query, int32 [n, k], those of equal score by pid."""
         query, place = np.nonzero(passages >= 0)
         there, ordered = passages[query, place], passages.copy()
         group = ranking.groups(query, scores[query, place])
-        ordered[query, place] = there[ranking.in_order(group, there, self.pid_of)]
+        ordered[query, place] = there[ranking.in_order(group, there, pid_of)]
         return ordered
 
     def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:

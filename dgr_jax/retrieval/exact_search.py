@@ -22,10 +22,10 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -120,19 +120,22 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-class Block(NamedTuple):
+Leaf = TypeVar("Leaf")  # an array, or what stands for it: its shape, its sharding
+
+
+class Block(NamedTuple, Generic[Leaf]):
     """Rows of the corpus on the devices, the last padded.
 
     vectors [R, d] as they are stored; scales f32 [R] of int8, else None; hidden f32 [R]: -inf for
     rows that are never found, else 0, None without such rows; first int32 []: passage index of row
-    0; count int32 []: real rows.
+    0; real int32 []: rows that are no padding.
     """
 
-    vectors: jax.Array
-    scales: jax.Array | None
-    hidden: jax.Array | None
-    first: jax.Array
-    count: jax.Array
+    vectors: Leaf
+    scales: Leaf | None
+    hidden: Leaf | None
+    first: Leaf
+    real: Leaf
 
 
 def open_vectors(path: str | Path) -> np.ndarray:
@@ -168,8 +171,9 @@ class Index:
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
-        self.plan = BlockPlan.of(*vectors.shape, settings, self.mesh.size)
-        self._vectors, self._resident = vectors, None
+        self.plan = BlockPlan.of(self.num_passages, self.dim, settings, self.mesh.size)
+        self._vectors: Any = vectors
+        self._resident: Block | None = None
         if self.plan.blocks == 1:
             self._resident, self._vectors = self._block(0), None
         else:
@@ -228,7 +232,9 @@ class Index:
         first = min(place * size, self.num_passages)
         count = min(size, self.num_passages - first)
         sharding = NamedSharding(self.mesh, _ROWS)
-        places = sharding.addressable_devices_indices_map((size, self.dim))
+        places: Mapping[jax.Device, Any] = sharding.addressable_devices_indices_map(
+            (size, self.dim)
+        )
         parts = []
         for device, (rows, _) in places.items():
             start, stop, _ = rows.indices(size)
@@ -298,7 +304,7 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
             if hidden is not None:
                 scores += hidden
             place = start + number * rows
-            scores, places = _top(scores, min(k, rows), block.count - place)
+            scores, places = _top(scores, min(k, rows), block.real - place)
             return _merge(best, (scores, block.first + place + places)), None
 
         cut = lambda x: x.reshape(chunks, rows, *x.shape[1:])

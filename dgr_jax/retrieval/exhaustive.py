@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from dgr_jax import partitioning
 from dgr_jax.losses import generation
@@ -34,7 +35,7 @@ _SAY = 10.0  # seconds between two lines that say how far it is
 @functools.lru_cache(maxsize=8)
 def score_fn(
     config: T5Config, mesh: jax.sharding.Mesh, rules: partitioning.Rules = partitioning.RULES
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+) -> Callable[[Any, ArrayLike, ArrayLike], jax.Array]:
     """The compiled scores: (params, identifiers int32 [N, R, T], int32 [B, Q]) -> f32 [B, N*R, T],
     log p(token | those before it, query), 0 at padding.
 
@@ -44,7 +45,7 @@ def score_fn(
     model = Transformer(config)
 
     def score(params: Any, identifiers: jax.Array, tokens: jax.Array) -> jax.Array:
-        apply = functools.partial(model.apply, {"params": params})
+        apply: Any = functools.partial(model.apply, {"params": params})
         encoded = apply(tokens, method="encode")
 
         def of_block(rows: jax.Array) -> jax.Array:

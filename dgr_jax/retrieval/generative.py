@@ -121,7 +121,7 @@ def written(
     **settings: Any,
 ) -> BeamResult:
     """Identifiers that a student writes for queries int32 [B, Q]: beam_search with its settings."""
-    apply = functools.partial(
+    apply: Any = functools.partial(
         Transformer(config).apply, {"params": _cast_kernels(params, config.dtype)}
     )
     encoded = apply(tokens, method="encode")

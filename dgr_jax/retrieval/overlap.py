@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Batch = TypeVar("Batch")
 
 
 def one_behind(started: Iterable[Batch]) -> Iterator[Batch]:
     """The same batches, each of them once the next is started."""
-    return (batch for batch, _ in itertools.pairwise(itertools.chain(started, [None])))
+    end: Any = None
+    return (batch for batch, _ in itertools.pairwise(itertools.chain(started, [end])))

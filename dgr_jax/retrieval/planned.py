@@ -68,7 +68,7 @@ def score_fn(
 
     def score(params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         tokens, rows, _ = batch
-        apply = functools.partial(Transformer(config).apply, {"params": params})
+        apply: Any = functools.partial(Transformer(config).apply, {"params": params})
         encoded = apply(tokens, method="encode")
         inputs = jnp.pad(rows[..., :-1], ((0, 0), (0, 0), (1, 0)))
         x = apply(encoded, tokens, inputs, method="decode")

@@ -219,7 +219,8 @@ class Retriever:
         if len(texts) <= BLOCK:
             return self.decoder.passages(next(blocks))
         parts = zip(*self.decoder.passages_of_blocks(blocks), strict=True)
-        return tuple(np.concatenate(part) for part in parts)
+        passages, scores = (np.concatenate(part) for part in parts)
+        return passages, scores
 
     def _hit(self, rank: int, index: int, score: float, tokens: np.ndarray, *parts: float) -> Hit:
         passage = self.store[index]

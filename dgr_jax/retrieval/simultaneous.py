@@ -46,7 +46,8 @@ class Planned(NamedTuple):
 class Planner(Protocol):
     """A plan of a corpus, ready to score its passages."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """f32 [B, P]: the plan score of every passage."""
@@ -59,10 +60,14 @@ class Planner(Protocol):
 class Plan(Protocol):
     """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are."""
 
-    planned: int
-    ranked_by: str
-    num_beams: int
-    weight: float
+    @property
+    def planned(self) -> int: ...
+    @property
+    def ranked_by(self) -> str: ...
+    @property
+    def num_beams(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def _found(
     made: Prepared,
     student: Decoder | MultiviewDecoder,
     blocks: Iterable[np.ndarray],
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[dict[str, Any]]:
     """passages and scores [n, depth] of each block of queries; and their keys."""
     if isinstance(student, Decoder):
         for passages, scores in student.passages_of_blocks(blocks):
@@ -116,10 +117,8 @@ def _join(folder: Path, parts: Sequence[Path]) -> None:
     """One candidates.npz, and keys/, of all parts."""
     loaded = [np.load(part) for part in parts]
     found = ("passages", "scores")
-    np.savez(
-        folder / "candidates.npz",
-        **{name: np.concatenate([part[name] for part in loaded]) for name in found},
-    )
+    whole: dict[str, Any] = {n: np.concatenate([part[n] for part in loaded]) for n in found}
+    np.savez(folder / "candidates.npz", **whole)
     if named := [name for name in loaded[0].files if name not in found]:
         write_arrays(folder / "keys", ({name: part[name] for name in named} for part in loaded))
 

@@ -71,7 +71,7 @@ def _passages_cut(
     blocks = (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
     lengths = np.concatenate([(np.asarray(block) > 0).sum(1) for block in blocks])
     for row in np.flatnonzero(lengths == tokens.shape[1]):
-        lengths[row] = len(vocabulary.encode(passages[row].contents)) + 1
+        lengths[row] = len(vocabulary.encode(passages[int(row)].contents)) + 1
     counts: Counter[str] = Counter()
     examples.count_inputs(lengths, tokens.shape[1], counts)
     return counts
@@ -102,8 +102,10 @@ def _datasets(
     def examples_of(source: str, counts: Counter | None = None) -> Iterator[dict[str, Any]]:
         split = source.removeprefix(LABELLED)
         if split == source:
-            rules = {"test_queries": tests, "counts": counts}
-            return examples.of_positives(source_pairs(settings, source, passages, {}, (), **rules))
+            pairs = source_pairs(
+                settings, source, passages, {}, (), test_queries=tests, counts=counts
+            )
+            return examples.of_positives(pairs)
         of_split = judged.queries[split], judged.qrels[split]
         return examples.of_judged(*of_split, passages, settings.min_relevance)
 

@@ -38,6 +38,7 @@ def _most_positives(experiment: DenseExperiment) -> int:
 
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
+    assert experiment.refresh is not None  # as the stage is there
     initial = dense.encoder_params(experiment, dense.STAGE.name)
     dense.train_encoder(experiment, folder, experiment.refresh, batches(experiment), initial)
 
@@ -45,6 +46,7 @@ def refresh(experiment: DenseExperiment, folder: Path) -> None:
 def batches(experiment: DenseExperiment) -> Source:
     """What the stage learns from, step by step."""
     settings, mined = experiment.refresh, experiment.mined
+    assert settings is not None
     lists = dense.drawn_lists(experiment, settings, MINE.name, mined)
     return Later(lists, experiment.train.steps)
 

@@ -47,7 +47,7 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
             folder / source, [rows | {"passages": lists.passages, "teacher_scores": scores}]
         )
         report[source] = {"teacher": coverage.report(), "lists": lists.report}
-        for line in readable({source: report[source]["teacher"]}, lists.report):
+        for line in readable({source: coverage.report()}, lists.report):
             logger.info("teach: %s", line)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -55,6 +55,7 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
 def _ranked(
     experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
 ) -> tuple[RankLists, Coverage]:
+    assert experiment.teach is not None  # as the stage is there
     split, coverage = source.removeprefix(LABELLED), Coverage()
     queries, qrels = made.queries(split), made.qrels(split)
     lists = taught(

@@ -23,7 +23,6 @@ from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK, scored_passages
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
-from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.retrieval.retriever import write_plan
 from dgr_jax.settings import describe, fingerprint
@@ -253,8 +252,8 @@ def _blocks(queries: dict[str, Item]) -> Iterator[dict[str, Item]]:
 def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
     encoded = (student.encode(made.vocabulary, list(b.values())) for b in _blocks(queries))
     found = student.passages_of_blocks(encoded)
-    for block, passages in zip(_blocks(queries), found, strict=True):
-        yield scored_passages(list(block), *passages, made.store.pids)
+    for block, (passages, scores) in zip(_blocks(queries), found, strict=True):
+        yield scored_passages(list(block), passages, scores, made.store.pids)
 
 
 def _measure(
@@ -267,7 +266,7 @@ def _measure(
     """What a run is worth: every measure that is asked for, compared or plotted; of a split without
     judgements, those of answers."""
     settings, qrels = experiment.evaluate, made.qrels(split)
-    names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search)))
+    names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search.depth)))
     of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
     of_judgements = [name for name in names if name not in of_answers] if qrels else []
 
@@ -346,16 +345,16 @@ def _compare(
     ]
 
 
-def _plotted(search: Search) -> dict[str, int]:
+def _plotted(depth: int) -> dict[str, int]:
     """Measure -> k of the points of the plot."""
-    return {f"Success@{k}": k for k in (1, 5, 10, 20, 50, 100) if k <= search.depth}
+    return {f"Success@{k}": k for k in (1, 5, 10, 20, 50, 100) if k <= depth}
 
 
 def _plot(
     experiment: Experiment | DenseExperiment, folder: Path, values: dict[str, Values]
 ) -> None:
     """values: of the first test split."""
-    points = _plotted(experiment.evaluate.search)
+    points = _plotted(experiment.evaluate.search.depth)
     curves = {}
     for system, found in values.items():
         means = evaluation.means({name: found[name] for name in points if name in found})

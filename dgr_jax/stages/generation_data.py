@@ -159,9 +159,9 @@ def write(
     found: dict[str, list] = {}
     for source in sources:
         blocks = read(source, opened, found.setdefault(source, []))
-        first = next(blocks, None)
-        require_examples({source: first is not None})
-        arrays.write_arrays(work.folder / "arrays" / source, itertools.chain([first], blocks))
+        first = list(itertools.islice(blocks, 1))
+        require_examples({source: bool(first)})
+        arrays.write_arrays(work.folder / "arrays" / source, itertools.chain(first, blocks))
     features = prepared.features(views=bool(opened.made.vocabulary.views))
     prepared.describe(work.folder / "tfds", NAME, found, features)
     shutil.rmtree(work.folder / "parts", ignore_errors=True)

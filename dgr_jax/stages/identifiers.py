@@ -97,18 +97,18 @@ def build(
 
 def _text(
     scheme: Scheme, material: Material, folder: Path, vocabulary: Vocabulary
-) -> tuple[Counter, np.ndarray | None]:
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """Writes the suffix array of the text whose spans are identifiers, and views.json; -> counts
     for the report, and the tokens of each passage int [P], None without such a view."""
     counts: Counter = Counter()
     stream, lengths, anywhere = scheme.text_tokens(material, counts), None, False
-    span_tokens = scheme.span_tokens
+    span_tokens, written = scheme.span_tokens, {}
     if "body" in scheme.views:
         text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=span_tokens)
         text.save(folder / "text")
         share = float(vocabulary.word_starts()[text.tokens].sum() / max(1, len(text)))
         anywhere = share < _ENOUGH_WORDS
-        counts |= {
+        written = {
             "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
         }  # fmt: skip
         lengths = Body(text.tokens, text.starts).lengths
@@ -120,7 +120,7 @@ def _text(
         spans_begin_anywhere=anywhere,
         num_tokens=counts["tokens"],
     )
-    return counts, lengths
+    return {**counts, **written}, lengths
 
 
 def _of_docids(

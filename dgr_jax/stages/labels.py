@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TypeVar
 
 from dgr_jax import processes
 from dgr_jax.data.rules import TRAIN_SPLIT
@@ -15,7 +16,7 @@ from dgr_jax.stages.prepared import PREPARE
 
 logger = logging.getLogger(__name__)
 
-_Labelled = Experiment | DenseExperiment
+_Labelled = TypeVar("_Labelled", Experiment, DenseExperiment)
 
 
 def without_labels(experiment: _Labelled) -> _Labelled:

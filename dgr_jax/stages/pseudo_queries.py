@@ -281,7 +281,7 @@ def _join(folder: Path, made: Prepared, starts: Iterable[int], speeds: list[floa
             copied.update(block["copied"])
             with _counted(folder, start).with_suffix(".tsv").open("rb") as part:
                 shutil.copyfileobj(part, handle)
-    report = {"passages": len(made.store), **counts}
+    report: dict[str, Any] = {"passages": len(made.store), **counts}
     report |= {"test_queries": len(made.test_queries), "test_queries_copied": len(copied)}
     if speeds:  # the first block also compiles
         report["queries_per_second"] = round(float(np.median(speeds[1:] or speeds)), 1)

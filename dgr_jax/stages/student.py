@@ -13,6 +13,7 @@ from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage, after, fields
+from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.retriever import write_student
 from dgr_jax.settings import describe
@@ -44,6 +45,7 @@ def initial_params(
     experiment: Experiment | DenseExperiment, config: T5Config, vocabulary: Vocabulary
 ) -> Any:
     """Published weights as the start of a student of these sizes."""
+    assert isinstance(experiment.initial, Pretrained)  # as there is no stage start
     if not experiment.prepare.vocabulary.path:
         logger.warning(
             "%s with a vocabulary of this corpus: its pieces are others than those of the weights; "

@@ -8,6 +8,7 @@ from typing import Any
 from dgr_jax import partitioning, processes
 from dgr_jax.decoding import trie
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.generative import Decoder, Search
@@ -17,7 +18,7 @@ from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.training_run import with_vocabulary
 
 
-def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
+def model_config(experiment: Experiment | PseudoQueries, vocab_size: int) -> T5Config:
     """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
     return with_vocabulary(experiment.model, vocab_size)
 

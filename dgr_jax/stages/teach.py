@@ -151,6 +151,7 @@ def _features(
     experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of all rank lists in blocks."""
+    assert made.table is not None
     for start in range(0, len(lists.passages), _BLOCK):
         block = slice(start, start + _BLOCK)
         yield rank_lists.features(
@@ -169,6 +170,7 @@ def _view_features(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same of identifiers of several views, with the keys of the candidates."""
     indexes, folder = made.indexes, Path(experiment.model_dir) / retrieved.STAGE.name
+    assert indexes is not None
     keyed = Keyed(
         arrays.read_arrays(folder / "keys"), _candidates(folder), indexes.text, indexes.tables,
         indexes.views, experiment.teach.seed,

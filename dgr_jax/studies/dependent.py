@@ -25,7 +25,7 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "dgr_jax.studies.dependent", str(os.getpid()), *arguments]
 
 
-def become(parent: int, arguments: Sequence[str]) -> None:
+def become(parent: int, arguments: list[str]) -> None:
     """Becomes the command, which is killed when the process `parent` ends; or ends at once, where
     it has ended already."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -73,7 +73,7 @@ def _costs(grid: Grid, experiment: Experiment, folder: Path, system: str) -> dic
         return {}
     path = folder / "evaluate" / f"costs-{system}.json"
     asked = {"split": grid.study.split, "drift": grid.study.drift}
-    kept = read_kept(path)
+    kept: dict[str, Any] = read_kept(path)
     if kept.get("asked") != asked:
         logger.info("study: costs of %s, %s", folder.name, system)
         found = costs.measure(experiment, system, grid.study.split, grid.study.drift)

@@ -32,9 +32,9 @@ class Row:
     """
 
     labels: dict[str, str]
-    values: list[Values]
+    values: Sequence[Values]
     fair: dict[str, Any]
-    costs: list[Mapping[str, float]] = field(default_factory=list)
+    costs: Sequence[Mapping[str, float]] = field(default_factory=list)
     again: list[dict[str, str]] = field(default_factory=list)
 
     def of(self, measure: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import zlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -40,6 +40,35 @@ class RankLists:
         return self.passages[np.arange(len(self.passages)), self.positives]
 
 
+class ListRecipe(Protocol):
+    """How rank lists are cut from a teacher's order."""
+
+    @property
+    def length(self) -> int:
+        """Passages of a list at most."""
+
+    @property
+    def lists_a_query(self) -> int:
+        """Lists of a query at most."""
+
+    def select(
+        self,
+        ranked: Ranked,
+        *,
+        qids: Sequence[str],
+        store: PassageStore,
+        qrels: Qrels,
+        candidates: Candidates,
+        seed: int = 0,
+        min_relevance: int = 1,
+    ) -> RankLists:
+        """The lists of the queries, in the order of `qids`.
+
+        ranked: (qid, its list) of every query, in any order. candidates: the student's, best first.
+        Draws depend on the seed and the qid alone, so a query gets the same lists in any company.
+        """
+
+
 @dataclass(frozen=True)
 class TopM:
     """The plain recipe: a list is the first `size` passages in the teacher's order.
@@ -50,8 +79,14 @@ class TopM:
 
     size: int = 5
 
+    lists_a_query = 1  # no setting
+
     def __post_init__(self) -> None:
         ranges.check(self, size=ranges.at_least(2))
+
+    @property
+    def length(self) -> int:
+        return self.size
 
     def select(
         self,
@@ -64,10 +99,7 @@ class TopM:
         seed: int = 0,
         min_relevance: int = 1,
     ) -> RankLists:
-        """One list a query where possible, in the order of `qids`; nothing is drawn.
-
-        ranked: (qid, its list) of every query, in any order.
-        """
+        """One list a query where possible; nothing is drawn."""
         del candidates, seed
         builder = _Builder(self.size, store, qids)
         for qid, listed in ranked:
@@ -97,9 +129,15 @@ class TwoLists:
     negatives: int = 4
     depth: int = 200
 
+    lists_a_query = 2  # no setting
+
     def __post_init__(self) -> None:
         ranges.check(self, negatives=ranges.at_least(1))
         ranges.check(self, depth=ranges.at_least(self.negatives, ", TwoLists.negatives"))
+
+    @property
+    def length(self) -> int:
+        return self.negatives + 1
 
     def select(
         self,
@@ -112,12 +150,8 @@ class TwoLists:
         seed: int = 0,
         min_relevance: int = 1,
     ) -> RankLists:
-        """Two lists a query where possible, in the order of `qids`.
-
-        ranked: (qid, its list) of every query, in any order. candidates: the student's, best first.
-        Draws depend on the seed and the qid alone, so a query gets the same lists in any company.
-        """
-        builder = _Builder(self.negatives + 1, store, qids)
+        """Two lists a query where possible."""
+        builder = _Builder(self.length, store, qids)
         for qid, listed in ranked:
             grades = qrels.get(qid, {})
             best = builder.best_positive(listed, grades, min_relevance)

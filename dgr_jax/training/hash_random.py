@@ -57,7 +57,7 @@ def _split(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return _children(words, places.reshape(shape))
 
 
-def _fold_in(words: jax.Array, data: jax.Array) -> jax.Array:
+def _fold_in(words: jax.Array, data: jax.Array | int) -> jax.Array:
     return _children(words, jnp.asarray(data).astype(jnp.uint32))
 
 

@@ -142,16 +142,16 @@ class _Run:
     def ends_after(self, now: int, state: TrainState) -> bool:
         """Does what is due after a step; whether the run ends there. Raises SystemExit after a
         signal, once the state is saved."""
-        last = now == self.total
-        validates = self.validation is not None and (last or now % self.validation.every == 0)
+        last, validation = now == self.total, self.validation
+        validates = validation is not None and (last or now % validation.every == 0)
         stopped = not last and self.stop.requested(now)
         saves = last or stopped or now % self.checkpoint_every == 0
         if saves or validates or now % self.log_every == 0:
             self.report.log(now)  # raises on a loss that is not finite: none is saved
         better = False
-        if validates:
-            better = self._validate(now, state)
-            last |= self.validation.ends(self.standing)
+        if validation is not None and validates:
+            better = self._validate(validation, now, state)
+            last |= validation.ends(self.standing)
         if saves or better or last:
             self._save(now, state)
         if stopped:
@@ -161,18 +161,18 @@ class _Run:
             raise SystemExit(self.stop.status)
         return last
 
-    def _validate(self, now: int, state: TrainState) -> bool:
+    def _validate(self, validation: Validation, now: int, state: TrainState) -> bool:
         """Whether this is the best student so far, and the best is to be kept."""
-        found = self.standing = self.validation.after(self.standing, now, state.params)
+        found = self.standing = validation.after(self.standing, now, state.params)
         self.report.write(now, {validations.METRIC: found.last})
         self.report.end_line()
         logger.info(
             "%s: step %d: %s %.4f of %d questions held out of training; the best is %.4f, of step "
-            "%d", self.name, now, validations.MEASURE, found.last, self.validation.questions,
+            "%d", self.name, now, validations.MEASURE, found.last, validation.questions,
             found.best, found.best_step,
         )  # fmt: skip
         self.report.look(now)
-        return self.validation.keeps_best and found.best_step == now
+        return validation.keeps_best and found.best_step == now
 
     def _save(self, now: int, state: TrainState) -> None:
         self.position = {"step": now, "seed": self.position["seed"]}

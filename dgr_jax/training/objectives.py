@@ -250,6 +250,7 @@ class Distillation:
                 examples = lists if shared else batch["generation"]
                 if not shared:
                     logits = _logits_of_generation(model, params, examples, generation_rng)
+                assert logits is not None
                 per_example, more = self._generation_loss(logits, examples)
                 loss_sum += self.generation_weight * queries * per_example
                 metrics |= more
@@ -383,6 +384,7 @@ def _encoded_queries(
     )
     if queries.ndim == 2:
         return encoded, queries
+    assert views is not None
     return encoded.reshape(queries.shape[0], -1, encoded.shape[-1]), _of_view(queries, views)
 
 

@@ -147,5 +147,5 @@ class PackedLists:
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
         found = self._lists.batch(step, process_index, process_count)
-        names = ("identifier_tokens", "identifier_views")
-        return {**found, **packed(*(found[name] for name in names), self._rows, self._width)}
+        tokens, views = found["identifier_tokens"], found["identifier_views"]
+        return {**found, **packed(tokens, views, self._rows, self._width)}

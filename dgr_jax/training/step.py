@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,10 +26,10 @@ class TrainState:
     step n draws from fold_in(rng, n), by hash_random, so that a resumed run draws the same numbers.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    rng: jax.Array
+    rng: Any
 
 
 def _new_state(params: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -179,7 +180,8 @@ def _updated(
     metrics = dict(metrics)
     metrics["loss"] = (loss_sum, weight_sum)
     metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
-    changed = state.replace(
+    changed = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,

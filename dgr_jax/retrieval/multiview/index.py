@@ -163,7 +163,7 @@ class MultiviewIndex:
     """Where identifiers occur, and how passages are scored by them.
 
     text: index of the passages, None where no body spans are searched; tables: titles and
-    pseudo-queries by view, over the same passages. num_tokens: of the corpus; None: of the text.
+    pseudo-queries by view, over the same passages. num_tokens: of the corpus; 0: of the text.
     special_ids: token ids that belong to no text, see passage_scores.
     allowed: bool [P], the passages that may be returned; None allows all. Counts are those of all
     passages in either case.
@@ -177,18 +177,19 @@ class MultiviewIndex:
     scoring: Scoring = Scoring()
     special_ids: tuple[int, ...] = (1,)
     allowed: np.ndarray | None = None
-    num_tokens: int | None = None
+    num_tokens: int = 0
     pid_of: PidOf | None = None
 
     def __post_init__(self) -> None:
-        if self.text is None and (self.num_tokens is None or not self.tables):
+        if self.text is not None:
+            expected = self.text.num_passages
+            object.__setattr__(self, "num_tokens", self.num_tokens or len(self.text))
+        elif self.tables and self.num_tokens:
+            expected = next(iter(self.tables.values())).num_passages
+        else:
             raise ValueError(
                 "MultiviewIndex.text: got None; expected num_tokens and a table instead of it"
             )
-        if self.num_tokens is None:
-            object.__setattr__(self, "num_tokens", len(self.text))
-        indexes = self.tables.values() if self.text is None else (self.text,)
-        expected = next(iter(indexes)).num_passages
         for view, table in self.tables.items():
             if view not in VIEWS or view == "body":
                 raise ValueError(f"MultiviewIndex.tables: got view {view!r}, expected title, query")
@@ -251,11 +252,12 @@ class MultiviewIndex:
             for b in range(len(order))
         ]
 
-    def _entries(self, query: _Query, k: int) -> np.ndarray:
+    def _entries(self, query: _Query, k: np.integer) -> np.ndarray:
         """Where the k-th identifier occurs: positions in the text, or passages of its table."""
         view, part = query.views[k], slice(query.lo[k], query.lo[k] + query.counts[k])
-        entries = self.text.suffixes if view == BODY else self.tables[VIEWS[view]].passages
-        return np.asarray(entries[part])
+        if view == BODY and self.text is not None:
+            return np.asarray(self.text.suffixes[part])
+        return np.asarray(self.tables[VIEWS[view]].passages[part])
 
     def _rare(self, query: _Query) -> _Places:
         """All occurrences, in allowed passages, of the identifiers that nominate passages."""
@@ -265,7 +267,7 @@ class MultiviewIndex:
         entry = np.concatenate([*entries_of, np.zeros(0, np.int32)]).astype(np.int32)
         body = query.views[owner] == BODY
         passage, start = entry.copy(), np.zeros_like(entry)
-        if body.any():
+        if self.text is not None and body.any():
             starts = self.text.starts
             passage[body] = np.searchsorted(starts, entry[body], side="right") - 1
             start[body] = entry[body] - starts[passage[body]]
@@ -299,6 +301,7 @@ class MultiviewIndex:
 
     def _spans_in(self, query: _Query, spans: np.ndarray, nominated: np.ndarray) -> _Places:
         """The occurrences of body spans, found in the text of the passages."""
+        assert self.text is not None
         tokens, starts = self.text.tokens, self.text.starts
         begins, following = starts[nominated], np.minimum(nominated + 1, len(starts) - 1)
         ends = np.where(nominated < following, starts[following], len(tokens))  # a 0 is the last
@@ -339,8 +342,9 @@ def _gather(leaves: Sequence, packed: _Packed) -> Identifiers:
     leaves: the first four arrays of a `_Query`.
     """
     at = packed.members.clip(0)
-    of_passages = (leaf[at] for leaf in leaves)
-    return Identifiers(*of_passages, packed.members >= 0, packed.spans, packed.starts)
+    log_probs, counts, tokens, views = (leaf[at] for leaf in leaves)
+    mask = packed.members >= 0
+    return Identifiers(log_probs, counts, tokens, views, mask, packed.spans, packed.starts)
 
 
 def _joined(parts: Sequence[_Places]) -> _Places:
@@ -367,13 +371,17 @@ def _pack(query: _Query, places: _Places, passages: np.ndarray, rows: int) -> _P
     return _Packed(members, spans, starts)
 
 
-def _size(needed: int, fewest: int) -> int:
+def _size(needed: int | np.integer, fewest: int) -> int:
     """The lowest power of two that is at least `needed` and `fewest`."""
     return max(fewest, 1 << (int(needed) - 1).bit_length())
 
 
 def _ranked(
-    passages: np.ndarray, scores: jax.Array, query: _Query, packed: _Packed, pid_of: PidOf | None
+    passages: np.ndarray,
+    scores: jax.Array | np.ndarray,
+    query: _Query,
+    packed: _Packed,
+    pid_of: PidOf | None,
 ) -> Scored:
     scores = np.asarray(scores)[: len(passages)]
     order = _order(scores, passages, pid_of)

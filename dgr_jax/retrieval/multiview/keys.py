@@ -39,7 +39,7 @@ def keys(
     tokens int32 [n, U, T], views int8 [n, U] and counts int32 [n, U] describe these identifiers.
     U = identifiers, the most that a query can write; T = length.
     """
-    kept = {
+    kept: Keys = {
         "members": np.full((len(results), depth, limit), -1, np.int16),
         "tokens": np.zeros((len(results), identifiers, length), np.int32),
         "views": np.zeros((len(results), identifiers), np.int8),
@@ -141,6 +141,7 @@ class Keyed:
         for view in np.unique(views):
             own = np.flatnonzero(views == view)
             if view == BODY:
+                assert self.text is not None
                 lo, hi = self.text.find(tokens[own], (tokens[own] > 0).sum(1))
                 counts[own] = hi - lo
                 continue
@@ -168,6 +169,7 @@ class Keyed:
 
     def _text(self, passage: int) -> np.ndarray:
         """Tokens of a passage."""
+        assert self.text is not None
         starts, tokens = self.text.starts, self.text.tokens
         last = starts[passage + 1] if passage + 1 < len(starts) else len(tokens)
         return np.asarray(tokens[starts[passage] : last - 1])

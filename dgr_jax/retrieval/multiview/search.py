@@ -122,6 +122,7 @@ class MultiviewDecoder(ReadsTokens):
         constraints, lengths = {}, {}
         for view in self.markers:
             if view == "body":
+                assert self.index.text is not None
                 length = self.span_tokens
                 constraint = self.index.text.constraint(max_length=length, opening=self.opening)
             else:
