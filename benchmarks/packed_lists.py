@@ -40,7 +40,7 @@ def main() -> None:
     experiment = gin_files.load_experiment(*flags, keep=False)
     settings = experiment.distill
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    model = Transformer(systems.model_config(experiment, vocabulary.size))
+    model = Transformer(experiment.sized(vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     optimizer = settings.optimizer.transformation(settings.steps)
     source = student.batches(experiment, "distill")

@@ -30,8 +30,8 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")
     parser.add_argument(
         "--system",
-        choices=("distill", "control", "generate", "refresh", "dense"),
-        help="which student; default: the first of these that is trained",
+        help="which system that was trained or measured, such as distill or bm25; default: the "
+        "best one that is trained",
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)

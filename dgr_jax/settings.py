@@ -6,9 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import typing
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
 
 
 def fingerprint(settings: Any) -> str:
@@ -56,6 +60,18 @@ def _has_effect(setting: dataclasses.Field, value: Any) -> bool:
     """Whether a setting of this value makes results other than they would be without it."""
     marked = setting.metadata.get("fingerprint", True)
     return value != setting.default if marked == "unless default" else marked
+
+
+def restored(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings of a kind, from what dataclasses.asdict and JSON have made of them."""
+    hints = typing.get_type_hints(kind)
+
+    def of(hint: Any, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            return restored(hint, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: of(hints.get(name), value) for name, value in values.items()})
 
 
 def paths(value: Any) -> dict[str, str]:

@@ -292,7 +292,7 @@ def test_of_a_shared_identifier_only_the_allowed_passages_are_returned(decoder):
     [
         (np.ones(39, bool), "passage_mask must be bool of shape [40]; got bool of shape (39,)"),
         (np.ones(40), "passage_mask must be bool of shape [40]; got float64 of shape (40,)"),
-        (np.zeros(40, bool), "passage_mask leaves no identifier"),
+        (np.zeros(40, bool), "passage_mask leaves no passage"),
     ],
 )
 def test_masks_that_cannot_be(decoder, mask, message):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dgr_jax import ranges
 from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.bm25 import Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, without_effect
 
 
@@ -100,6 +105,7 @@ class Evaluate:
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
     grade from which Success, RR and R count.
     max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
+    systems: others that no stage trains, such as a sum of trained ones.
     """
 
     search: Search | MultiviewSearch | DenseSearch
@@ -111,6 +117,9 @@ class Evaluate:
     max_queries: int = 0
     bm25: bool = True
     seed: int = 0
+    systems: tuple[SystemSettings, ...] = field(
+        default=(), metadata={"fingerprint": "unless default"}
+    )
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -119,6 +128,53 @@ class Evaluate:
             max_queries=ranges.at_least(0),
             seed=ranges.SEED,
         )
+
+    @property
+    def untrained(self) -> dict[str, SystemSettings]:
+        """What is measured that no stage trains, by name."""
+        baseline = (Bm25Baseline("bm25"),) if self.bm25 else ()
+        return {settings.name: settings for settings in (*baseline, *self.systems)}
+
+    def made_of(self, system: str) -> tuple[str, ...]:
+        """The trained systems that one is made of: itself where it is trained."""
+        untrained = self.untrained.get(system)
+        return untrained.made_of if untrained else (system,)
+
+    def measured(self, trained: Sequence[str]) -> tuple[str, ...]:
+        """Every system that is measured, in the order of tables."""
+        return (*["bm25"] * self.bm25, *trained, *(settings.name for settings in self.systems))
+
+    def check_systems(self, trained: Sequence[str], stages: Container[str]) -> None:
+        """Raises ValueError for systems that have no name of their own, or are made of others than
+        those that an experiment trains."""
+        names = ["bm25"] if self.bm25 else []
+        for settings in self.systems:
+            name = settings.name
+            if name in (*names, *trained) or name in stages or not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(
+                    f"{type(settings).__name__}.name: got {name!r}, expected letters, digits, _ "
+                    "and -, and no name of a stage or of another system"
+                )
+            if unknown := [other for other in settings.made_of if other not in trained]:
+                raise ValueError(
+                    f"Evaluate.systems: {name!r} is made of {unknown[0]!r}, expected some of "
+                    f"{', '.join(trained)}"
+                )
+            names.append(name)
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def compared_pairs(pairs: Pairs, evaluate: Evaluate) -> Pairs:
+    """The pairs of an experiment, and each system that was added against what it is made of, and
+    against BM25."""
+    added = (
+        (settings.name, other)
+        for settings in evaluate.systems
+        for other in (*settings.made_of, "bm25")
+    )
+    return (*pairs, *added)
 
 
 class Stage(NamedTuple):
@@ -139,3 +195,13 @@ def sizes(config: T5Config) -> str:
     apart = ("vocab_size", "prefix_adaptive_layers")
     described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
+
+
+def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
+    """The sizes with so many tokens, unless T5Config.vocab_size is set; ValueError if too small."""
+    if config.vocab_size and config.vocab_size < vocab_size:
+        raise ValueError(
+            f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
+            "text pieces and docid codes of this experiment (0 takes just those)"
+        )
+    return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
@@ -14,14 +14,18 @@ from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
     Evaluate,
+    Pairs,
     Stage,
     Teach,
     Training,
+    compared_pairs,
     sizes,
     texts,
+    with_vocabulary,
 )
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.initial import Pretrained
+from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -202,6 +206,7 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
+        self.evaluate.check_systems(self.systems, self.stages)
         self.train.check_batches("Training", "batch_size")
         if self.refresh is not None:
             self.refresh.check_batches("refresh/Training", "batch_size")
@@ -231,10 +236,31 @@ class DenseExperiment:
                 "of labelled queries alone (DenseExperiment.teach)"
             )
 
+    kind: ClassVar[str] = "dense"  # of its retrievers: a key of `retrieval.kinds.TRAINED`
+
     @property
     def systems(self) -> tuple[str, ...]:
-        """The stages that train what is measured."""
+        """The stages that train what is measured, the best one last."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Every system that is measured, in the order of tables."""
+        return self.evaluate.measured(self.systems)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The systems that are compared, where both are measured."""
+        pairs = ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25")
+        return compared_pairs(pairs, self.evaluate)
+
+    def network(self, vocab_size: int) -> T5Config:
+        """The sizes of the transformer of each tower, with a vocabulary."""
+        return with_vocabulary(self.model.t5, vocab_size)
+
+    def sized(self, vocab_size: int) -> DualEncoderConfig:
+        """The settings of the model with a vocabulary."""
+        return dataclasses.replace(self.model, t5=self.network(vocab_size))
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order."""

@@ -12,7 +12,17 @@ from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Stage, Teach, Training, sizes, texts
+from dgr_jax.experiments.common import (
+    Evaluate,
+    Pairs,
+    Stage,
+    Teach,
+    Training,
+    compared_pairs,
+    sizes,
+    texts,
+    with_vocabulary,
+)
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
@@ -148,6 +158,7 @@ class Experiment:
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
             )
+        self.evaluate.check_systems(self.systems, STAGES)
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
         rates = self.prepare.sources.rates()
@@ -163,9 +174,33 @@ class Experiment:
                 )
 
     @property
+    def kind(self) -> str:
+        """Of its students: a key of `retrieval.kinds.TRAINED`."""
+        return "multiview" if isinstance(self.prepare.identifiers, Multiview) else "docid"
+
+    @property
     def systems(self) -> tuple[str, ...]:
-        """The stages that train what is measured."""
+        """The stages that train what is measured, the best one last."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Every system that is measured, in the order of tables."""
+        return self.evaluate.measured(self.systems)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The systems that are compared, where both are measured."""
+        pairs = ("distill", "generate"), ("distill", "control"), ("distill", "bm25")
+        return compared_pairs(pairs, self.evaluate)
+
+    def network(self, vocab_size: int) -> T5Config:
+        """The sizes of the transformer of every student, with a vocabulary."""
+        return with_vocabulary(self.model, vocab_size)
+
+    def sized(self, vocab_size: int) -> T5Config:
+        """The settings of the model with a vocabulary."""
+        return self.network(vocab_size)
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order; the steps of `control` are those of

@@ -21,9 +21,6 @@ PREVIOUS = "previous"
 SWAP = ".swap"  # after the name of a stage in PREVIOUS, while two versions change places
 STUDENT = "student.json"  # what a reader needs to know of a trained model, beside its checkpoints
 
-# The system that an experiment trains after another in any case.
-_ALWAYS = {"control": "distill", "generate": "distill"}
-
 _SWAPPING = 1.0  # seconds within which a writer that makes room has put a folder in its place
 _PAUSE = 0.05
 
@@ -120,8 +117,8 @@ class Answering:
 
 
 def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
-    """The first of these systems that is whole, with the prepare stage that it was trained on: in
-    MODEL_DIR or, while one of them is made again, in MODEL_DIR/previous.
+    """The first of these systems, best first, that is whole, with the prepare stage that it was
+    trained on: in MODEL_DIR or, while one of them is made again, in MODEL_DIR/previous.
 
     Raises FileNotFoundError where none is trained, ValueError where the identifiers that they were
     trained on are not there any more; both say what is being made.
@@ -213,10 +210,8 @@ def _aside(
 ) -> str:
     """Why this student is not the one that a user would expect, blank where it is."""
     reasons = []
-    for better in systems[: systems.index(name)]:
-        if better == _ALWAYS.get(name) or (model_dir / better).is_dir():
-            reasons.append(f"{name} answers, as {better} is not trained yet")
-            break
+    if name != systems[0]:
+        reasons.append(f"{name} answers, as {systems[0]} is not trained yet")
     if student != model_dir / name:
         reasons.append(
             f"{name} is being made again with other settings, the version before answers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.task_files import task_file
@@ -23,17 +22,18 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Negatives
 from dgr_jax.model_dir import kept
-from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
+from dgr_jax.models.dual_encoder import DualEncoder, start_from
 from dgr_jax.retrieval import dense as retrieval
 from dgr_jax.retrieval.batching import BLOCK
-from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
-from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.retrieval.dense import DenseSearch, Encoder
+from dgr_jax.retrieval.kinds import write_student
 from dgr_jax.stages import generation_data, student, training_run
-from dgr_jax.stages.evaluate import measure, search_of
+from dgr_jax.stages.evaluate import evaluate
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, self_hits, test_texts
 from dgr_jax.stages.prepare import read, without_tasks
 from dgr_jax.stages.prepared import Prepared, cut, write_report
+from dgr_jax.stages.systems import open_system, params
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.stages.training_run import Later
 from dgr_jax.teaching.list_recipes import RankLists
@@ -207,7 +207,7 @@ def sources(experiment: DenseExperiment) -> dict[str, str]:
 def negatives(experiment: DenseExperiment, folder: Path) -> None:
     """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
     settings = experiment.negatives
-    made = _prepared(experiment)
+    made = Prepared.load(experiment.model_dir)
     own = _own(experiment, made)
     _write_pools(experiment, folder, settings, _finder(settings, made, deeper=bool(own)), own)
 
@@ -297,10 +297,6 @@ def _pool(experiment: DenseExperiment, stage: str, source: str) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
 
 
-def _prepared(experiment: DenseExperiment) -> Prepared:
-    return Prepared.load(experiment.model_dir, identifiers=False)
-
-
 def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
     return arrays.read_arrays(Path(experiment.model_dir) / "prepare" / "arrays" / source)
 
@@ -308,7 +304,7 @@ def _queries(experiment: DenseExperiment, source: str) -> arrays.Features:
 def teach(experiment: DenseExperiment, folder: Path) -> None:
     """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
     the pool and the positives of each query; and report.json, see `stages.teach`."""
-    made = _prepared(experiment)
+    made = Prepared.load(experiment.model_dir)
     qids = kept.read_json(made.folder / QIDS)
     own, report = _own(experiment, made), {}
     for source in sources(experiment):
@@ -371,13 +367,13 @@ def batches(experiment: DenseExperiment, stage: str) -> Source:
 def mine(experiment: DenseExperiment, folder: Path) -> None:
     """Writes pools as `negatives` does, of what the trained encoder finds."""
     settings = experiment.mined
-    made = _prepared(experiment)
+    made = Prepared.load(experiment.model_dir)
     own = _own(experiment, made)
     find = _finder(settings, made, deeper=bool(own)) if settings.source != "own" else None
     if find is None:
         depth = settings.skip + settings.depth + _most(experiment) + bool(own)
         depth = min(depth, len(made.store))
-        student = searcher(experiment, "dense", _search(experiment, depth=depth))
+        student = open_system(experiment, "dense", made, _search(experiment, depth=depth))
         find = lambda tokens: student.passages(tokens)[0]
     _write_pools(experiment, folder, settings, find, own)
 
@@ -389,7 +385,8 @@ def _most(experiment: DenseExperiment) -> int:
 
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
-    _train(experiment, folder, experiment.refresh, _trained(experiment, "dense"))
+    start = params(experiment, "dense", Prepared.load(experiment.model_dir))
+    _train(experiment, folder, experiment.refresh, start)
 
 
 def _lists(
@@ -401,7 +398,7 @@ def _lists(
         tasks[source] = dict(_queries(experiment, source))
         if pool is not None:
             tasks[source]["negatives"] = _pool(experiment, stage, source)
-    for source, own in _own(experiment, _prepared(experiment)).items():
+    for source, own in _own(experiment, Prepared.load(experiment.model_dir)).items():
         tasks[source]["own"] = own
     corpus = _queries(experiment, CORPUS)["passage_tokens"]
     lists = experiment.lists
@@ -443,21 +440,10 @@ def _phases(
         yield int(end - begin), MixtureSource(used, settings.batch_size, settings.seed)
 
 
-def encoder_config(experiment: DenseExperiment, vocab_size: int) -> DualEncoderConfig:
-    """The encoder's sizes with the experiment's vocabulary."""
-    model = experiment.model
-    return dataclasses.replace(model, t5=training_run.with_vocabulary(model.t5, vocab_size))
-
-
-def _config(experiment: DenseExperiment) -> DualEncoderConfig:
-    vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
-    return encoder_config(experiment, vocabulary.size)
-
-
 def _initial(experiment: DenseExperiment) -> Any:
     """Parameters with the encoder of a published T5; projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
-    config = encoder_config(experiment, vocabulary.size)
+    config = experiment.sized(vocabulary.size)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
@@ -465,19 +451,16 @@ def _initial(experiment: DenseExperiment) -> Any:
 
 def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
-    config = _config(experiment)
-    model = DualEncoder(config)
-    source = batches(experiment, folder.name)
+    made = Prepared.load(experiment.model_dir)
+    config = experiment.sized(made.vocabulary.size)
+    model, source = DualEncoder(config), batches(experiment, folder.name)
     training_run.train(experiment, folder, folder.name, settings, model, source, start)
-    made = _prepared(experiment)
-    retrieval.embed(
-        _encoder(experiment, folder.name),
-        made.store,
-        made.vocabulary.encode_inputs,
-        folder / retrieval.VECTORS,
-        _search(experiment),
-    )
-    write_student(folder, config, experiment.evaluate.search)
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
+    encoder = Encoder(config, params(experiment, folder.name, made), mesh, rules)
+    path, encode_inputs = folder / retrieval.VECTORS, made.vocabulary.encode_inputs
+    retrieval.embed(encoder, made.store, encode_inputs, path, _search(experiment))
+    systems = experiment.systems
+    write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
 
 
 def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
@@ -486,37 +469,6 @@ def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
     return DenseSearch(
         query_length=prepare.query_length, passage_length=prepare.passage_length, **settings
     )
-
-
-def _trained(experiment: DenseExperiment, system: str) -> Any:
-    """Parameters of a finished encoder on the experiment's mesh."""
-    mesh = partitioning.make_mesh(experiment.mesh)
-    model, rules = DualEncoder(_config(experiment)), experiment.mesh.rules
-    abstract = partitioning.abstract_params(model, mesh, rules)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    return checkpoints.restore_params(folder, abstract)
-
-
-def _encoder(experiment: DenseExperiment, system: str) -> Encoder:
-    mesh = partitioning.make_mesh(experiment.mesh)
-    params = _trained(experiment, system)
-    return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
-
-
-def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
-    """A finished encoder and its passages, ready to retrieve."""
-    encoder = _encoder(experiment, system)
-    path = Path(experiment.model_dir) / system / retrieval.VECTORS
-    index = retrieval.open_index(path, search.index, encoder.mesh)
-    return Searcher(encoder, index, search)
-
-
-def evaluate(experiment: DenseExperiment, folder: Path) -> None:
-    """Measures the encoders as students are measured: see `stages.evaluate.measure`."""
-    made = _prepared(experiment)
-    search, order = search_of(experiment, made), made.store.pid_of
-    opened = lambda system: searcher(experiment, system, search).by_pid(order)
-    measure(experiment, folder, made, opened)
 
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {

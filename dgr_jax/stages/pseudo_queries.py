@@ -23,11 +23,11 @@ from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
+from dgr_jax.experiments.common import with_vocabulary
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.model_dir.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval.sampling import Sampler
-from dgr_jax.stages.systems import model_config
 from dgr_jax.stages.training_run import train
 from dgr_jax.training import arrays
 from dgr_jax.training.source import ArraySource
@@ -150,7 +150,7 @@ def _features(
 def generate(experiment: PseudoQueries, folder: Path) -> None:
     """Learn to write the query of a passage."""
     settings, made = experiment.generate, Prepared.of(experiment)
-    model = Transformer(model_config(experiment, made.vocabulary.size))
+    model = Transformer(with_vocabulary(experiment.model, made.vocabulary.size))
     source = ArraySource(made.folder / "pairs", settings.batch_size, settings.seed)
     train(experiment, folder, "generate", settings, model, source)
 
@@ -180,7 +180,7 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
 
 
 def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
-    config = model_config(experiment, made.vocabulary.size)
+    config = with_vocabulary(experiment.model, made.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
     abstract = partitioning.abstract_params(Transformer(config), mesh, experiment.mesh.rules)
     params = checkpoints.restore_params(made.folder.parent / "generate" / "checkpoints", abstract)

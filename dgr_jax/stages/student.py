@@ -14,9 +14,9 @@ from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.retrieval.kinds import write_student
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import _trained, model_config
+from dgr_jax.stages.systems import params
 from dgr_jax.stages.training_run import Later, _Together, train
 from dgr_jax.training import packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
@@ -29,7 +29,7 @@ def generate(experiment: Experiment, folder: Path) -> None:
     start = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = initial_params(experiment, model_config(experiment, vocabulary.size), vocabulary)
+        start = initial_params(experiment, experiment.sized(vocabulary.size), vocabulary)
     _train(experiment, folder, "generate", experiment.generate, start)
 
 
@@ -51,13 +51,13 @@ def initial_params(
 def control(experiment: Experiment, folder: Path) -> None:
     """Generation alone, from the checkpoint of distillation and on as many examples: the same ones
     where those are the mixture's."""
-    start = _trained(experiment, "generate")
+    start = params(experiment, "generate", Prepared.load(experiment.model_dir))
     _train(experiment, folder, "control", _control(experiment), start)
 
 
 def distill(experiment: Experiment, folder: Path) -> None:
     """Rank lists and generation examples, from the generation student."""
-    start = _trained(experiment, "generate")
+    start = params(experiment, "generate", Prepared.load(experiment.model_dir))
     _train(experiment, folder, "distill", experiment.distill, start)
 
 
@@ -114,8 +114,9 @@ def _train(
     start: Any,
 ) -> None:
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    config = model_config(experiment, vocabulary.size)
+    config = experiment.sized(vocabulary.size)
     source = batches(experiment, name)
     train(experiment, folder, name, settings, Transformer(config), source, start)
     if processes.first():
-        write_student(folder, config, experiment.evaluate.search)
+        systems = experiment.systems
+        write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)

@@ -1,45 +1,48 @@
-"""Opens what is trained, to retrieve with it."""
+"""Opens any system of an experiment, to retrieve with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import checkpoints, partitioning
-from dgr_jax.decoding import trie
+from dgr_jax import partitioning
+from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import Decoder, Search
-from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.retrieval import kinds, trained
+from dgr_jax.retrieval.system import Opening, System, Trained
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.training_run import with_vocabulary
 
 
-def model_config(experiment: Experiment, vocab_size: int) -> T5Config:
-    """The student's sizes with the experiment's vocabulary, unless T5Config.vocab_size is set."""
-    return with_vocabulary(experiment.model, vocab_size)
-
-
-def _trained(experiment: Experiment, system: str) -> Any:
-    """Parameters of a finished student on the experiment's mesh."""
-    vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    model = Transformer(model_config(experiment, vocabulary.size))
+def params(experiment: Experiment | DenseExperiment, system: str, made: Prepared) -> Any:
+    """Parameters of a finished training stage on the experiment's mesh."""
+    model = kinds.TRAINED[experiment.kind].network(experiment.sized(made.vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
-    folder = Path(experiment.model_dir) / system / "checkpoints"
-    abstract = partitioning.abstract_params(model, mesh, experiment.mesh.rules)
-    return checkpoints.restore_params(folder, abstract)
+    folder = Path(experiment.model_dir) / system
+    return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
-def decoder(
-    experiment: Experiment, system: str, search: Search | MultiviewSearch, made: Prepared
-) -> Decoder | MultiviewDecoder:
-    """A finished student, ready to retrieve; equal scores by pid."""
-    config = model_config(experiment, made.vocabulary.size)
-    params, mesh = _trained(experiment, system), partitioning.make_mesh(experiment.mesh)
-    rules = experiment.mesh.rules
-    if made.indexes is not None:
-        views = MultiviewDecoder.of(config, params, made.indexes, search, mesh, rules)
-        return views.by_pid(made.store.pid_of)
-    index = trie.load(made.folder / "trie")
-    docids = Decoder(config, params, index, made.table, search, mesh, rules=rules)
-    return docids.by_pid(made.store.pid_of)
+def open_system(
+    experiment: Experiment | DenseExperiment,
+    name: str,
+    made: Prepared,
+    search: Any = None,
+) -> System:
+    """A finished system of an experiment, ready to retrieve; equal scores by pid.
+
+    name: one that it trains, or one that is measured beside, such as 'bm25'. search: None is that
+    of the evaluate stage.
+    """
+    search = search or experiment.evaluate.search
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
+    untrained = experiment.evaluate.untrained
+
+    def opened(name: str) -> System:
+        model = experiment.sized(made.vocabulary.size)
+        folder = Path(experiment.model_dir) / name
+        source = Trained(folder, made.folder, made.vocabulary, model, search, mesh, rules)
+        return kinds.open_trained(experiment.kind, source).by_pid(made.store.pid_of)
+
+    if name not in untrained:
+        return opened(name)
+    opening = Opening(made.folder, made.store, search.depth, mesh, rules, opened)
+    return untrained[name].open(opening).by_pid(made.store.pid_of)

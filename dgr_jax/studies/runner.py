@@ -35,6 +35,7 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.study import Study, choices
 from dgr_jax.model_dir import records, writer_lock
 from dgr_jax.model_dir.measurements import read_kept, write_kept
+from dgr_jax.retrieval import kinds
 from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages import pipeline
 from dgr_jax.stages.evaluate import first_test_split
@@ -149,12 +150,21 @@ class Runner:
         """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         made = self._load_flags(flags, keep)
-        if not {"bm25", *made.systems} & set(run.systems):
+        if not set(made.measured) & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {_shown(run.labels)}, expected some of "
-                f"{('bm25', *made.systems)}"
+                f"{made.measured}"
             )
         return made
+
+    def check(self) -> None:
+        """Raises ValueError where an experiment cannot be, or a system is one of none of them."""
+        known = dict.fromkeys(name for run in self.runs for name in self.experiment(run).measured)
+        asked = dict.fromkeys(name for run in self.runs for name in run.systems)
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(
+                f"Study.systems: got {unknown[0]!r}, expected some of {', '.join(known)}"
+            )
 
     def run(self) -> list[str]:
         """Runs what has not been run; -> a line for each experiment that failed.
@@ -162,8 +172,7 @@ class Runner:
         Raises before anything starts where one of them cannot be. SIGTERM stops the experiment that
         runs, and ends this process with the status of one told to stop.
         """
-        for run in self.runs:
-            self.experiment(run)
+        self.check()
         failures = []
         for number, run in enumerate(self.runs, start=1):
             self._link(run)
@@ -229,6 +238,7 @@ class Runner:
         PFLOP: of training, by `costs.expected_flops`. Times are those of finished stages of the
         same kind in this study, of training for as many FLOPs; '?' where there is none.
         """
+        self.check()
         stages = list(self._stages())
         seconds: dict[tuple[str, bool], list[float]] = {}
         for one in stages:
@@ -285,14 +295,14 @@ class Runner:
             labels, states = group[0].labels, [self._state(run) for run in group]
             for run in group:
                 self._link(run)
+            evaluate = self.experiment(group[0]).evaluate
             for system in group[0].systems:
-                if system == "bm25":
-                    made_of = self._asked(group[0])
-                elif system in states[0]:
-                    searched = fingerprint(describe(self.experiment(group[0]).evaluate))
-                    made_of = (searched, *(state[system][1] for state in states))
-                else:
+                if system not in self.experiment(group[0]).measured:
                     continue
+                trained = evaluate.made_of(system)
+                asked = fingerprint(describe(evaluate)) if trained else self._asked(group[0])
+                made_of = (asked, *(state[name][1] for name in trained for state in states))
+                made_of += (system,) if system in evaluate.untrained else ()
                 named = {**labels, "system": system}
                 if made_of in rows:
                     rows[made_of].again.append(named)
@@ -321,7 +331,8 @@ class Runner:
 
     def _costs(self, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
         """What `dgr_jax.analysis.costs` measures, once: it is kept beside the runs."""
-        if system == "bm25" or not (self.study.costs or self.study.drift):
+        trained = experiment.evaluate.made_of(system)
+        if not trained or not (self.study.costs or self.study.drift):
             return {}
         path = folder / "evaluate" / f"costs-{system}.json"
         asked = {"split": self.study.split, "drift": self.study.drift}
@@ -362,7 +373,7 @@ class Runner:
         table, series = [], {}
         for labels, group in itertools.groupby(self.runs, key=lambda run: run.labels):
             runs = [run for run in group if self._state(run)["evaluate"][0]]
-            runs = [run for run in runs if isinstance(self.experiment(run), Experiment)]
+            runs = [run for run in runs if kinds.TRAINED[self.experiment(run).kind].writes]
             known = self.experiment(runs[0]).systems if runs else ()
             systems = [s for s in runs[0].systems if s in known] if runs else []
             for system in systems:

@@ -183,8 +183,7 @@ class MultiviewIndex:
             )
         if self.num_tokens is None:
             object.__setattr__(self, "num_tokens", len(self.text))
-        indexes = self.tables.values() if self.text is None else (self.text,)
-        expected = next(iter(indexes)).num_passages
+        expected = self.num_passages
         for view, table in self.tables.items():
             if view not in VIEWS or view == "body":
                 raise ValueError(f"MultiviewIndex.tables: got view {view!r}, expected title, query")
@@ -199,6 +198,12 @@ class MultiviewIndex:
                 f"MultiviewIndex.allowed must be bool of shape [{expected}]; got {mask.dtype} of "
                 f"shape {mask.shape}"
             )
+
+    @property
+    def num_passages(self) -> int:
+        """Passages of the corpus."""
+        indexes = self.tables.values() if self.text is None else (self.text,)
+        return next(iter(indexes)).num_passages
 
     def rank(self, written: Sequence[Written]) -> list[Scored]:
         """The passages of each of B queries that `written` leads to; none where it leads nowhere.
