@@ -27,7 +27,6 @@ from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.losses import ranking
-from dgr_jax.retrieval.retriever import SYSTEMS
 from dgr_jax.settings import fingerprint
 from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.teaching.teachers import RunTeacher
@@ -672,12 +671,6 @@ def test_unknown_stage(capsys):
 )
 def test_retrieve_asks_for_what_it_needs(arguments, message, capsys):
     assert message in complaint(capsys, retrieve.command, *arguments)
-
-
-def test_retrieve_knows_the_systems(capsys):
-    with pytest.raises(SystemExit):
-        retrieve.command(["--help"])
-    assert "--system {" + ",".join(SYSTEMS) + "}" in capsys.readouterr().out
 
 
 def test_evaluate_asks_for_run_and_qrels(capsys):

@@ -93,7 +93,8 @@ class Bm25Index:
     @property
     def nbytes(self) -> int:
         """Of the scores of words in passages, and where they stand."""
-        return sum(part.nbytes for part in self._model.scores.values()) if self._model else 0
+        parts = self._model.scores if self._model else {}
+        return sum(parts[name].nbytes for name in ("data", "indices", "indptr") if name in parts)
 
     def best(self, scores: np.ndarray, k: int) -> list[ScoredPassage]:
         """The k best passages of `scores` (f32 [P]) above 0, best first, ties by pid."""
