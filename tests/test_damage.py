@@ -17,8 +17,8 @@ from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import exact_search
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.kinds import write_student
+from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.stages import pseudo_queries
 from dgr_jax.stages.candidates import _is_whole

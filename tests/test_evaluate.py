@@ -72,7 +72,7 @@ def measured(tmp_path, monkeypatch):
                 raise OSError("lost")
             if system == "bm25":
                 opening = Opening(tmp_path, made.store, found or depth, None, None, None)
-                return experiment.evaluate.untrained[system].open(opening)
+                return experiment.untrained[system].open(opening)
             opened.append(system)
             return Student(found or depth)
 

@@ -83,7 +83,7 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
     """FLOPs of all training stages of a system, or of those that it is made of, whose data is
     there."""
     config = experiment.network(Prepared.load(experiment.model_dir).vocabulary.size)
-    made_of = experiment.evaluate.made_of(system)
+    made_of = experiment.made_of(system)
     stages = {k: v for name in made_of for k, v in experiment.training(name).items()}
     return sum(
         settings.steps * step_flops(config, _BATCHES[experiment.kind](experiment, stage).batch(0))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dgr_jax import ranges
 from dgr_jax.models.t5 import T5Config
@@ -129,52 +129,64 @@ class Evaluate:
             seed=ranges.SEED,
         )
 
+
+class Measured:
+    """What experiments of every kind say of the systems that they measure.
+
+    kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
+    compared where both are measured.
+    """
+
+    kind: str
+    own_pairs: ClassVar[tuple[tuple[str, str], ...]]
+    evaluate: Evaluate
+    systems: tuple[str, ...]
+    stages: Mapping[str, Any]
+
+    @property
+    def added(self) -> tuple[SystemSettings, ...]:
+        """Systems beside the trained ones and BM25."""
+        return self.evaluate.systems
+
     @property
     def untrained(self) -> dict[str, SystemSettings]:
         """What is measured that no stage trains, by name."""
-        baseline = (Bm25Baseline("bm25"),) if self.bm25 else ()
-        return {settings.name: settings for settings in (*baseline, *self.systems)}
+        baseline = (Bm25Baseline("bm25"),) if self.evaluate.bm25 else ()
+        return {settings.name: settings for settings in (*baseline, *self.added)}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Every system that is measured, in the order of tables."""
+        added = (settings.name for settings in self.added)
+        return (*["bm25"] * self.evaluate.bm25, *self.systems, *added)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The systems that are compared: one that was added against what it is made of and BM25."""
+        added = ((s.name, other) for s in self.added for other in (*s.made_of, "bm25"))
+        return (*self.own_pairs, *added)
 
     def made_of(self, system: str) -> tuple[str, ...]:
         """The trained systems that one is made of: itself where it is trained."""
         untrained = self.untrained.get(system)
         return untrained.made_of if untrained else (system,)
 
-    def measured(self, trained: Sequence[str]) -> tuple[str, ...]:
-        """Every system that is measured, in the order of tables."""
-        return (*["bm25"] * self.bm25, *trained, *(settings.name for settings in self.systems))
-
-    def check_systems(self, trained: Sequence[str], stages: Container[str]) -> None:
+    def check_systems(self) -> None:
         """Raises ValueError for systems that have no name of their own, or are made of others than
-        those that an experiment trains."""
-        names = ["bm25"] if self.bm25 else []
-        for settings in self.systems:
-            name = settings.name
-            if name in (*names, *trained) or name in stages or not re.fullmatch(r"[\w-]+", name):
+        those that are trained."""
+        names = ["bm25", *self.systems, *self.stages]
+        for settings in self.added:
+            if settings.name in names or not re.fullmatch(r"[\w-]+", settings.name):
                 raise ValueError(
-                    f"{type(settings).__name__}.name: got {name!r}, expected letters, digits, _ "
-                    "and -, and no name of a stage or of another system"
+                    f"{type(settings).__name__}.name: got {settings.name!r}, expected letters, "
+                    "digits, _ and -, and no name of a stage or of another system"
                 )
-            if unknown := [other for other in settings.made_of if other not in trained]:
+            if unknown := [other for other in settings.made_of if other not in self.systems]:
                 raise ValueError(
-                    f"Evaluate.systems: {name!r} is made of {unknown[0]!r}, expected some of "
-                    f"{', '.join(trained)}"
+                    f"Evaluate.systems: {settings.name!r} is made of {unknown[0]!r}, expected some "
+                    f"of {', '.join(self.systems)}"
                 )
-            names.append(name)
-
-
-Pairs = tuple[tuple[str, str], ...]
-
-
-def compared_pairs(pairs: Pairs, evaluate: Evaluate) -> Pairs:
-    """The pairs of an experiment, and each system that was added against what it is made of, and
-    against BM25."""
-    added = (
-        (settings.name, other)
-        for settings in evaluate.systems
-        for other in (*settings.made_of, "bm25")
-    )
-    return (*pairs, *added)
+            names.append(settings.name)
 
 
 class Stage(NamedTuple):

@@ -14,11 +14,10 @@ from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
     Evaluate,
-    Pairs,
+    Measured,
     Stage,
     Teach,
     Training,
-    compared_pairs,
     sizes,
     texts,
     with_vocabulary,
@@ -161,7 +160,7 @@ class Negatives:
 
 
 @dataclass(frozen=True)
-class DenseExperiment:
+class DenseExperiment(Measured):
     """One dense retriever: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
 
     refresh: train on from the trained encoder, with negatives that it has found itself (`mined`),
@@ -206,7 +205,7 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
-        self.evaluate.check_systems(self.systems, self.stages)
+        self.check_systems()
         self.train.check_batches("Training", "batch_size")
         if self.refresh is not None:
             self.refresh.check_batches("refresh/Training", "batch_size")
@@ -236,23 +235,13 @@ class DenseExperiment:
                 "of labelled queries alone (DenseExperiment.teach)"
             )
 
-    kind: ClassVar[str] = "dense"  # of its retrievers: a key of `retrieval.kinds.TRAINED`
+    kind: ClassVar[str] = "dense"
+    own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
 
     @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured, the best one last."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """Every system that is measured, in the order of tables."""
-        return self.evaluate.measured(self.systems)
-
-    @property
-    def pairs(self) -> Pairs:
-        """The systems that are compared, where both are measured."""
-        pairs = ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25")
-        return compared_pairs(pairs, self.evaluate)
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of each tower, with a vocabulary."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
@@ -14,11 +14,10 @@ from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
     Evaluate,
-    Pairs,
+    Measured,
     Stage,
     Teach,
     Training,
-    compared_pairs,
     sizes,
     texts,
     with_vocabulary,
@@ -112,7 +111,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Measured):
     """One experiment: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
 
     control: also train the generation objective alone for as many steps more as distillation
@@ -158,7 +157,7 @@ class Experiment:
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
             )
-        self.evaluate.check_systems(self.systems, STAGES)
+        self.check_systems()
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
         rates = self.prepare.sources.rates()
@@ -173,26 +172,17 @@ class Experiment:
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
 
+    own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+
     @property
     def kind(self) -> str:
-        """Of its students: a key of `retrieval.kinds.TRAINED`."""
+        """See Measured."""
         return "multiview" if isinstance(self.prepare.identifiers, Multiview) else "docid"
 
     @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured, the best one last."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
-
-    @property
-    def measured(self) -> tuple[str, ...]:
-        """Every system that is measured, in the order of tables."""
-        return self.evaluate.measured(self.systems)
-
-    @property
-    def pairs(self) -> Pairs:
-        """The systems that are compared, where both are measured."""
-        pairs = ("distill", "generate"), ("distill", "control"), ("distill", "bm25")
-        return compared_pairs(pairs, self.evaluate)
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of every student, with a vocabulary."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Retriever:
           as 'bm25'; None: the best trained one that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
         settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
-          the experiment, such as num_beams; of a system that is made of trained ones, theirs.
+          the experiment, such as num_beams; of a system that no stage trains, its own and those of the
+          trained ones that it is made of.
         While the student, or the prepare stage that it was trained on, is made again, their last
         whole versions answer (`records.answering`); a warning says so, and where a better student
         is to be expected.
@@ -105,7 +106,9 @@ class Retriever:
     ) -> Retriever:
         """The retriever of a system and the prepare stage that it was trained on."""
         students = {n: kinds.read_student(a.student) for n, a in sources.trained.items()}
-        usual = dict(_OF_ALL) if sources.said else {}
+        untrained = kinds.settings_of(sources.said) if sources.said else None
+        own = {f.name: getattr(untrained, f.name) for f in fields(untrained)} if untrained else {}
+        usual = _OF_ALL | own if untrained else {}
         for student in students.values():
             usual |= student.search
         if unknown := sorted(settings.keys() - usual.keys()):
@@ -122,16 +125,17 @@ class Retriever:
 
         def trained(name: str) -> System:
             student = students[name]
-            own = {k: v for k, v in settings.items() if k in student.search}
-            student = dataclasses.replace(student, search=student.search | own)
+            searched = {k: v for k, v in settings.items() if k in student.search}
+            student = replace(student, search=student.search | searched)
             folder = sources.trained[name].student
             return kinds.open_student(student, folder, prepared, vocabulary, devices, rules)
 
-        if not sources.said:
+        if untrained is None:
             return cls(trained(sources.name), vocabulary, store)
         depth = settings.get("depth", sources.said["depth"])
         opening = Opening(prepared, store, depth, devices, rules, trained)
-        return cls(kinds.settings_of(sources.said).open(opening), vocabulary, store)
+        given = {k: v for k, v in settings.items() if k in own}
+        return cls(replace(untrained, **given).open(opening), vocabulary, store)
 
     def restrict(self, passages: Iterable[str] | Callable[[Passage], bool]) -> Retriever:
         """A retriever that finds only some passages of those that this one finds; the model stays
@@ -221,18 +225,25 @@ class _Sources:
 
     @classmethod
     def of(cls, model_dir: Path, system: str | None) -> _Sources:
-        names = kinds.best_first(model_dir)
-        untrained = {} if system is None else kinds.untrained(model_dir)
-        if system not in untrained:
-            if system not in (None, *names):
-                raise ValueError(
-                    f"system: got {system!r}, expected one of {', '.join([*names, *untrained])}, "
-                    f"those of {model_dir}"
-                )
-            answering = records.answering(model_dir, names if system is None else (system,))
-            name = answering.student.name.removesuffix(records.SWAP)
-            return cls(name, model_dir, {name: answering}, answering.prepared, {})
-        said = untrained[system]
+        """Those of a system, or of the best one."""
+        untrained, names = kinds.untrained(model_dir), kinds.best_first(model_dir)
+        if system in untrained:
+            return cls._made_of(model_dir, system, untrained[system])
+        if system not in (None, *names):
+            raise ValueError(
+                f"system: got {system!r}, expected one of {', '.join([*names, *untrained])}, those "
+                f"of {model_dir}"
+            )
+        for name, said in untrained.items() if system is None else ():
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a lesser one answers
+                if kinds.settings_of(said).preferred:
+                    return cls._made_of(model_dir, name, said)
+        answering = records.answering(model_dir, names if system is None else (system,))
+        name = answering.student.name.removesuffix(records.SWAP)
+        return cls(name, model_dir, {name: answering}, answering.prepared, {})
+
+    @classmethod
+    def _made_of(cls, model_dir: Path, system: str, said: Mapping[str, Any]) -> _Sources:
         names = kinds.settings_of(said).made_of
         trained = {name: records.answering(model_dir, (name,)) for name in names}
         prepared = {a.prepared for a in trained.values()} or {model_dir / "prepare"}

@@ -171,6 +171,7 @@ class SystemSettings:
 
     kinds: ClassVar[dict[str, type[SystemSettings]]] = {}
     together: ClassVar[bool] = True  # whether all processes of a run search together
+    preferred: ClassVar[bool] = False  # whether it answers where no system is named
 
     def __init_subclass__(cls) -> None:
         SystemSettings.kinds[cls.__name__] = cls

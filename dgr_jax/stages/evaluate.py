@@ -78,7 +78,7 @@ def measure(
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
         evaluation.require_answers(evaluate.measures, asked.values(), split)
     if processes.first():
-        model_dir, untrained = Path(experiment.model_dir), evaluate.untrained.values()
+        model_dir, untrained = Path(experiment.model_dir), experiment.untrained.values()
         kinds.write_untrained(model_dir, untrained, evaluate.search.depth)
     values: dict[str, dict[str, Values]] = {}
     for system in experiment.measured:

@@ -34,8 +34,8 @@ Run = dict[str, list[ScoredPassage]]
 def path_of(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
     """The file of a system's run. own: whether queries are passages, which are left out of it."""
     evaluate, model_dir = experiment.evaluate, Path(experiment.model_dir)
-    untrained = evaluate.untrained.get(system)
-    made_of = evaluate.made_of(system)
+    untrained = experiment.untrained.get(system)
+    made_of = experiment.made_of(system)
     asked, *rest = untrained.asked(evaluate.search) if untrained else (evaluate.search,)
     drawn = evaluate.seed if evaluate.max_queries else 0
     # The folder of the first one is another when it is trained again.
@@ -59,7 +59,7 @@ def search(
     first = processes.first()
     absent = [split for split, path in runs.items() if not _is_kept(path)] if first else None
     absent = processes.agree(absent)
-    untrained = experiment.evaluate.untrained.get(system)
+    untrained = experiment.untrained.get(system)
     if not absent or (untrained and not untrained.together and not first):
         return
     depth, student = experiment.evaluate.search.depth, opened(system)

@@ -34,7 +34,7 @@ def open_system(
     """
     search = search or experiment.evaluate.search
     mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
-    untrained = experiment.evaluate.untrained
+    untrained = experiment.untrained
 
     def opened(name: str) -> System:
         model = experiment.sized(made.vocabulary.size)

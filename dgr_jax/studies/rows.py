@@ -69,7 +69,7 @@ def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> d
     collection = json.dumps(describe(experiment.collection), sort_keys=True)
     measured = split, experiment.evaluate.max_queries, collection
     fair = {"split": (*measured, *experiment.prepare.rules_of_measures)}
-    made_of = experiment.evaluate.made_of(system)
+    made_of = experiment.made_of(system)
     if not made_of:
         return fair
     prepared = folder / "prepare"

@@ -299,10 +299,10 @@ class Runner:
             for system in group[0].systems:
                 if system not in self.experiment(group[0]).measured:
                     continue
-                trained = evaluate.made_of(system)
+                trained = experiment.made_of(system)
                 asked = fingerprint(describe(evaluate)) if trained else self._asked(group[0])
                 made_of = (asked, *(state[name][1] for name in trained for state in states))
-                made_of += (system,) if system in evaluate.untrained else ()
+                made_of += (system,) if system in experiment.untrained else ()
                 named = {**labels, "system": system}
                 if made_of in rows:
                     rows[made_of].again.append(named)
@@ -331,7 +331,7 @@ class Runner:
 
     def _costs(self, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
         """What `dgr_jax.analysis.costs` measures, once: it is kept beside the runs."""
-        trained = experiment.evaluate.made_of(system)
+        trained = experiment.made_of(system)
         if not trained or not (self.study.costs or self.study.drift):
             return {}
         path = folder / "evaluate" / f"costs-{system}.json"
