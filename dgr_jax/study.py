@@ -30,21 +30,22 @@ def command(argv: Sequence[str] | None) -> None:
     own = [binding for binding in bindings if binding.startswith("Study.")]
     study = gin_files.load_experiment(args, own, ("Study",), keep=False)
 
-    from dgr_jax.studies import runner as studies
+    from dgr_jax.studies import outstanding, report, runner
+    from dgr_jax.studies.grid import Grid
 
     others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
     interrupts.goes_on("the study")
     load = functools.partial(gin_files.from_flags, fill=args.dry_run)
-    runner = studies.Runner(study, args.model_dir, load, others, args.gin_search_paths)
+    grid = Grid(study, args.model_dir, load, others, args.gin_search_paths)
     if args.dry_run:
-        runner.show_plan()
+        outstanding.show(grid)
         return
     with writer_lock.held(args.model_dir):
-        failures = [] if args.table_only else runner.run()
-        if not failures or any(runner.finished()):
-            runner.report()
+        failures = [] if args.table_only else runner.run(grid)
+        if not failures or any(grid.finished()):
+            report.write(grid)
     if failures:
-        number = f"{len(failures)} of {len(runner.runs)} experiments failed"
+        number = f"{len(failures)} of {len(grid.runs)} experiments failed"
         raise Mistake("\n".join([f"{number}; the same command tries them again", *failures]))
 
 

@@ -456,7 +456,7 @@ def test_what_is_required_counts_only_where_it_is_used():
 
 def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     load(QUICKSTART, "--gin.KMeansTree.branching=5")
-    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.cli"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.gin_files"] == [
         "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
     ]
 
@@ -508,7 +508,7 @@ def test_freed_memory_is_used_again():
     code = """
 import resource, sys
 import numpy as np
-from dgr_jax import cli
+from dgr_jax.config import cli
 if sys.argv[1] == "reuse":
     cli.reuse_memory()
 np.ones(1 << 22)

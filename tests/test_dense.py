@@ -86,7 +86,7 @@ def test_vectors_of_a_store(embedded, monkeypatch):
     assert [p.name for p in path.parent.glob("*.npy*")] == ["vectors.npy"]
     _, alone = _model()(students.queries(13), tokens_of(store))
     np.testing.assert_allclose(vectors, alone, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr(dense.generative, "BLOCK", 6)
+    monkeypatch.setattr(batching, "BLOCK", 6)
     again = path.with_name("again.npy")
     dense.embed(encoder(), store, encode_inputs, again, SEARCH)
     np.testing.assert_allclose(np.load(again), vectors, rtol=1e-4, atol=1e-6)

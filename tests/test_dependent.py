@@ -13,11 +13,11 @@ from dgr_jax.studies import dependent
 
 CHILD = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 WATCHING = (
-    "import os, sys; from dgr_jax import dependent;"
+    "import os, sys; from dgr_jax.studies import dependent;"
     "sys.exit(dependent.watch(os.getppid(), sys.argv[1:]))"
 )
 PARENT = (
-    "import subprocess, sys; from dgr_jax import dependent;"
+    "import subprocess, sys; from dgr_jax.studies import dependent;"
     f"command = [sys.executable, '-c', {CHILD!r}];"
     "subprocess.Popen(HOW).wait()"
 )

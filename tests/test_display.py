@@ -14,7 +14,7 @@ from dgr_jax import display, evaluation, plots
 from dgr_jax.analysis.inspection import Table
 from dgr_jax.config import cli
 from dgr_jax.stages.teach import taught
-from dgr_jax.studies import runner as studies
+from dgr_jax.studies import grid, report
 from dgr_jax.studies.rows import markdown
 from dgr_jax.training import metrics
 
@@ -96,10 +96,8 @@ def test_notebook_tables():
 
 
 def test_study_tables(tmp_path):
-    runner = studies.Runner.__new__(studies.Runner)
-    runner.folder = tmp_path
     row = {"axis": "a|b\x1b[31m", "system": "x\ny", "RR@10": 0.5}
-    runner._write_table("table", [row])
+    report._write_table(tmp_path, "table", [row])
     assert markdown([row]) == (
         "| axis | system | RR@10 |\n| --- | --- | --- |\n| a\\|b\\\\x1b[31m | x y | 0.5 |\n"
     )
@@ -157,4 +155,4 @@ def test_counts_are_words():
         "no rank list could be made of 2 queries: 2 queries, 2 fewer than two; look at "
         "Teach.teacher and Teach.lists"
     )
-    assert studies._shown({"LOSS": "listnet", "SIZE": "3"}) == "LOSS = listnet, SIZE = 3"
+    assert grid.shown({"LOSS": "listnet", "SIZE": "3"}) == "LOSS = listnet, SIZE = 3"

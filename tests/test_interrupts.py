@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 
 PROGRAM = """
 import os, signal, sys, time
-from dgr_jax import cli, interrupts, processes
+from dgr_jax import interrupts, processes
+from dgr_jax.config import cli
 
 def press():
     os.kill(os.getpid(), signal.SIGINT)
@@ -184,7 +185,8 @@ def test_a_study_hands_ctrl_c_on_to_its_experiment(tmp_path):
     child = "import signal, sys, time\nsignal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"
     child += "print('ready', flush=True)\ntime.sleep(30)\n"
     code = (
-        "import sys\nfrom dgr_jax import cli, studies\n"
+        "import sys\nfrom dgr_jax.config import cli\n"
+        "from dgr_jax.studies import runner as studies\n"
         "def command(_):\n"
         f"    with open({str(tmp_path / 'log')!r}, 'w') as log:\n"
         f"        sys.exit(studies._status([sys.executable, '-c', {child!r}], log, {{}}))\n"
@@ -207,7 +209,7 @@ def wait_for(file: Path, text: str) -> None:
 
 def test_who_reads_no_more_is_told_no_more():
     """As `| head -1`: no traceback, the status that a shell gives to SIGPIPE."""
-    code = "import sys\nfrom dgr_jax import cli\n"
+    code = "import sys\nfrom dgr_jax.config import cli\n"
     code += (
         "def command(_):\n    for i in range(100_000):\n        print('line', i)\ncli.main(command)"
     )
@@ -238,7 +240,8 @@ def test_closed_streams():
 
 
 def test_a_crash_shows_harmless_text():
-    code = "import sys\nfrom dgr_jax import cli, interrupts\ninterrupts.is_program = lambda: True\n"
+    code = "import sys\nfrom dgr_jax import interrupts\nfrom dgr_jax.config import cli\n"
+    code += "interrupts.is_program = lambda: True\n"
     code += "def command(_):\n    raise KeyError(chr(27) + '[31m')\n"
     code += "def verbose(_):\n    cli.parse(cli.parser('x', ''), ['--verbose'])\n"
     code += "    raise ValueError(chr(27) + '[31m')\n"

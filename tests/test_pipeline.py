@@ -758,7 +758,7 @@ def test_a_second_writer_is_refused_and_nothing_changes(made, monkeypatch):
     made.run()
     monkeypatch.setattr(writer_lock, "PATIENCE", 0.0)
     code = (
-        "import sys; from dgr_jax import writer_lock; writer_lock.take(sys.argv[1]); "
+        "import sys; from dgr_jax.model_dir import writer_lock; writer_lock.take(sys.argv[1]); "
         "print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

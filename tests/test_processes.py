@@ -45,7 +45,7 @@ def test_one_process_exports_for_all(first, exported, monkeypatch):
     monkeypatch.setattr(makers, "makers", lambda _: {})
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: None)
     exporter = SimpleNamespace(export=lambda _, target: targets.append(target))
-    monkeypatch.setitem(sys.modules, "dgr_jax.stages.prepare", exporter)
+    monkeypatch.setitem(sys.modules, "dgr_jax.stages.prepared", exporter)
     monkeypatch.setattr(processes, "first", lambda: first)
     prepare.command(["--model_dir=model", "--export=away"])
     assert targets == exported

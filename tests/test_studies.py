@@ -35,7 +35,9 @@ from dgr_jax.settings import describe
 from dgr_jax.stages import pipeline
 from dgr_jax.stages.evaluate import chosen_queries
 from dgr_jax.stages.prepared import Prepared
+from dgr_jax.studies import outstanding, report, results
 from dgr_jax.studies import runner as studies
+from dgr_jax.studies.grid import Grid
 from dgr_jax.studies.rows import (
     Row,
     check_fair,
@@ -55,8 +57,8 @@ SETTINGS = tuple(
 )
 
 
-def runner_of(grid, folder, bindings=()):
-    return studies.Runner(grid, folder, gin_files.from_flags, bindings)
+def grid_of(grid, folder, bindings=()):
+    return Grid(grid, folder, gin_files.from_flags, bindings)
 
 
 def study(**fields):
@@ -84,7 +86,7 @@ def test_points_of_a_grid():
 
 def test_runs_have_a_folder_and_flags_each(tmp_path):
     grid = study(axes={"TopM.size": (4, 8)}, seeds=(0, 1), bindings={"DEPTH": 8})
-    runs = runner_of(grid, str(tmp_path), ["Bm25.k1 = 0.9"]).runs
+    runs = grid_of(grid, str(tmp_path), ["Bm25.k1 = 0.9"]).runs
     assert [run.folder.name for run in runs] == [
         "TopM.size=4-seed=0", "TopM.size=4-seed=1", "TopM.size=8-seed=0", "TopM.size=8-seed=1",
     ]  # fmt: skip
@@ -93,21 +95,21 @@ def test_runs_have_a_folder_and_flags_each(tmp_path):
         "--gin.Bm25.k1=0.9",
     )  # fmt: skip
     with pytest.raises(ValueError, match="labels that make the same name"):
-        runner_of(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
+        grid_of(study(axes={"x": {"a b": {}, "a_b": {}}}), str(tmp_path)).runs  # noqa: B018
 
 
 def test_systems_that_no_row_has_are_refused(tmp_path):
-    runner = runner_of(study(systems=("dense", "refresh")), str(tmp_path), ["MODEL_DIR = x"])
+    grid = grid_of(study(systems=("dense", "refresh")), str(tmp_path), ["MODEL_DIR = x"])
     with pytest.raises(ValueError, match=r"got \('dense', 'refresh'\) for .*\('bm25', 'generate'"):
-        runner.show_plan()
+        outstanding.show(grid)
 
 
 def test_a_system_of_none_of_the_experiments_is_refused(tmp_path):
     for systems in (("distil", "bm25"), ("dense", "distill")):
-        runner = runner_of(study(systems=systems), str(tmp_path), ["MODEL_DIR = x"])
-        for refused in (runner.show_plan, runner.run):
+        grid = grid_of(study(systems=systems), str(tmp_path), ["MODEL_DIR = x"])
+        for refused in (outstanding.show, runner.run):
             with pytest.raises(ValueError, match=f"Study.systems: got '{systems[0]}', expected so"):
-                refused()
+                refused(grid)
 
 
 def test_wrong_grids_are_refused():
@@ -173,14 +175,14 @@ def test_a_query_that_finds_nothing_counts_where_some_are_drawn(tmp_path, monkey
 
 
 def test_rows_of_other_rules_for_judgements_are_not_the_same():
-    runner = SimpleNamespace(study=SimpleNamespace(split="test"), experiment=lambda run: run)
+    grid = SimpleNamespace(study=SimpleNamespace(split="test"), experiment=lambda run: run)
     base = test_experiment.BASE
     for rule, same in (("self_hits", False), ("shared_queries", True)):
         value = {"self_hits": "keep", "shared_queries": "drop"}[rule]
         other = dataclasses.replace(
             base, prepare=dataclasses.replace(base.prepare, **{rule: value})
         )
-        assert (studies.Runner._asked(runner, base) == studies.Runner._asked(runner, other)) == same
+        assert (results._asked(grid, base) == results._asked(grid, other)) == same
         fair = [fairness(one, None, "bm25", "test") for one in (base, other)]
         assert (fair[0] == fair[1]) == same
         assert (base.compared("generate") == other.compared("generate")) != same
@@ -190,13 +192,13 @@ def shipped(name, tmp_path, *more):
     flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d", *more)
     args, bindings = cli.parse(cli.parser("study", ""), flags)
     own = gin_files.load_experiment(args, [], ("Study",), keep=False)
-    return runner_of(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
+    return grid_of(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
 
 
 def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path):
-    runner = shipped("gr_vs_dr", tmp_path)
-    ours = [run for run in runner.runs if run.seed == 0 and run.labels["Subset.size"] == "4000"]
-    found = {run.labels["retriever"]: runner.experiment(run) for run in ours}
+    grid = shipped("gr_vs_dr", tmp_path)
+    ours = [run for run in grid.runs if run.seed == 0 and run.labels["Subset.size"] == "4000"]
+    found = {run.labels["retriever"]: grid.experiment(run) for run in ours}
     compared = [
         found[name].compared(system)
         for name, system in (("rq", "distill"), ("title", "control"), ("dense", "dense"),
@@ -216,9 +218,9 @@ def test_generative_and_dense_rows_of_the_shipped_study_are_comparable(tmp_path)
 
 @pytest.mark.parametrize("name", ["dense_negatives", "dense_negatives_cpu"])
 def test_rows_of_every_kind_of_negatives_are_comparable(name, tmp_path):
-    runner = shipped(name, tmp_path)
-    found = {run.labels["negatives"]: run for run in runner.runs if run.seed == 0}
-    made = {label: runner.experiment(run) for label, run in found.items()}
+    grid = shipped(name, tmp_path)
+    found = {run.labels["negatives"]: run for run in grid.runs if run.seed == 0}
+    made = {label: grid.experiment(run) for label, run in found.items()}
     compared = [one.compared(found[label].systems[0]) for label, one in made.items()]
     assert all(one == compared[0] for one in compared)
     assert [run.systems for run in found.values()] == [
@@ -230,11 +232,11 @@ def test_rows_of_every_kind_of_negatives_are_comparable(name, tmp_path):
 
 
 def test_sizes_of_both_retrievers_are_comparable(tmp_path):
-    runner = shipped("gr_vs_dr_models_cpu", tmp_path)
+    grid = shipped("gr_vs_dr_models_cpu", tmp_path)
     of_size = {}
-    for run in runner.runs:
+    for run in grid.runs:
         system = "dense" if "dense" in run.labels["retriever"] else "distill"
-        compared = runner.experiment(run).compared(system)
+        compared = grid.experiment(run).compared(system)
         of_size.setdefault(run.labels["T5Config.emb_dim"], []).append(compared)
     for compared in of_size.values():
         assert len(compared) == 6 and all(one == compared[0] for one in compared)
@@ -244,19 +246,19 @@ def test_sizes_of_both_retrievers_are_comparable(tmp_path):
 
 
 def test_positives_and_losses_of_the_shipped_study(tmp_path):
-    runner = shipped("positives", tmp_path)
-    assert len(runner.runs) == 5 * 4 * 2
-    run = next(run for run in runner.runs if run.labels == {"loss": "lse_pair", "POSITIVES": "8"})
-    experiment = runner.experiment(run)
+    grid = shipped("positives", tmp_path)
+    assert len(grid.runs) == 5 * 4 * 2
+    run = next(run for run in grid.runs if run.labels == {"loss": "lse_pair", "POSITIVES": "8"})
+    experiment = grid.experiment(run)
     assert experiment.lists == Lists(positives=8)
     assert experiment.train.objective.loss.func is contrastive.lse_pair
 
 
 @pytest.mark.parametrize("name", ["positives_labels", "positives_labels_cpu"])
 def test_label_mixtures_share_what_is_prepared(name, tmp_path):
-    runner = shipped(name, tmp_path)
-    found = [runner.experiment(run) for run in runner.runs if run.seed == 0]
-    assert len(runner.runs) == 2 * 5 * 4
+    grid = shipped(name, tmp_path)
+    found = [grid.experiment(run) for run in grid.runs if run.seed == 0]
+    assert len(grid.runs) == 2 * 5 * 4
     assert len({pipeline.fingerprint(pipeline.settings_of(one)["prepare"]) for one in found}) == 1
     compared = [one.compared("dense") for one in found]
     assert all(one == compared[0] for one in compared) and found[0].lists.positives == 4
@@ -268,7 +270,7 @@ def test_label_mixtures_share_what_is_prepared(name, tmp_path):
     assert without.compared("dense")["data"][0] == ""
     phases = {
         run.labels["labels"]: one.lists.phases(2)
-        for run, one in zip(runner.runs[::2], found, strict=True)
+        for run, one in zip(grid.runs[::2], found, strict=True)
     }
     assert phases == {
         "human": [(1.0, (1.0, 0.0))], "weak": [(1.0, (0.0, 1.0))], "both": [(1.0, (1.0, 1.0))],
@@ -282,10 +284,10 @@ def test_the_small_studies_of_distillation_share_their_generation(tmp_path):
              ("passages", "queries", "query_ids", "passage_ids")]  # fmt: skip
     made = {}
     for name, number in (("dgr_cpu", 8), ("dgr_teachers_cpu", 3), ("margins_cpu", 9)):
-        runner = shipped(name, tmp_path, *(files if "teachers" in name else ()))
-        assert len(runner.runs) == 2 * number
-        for run in runner.runs[::2]:  # of one seed
-            made |= {(name, *run.labels.values()): runner.experiment(run)}
+        grid = shipped(name, tmp_path, *(files if "teachers" in name else ()))
+        assert len(grid.runs) == 2 * number
+        for run in grid.runs[::2]:  # of one seed
+            made |= {(name, *run.labels.values()): grid.experiment(run)}
     settings = (pipeline.settings_of(one)["generate"] for one in made.values())
     assert len({pipeline.fingerprint(one) for one in settings}) == 1
     with pytest.raises(Mistake, match="needs --gin.VectorTeacher"):
@@ -312,18 +314,18 @@ def test_rows_of_the_shipped_scaling_studies_differ_in_what_they_vary(
     name, number, varied, tmp_path
 ):
     file = "--gin.Sources.pseudo_query_path=queries.tsv"
-    runner = shipped(name, tmp_path, *([file] if name == "scaling_documents" else []))
-    assert len(runner.runs) == number
+    grid = shipped(name, tmp_path, *([file] if name == "scaling_documents" else []))
+    assert len(grid.runs) == number
     usual = {"Subset.size": "4000", "model": "mini"}
     usual |= {"identifiers": "rq"} if varied == "search" else {}
     found = {
-        run.labels[varied]: runner.experiment(run)
-        for run in runner.runs
+        run.labels[varied]: grid.experiment(run)
+        for run in grid.runs
         if run.seed == 1 and all(run.labels.get(axis, v) == v for axis, v in usual.items())
     }
     compared = [one.compared("generate") for one in found.values()]
     differs = {k for one in compared for k, v in one.items() if v != compared[0][k]}
-    assert differs == set(runner.study.may_differ)
+    assert differs == set(grid.study.may_differ)
     assert {one.prepare.query_length for one in found.values()} == {64}
     settings = {
         json.dumps(describe((one.prepare, one.model, one.evaluate))) for one in found.values()
@@ -361,13 +363,13 @@ def test_lines_of_a_plot_say_what_they_are(tmp_path, monkeypatch):
     ]
     drawn = []
     monkeypatch.setattr(plots, "measures_over", lambda *given: drawn.append(given))
-    runner_of(grid, str(tmp_path))._plot("x.gap", rows)
+    report._plot(grid_of(grid, str(tmp_path)), "x.gap", rows)
     ((series, axis, *_),) = drawn
     assert axis == "x.gap" and list(series) == ["size 4, a, distill", "size 8, a, distill"]
     assert [x for x, _ in series["size 4, a, distill"]] == [0.0, 9.0]
     control = {"x.gap": "0.0", "TopM.size": "4", "loss": "a", "system": "control"}
     same = [{**control, "TopM.size": "8"}, {**control, "x.gap": "9.0"}]
-    runner_of(grid, str(tmp_path))._plot("x.gap", [Row(control, [values], {}, again=same)])
+    report._plot(grid_of(grid, str(tmp_path)), "x.gap", [Row(control, [values], {}, again=same)])
     assert [x for x, _ in drawn[1][0]["a, control"]] == [0.0, 9.0]
 
 
@@ -377,21 +379,19 @@ def test_a_shared_baseline_is_not_tested_against_itself(tmp_path):
     labels = {"loss": "a", "system": "control"}
     control = Row(labels, [values], {}, again=[labels | {"loss": "b"}])
     distill = Row({"loss": "b", "system": "distill"}, [values], {})
-    runner, rows = runner_of(grid, str(tmp_path)), [control, distill]
-    assert runner._baseline(control, rows) is None
-    assert runner._baseline(distill, rows) is control
+    grid, rows = grid_of(grid, str(tmp_path)), [control, distill]
+    assert report._baseline(grid, control, rows) is None
+    assert report._baseline(grid, distill, rows) is control
 
 
 def test_axes_of_numbers_are_plotted(tmp_path, monkeypatch):
     sizes = {"64": {"T5Config.emb_dim": 64}, "128": {}}
     axes = {"TopM.size": (4, 8), "T5Config.emb_dim": sizes, "loss": {"a": {}, "8 b": {}}}
-    runner = runner_of(study(axes=axes), str(tmp_path))
-    values = {name: np.ones(2) for name in runner.study.measures}
-    labels = [{**labels, "system": "distill"} for labels, _ in runner.study.points()]
-    monkeypatch.setattr(
-        studies.Runner, "rows", lambda _: [Row(one, [values], {}) for one in labels]
-    )
-    runner.report()
+    grid = grid_of(study(axes=axes), str(tmp_path))
+    values = {name: np.ones(2) for name in grid.study.measures}
+    labels = [{**labels, "system": "distill"} for labels, _ in grid.study.points()]
+    monkeypatch.setattr(results, "rows", lambda _: [Row(one, [values], {}) for one in labels])
+    report.write(grid)
     assert sorted(file.name for file in tmp_path.glob("*.png")) == [
         "T5Config.emb_dim.png", "TopM.size.png",
     ]  # fmt: skip
@@ -426,18 +426,18 @@ def finished(tiny_model_dir, tmp_path):
         measures=("Success@1", "RR@10"),
         baseline={"system": "control"},
     )
-    runner = runner_of(grid, str(tmp_path / "study"), SETTINGS)
-    for stage, settings in pipeline.settings_of(runner.experiment(runner.runs[0])).items():
+    grid = grid_of(grid, str(tmp_path / "study"), SETTINGS)
+    for stage, settings in pipeline.settings_of(grid.experiment(grid.runs[0])).items():
         mark = records.read_record(tiny_model_dir / stage)["fingerprint"]
         assert mark == pipeline.fingerprint(settings)
         kept = tmp_path / "study" / "stages" / f"{stage}-{mark}"
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.symlink_to(tiny_model_dir / stage)
-    return runner
+    return grid
 
 
 def test_what_is_left_to_do(finished, capsys):
-    finished.show_plan()
+    outstanding.show(finished)
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "TopM.size=16-seed=0: done"
     assert said[1].startswith("TopM.size=3-seed=0: teach ") and "distill" in said[1]
@@ -459,13 +459,13 @@ def test_stages_that_an_older_version_has_named_are_found(finished):
     kept = kept.with_name(f"prepare-{mark}")
     shutil.copytree(made, kept)
     records.write_record(kept, status="done", fingerprint=mark, settings=older, seconds=1.0)
-    assert finished._state(finished.runs[0])["prepare"] == (True, kept)
+    assert finished.state(finished.runs[0])["prepare"] == (True, kept)
     records.write_record(kept, status="running", fingerprint=mark, settings=older)
-    assert finished._state(finished.runs[0])["prepare"] == (False, kept)
+    assert finished.state(finished.runs[0])["prepare"] == (False, kept)
 
 
 def test_the_table_of_what_is_finished(finished):
-    finished.report()
+    report.write(finished)
     with (finished.folder / "table.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [line["system"] for line in table] == ["control", "distill", "bm25"]
@@ -477,7 +477,7 @@ def test_the_table_of_what_is_finished(finished):
     assert image.imread(finished.folder / "TopM.size.png").std() > 0.01
     other = dataclasses.replace(finished.study, systems=("generate", "distill"))
     with pytest.raises(ValueError, match="Study.may_differ: the examples of"):
-        runner_of(other, str(finished.folder), SETTINGS).report()
+        report.write(grid_of(other, str(finished.folder), SETTINGS))
 
 
 @pytest.mark.slow
@@ -510,7 +510,7 @@ def test_what_beam_search_loses_and_what_rows_cost(finished, command, tmp_path):
     assert bm25 == [""] * 5 and all(float(value) > 0 for value in distill)
     # What is kept is taken; nothing could be measured on the devices of this test.
     drift = Study(finished.study.gin_files, finished.study.axes, drift="qrels")
-    row = runner_of(drift, str(finished.folder), SETTINGS).rows()[0]
+    row = results.rows(grid_of(drift, str(finished.folder), SETTINGS))[0]
     assert row.costs == [{"drift": pytest.approx(float(distill[-1]), rel=1e-3)}]
 
 
@@ -599,9 +599,9 @@ def once(first, then):
 
 def test_an_experiment_that_cannot_be_stops_a_study_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_status", None)  # would be called for the first one
-    runner = runner_of(study(axes={"TopM.size": (4, 1)}), str(tmp_path), SETTINGS)
+    grid = grid_of(study(axes={"TopM.size": (4, 1)}), str(tmp_path), SETTINGS)
     with pytest.raises(Mistake, match="TopM.size: got 1, expected at least 2"):
-        runner.run()
+        studies.run(grid)
     assert not list(tmp_path.iterdir())
 
 
@@ -648,7 +648,7 @@ def test_what_beam_search_loses_is_kept_width_by_width(tmp_path, monkeypatch):
 
 def test_a_study_of_nothing_has_no_table(tmp_path):
     with pytest.raises(ValueError, match="no experiment of the study is finished"):
-        runner_of(study(), str(tmp_path), SETTINGS).report()
+        report.write(grid_of(study(), str(tmp_path), SETTINGS))
 
 
 @pytest.mark.slow

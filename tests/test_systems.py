@@ -28,13 +28,14 @@ from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.bm25 import Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
-from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 from dgr_jax.settings import restored
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.studies import runner as studies
+from dgr_jax.studies import outstanding, report, runner
+from dgr_jax.studies.grid import Grid
 from tests import students, test_experiment
 from tests.test_old_model_dir import KEPT
 
@@ -154,7 +155,6 @@ def test_one_more_kind_is_measured(measured):
     assert list(pairs)[-2:] == ["sum against distill", "sum against bm25"]
     (run,) = (folder / "distill/runs").glob("sum.test-*.trec")
     assert run.read_bytes() == (folder / "evaluate/sum.test.trec").read_bytes()
-    assert not kept.is_listed(folder / "nothing")
     written = run.stat().st_mtime_ns
     evaluate.command([f"--model_dir={folder}", "--gin.Evaluate.measures=('RR@10',)"])
     assert run.stat().st_mtime_ns == written
@@ -178,6 +178,7 @@ def test_one_more_kind_answers(measured, capsys):
     assert "  1. " in capsys.readouterr().out
     (hits,) = Retriever.load(folder, system="bm25", depth=3).search(["Why do bees dance?"], k=3)
     assert len(hits) == 3 and "bee" in hits[0].text and hits[0].identifier == ""
+    assert Retriever.load(folder, system="sum", weight=3.0, num_beams=4).decoder.weight == 3.0
     with pytest.raises(ValueError, match=r"num_beans: the sum retriever of .* expected some of"):
         Retriever.load(folder, system="sum", num_beans=3)
     with pytest.raises(ValueError, match="system: got 'some', expected one of distill, control, "
@@ -189,22 +190,22 @@ def test_one_more_kind_answers(measured, capsys):
 def test_one_more_kind_is_a_row_of_a_study(measured, tmp_path, capsys):
     """With what it costs; the stages of the experiment are there already."""
     folder, _ = measured
-    grid = Study(
+    study = Study(
         gin_files=(str(folder / "config.gin"),), systems=("distill", "sum"), costs=True,
         measures=("RR@10",), baseline={"system": "distill"},
     )  # fmt: skip
-    runner = studies.Runner(grid, str(tmp_path / "study"), gin_files.from_flags)
-    runner.show_plan()
+    grid = Grid(study, str(tmp_path / "study"), gin_files.from_flags)
+    outstanding.show(grid)
     assert "1 experiments" in capsys.readouterr().out
-    (run,) = runner.runs
-    for stage, (_, at) in runner._state(run).items():
+    (run,) = grid.runs
+    for stage, (_, at) in grid.state(run).items():
         at.parent.mkdir(parents=True, exist_ok=True)
         (folder / stage).rename(at)
     try:
-        assert runner.run() == []
-        runner.report()
+        assert runner.run(grid) == []
+        report.write(grid)
     finally:
-        for stage, (_, at) in runner._state(run).items():
+        for stage, (_, at) in grid.state(run).items():
             at.rename(folder / stage)
     with (tmp_path / "study/table.csv").open(encoding="utf-8") as table:
         distill, added = csv.DictReader(table)
@@ -398,6 +399,16 @@ def test_the_experiments_say_which_system_is_the_best(tmp_path):
     write("previous/dense", "dense")
     (tmp_path / "more/student.json").write_text("{")
     assert kinds.best_first(tmp_path) == ("refresh", "dense")
+
+
+@pytest.mark.slow
+def test_a_kind_may_answer_where_no_system_is_named(measured, monkeypatch):
+    folder, _ = measured
+    assert type(Retriever.load(folder).decoder) is Decoder
+    monkeypatch.setattr(WeightedSum, "preferred", True)
+    assert type(Retriever.load(folder).decoder) is Sum
+    monkeypatch.delitem(SystemSettings.kinds, "WeightedSum")
+    assert type(Retriever.load(folder).decoder) is Decoder
 
 
 def test_a_system_of_an_unknown_kind(tmp_path):

@@ -17,7 +17,7 @@ from dgr_jax.model_dir import writer_lock
 
 HOLD = """
     import sys, time
-    from dgr_jax import writer_lock
+    from dgr_jax.model_dir import writer_lock
     with writer_lock.held(sys.argv[1]):
         print("held", flush=True)
         sys.stdin.read()

@@ -68,8 +68,8 @@ class Retriever:
           as 'bm25'; None: the best trained one that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
         settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
-          the experiment, such as num_beams; of a system that no stage trains, its own and those of the
-          trained ones that it is made of.
+          the experiment, such as num_beams; of a system that no stage trains, its own and those of
+          the trained ones that it is made of.
         While the student, or the prepare stage that it was trained on, is made again, their last
         whole versions answer (`records.answering`); a warning says so, and where a better student
         is to be expected.
@@ -107,7 +107,8 @@ class Retriever:
         """The retriever of a system and the prepare stage that it was trained on."""
         students = {n: kinds.read_student(a.student) for n, a in sources.trained.items()}
         untrained = kinds.settings_of(sources.said) if sources.said else None
-        own = {f.name: getattr(untrained, f.name) for f in fields(untrained)} if untrained else {}
+        names = [f.name for f in fields(untrained) if f.name != "name"] if untrained else []
+        own = {name: getattr(untrained, name) for name in names}
         usual = _OF_ALL | own if untrained else {}
         for student in students.values():
             usual |= student.search

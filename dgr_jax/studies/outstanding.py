@@ -1,0 +1,89 @@
+"""What of a study is still to be made, and what that costs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dgr_jax.analysis import costs
+from dgr_jax.display import harmless
+from dgr_jax.model_dir import records
+from dgr_jax.stages import pipeline
+from dgr_jax.studies.grid import Grid, Run
+
+
+class _Planned(NamedTuple):
+    """A stage of a run, where it is kept, whether it trains, its training FLOPs where they are
+    known, and whether it is done."""
+
+    run: Run
+    stage: str
+    kept: Path
+    trains: bool
+    flops: float | None
+    done: bool
+
+    @property
+    def work(self) -> list[str]:
+        """Its training FLOPs in words; none of a stage that does not train."""
+        if not self.trains:
+            return []
+        return ["? PFLOP" if self.flops is None else f"{self.flops / 1e15:.3g} PFLOP"]
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """Stages of one kind take times in proportion to their FLOPs, or the same."""
+        return self.stage, self.flops is not None
+
+
+def show(grid: Grid) -> None:
+    """Prints the experiments, what of them is still to be made, and what that costs.
+
+    PFLOP: of training, by `costs.expected_flops`. Times are those of finished stages of the
+    same kind in this study, of training for as many FLOPs; '?' where there is none.
+    """
+    grid.check()
+    stages = list(_stages(grid))
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for one in stages:
+        if one.done:
+            took = records.read_record(one.kept)["seconds"]
+            seconds.setdefault(one.kind, []).append(took / (one.flops or 1))
+    total, unknown, missing = 0.0, 0, {run.folder: [] for run in grid.runs}
+    for one in (one for one in stages if not one.done):
+        rates = seconds.get(one.kind)
+        took = np.mean(rates) * (one.flops or 1) if rates else None
+        told = [one.stage, *one.work, f"{took:.0f} s" if rates else "?"]
+        missing[one.run.folder].append(" ".join(told))
+        total, unknown = total + (took or 0.0), unknown + (not rates)
+    for folder, told in missing.items():
+        sys.stdout.write(harmless(f"{folder.name}: {', '.join(told) or 'done'}\n"))
+    flops = sum(one.flops or 0.0 for one in stages if not one.done)
+    more = f" and {unknown} stages of unknown time" if unknown else ""
+    sys.stdout.write(
+        f"{len(grid.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, "
+        f"{total / 60:.0f} minutes{more} to go\n"
+    )
+    if uncounted := sum(one.trains and one.flops is None for one in stages if not one.done):
+        sys.stdout.write(
+            f"not among them: the PFLOP of {uncounted} training stages, {costs.UNCOUNTED}\n"
+        )
+
+
+def _stages(grid: Grid) -> Iterator[_Planned]:
+    """Every stage, once, with the first run that needs it."""
+    seen = set()
+    for run in grid.runs:
+        experiment = grid.experiment(run)
+        flops = costs.expected_flops(experiment)
+        trained = {name for system in experiment.systems for name in experiment.training(system)}
+        for stage, settings in pipeline.settings_of(experiment).items():
+            kept = grid.kept_in(stage, settings)
+            if kept not in seen:
+                seen.add(kept)
+                done = records.is_done(kept, settings)
+                yield _Planned(run, stage, kept, stage in trained, flops.get(stage), done)

@@ -1,0 +1,44 @@
+"""Names of version 0.1 still work, and say what they are called now."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from dgr_jax import moved
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("old", sorted(moved.NAMES))
+def test_an_old_name_is_a_module_that_is_there(old):
+    new = importlib.util.find_spec(f"dgr_jax.{moved.NAMES[old]}")
+    assert new is not None
+    assert importlib.util.find_spec(f"dgr_jax.{old}").loader is not new.loader
+
+
+def test_old_names_give_the_same_objects():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    from dgr_jax import cli
+    from dgr_jax.retrieval.recipes import TopM
+assert [str(w.message) for w in said] == [
+    "dgr_jax.cli is now dgr_jax.config.cli",
+    "dgr_jax.retrieval.recipes is now dgr_jax.teaching.list_recipes",
+], [str(w.message) for w in said]
+import dgr_jax.config.cli, dgr_jax.teaching.list_recipes
+assert cli.parser is dgr_jax.config.cli.parser
+assert TopM is dgr_jax.teaching.list_recipes.TopM
+from dgr_jax import Retriever
+from dgr_jax.retrieval.generative import Retriever as there
+from dgr_jax.retrieval.retriever import Retriever as here
+assert Retriever is there is here
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_name_that_never_was():
+    with pytest.raises(ImportError, match="cannot import name 'nothing' from 'dgr_jax'"):
+        from dgr_jax import nothing  # noqa: F401
