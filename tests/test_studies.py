@@ -107,7 +107,7 @@ def test_systems_that_no_row_has_are_refused(tmp_path):
 def test_a_system_of_none_of_the_experiments_is_refused(tmp_path):
     for systems in (("distil", "bm25"), ("dense", "distill")):
         grid = grid_of(study(systems=systems), str(tmp_path), ["MODEL_DIR = x"])
-        for refused in (outstanding.show, runner.run):
+        for refused in (outstanding.show, studies.run):
             with pytest.raises(ValueError, match=f"Study.systems: got '{systems[0]}', expected so"):
                 refused(grid)
 
