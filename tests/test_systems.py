@@ -181,6 +181,8 @@ def test_one_more_kind_answers(measured, capsys):
     assert Retriever.load(folder, system="sum", weight=3.0, num_beams=4).decoder.weight == 3.0
     with pytest.raises(ValueError, match=r"num_beans: the sum retriever of .* expected some of"):
         Retriever.load(folder, system="sum", num_beans=3)
+    with pytest.raises(ValueError, match=r"^Search.num_beams: got 0, expected at least 1"):
+        Retriever.load(folder, num_beams=0)
     with pytest.raises(ValueError, match="system: got 'some', expected one of distill, control, "
                                          "generate, bm25, sum, those of"):  # fmt: skip
         Retriever.load(folder, system="some")

@@ -184,6 +184,9 @@ class DenseExperiment(Measured):
     mesh: Mesh = Mesh()
     initial: Pretrained | None = None
 
+    kind: ClassVar[str] = "dense"
+    own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
+
     def __post_init__(self) -> None:
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
@@ -234,9 +237,6 @@ class DenseExperiment(Measured):
                 f"Sources.{min(others)}: got a rate, expected 0: the teacher orders passages "
                 "of labelled queries alone (DenseExperiment.teach)"
             )
-
-    kind: ClassVar[str] = "dense"
-    own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
 
     @property
     def systems(self) -> tuple[str, ...]:

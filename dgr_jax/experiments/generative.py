@@ -132,6 +132,8 @@ class Experiment(Measured):
     mesh: Mesh = Mesh()
     initial: Any = None
 
+    own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+
     def __post_init__(self) -> None:
         many = isinstance(self.prepare.identifiers, Multiview)
         if self.model.prefix_adaptive_layers and not getattr(
@@ -171,8 +173,6 @@ class Experiment(Measured):
                     f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
-
-    own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
 
     @property
     def kind(self) -> str:

@@ -22,7 +22,7 @@ class Study:
     cells: what single points of the grid have over this: their labels, in the order of the axes ->
       {NAME: value, ...}, such as more steps over a larger corpus, under each retriever's own name.
     seeds: values of SEED; rows are means over them.
-    systems: the rows of each experiment, those of these that it measures; one or more.
+    systems: the rows of each experiment, those that it measures; one or more.
     measures: columns, of Evaluate.measures. split: '' is the first test split.
     baseline: labels of the row that the others are tested against, such as {'system': 'control'};
       what it leaves out is that of the row itself.

@@ -16,7 +16,7 @@ import jax
 from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.model_dir import kept
-from dgr_jax.model_dir.records import STUDENT
+from dgr_jax.model_dir.records import PREVIOUS, STUDENT
 from dgr_jax.retrieval import bm25, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
@@ -75,7 +75,7 @@ def read_student(folder: Path) -> Student:
 def best_first(model_dir: Path) -> tuple[str, ...]:
     """The systems that the experiments of a MODEL_DIR train, the best one first."""
     said = []
-    for folder in ("*", "previous/*"):
+    for folder in ("*", f"{PREVIOUS}/*"):
         for path in model_dir.glob(f"{folder}/{STUDENT}"):
             # Whoever opens a system that is damaged is told so.
             with contextlib.suppress(OSError, ValueError):
@@ -91,12 +91,17 @@ def open_student(
     vocabulary: Vocabulary,
     mesh: jax.sharding.Mesh,
     rules: partitioning.Rules,
+    settings: Mapping[str, Any],
 ) -> System:
-    """A trained system, from the folder of its stage and that of the prepare stage."""
+    """A trained system, from the folder of its stage and that of the prepare stage.
+
+    settings: of its search, which replace those that it was written with.
+    """
     kind = TRAINED[student.kind]
     with kept.reading(folder / STUDENT):
         model = restored(kind.model_settings, student.model)
         search = restored(kind.search_settings, student.search)
+    search = dataclasses.replace(search, **settings)
     return open_trained(
         student.kind, Trained(folder, prepared, vocabulary, model, search, mesh, rules)
     )
@@ -111,23 +116,26 @@ def open_trained(kind: str, of: Trained) -> System:
 def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:
     """Leave with an evaluation what is needed to open the systems that no stage trains."""
     said = {
-        one.name: {
-            "kind": type(one).__name__,
-            "settings": dataclasses.asdict(one),
+        system.name: {
+            "kind": type(system).__name__,
+            "settings": dataclasses.asdict(system),
             "depth": depth,
         }
-        for one in settings
+        for system in settings
     }
-    (model_dir / SYSTEMS).write_text(json.dumps(said, indent=1), encoding="utf-8")
+    partial = (model_dir / SYSTEMS).with_suffix(".partial")
+    partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    partial.replace(model_dir / SYSTEMS)
 
 
 def untrained(model_dir: Path) -> Mapping[str, Any]:
     """What `write_untrained` wrote, by name; {} where nothing was evaluated."""
     path = model_dir / SYSTEMS
-    if not path.is_file():
+    try:
+        with kept.reading(path):
+            return dict(kept.read_json(path))
+    except FileNotFoundError:
         return {}
-    with kept.reading(path):
-        return dict(kept.read_json(path))
 
 
 def settings_of(said: Mapping[str, Any]) -> SystemSettings:

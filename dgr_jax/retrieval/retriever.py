@@ -127,9 +127,8 @@ class Retriever:
         def trained(name: str) -> System:
             student = students[name]
             searched = {k: v for k, v in settings.items() if k in student.search}
-            student = replace(student, search=student.search | searched)
-            folder = sources.trained[name].student
-            return kinds.open_student(student, folder, prepared, vocabulary, devices, rules)
+            placed = sources.trained[name].student, prepared, vocabulary, devices, rules
+            return kinds.open_student(student, *placed, searched)
 
         if untrained is None:
             return cls(trained(sources.name), vocabulary, store)
