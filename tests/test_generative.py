@@ -22,7 +22,8 @@ from dgr_jax.decoding.beam_search import BeamResult, sample
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval.batching import batches
-from dgr_jax.retrieval.generative import Search, decode_fn, described, rank_passages
+from dgr_jax.retrieval.generative import Search, decode_fn, rank_passages
+from dgr_jax.retrieval.system import TrainedSystem
 from dgr_jax.serving import ask
 from dgr_jax.settings import describe
 from tests import students
@@ -439,7 +440,9 @@ class Stopwatch:
             params={"a": np.zeros((3, 4))},
         )  # fmt: skip
         self.decoder = SimpleNamespace(
-            batch_size=batch_size, mesh=mesh, describe=lambda: described(student, 2, 3)
+            batch_size=batch_size,
+            mesh=mesh,
+            describe=lambda: TrainedSystem.described(student, 2, 3),
         )
 
     def run(self, queries):

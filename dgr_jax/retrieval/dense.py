@@ -35,7 +35,7 @@ from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.retrieval import batching, exact_search
 from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
-from dgr_jax.retrieval.system import System, Trained, checked_mask
+from dgr_jax.retrieval.system import Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Searcher(System):
+class Searcher(TrainedSystem):
     """A dual encoder and an index of its passages, ready to answer token batches.
 
     pid_of: passage index -> pid: equal scores stand, and are cut, in the order of `ranking`; None:
@@ -258,16 +258,6 @@ class Searcher(System):
     def mesh(self) -> jax.sharding.Mesh:
         """Where it runs."""
         return self.encoder.mesh
-
-    @property
-    def query_length(self) -> int:
-        """Tokens of a query at most."""
-        return self.search.query_length
-
-    @property
-    def batch_size(self) -> int:
-        """Queries that are encoded together."""
-        return self.search.batch_size
 
     @property
     def index_bytes(self) -> int:

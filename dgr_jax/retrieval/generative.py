@@ -28,7 +28,7 @@ from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
-from dgr_jax.retrieval.system import System, SystemHit, Trained, checked_mask
+from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class _Batch(NamedTuple):
 
 
 @dataclass
-class Decoder(System):
+class Decoder(TrainedSystem):
     """Parameters, index and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -268,23 +268,13 @@ class Decoder(System):
         return Unconstrained(layout.max_length, None if layout.ends == "fixed" else EOS_ID)
 
     @property
-    def query_length(self) -> int:
-        """Tokens of a query, EOS counted."""
-        return self.search.query_length
-
-    @property
-    def batch_size(self) -> int:
-        """Queries that are decoded together."""
-        return self.search.batch_size
-
-    @property
     def index_bytes(self) -> int:
         """Of what a search reads beside the parameters: the trie, and the passages of leaves."""
         return self.index.nbytes + self.table.offsets.nbytes + self.table.passages.nbytes
 
     def describe(self) -> dict[str, Any]:
         """See System."""
-        return described(self, len(self.table), self.table.tokens.shape[1])
+        return self.described(len(self.table), self.table.tokens.shape[1])
 
     @property
     def limits(self) -> dict[str, int]:
@@ -394,18 +384,6 @@ class Decoder(System):
         valid = np.asarray(result.valid)[:count]
         self.counts.update(sequences=int(valid.sum()), unknown=int((valid & (rows < 0)).sum()))
         return rows
-
-
-def described(student: Any, identifiers: int, length: int) -> dict[str, Any]:
-    """What `describe` says of a student with so many identifiers, the longest of so many tokens."""
-    return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(student.params)),
-        "dtype": student.config.dtype,
-        "query_length": student.search.query_length,
-        "identifier_length": length,
-        "identifiers": identifiers,
-        "num_beams": student.search.num_beams,
-    }
 
 
 def __getattr__(name: str) -> Any:

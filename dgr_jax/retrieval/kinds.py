@@ -21,10 +21,14 @@ from dgr_jax.retrieval import bm25, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
-from dgr_jax.retrieval.system import System, SystemSettings, Trained
+from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
-TRAINED: dict[str, Any] = {"docid": Decoder, "multiview": MultiviewDecoder, "dense": Searcher}
+TRAINED: dict[str, type[TrainedSystem]] = {
+    "docid": Decoder,
+    "multiview": MultiviewDecoder,
+    "dense": Searcher,
+}
 UNTRAINED = (bm25.Bm25Baseline,)  # in SystemSettings.kinds, once they are imported
 
 SYSTEMS = Path("evaluate", "systems.json")

@@ -143,6 +143,42 @@ class Trained:
     rules: partitioning.Rules
 
 
+class TrainedSystem(System):
+    """A system with trained parameters; search: its settings."""
+
+    search: Any
+    model_settings: ClassVar[Any]  # classes of its settings
+    search_settings: ClassVar[Any]
+    network: ClassVar[Any]  # settings of the model -> flax module
+
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query at most, EOS counted."""
+        return self.search.query_length
+
+    @property
+    def batch_size(self) -> int:
+        """Queries that are answered together."""
+        return self.search.batch_size
+
+    @classmethod
+    def opened(cls, trained: Trained, params: Any) -> Self:
+        """The system with these parameters, placed on the mesh."""
+        raise NotImplementedError
+
+    def described(self: Any, identifiers: int, length: int) -> dict[str, Any]:
+        """What a student says of itself that writes so many identifiers, the longest of `length`
+        tokens."""
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.params)),
+            "dtype": self.config.dtype,
+            "query_length": self.search.query_length,
+            "identifier_length": length,
+            "identifiers": identifiers,
+            "num_beams": self.search.num_beams,
+        }
+
+
 @dataclass(frozen=True)
 class Opening:
     """What a system that no stage trains is made of.

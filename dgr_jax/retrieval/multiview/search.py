@@ -27,7 +27,7 @@ from dgr_jax.decoding.trie import Trie
 from dgr_jax.identifiers.table import EOS_ID
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
-from dgr_jax.retrieval.generative import decode_fn, described
+from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.multiview.index import (
     MultiviewIndex,
     Scored,
@@ -38,7 +38,7 @@ from dgr_jax.retrieval.multiview.index import (
 )
 from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
-from dgr_jax.retrieval.system import System, SystemHit, Trained, checked_mask
+from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 
 _KEYED = 32  # queries whose findings are held, before their keys are cut
 
@@ -78,7 +78,7 @@ class MultiviewSearch:
 
 
 @dataclass
-class MultiviewDecoder(System):
+class MultiviewDecoder(TrainedSystem):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -159,11 +159,6 @@ class MultiviewDecoder(System):
         return self.search.query_length - 1
 
     @property
-    def batch_size(self) -> int:
-        """Queries that are decoded together."""
-        return self.search.batch_size
-
-    @property
     def index_bytes(self) -> int:
         """Of what a search reads beside the parameters: the suffix array, tries and tables."""
         text = 0 if self.index.text is None else self.index.text.nbytes
@@ -176,7 +171,7 @@ class MultiviewDecoder(System):
         text."""
         body = 0 if self.index.text is None else len(self.index.text)
         count = body + sum(len(self.index.tables[view]) for view in self.tries)
-        return described(self, count, self.identifier_length)
+        return self.described(count, self.identifier_length)
 
     @property
     def identifier_length(self) -> int:
