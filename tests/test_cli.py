@@ -658,7 +658,7 @@ def test_unknown_stage(capsys):
         ((QUICKSTART, "--system=control"), "--system needs --query or --queries"),
         (
             ("--query=why", "--model_dir=m", "--system=distil"),
-            "--system: invalid choice: 'distil' (choose from",
+            "system: got 'distil', expected one of distill, control, generate, refresh, dense, tho",
         ),
         (
             ("--query=why", "--model_dir=m", "--gin.Search.num_beams=9"),

@@ -84,8 +84,8 @@ def best_first(model_dir: Path) -> tuple[str, ...]:
             # Whoever opens a system that is damaged is told so.
             with contextlib.suppress(OSError, ValueError):
                 said.append(read_student(path.parent).systems[::-1])
-    names = dict.fromkeys(name for order in sorted(said, key=len, reverse=True) for name in order)
-    return tuple(names) or tuple(name for order in _OLD.values() for name in reversed(order))
+    orders = sorted(said, key=len, reverse=True) or [order[::-1] for order in _OLD.values()]
+    return tuple(dict.fromkeys(name for order in orders for name in order))
 
 
 def open_student(
