@@ -44,6 +44,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.4",
         "orbax-checkpoint>=0.11.22",
+        "PyStemmer>=3.1",
         "rich>=13",
         "scikit-learn>=1.4.2",
         "scipy>=1.13",
@@ -75,7 +76,6 @@ setup(
         "pretrained": ["huggingface_hub>=0.23"],
         "multiview": ["pydivsufsort>=0.0.18"],
         "interop": ["torch>=2.2", "transformers>=4.44"],
-        "stemmer": ["PyStemmer>=2.2"],
         # Beam holds protobuf below 7, which sentencepiece from 0.2.3 on was made with.
         "beam": ["apache-beam>=2.60", "sentencepiece<0.2.3"],
         "buckets": ["gcsfs>=2024.2", "s3fs>=2024.2", "universal_pathlib>=0.2.6"],

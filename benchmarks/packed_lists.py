@@ -20,7 +20,7 @@ from dgr_jax import partitioning
 from dgr_jax.analysis.speed import device_name
 from dgr_jax.config import cli, gin_files
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.stages import student, systems
+from dgr_jax.stages import student
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.step import init_state, make_train_step
 

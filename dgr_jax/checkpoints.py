@@ -1,10 +1,10 @@
 """Checkpoints of a training run: state and data position, through orbax.
 
 A folder holds one sub-folder a step with three items: `params` (what search needs), `training` (the
-rest of the state) and `position` (JSON: where the data stands); a fourth, `metrics`, where the best
-are kept. A step's folder gets its name when it is whole, so a killed process leaves none half
-written; then a files_made.json, see `dgr_jax.model_dir.kept`. One without, because the process was
-killed in between, is read all the same.
+rest of the state) and `position` (JSON: where the data stands, and which checkpoint is the best). A
+step's folder gets its name when it is whole, so a killed process leaves none half written; then a
+files_made.json, see `dgr_jax.model_dir.kept`. One without, because the process was killed in
+between, is read all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ import orbax.checkpoint as ocp
 from dgr_jax.model_dir import kept
 
 logger = logging.getLogger(__name__)
+
+BEST = "best_checkpoint"  # in a position: the step whose parameters count
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -89,46 +92,40 @@ def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
 
 
+@dataclass
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """So many of the newest checkpoints stay, and the best, once there is one."""
+
+    newest: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        older = max(0, len(checkpoints) - self.newest)
+        return [i >= older or found.step == self.best for i, found in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of one folder. Use as a context manager: leaving waits for the last save."""
 
-    def __init__(
-        self, folder: str | Path, *, keep: int = 2, keep_best: int = 0, best_is: str = "lowest"
-    ) -> None:
+    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         """Args:
         folder: made if absent.
         keep: how many of the newest stay; 2 or more survive a damaged newest.
-        keep_best: how many stay beside them, those of the best metric.
-        best_is: 'lowest' or 'highest'.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints: got {keep}, expected 1 or more")
-        if keep_best < 0:
-            raise ValueError(f"keep_best: got {keep_best}, expected 0 or more")
-        if best_is not in ("lowest", "highest"):
-            raise ValueError(f"best_is: got {best_is!r}, expected 'lowest' or 'highest'")
         self.folder = Path(folder).absolute()
-        self._keep, self._keep_best, self._best_is = keep, keep_best, best_is
+        self._preserved = _NewestAndBest(keep)
         self._writes: int | None = None  # the step whose save was begun last
         self._signer: threading.Thread | None = None
         self._written = threading.Event()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = ocp.checkpoint_managers
-        newest = policies.LatestN(self._keep)
-        best = policies.BestN(
-            get_metric_fn=_metric,
-            reverse=self._best_is == "lowest",
-            n=self._keep_best,
-            keep_checkpoints_without_metrics=False,
-        )
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-                best_fn=_metric if self._keep_best else None,  # else none are written
-                cleanup_tmp_directories=True,
+                preservation_policy=self._preserved, cleanup_tmp_directories=True
             ),
             item_handlers=_handlers(),
         )
@@ -210,19 +207,13 @@ class Checkpoints:
         """The newest step, or None."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The step of the best metric of those that are kept; None where none has one."""
-        return best_step(self.folder, best_is=self._best_is)
-
-    def save(
-        self, step: int, state: Any, position: Mapping[str, Any], *, metric: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
         """Copies the state to the host, then writes it while the caller goes on.
 
         Args:
           state: a dataclass with a field `params`.
-          position: JSON: where the data stands at this step.
-          metric: what `keep_best` compares; without, the checkpoint is none of the best.
+          position: JSON: where the data stands at this step. BEST in it, where it is, is the step
+            whose parameters count: its checkpoint stays beside the newest.
 
         Raises OSError when this or the save before it cannot be written (a full disk, a lost
         permission); the checkpoints before it stay as they are.
@@ -234,12 +225,12 @@ class Checkpoints:
             training=ocp.args.StandardSave(state.replace(params=None)),
             position=ocp.args.JsonSave(dict(position)),
         )
-        metrics = None if metric is None or not self._keep_best else {"best": float(metric)}
         self.wait()
+        self._preserved.best = position.get(BEST)
         with self._writing():
             self._writes = step
             self._check_room(state)
-            self._manager.save(step, args=items, metrics=metrics)
+            self._manager.save(step, args=items)
         if jax.process_index() == 0:
             self._written.clear()
             self._signer = threading.Thread(target=self._sign, args=(step,), daemon=True)
@@ -248,8 +239,8 @@ class Checkpoints:
     def restore_latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole state and its data position; None when the folder has none.
 
-        A checkpoint that cannot be read is set aside as `<step>.damaged` with a warning when an
-        older one can be.
+        A checkpoint that cannot be read, or whose BEST is gone, is set aside as `<step>.damaged`
+        with a warning when an older one can be used.
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct` with shardings.
@@ -291,6 +282,9 @@ class Checkpoints:
                 ),
             )
         check_finite(items["params"], f"checkpoint {folder}")
+        best = items["position"].get(BEST, step)
+        if best not in self._manager.all_steps():
+            raise kept.Damaged(folder, f"the best checkpoint before it, of step {best}, is gone")
         return items["training"].replace(params=items["params"]), items["position"]
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
@@ -358,23 +352,11 @@ def _is_told(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def _metric(metrics: Mapping[str, float]) -> float:
-    return metrics["best"]
-
-
-def best_step(folder: str | Path, *, best_is: str = "lowest") -> int | None:
-    """The step of the best metric among the checkpoints of a folder; None where none has one."""
-    folder = Path(folder).absolute()
-    metrics = {}
-    for step in ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []:
-        file = folder / str(step) / "metrics" / "metrics"
-        if file.is_file():
-            with kept.reading(file):
-                metrics[step] = float(_metric(kept.read_json(file)))
-    if not metrics:
-        return None
-    sign = -1 if best_is == "lowest" else 1
-    return max(metrics, key=lambda step: (sign * metrics[step], step))
+def _chosen(folder: Path, newest: int) -> int:
+    """The step whose parameters count: the best, where the run kept it, as the newest checkpoint
+    says."""
+    file = folder / str(newest) / "position" / "metadata"
+    return kept.read_json(file).get(BEST, newest) if file.is_file() else newest
 
 
 def _handlers() -> dict[str, Any]:
@@ -407,7 +389,7 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     Args:
       folder: a folder of checkpoints; nothing in it is changed.
       abstract: parameters as `jax.ShapeDtypeStruct` with shardings.
-      step: which; the newest by default.
+      step: which; by default the best, where the run kept it, and otherwise the newest.
 
     Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ,
     kept.Damaged when a file of the checkpoint is not as it was written or cannot be read.
@@ -417,10 +399,12 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     # Those that the finished stage has left, if it is: a lost one is not replaced by an older.
     listed = {name.partition("/")[0] for name in kept.listed_in(folder)}
     steps = sorted(int(name) for name in listed if name.isdecimal()) or steps
-    if not steps or (step is not None and step not in steps):
+    if step is None and steps:
+        step = _chosen(folder, steps[-1])
+    if step not in steps:
         wanted = "a checkpoint" if step is None else f"step {step}, found {steps}"
         raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
-    path = folder / str(steps[-1] if step is None else step) / "params"
+    path = folder / str(step) / "params"
     kept.opened(path.parent / kept.MANIFEST)
     kept.whole(path)
     where = f"checkpoint {path.parent}"

@@ -128,6 +128,12 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def shared_rows(rows: int, mesh: jax.sharding.Mesh) -> int:
+    """So many rows, rounded up to those that all data shards have equally many of."""
+    shards = batch_shards(mesh)
+    return -(-rows // shards) * shards
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -313,6 +319,15 @@ def _place_rows(rows: np.ndarray, size: int, first: int, sharding: NamedSharding
         return rows[start - first : stop - first]
 
     return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, part)
+
+
+def place_padded(tokens: np.ndarray, shape: tuple[int, int], mesh: jax.sharding.Mesh) -> jax.Array:
+    """Tokens int [n, Q], that every process holds whole, as a global batch int32 of this shape, cut
+    along axis 0: filled up with padding, or cut to its length."""
+    padded = np.zeros(shape, np.int32)
+    tokens = tokens[:, : shape[1]]
+    padded[: tokens.shape[0], : tokens.shape[1]] = tokens
+    return place(padded, batch_sharding(mesh))
 
 
 def place(tree: Any, shardings: Any) -> Any:

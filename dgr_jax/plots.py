@@ -30,6 +30,7 @@ UNITS = {
     "contrastive_loss": "nats a query",
     "teacher_loss": "score units",
 }
+VALIDATION = "validation_"  # begins the name of what is measured on held-out questions
 
 
 def training_curves(
@@ -38,10 +39,12 @@ def training_curves(
     *,
     units: Mapping[str, str] = UNITS,
 ) -> Path:
-    """Draws the losses of each stage over its steps, one panel a stage and loss.
+    """Draws the losses of each stage over its steps, and what was measured on held-out questions:
+    one panel a stage and curve.
 
-    Every key of a row that is `loss` or ends in `loss` is a curve. Where a stage reports the parts
-    of its loss (those that `units` names), their weighted sum `loss` is left out: it mixes units.
+    Every key of a row that is `loss`, ends in `loss` or begins with `validation_` is a curve. Where
+    a stage reports the parts of its loss (those that `units` names), their weighted sum `loss` is
+    left out: it mixes units.
     Points are drawn light; a running mean stands over them where there are 40 or more.
 
     Args:
@@ -59,7 +62,7 @@ def training_curves(
     panels = [
         (stage, name, *points)
         for stage, rows in stages.items()
-        for name in _losses(rows, units)
+        for name in (*_losses(rows, units), *_validations(rows))
         if len((points := _points(rows, name))[0])
     ]
     if not panels:
@@ -75,9 +78,10 @@ def training_curves(
         axes = figure.add_subplot(lines, columns, place)
         _curve(axes, steps, values, colours[stage])
         title = name.replace("_", " ")
+        unit = units.get(name, title.removeprefix(VALIDATION.replace("_", " ")))
         axes.set_title(plot_label(f"{stage}: {title}"), loc="left", fontsize=10, fontweight="bold")
         axes.set_xlabel("step")
-        axes.set_ylabel(plot_label(units.get(name, title)))
+        axes.set_ylabel(plot_label(unit))
     return _save(figure, path)
 
 
@@ -211,6 +215,10 @@ def _losses(rows: Sequence[Mapping[str, float]], units: Mapping[str, str]) -> li
     names = list(dict.fromkeys(name for row in rows for name in row if name.endswith("loss")))
     has_parts = any(name in units for name in names if name != "loss")
     return [name for name in names if name != "loss" or not has_parts]
+
+
+def _validations(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(VALIDATION)))
 
 
 def _points(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from dgr_jax import processes
 from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 
 DESCRIPTION = (
     "Run the prepare stage of an experiment. With --export, copy what the later stages need into "
@@ -35,6 +36,11 @@ def command(argv: Sequence[str] | None) -> None:
 
     made_by = makers(experiment)
     if args.beam_options is not None:
+        if "generate" not in experiment.stages:
+            raise Mistake(
+                "--beam_options: got a dense retriever, expected an experiment with the stage "
+                "'generate': workers make its examples, and a dense retriever has none"
+            )
         from dgr_jax.stages import beam
 
         beam.check()

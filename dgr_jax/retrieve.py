@@ -42,6 +42,11 @@ def command(argv: Sequence[str] | None) -> None:
         ask.answer(args)
         return
     experiment = gin_files.load_experiment(args, bindings)
+    if "candidates" not in experiment.stages:
+        raise mistakes.Mistake(
+            "give --query or --queries: without them the stage 'candidates' runs, and this "
+            f"experiment has none (its stages: {', '.join(experiment.stages)})"
+        )
 
     from dgr_jax.stages import pipeline
     from dgr_jax.stages.makers import makers

@@ -26,17 +26,23 @@ def without_effect(default: Any) -> Any:
     return field(default=default, metadata={"fingerprint": False})
 
 
+def unless_default(default: Any) -> Any:
+    """A setting that came later than finished stages: these stay, as by its default."""
+    return field(default=default, metadata={"fingerprint": "unless default"})
+
+
 def describe(value: Any) -> Any:
     """A setting as JSON: what it is and every field that has an effect on results.
 
     The folder that a collection lies in is left out, so that data may be moved; and a setting that
-    came later (metadata "unless default"), where it is not used, so that older stages stay.
+    came later (metadata "unless default", or a function of the settings), where all is as it was
+    without it, so that older stages stay.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: describe(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.name != "folder" and _has_effect(f, getattr(value, f.name))
+            if f.name != "folder" and _has_effect(f, value)
         }
         return {"is": type(value).__qualname__, **fields}
     if isinstance(value, functools.partial):
@@ -56,10 +62,12 @@ def describe(value: Any) -> Any:
     return value
 
 
-def _has_effect(setting: dataclasses.Field, value: Any) -> bool:
-    """Whether a setting of this value makes results other than they would be without it."""
+def _has_effect(setting: dataclasses.Field, settings: Any) -> bool:
+    """Whether one of these settings makes results other than they would be without it."""
     marked = setting.metadata.get("fingerprint", True)
-    return value != setting.default if marked == "unless default" else marked
+    if marked == "unless default":
+        return getattr(settings, setting.name) != setting.default
+    return marked(settings) if callable(marked) else marked
 
 
 def restored(kind: type[Settings], values: Mapping[str, Any]) -> Settings:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dgr_jax import interrupts
 from dgr_jax.config import cli, gin_files
-from dgr_jax.config.mistakes import Mistake
+from dgr_jax.config.mistakes import Failure
 from dgr_jax.model_dir import writer_lock
 
 DESCRIPTION = (
@@ -42,11 +42,16 @@ def command(argv: Sequence[str] | None) -> None:
         return
     with writer_lock.held(args.model_dir):
         failures = [] if args.table_only else runner.run(grid)
-        if not failures or any(grid.finished()):
-            report.write(grid)
-    if failures:
         number = f"{len(failures)} of {len(grid.runs)} experiments failed"
-        raise Mistake("\n".join([f"{number}; the same command tries them again", *failures]))
+        try:
+            if not failures or any(grid.finished()):
+                report.write(grid)
+        except ValueError as error:
+            if not failures:
+                raise
+            failures.append(f"the others cannot be reported: {error}")
+    if failures:
+        raise Failure("\n".join([f"{number}; the same command tries them again", *failures]))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ def command(argv: Sequence[str] | None) -> None:
         "--stages",
         default="evaluate",
         metavar="STAGE,STAGE",
-        help="stages to run, with those they need: prepare, generate, candidates, teach, distill, "
-        "control, evaluate; of a dense retriever prepare, negatives, teach, dense, mine, "
-        "refresh, evaluate (default: evaluate, which needs all)",
+        help="stages to run, with those they need: prepare, start, generate, candidates, teach, "
+        "distill, control, evaluate; of a dense retriever prepare, negatives, teach, start, "
+        "dense, mine, refresh, evaluate (default: evaluate, which needs all)",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
@@ -33,9 +33,7 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(
-        args, bindings, *[("Experiment",)] * args.plan, keep=not args.plan
-    )
+    experiment = gin_files.load_experiment(args, bindings, keep=not args.plan)
     if args.plan:
         from dgr_jax.capacity import disk
 

@@ -1,13 +1,12 @@
-import sys
-import types
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgr_jax.corpora import words
 from dgr_jax.corpora.types import Passage
-from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval import bm25
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from tests.reference import bm25 as reference
 
 
@@ -23,17 +22,17 @@ def corpus(*texts):
     return ListStore(Passage(f"p{i}", text) for i, text in enumerate(texts))
 
 
-WORDS = ["bee", "hive", "honey", "queen", "sail", "mast"]
+NOUNS = ["bee", "hive", "honey", "queen", "sail", "mast"]
 texts = st.lists(
-    st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join), min_size=1, max_size=12
+    st.lists(st.sampled_from(NOUNS), max_size=8).map(" ".join), min_size=1, max_size=12
 )
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts, st.lists(st.sampled_from([*WORDS, "unknown"]), max_size=4), st.integers(1, 15))
+@given(texts, st.lists(st.sampled_from([*NOUNS, "unknown"]), max_size=4), st.integers(1, 15))
 def test_search_equals_the_formula(texts, query, k):
     store = corpus(*texts)
-    index = Bm25(k1=1.2, b=0.6, stop_words="").fit(store)
+    index = Bm25(k1=1.2, b=0.6, stop_words="", stemmer="").fit(store)
     listed = [text.split() for text in texts]
     if not any(listed):
         assert index.search({"q": " ".join(query)}, k) == {"q": []}
@@ -84,26 +83,54 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="got k = 0, expected 1 or more"):
         Bm25().fit(corpus("bee")).search({"q": "bee"}, 0)
     with pytest.raises(ValueError, match=r"Bm25\.stop_words = 'klingon'"):
-        Bm25(stop_words="klingon").fit(corpus("bee"))
+        Bm25(stop_words="klingon")
 
 
-def test_stemmer_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "Stemmer", None)
-    with pytest.raises(ImportError, match=r"^Bm25\.stemmer needs the extra 'dgr_jax\[stemmer\]'"):
-        Bm25(stemmer="english").fit(corpus("bees"))
+def found(settings, query, *texts):
+    """The places of the passages that are found for a query, best first."""
+    listed = settings.fit(corpus(*texts)).search({"q": query}, 9)["q"]
+    return [int(passage.pid.removeprefix("p")) for passage in listed]
 
-    class Stemmer:
-        def __init__(self, language):
-            if language != "english":
-                raise KeyError(language)
 
-        def stemWords(self, words):  # noqa: N802
-            return [word.removesuffix("s") for word in words]
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        (Bm25(), [0, 1]),
+        (WORDS, [1]),
+        (Bm25(stemmer="porter"), [0, 1]),
+        (Bm25(stemmer="", language="finnish"), [1]),
+    ],
+)
+def test_words_count_by_their_stems_or_as_they_stand(settings, places):
+    texts = ("A hive dances on and on and on", "the dance of a hive", "danger")
+    assert found(settings, "dance", *texts) == places
 
-    fake = types.ModuleType("Stemmer")
-    fake.Stemmer, fake.algorithms = Stemmer, lambda: ["english"]
-    monkeypatch.setitem(sys.modules, "Stemmer", fake)
-    index = Bm25(stemmer="english").fit(corpus("bees sail", "mast"))
-    assert [p.pid for p in index.search({"q": "bee sails"}, 5)["q"]] == ["p0"]
-    with pytest.raises(ValueError, match=r"Bm25\.stemmer = 'xx', expected one of \['english'\]"):
-        Bm25(stemmer="xx").fit(corpus("bees"))
+
+@pytest.mark.parametrize(
+    ("language", "query", "text"),
+    [("german", "Häuser", "Haus"), ("russian", "книги", "книга"), ("french", "chevaux", "cheval")],
+)
+def test_stems_of_a_language(language, query, text):
+    assert found(Bm25(language=language, stop_words=""), query, text) == [0]
+    assert found(Bm25(), query, text) == []
+
+
+def test_a_language_without_a_stemmer_is_refused_with_those_that_have_one():
+    with pytest.raises(ValueError) as error:
+        Bm25(language="chinese")
+    said = str(error.value)
+    assert said.startswith("Bm25.language: got 'chinese', expected one of arabic, armenian, ")
+    assert said.endswith(", turkish, yiddish; words stay as they stand by Bm25.stemmer=''")
+    with pytest.raises(ValueError, match=r"^Bm25\.stemmer: got 'xx', expected snowball, arabic, "):
+        Bm25(stemmer="xx")
+
+
+@pytest.mark.parametrize("settings", [Bm25(), Bm25(language="german"), Bm25(language="serbian")])
+@pytest.mark.parametrize("text", ["養蜂家は蜂蜜を集めます。", "ผึ้งเก็บน้ำหวาน", "蜜蜂在采蜜"])
+def test_pairs_of_unspaced_characters_have_no_stems(settings, text):
+    words_of = bm25._words(settings, alone=True)
+    assert list(words_of(text)) == words.words(text, alone=True)
+
+
+def test_numbers_and_names_beside_unspaced_text_are_kept():
+    assert found(Bm25(), "bees 42", "42 匹の蜂", "a bee") == [1, 0]

@@ -79,31 +79,24 @@ def test_round_trip_onto_another_mesh(tmp_path, states):
     assert {shard.data.shape for shard in state.params["kernel"].addressable_shards} == {(16, 8)}
 
 
-@pytest.mark.parametrize(("best_is", "best"), [("lowest", 1), ("highest", 2)])
-def test_the_best_stay_beside_the_newest(tmp_path, states, best_is, best):
-    metrics = [None, 0.1, 0.9, 0.5, None]
-    with Checkpoints(tmp_path, keep=1, keep_best=1, best_is=best_is) as saved:
-        for step, metric in enumerate(metrics):
-            position = {"step": step, "seed": 7}
-            saved.save(step, _on_device(states[step]), position, metric=metric)
-        saved.wait()
-        assert saved.best() == best
-    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "4"]
-    with Checkpoints(tmp_path, keep=1, keep_best=1, best_is=best_is) as saved:  # after a restart
-        abstract = abstract_state(MODEL, OPTIMIZER, _mesh())
-        assert saved.restore_latest(abstract)[1]["step"] == 4
-        saved.save(5, _on_device(states[3]), {}, metric=0.5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "5"]
-    assert checkpoints.best_step(tmp_path, best_is=best_is) == best
+def test_the_best_stays_beside_the_newest_and_counts(tmp_path, states):
     abstract = partitioning.abstract_params(MODEL, _mesh())
-    found = checkpoints.restore_params(tmp_path, abstract, step=best)
-    _assert_equal(found, states[best].params)
-
-
-def test_no_best_without_metrics(tmp_path, states):
-    assert checkpoints.best_step(tmp_path / "none") is None
-    _save(tmp_path, states, [1])
-    assert checkpoints.best_step(tmp_path) is None
+    best = 2
+    with Checkpoints(tmp_path, keep=1) as saved:
+        for step in range(5):
+            position = {"step": step, "seed": 7, "best_checkpoint": min(step, best)}
+            saved.save(step, _on_device(states[step]), position)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "4"]
+    _assert_equal(checkpoints.restore_params(tmp_path, abstract), states[best].params)
+    _assert_equal(checkpoints.restore_params(tmp_path, abstract, step=4), states[4].params)
+    with Checkpoints(tmp_path, keep=1) as saved:  # after a restart
+        assert saved.restore_latest(abstract_state(MODEL, OPTIMIZER, _mesh()))[1]["step"] == 4
+        saved.save(5, _on_device(states[3]), {"best_checkpoint": best})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(best), "5"]
+    _assert_equal(checkpoints.restore_params(tmp_path, abstract), states[best].params)
+    shutil.rmtree(tmp_path / str(best))
+    with pytest.raises(FileNotFoundError, match=f"expected step {best}, found"):
+        checkpoints.restore_params(tmp_path, abstract)
 
 
 def test_an_empty_folder_has_nothing(tmp_path):
@@ -415,8 +408,6 @@ def test_an_error_of_a_running_save_comes_with_the_next(tmp_path, states, monkey
     ("settings", "message"),
     [
         ({"keep": 0}, "keep_checkpoints: got 0, expected 1 or more"),
-        ({"keep_best": -1}, "keep_best: got -1, expected 0 or more"),
-        ({"best_is": "most"}, "best_is: got 'most', expected 'lowest' or 'highest'"),
     ],
 )
 def test_setting_errors(tmp_path, settings, message):

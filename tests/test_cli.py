@@ -22,14 +22,15 @@ from dgr_jax import (
     train,
 )
 from dgr_jax.config import cli, configurables, gin_files
-from dgr_jax.config.mistakes import Mistake
+from dgr_jax.config.mistakes import Failure, Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.losses import ranking
-from dgr_jax.settings import fingerprint
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
+from dgr_jax.settings import describe, fingerprint
 from dgr_jax.stages.pipeline import stage_settings
-from dgr_jax.teaching.teachers import RunTeacher
+from dgr_jax.teaching.teachers import Bm25Teacher, RunTeacher, VectorTeacher
 from tests.conftest import ROOT
 
 COMMANDS = {"train": train, "prepare": prepare, "retrieve": retrieve, "teach": teach,
@@ -152,6 +153,25 @@ def test_a_teacher_of_several():
 
 
 @pytest.mark.parametrize(
+    "under",
+    [
+        (QUICKSTART,),
+        ("--data_dir=d", "--gin_file=squad_dense.gin", "--gin_file=runs/taught.gin"),
+    ],
+)
+def test_a_teacher_of_bm25_and_vectors_is_one_line(under):
+    given = (*under, "--gin_file=runs/fusion.gin", "--model_dir=m")
+    files = [f"--gin.VectorTeacher.{name}_path=f" for name in ("passages", "queries", "query_ids")]
+    teacher = load(*given, *files).teach.teacher
+    of_words, of_vectors = teacher.teachers
+    assert isinstance(of_words, Bm25Teacher) and of_vectors == VectorTeacher("f", "f", "f")
+    assert of_words.bm25 == Bm25(stemmer="snowball", language="english")
+    assert (teacher.weights, teacher.judged_first) == ((0.7, 12.0), True)
+    with pytest.raises(Mistake, match=r"^VectorTeacher\.passages_path is not set; give --gin"):
+        load(*given)
+
+
+@pytest.mark.parametrize(
     ("binding", "read", "expected"),
     [
         ("MODEL_DIR=some/folder", lambda e: e.model_dir, "some/folder"),
@@ -186,9 +206,46 @@ def test_a_binding_reaches_components_that_are_defaults_of_others():
     experiment = load(QUICKSTART, "--gin.TfidfSvd.dim=7", "--gin.Bm25.k1=2", "--gin.Mesh.data=1")
     assert experiment.prepare.identifiers.embeddings == TfidfSvd(dim=7)
     assert experiment.teach.teacher.bm25.k1 == 2.0
+    assert experiment.evaluate.baseline == Bm25(k1=2.0)
     assert experiment.mesh.data == 1
     tree = load(QUICKSTART, "--gin.TfidfSvd.dim=7", "--gin.IDENTIFIERS=@KMeansTree()")
     assert tree.prepare.identifiers.embeddings == TfidfSvd(dim=7)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [(QUICKSTART,), ("--gin_file=dense.gin", "--data_dir=d"), ("--gin_file=dgr.gin", *NEEDED)],
+)
+def test_the_baseline_row_is_bm25_of_stems_unless_it_is_chosen(given):
+    def baseline(*bindings):
+        return load(*given, "--model_dir=m", *bindings).evaluate.baseline
+
+    assert baseline() == Bm25(stemmer="snowball", language="english")
+    assert baseline("--gin.Bm25.stemmer=") == WORDS
+    german = ("--gin.Bm25.language=german", "--gin.Bm25.stop_words=german")
+    assert baseline(*german) == Bm25(language="german", stop_words="german")
+    with pytest.raises(Mistake, match=r"^Bm25\.language: got 'thai', expected one of arabic, arm"):
+        baseline("--gin.Bm25.language=thai")
+
+
+def test_baseline_and_teacher_may_differ():
+    scoped = ("--gin.Evaluate.baseline=@baseline/Bm25()", "--gin.baseline/Bm25.stemmer=")
+    experiment = load(QUICKSTART, "--model_dir=m", *scoped)
+    assert experiment.evaluate.baseline == WORDS
+    assert experiment.teach.teacher.bm25 == Bm25()
+
+
+def test_an_older_experiment_goes_on_with_bm25_of_words():
+    """Its config.gin says so, and names no baseline."""
+    load(QUICKSTART, "--model_dir=m", "--gin.Bm25.stemmer=")
+    config = Path("m/config.gin")
+    later = ("Bm25.language", "Evaluate.baseline")
+    lines = [line for line in config.read_text().splitlines() if not line.startswith(later)]
+    assert {"Bm25.stemmer = ''", "Evaluate.bm25 = True"} <= set(lines)
+    config.write_text("\n".join(lines) + "\n")
+    experiment = load("--model_dir=m")
+    assert experiment.teach.teacher.bm25 == experiment.evaluate.baseline == WORDS
+    assert "baseline" not in describe(experiment.evaluate)
 
 
 def test_folders():
@@ -461,6 +518,16 @@ def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     ]
 
 
+def test_what_was_tried_and_failed_ends_with_status_1(capsys):
+    def command(argv):
+        raise Failure("1 of 2 experiments failed")
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: 1 of 2 experiments failed\n"
+
+
 @pytest.mark.parametrize("flag", ["--gin_fil=quickstart.gin", "--model=m", "--gin"])
 def test_half_a_flag(flag, capsys):
     assert f"unrecognized arguments: {flag}" in complaint(capsys, train.command, flag)
@@ -696,7 +763,7 @@ def test_nested_defaults_restate_what_is_so_anyway():
         # What else these need is tested above.
         if component not in (
             "Experiment", "Prepare", "PseudoQueries", "Distillation", "DenseExperiment",
-            "DensePrepare",
+            "DensePrepare", "Evaluate",
         ):  # fmt: skip
             assert getattr(made[component](), setting) == made[default]()
 

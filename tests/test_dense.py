@@ -123,7 +123,20 @@ def test_passages_found(embedded):
         np.testing.assert_array_equal(alone[0], passages[:1])
         np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), passages)
         assert list(searcher.passages_of_blocks(iter([]))) == []
-    assert [one.encoder._size(n, SEARCH) for n in (1, 2, 13)] == [1, 8, 8]
+
+
+def test_a_text_alone_does_not_wait_for_a_batch(monkeypatch):
+    place, rows = partitioning.place_padded, []
+
+    def placed(tokens, shape, mesh):
+        rows.append(shape[0])
+        return place(tokens, shape, mesh)
+
+    monkeypatch.setattr(partitioning, "place_padded", placed)
+    one = encoder()
+    for count in (1, 2, 13):
+        one.queries(np.ones((count, 4), np.int32), SEARCH)
+    assert rows == [1, 8, 8, 8]
 
 
 def test_passages_without_text_are_never_found(tmp_path, caplog):

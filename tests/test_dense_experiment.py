@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from dgr_jax import retrieve, train
+from dgr_jax import prepare, retrieve, train
+from dgr_jax.capacity import disk
+from dgr_jax.capacity.counting import counted
 from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store
@@ -208,13 +210,20 @@ def test_a_refresh_with_a_teacher_loss_is_refused_however_it_is_made():
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(Mistake, match="No configurable matching .*lse_pear.*did you mean lse_p"):
         load("--gin_file=dense.gin", "--gin.LOSS=@lse_pear()")
-    with pytest.raises(Mistake, match="dense.gin: got DenseExperiment, expected Experiment"):
-        train.command(("--gin_file=dense.gin", "--plan"))
     flags = ("--gin_file=dense.gin", f"--data_dir={tmp_path}", f"--model_dir={tmp_path / 'm'}")
     with pytest.raises(FileNotFoundError, match="corpus.jsonl"):
         train.command(flags)
     with pytest.raises(ValueError, match=r"unknown stage 'distill', expected one of \('prepare'"):
         train.command((*flags, "--stages=distill"))
+    with pytest.raises(Mistake, match="^--beam_options: got a dense retriever, expected an exper"):
+        prepare.command((*flags, "--beam_options=--runner=DirectRunner"))
+    for asked in (flags, flags[2:]):
+        with pytest.raises(Mistake) as error:
+            retrieve.command(asked)
+        assert str(error.value) == (
+            "give --query or --queries: without them the stage 'candidates' runs, and this "
+            "experiment has none (its stages: prepare, dense, evaluate)"
+        )
     (tmp_path / "m" / "prepare").mkdir()
     with pytest.raises(
         FileNotFoundError, match="no trained student in .*refresh/student.json, den"
@@ -276,6 +285,23 @@ def flags(folder):
         "--gin.Lists.curriculum=((0.5, 0.0, 1.0), (0.5, 1.0, 0.0))",
         "--gin.Sources.pseudo_queries=0.25",
     )
+
+
+@pytest.mark.slow
+def test_a_plan_tells_the_sizes_of_the_run(finished):
+    folder, _ = finished
+    experiment = load(f"--model_dir={folder}")
+    corpus, where = counted(experiment)
+    assert where == str(folder / "prepare")
+    told = {(line.stage, line.what): line for line in disk.lines(experiment, corpus)}
+    held = lambda *path: sum(f.stat().st_size for f in folder.joinpath(*path).rglob("*.npy"))
+    vectors = f"vectors of {experiment.model.dim} float32"
+    assert told["refresh", vectors].size == pytest.approx(held("refresh"), rel=0.01)
+    assert told["prepare", "passages as token arrays"].size == pytest.approx(
+        held("prepare", "arrays", "corpus"), rel=0.05
+    )
+    pools = sum(x.size for (stage, _), x in told.items() if stage == "negatives")
+    assert 0.5 < pools / held("negatives") < 2
 
 
 @pytest.mark.slow

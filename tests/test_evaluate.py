@@ -15,8 +15,10 @@ from dgr_jax.analysis import beam_losses
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiments.common import Evaluate
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.system import Opening, System
+from dgr_jax.settings import fingerprint
 from dgr_jax.stages import kept_runs
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split, search_of
 from dgr_jax.stages.evaluate import measure as measure_systems
@@ -86,7 +88,7 @@ def measured(tmp_path, monkeypatch):
         metrics = json.loads((model_dir / "evaluate/metrics.json").read_text())
         return metrics["generate"]["test"], opened
 
-    measure.model_dir, measure.made = model_dir, made
+    measure.model_dir, measure.made, measure.tokens = model_dir, made, tokens
     return measure
 
 
@@ -133,6 +135,27 @@ def test_bm25_is_asked_once_whatever_the_students_search(measured):
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*.trec")} == before
     measured(bm25=True, depth=2)
     assert len(list(runs.glob("*.trec"))) == 2
+
+
+def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured, unplotted):
+    def found(**settings):
+        measured(bm25=True, measures=("RR@10",), **settings)
+        run = trec.runs(measured.model_dir / "evaluate/bm25.test.trec")
+        return {ranked.qid: [p.pid for p in ranked.passages] for ranked in run}
+
+    asked = {"q0": Query("q0", "word1s"), "q1": QUERIES["q1"]}
+    measured.made.queries = lambda split: asked
+    measured.made.qrels = lambda split: {qid: {"p1": 1} for qid in asked}
+    measured.tokens["word1s"] = 1
+    runs = measured.model_dir / "prepare/runs"
+    of_words = found(baseline=WORDS)
+    assert of_words == {"q1": ["p1"]}
+    (as_before,) = runs.glob("*.trec")  # named as before the baseline had settings
+    assert as_before.name == f"bm25.test-{fingerprint([3, 0, 0])}.trec"
+    assert found() == {"q0": ["p1"], "q1": ["p1"]}
+    assert found(baseline=Bm25(k1=2.0)) == found()
+    assert len(list(runs.glob("*.trec"))) == 3
+    assert found(baseline=WORDS) == of_words
 
 
 @pytest.fixture

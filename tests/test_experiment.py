@@ -25,6 +25,7 @@ from dgr_jax.identifiers.title import Title
 from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.settings import describe, fingerprint, paths
@@ -81,6 +82,7 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
         ("candidates.search.num_beams", 9, {"candidates", "teach", "distill", "evaluate"}),
         ("candidates.max_queries", 9, {"candidates", "teach", "distill", "evaluate"}),
         ("teach.teacher.bm25.k1", 2.0, {"teach", "distill", "evaluate"}),
+        ("teach.teacher.bm25.stemmer", "", {"teach", "distill", "evaluate"}),
         ("teach.lists.size", 9, {"teach", "distill", "evaluate"}),
         ("distill.steps", 9, {"distill", "control", "evaluate"}),
         ("distill.seed", 9, {"distill", "control", "evaluate"}),
@@ -88,6 +90,9 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
         ("distill.list_batch_size", 9, {"distill", "evaluate"}),
         ("evaluate.measures", ("RR@10",), {"evaluate"}),
         ("evaluate.search.num_beams", 9, {"evaluate"}),
+        ("evaluate.bm25", False, {"evaluate"}),
+        ("evaluate.baseline", WORDS, {"evaluate"}),
+        ("evaluate.baseline.language", "german", {"evaluate"}),
         ("control", False, {"evaluate"}),
         ("model.emb_dim", 8, LATER),
         ("model_dir", "elsewhere", set()),
@@ -184,6 +189,23 @@ def test_descriptions_are_json_and_tell_everything_apart():
     described = [json.dumps(describe(value)) for value in values]
     assert len(set(described)) == len(values)
     assert [json.loads(text) for text in described] == [describe(value) for value in values]
+
+
+def test_bm25_of_words_is_described_as_before_it_could_be_chosen():
+    before = {"is": "Bm25", "k1": 0.9, "b": 0.4, "stop_words": "english", "stemmer": ""}
+    assert describe(WORDS) == before
+    assert describe(Bm25()) == {**before, "stemmer": "snowball"}
+    assert describe(Bm25(language="german")) == {
+        **before, "stemmer": "snowball", "language": "german",
+    }  # fmt: skip
+
+
+def test_a_baseline_is_described_where_it_is_measured_and_new():
+    described = describe(Evaluate(Search()))
+    assert described["baseline"] == describe(Bm25())
+    for settings in ({"baseline": WORDS}, {"bm25": False}, {"bm25": False, "baseline": WORDS}):
+        found = describe(Evaluate(Search(), **settings))
+        assert found.keys() == described.keys() - {"baseline"}
 
 
 def test_a_fingerprint_does_not_depend_on_order():

@@ -267,13 +267,12 @@ def test_a_broken_connection_is_no_closed_pipe(capsys, monkeypatch):
 
 
 def test_training_saves_its_last_step(tmp_path, caplog):
-    def interrupt(now, state):
+    def interrupt(now):
         if now == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return {}
 
     with pytest.raises(SystemExit, match="130"):
-        test_loop.run(tmp_path, hooks=[interrupt], hook_every=1)
+        test_loop.run(tmp_path, validation=test_loop.at_each_step(interrupt))
     with Checkpoints(tmp_path / "checkpoints") as saved:
         step = saved.latest()
     assert step in (5, 6)

@@ -117,4 +117,4 @@ def test_extras_that_messages_name_can_be_installed():
         for extra in re.findall(r"dgr_jax\[(\w+)\]", path.read_text(encoding="utf-8"))
     }
     offered = re.findall(r'^        "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
-    assert {"encoders", "irds", "stemmer"} <= named <= set(offered)
+    assert {"encoders", "irds"} <= named <= set(offered)

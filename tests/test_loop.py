@@ -3,28 +3,32 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
-import optax
 import pytest
 
-from dgr_jax import checkpoints
+from dgr_jax import checkpoints, partitioning
 from dgr_jax.partitioning import LAYOUTS, Mesh, make_mesh
-from dgr_jax.training import loop, metrics
+from dgr_jax.training import loop, metrics, validation
 from dgr_jax.training.objectives import Generation
+from dgr_jax.training.optimizers import Linear
 from dgr_jax.training.source import ArraySource
+from dgr_jax.training.validation import METRIC, Validation
 from tests import toy
 
 STEPS = 10
@@ -37,7 +41,7 @@ def run(folder, **changes):
         "folder": folder,
         "model": toy.Toy(dropout_rate=0.1),
         "objective": Generation(),
-        "optimizer": optax.sgd(0.05, momentum=0.9),
+        "optimizer": toy.Sgd(0.05, momentum=0.9),
         "source": ArraySource(toy.generation_examples(20), 8, 0),
         "mesh": make_mesh(Mesh(), toy.devices(1)),
         "total_steps": STEPS,
@@ -45,17 +49,22 @@ def run(folder, **changes):
         "initial_params": toy.params(),
         "log_every": 4,
         "checkpoint_every": 3,
-        "tensorboard": False,
     }
-    return loop.train(**(settings | changes))
+    with mock.patch.object(metrics, "_summary_writers", lambda: None):
+        return loop.train(**(settings | changes))
 
 
-def wait_at(folder, step, now, state):
-    """A hook that stops for good at a step, once the rest of the world can see that it is there."""
+def at_each_step(act, every=1, **settings):
+    """A validation that calls act(number of the search), whose value, if there is one, counts."""
+    numbers = itertools.count(1)
+    return Validation(lambda params: act(next(numbers)) or 0.0, 12, every, **settings)
+
+
+def wait_at(folder, step, now):
+    """Stops for good at a step, once the rest of the world can see that it is there."""
     if now == step:
         (Path(folder) / "here").touch()
         time.sleep(600)
-    return {}
 
 
 def test_parameters_lie_as_the_layout_says(tmp_path):
@@ -106,7 +115,7 @@ def _rows(folder):
 
 
 def _losses(folder):
-    return {row["step"]: row["loss"] for row in _rows(folder)}
+    return {row["step"]: row["loss"] for row in _rows(folder) if "loss" in row}
 
 
 def test_a_run_learns_and_writes(whole):
@@ -127,7 +136,7 @@ def test_a_finished_run_does_nothing(whole):
 
 
 def test_a_loss_that_does_not_fall_is_told(tmp_path, caplog):
-    rises = {"optimizer": optax.sgd(-0.3), "total_steps": 20}
+    rises = {"optimizer": toy.Sgd(-0.3), "total_steps": 20}
     run(tmp_path / "rises", **rises)
     assert "generate: the loss is" in caplog.text and "it did not fall" in caplog.text
     assert "look at the learning rate (its `peak`)" in caplog.text
@@ -160,11 +169,12 @@ def test_what_is_told_in_the_end(tmp_path, caplog, losses, resumed, at_random, s
         begin, row = 10, f'{{"step": 5, "loss": {resumed}}}'
         (tmp_path / "metrics.jsonl").write_text(row + "\n")
     model = types.SimpleNamespace(config=types.SimpleNamespace(vocab_size=4000))
-    with loop._Report("generate", tmp_path, begin, 100, None, False) as report:
+    no_files = mock.patch.object(metrics, "_summary_writers", lambda: None)
+    with no_files, loop._Report("generate", tmp_path, begin, 100, lambda step: 0.1) as report:
         for step, loss in enumerate(losses, start=begin + 1):
             one = {name: (np.float32(loss), np.float32(1)) for name in ("loss", "grad_norm")}
-            metrics = one | {"token_accuracy": (np.float32(0), np.float32(1))}
-            report.add(step, metrics, {"tokens": np.zeros((8, 2))})
+            measured = one | {"token_accuracy": (np.float32(0), np.float32(1))}
+            report.add(step, measured, {"tokens": np.zeros((8, 2))})
             report.log(step)
         report.conclude(model, at_random=at_random)
     warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -176,8 +186,8 @@ def test_killed_and_started_again(tmp_path, whole):
     """SIGKILL in the middle, then the same call: the same parameters bit for bit."""
     code = (
         "import functools; from tests import test_loop as t; "
-        f"t.run({str(tmp_path)!r}, hook_every=1, "
-        f"hooks=[functools.partial(t.wait_at, {str(tmp_path)!r}, 7)])"
+        f"wait = functools.partial(t.wait_at, {str(tmp_path)!r}, 7); "
+        f"t.run({str(tmp_path)!r}, validation=t.at_each_step(wait))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -209,14 +219,14 @@ def mortal(folder, seed):
     """
     folder, delays = Path(folder), random.Random(seed)
     begun, seen = folder / "begun", {"killed": 0, "saving": 0, "steps": []}
-    settings = {"total_steps": LONG, "checkpoint_every": 1, "hook_every": 1}
+    settings = {"total_steps": LONG, "checkpoint_every": 1}
     while seen["killed"] < KILLS:
         begun.unlink(missing_ok=True)
         child = os.fork()
         if not child:
             signal.alarm(60)  # no life outlasts a test that was stopped
             with contextlib.suppress(BaseException):
-                run(folder, hooks=[functools.partial(mark, begun)], **settings)
+                run(folder, validation=at_each_step(functools.partial(mark, begun)), **settings)
             os._exit(0)
         deadline = time.monotonic() + 60
         steps = delays.randint(2, 4)  # each waits for the save of the step before it
@@ -239,10 +249,9 @@ def mortal(folder, seed):
 LONG = 200  # steps, more than all lives together reach
 
 
-def mark(path, now, state):
+def mark(path, now):
     with path.open("a") as file:
         file.write(".")
-    return {}
 
 
 @pytest.mark.slow
@@ -278,14 +287,13 @@ def test_killed_twenty_times_at_random(tmp_path):
 
 
 def test_sigterm_saves_and_leaves(tmp_path, whole):
-    def preempt(now, state):
+    def preempt(now):
         if now == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {}
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as leaving:
-        run(tmp_path, hooks=[preempt], hook_every=1)
+        run(tmp_path, validation=at_each_step(preempt))
     assert leaving.value.code == loop.EXIT_PREEMPTED == 75
     assert signal.getsignal(signal.SIGTERM) == before
     with checkpoints.Checkpoints(tmp_path / "checkpoints") as saved:
@@ -294,53 +302,144 @@ def test_sigterm_saves_and_leaves(tmp_path, whole):
     assert _losses(tmp_path)[STEPS] == _losses(whole[0])[STEPS]
 
 
-def test_hooks_and_the_learning_rate(tmp_path):
-    seen = []
+class Warming(toy.Sgd):
+    learning_rate = Linear(peak=0.4, warmup_steps=4)
 
-    def hook(now, state):
-        seen.append((now, int(state.step)))
-        return {"success@1": now / 10}
 
-    run(
-        tmp_path,
-        model=toy.Toy(),
-        total_steps=5,
-        hooks=[hook],
-        hook_every=2,
-        learning_rate=lambda step: 0.5 * step,
-        log_every=5,
-        checkpoint_every=100,
+def test_the_learning_rate_is_among_the_metrics(tmp_path):
+    run(tmp_path, model=toy.Toy(), optimizer=Warming(0.05), total_steps=8, checkpoint_every=100)
+    rates = {row["step"]: row["learning_rate"] for row in _rows(tmp_path)}
+    assert rates == {
+        4: pytest.approx(0.4),
+        8: pytest.approx(0.1),
+    }  # of the step before it is counted
+
+
+# What is chosen on held-out questions.
+
+VALUES = {3: 0.9, 6: 0.5, 9: 0.9, 10: 0.2}  # of the search at a step
+
+
+def by_values(every=3, **settings):
+    """A validation of a run from its start, whose searches give VALUES."""
+    steps = [step for step in range(1, STEPS + 1) if step % every == 0 or step == STEPS]
+    value = lambda number: VALUES.get(steps[number - 1], 0.1)
+    return at_each_step(value, every, **settings)
+
+
+def _validated(folder):
+    return {row["step"]: row[METRIC] for row in _rows(folder) if METRIC in row}
+
+
+def _read(folder):
+    abstract = partitioning.abstract_params(toy.Toy(), make_mesh(Mesh(), toy.devices(1)))
+    return checkpoints.restore_params(folder / "checkpoints", abstract)
+
+
+def _steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_validation_changes_no_step(tmp_path, whole, caplog):
+    with caplog.at_level(logging.INFO):
+        state = run(tmp_path, validation=by_values())
+    _assert_equal(state, whole[1])
+    assert _losses(tmp_path)[STEPS] == _losses(whole[0])[STEPS]
+    assert _validated(tmp_path) == VALUES
+    assert (
+        "generate: step 9: RR@10 0.9000 of 12 questions held out of training; the best is 0.9000, "
+        "of step 3" in caplog.messages
     )
-    assert seen == [(2, 2), (4, 4), (5, 5)]
-    rows = _rows(tmp_path)
-    assert [(r["step"], r["success@1"]) for r in rows if "success@1" in r] == [
-        (2, 0.2),
-        (4, 0.4),
-        (5, 0.5),
-    ]
-    assert [r["learning_rate"] for r in rows if "learning_rate" in r] == [2.0]
+    assert _steps(tmp_path) == [9, 10]  # the last one counts
+    _assert_equal(_read(tmp_path), whole[1].params)
+    assert json.loads((tmp_path / "validation.json").read_text()) == {
+        "measure": "RR@10", "questions": 12, "keep": "last", "step": 10, "value": 0.2,
+        "last_step": 10, "total_steps": 10,
+    }  # fmt: skip
+    assert validation.readable(tmp_path) == ""  # nothing was chosen
 
 
-def test_the_best_by_a_hook_stays(tmp_path):
-    settings = {
-        "model": toy.Toy(),
-        "keep_checkpoints": 1,
-        "keep_best": 1,
-        "best_metric": "success@1",
-        "best_is": "highest",
-        "hooks": [lambda now, state: {"success@1": {3: 0.9, 6: 0.5}.get(now, 0.1)}],
-    }
-    with pytest.raises(ValueError) as error:  # the hook runs at the end alone
-        run(tmp_path / "a", **settings)
-    assert str(error.value) == (
-        "best_metric: got 'success@1', expected one of those at step 3, ['examples_per_second', "
-        "'grad_norm', 'identifier_accuracy', 'loss', 'token_accuracy']; a hook's are there when "
-        "hook_every divides checkpoint_every"
+def test_the_best_is_kept_and_is_what_counts(tmp_path):
+    """Between two checkpoints too; of equal values the first."""
+    third = jax.device_get(run(tmp_path / "three", total_steps=3)).params
+    run(tmp_path / "ten", validation=by_values(keep="best"), checkpoint_every=100)
+    assert _steps(tmp_path / "ten") == [3, 10]
+    _assert_equal(_read(tmp_path / "ten"), third)
+    assert validation.readable(tmp_path / "ten") == (
+        "step 3 of 10 was chosen by RR@10 0.9000 of 12 questions held out of training"
     )
-    run(tmp_path / "b", hook_every=1, **settings)
-    folder = tmp_path / "b" / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["10", "3"]
-    assert checkpoints.best_step(folder, best_is="highest") == 3
+    searches = []
+    state = run(tmp_path / "ten", validation=at_each_step(searches.append, keep="best"))
+    assert int(state.step) == STEPS and not searches  # a finished run does nothing
+
+
+def test_patience_ends_a_run_for_good(tmp_path, caplog):
+    state = run(tmp_path, validation=by_values(keep="best", patience=2), total_steps=STEPS)
+    assert int(state.step) == 9 and _validated(tmp_path) == {3: 0.9, 6: 0.5, 9: 0.9}
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with caplog.at_level(logging.INFO):
+        again = run(tmp_path, validation=by_values(keep="best", patience=2))
+    assert int(again.step) == 9 and (tmp_path / "metrics.jsonl").read_text() == before
+    assert (
+        "generate: ended early at step 9 of 10: 2 searches in a row found no better RR@10"
+        in caplog.messages
+    )
+    assert validation.readable(tmp_path) == (
+        "step 3 of 10 was chosen by RR@10 0.9000 of 12 questions held out of training, ended early "
+        "at step 9"
+    )
+
+
+def _outcome(folder):
+    rows = [{k: v for k, v in row.items() if k != "examples_per_second"} for row in _rows(folder)]
+    return rows, (folder / "validation.json").read_text(), _read(folder)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """The outcome of an uninterrupted run that keeps its best, by a value of its parameters."""
+    folder = tmp_path_factory.mktemp("chosen")
+    run(folder, validation=Validation(_value, 12, 2, "best", 3), log_every=1)
+    return _outcome(folder)
+
+
+def _value(params):
+    """Rises and falls with the parameters."""
+    return float(np.sin(40 * np.abs(jax.device_get(params)["kernel"]).sum()))
+
+
+@pytest.mark.parametrize("searches", [1, 2, 4])
+def test_cut_off_in_a_validation_and_started_again(tmp_path, chosen, searches):
+    """Rows, choice and parameters are those of the run that nobody cut off."""
+    left = itertools.count(searches, -1)
+
+    def dies(params):
+        if not next(left):
+            raise Killed
+        return _value(params)
+
+    with pytest.raises(Killed):
+        run(tmp_path, validation=Validation(dies, 12, 2, "best", 3), log_every=1)
+    run(tmp_path, validation=Validation(_value, 12, 2, "best", 3), log_every=1)
+    rows, report, params = _outcome(tmp_path)
+    assert (rows, report) == chosen[:2]
+    _assert_equal(params, jax.device_get(chosen[2]))
+
+
+def test_without_its_best_a_checkpoint_is_of_no_use(tmp_path, caplog):
+    run(tmp_path, validation=by_values(keep="best"), checkpoint_every=2, keep_checkpoints=9)
+    assert _steps(tmp_path) == [2, 3, 4, 6, 8, 10]
+    before = _outcome(tmp_path)[1]
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    run(tmp_path, validation=by_values(keep="best"), keep_checkpoints=9)
+    assert "the best checkpoint before it, of step 3, is gone" in caplog.text
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {"2", "3", "4.damaged", "6.damaged", "8.damaged", "10.damaged"} <= names
+    assert _outcome(tmp_path)[1] == before
 
 
 class Poisoned:
@@ -396,13 +495,14 @@ def test_means_weigh_by_weight():
 # What the loop writes with.
 
 
-def test_metrics_file_after_a_restart(tmp_path):
-    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+def test_metrics_file_after_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "_summary_writers", lambda: None)
+    with metrics.MetricsWriter(tmp_path) as writer:
         for step in (2, 4, 6):
             writer.write(step, {"loss": step / 2})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
-    with metrics.MetricsWriter(tmp_path, after=4, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path, after=4) as writer:
         writer.write(6, {"loss": float("nan")})
     assert _rows(tmp_path) == [
         {"step": 2, "loss": 1.0},

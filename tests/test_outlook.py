@@ -94,6 +94,28 @@ def test_a_plan_starts_nothing(name, capsys, tmp_path, monkeypatch):
             train.command([f"--gin_file={name}", "--plan", f"--corpus={wrong}"])
 
 
+def test_a_plan_of_a_dense_retriever(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+    over = [f"--gin_file=runs/{name}.gin" for name in ("refresh", "taught")]
+    files = ["--gin_file=dense.gin", *over, "--data_dir=d", "--model_dir=m"]
+    train.command([*files, "--plan", "--corpus=21e6,100,6e4,5"])
+    said = capsys.readouterr().out
+    assert "lacks corpus.jsonl" in said and "estimated from 21,000,000 passages" in said
+    experiment = load(*files)
+    told = {f"{x.stage}: {x.what}": x for x in disk.lines(experiment, Corpus(21_000_000, 9, 60, 5))}
+    dim, length = experiment.model.dim, experiment.prepare.passage_length
+    assert told["prepare: passages as token arrays"].size == 21e6 * length * 4
+    assert told[f"refresh: vectors of {dim} float32"].size == 21e6 * dim * 4
+    assert told["negatives: 50 passages of 60 queries"].size == 60 * 50 * 4
+    assert told["mine: 50 passages of 60 queries"].size == 60 * 50 * 4
+    stages = list(dict.fromkeys(name.partition(":")[0] for name in told))
+    assert stages == list(experiment.stages)
+    held = told["evaluate: vectors in float32, 2 of 6 parts at once"]
+    assert 0.8 < held.on_device / experiment.evaluate.search.index.max_device_bytes < 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def collection(tmp_path):
     """Three passages of 4, 6 and 8 words with their titles, and two training queries."""

@@ -301,3 +301,15 @@ def test_neither_parameters_nor_logits_are_gathered(kind, settings, config):
 @slow
 def test_gathered_parameters_would_be_found():
     assert _gathered("generation", Mesh(2, 1, 4))
+
+
+def test_batches_are_filled_up():
+    mesh = make_mesh(Mesh(data=4, model=2), toy.devices(8))
+    assert [partitioning.shared_rows(rows, mesh) for rows in (1, 4, 5)] == [4, 4, 8]
+    tokens = np.arange(1, 7, dtype=np.int64).reshape(2, 3)
+    for width in (2, 3, 5):
+        placed = partitioning.place_padded(tokens, (4, width), mesh)
+        assert placed.dtype == np.int32 and placed.sharding == partitioning.batch_sharding(mesh)
+        expected = np.zeros((4, width), np.int32)
+        expected[:2, : min(3, width)] = tokens[:, :width]
+        np.testing.assert_array_equal(placed, expected)

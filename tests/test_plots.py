@@ -68,6 +68,22 @@ def test_training_curves_leave_out_what_is_missing_or_not_finite(figures, tmp_pa
     assert line.get_xydata().tolist() == [[1, 3], [4, 2]]
 
 
+def test_what_was_measured_on_held_out_questions_has_its_own_panel(figures, tmp_path):
+    measured = [{"step": s, "validation_RR@10": s / 100} for s in (20, 40)]
+    rows = {"generate": [*GENERATE, *measured], "distill": DISTILL}
+    plots.training_curves(rows, tmp_path / "a.png")
+    titles = [axes.get_title(loc="left") for axes in figures[0].axes]
+    assert titles == [
+        "generate: loss",
+        "generate: validation RR@10",
+        "distill: rank loss",
+        "distill: generation loss",
+    ]
+    panel = figures[0].axes[1]
+    assert panel.get_ylabel() == "RR@10"
+    assert panel.get_lines()[0].get_xydata().tolist() == [[20, 0.2], [40, 0.4]]
+
+
 def test_a_stage_without_losses_keeps_its_colour(figures, tmp_path):
     plots.training_curves({"bm25": (), "generate": GENERATE}, tmp_path / "a.png")
     (axes,) = figures[0].axes

@@ -20,7 +20,7 @@ from dgr_jax import plots
 from dgr_jax import study as study_command
 from dgr_jax.analysis import beam_losses, costs
 from dgr_jax.config import cli, gin_files
-from dgr_jax.config.mistakes import Mistake
+from dgr_jax.config.mistakes import Failure, Mistake
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, RankList, ScoredPassage
 from dgr_jax.data.examples import Sources
@@ -525,8 +525,8 @@ def test_a_study_that_is_stopped_stops_what_it_runs(killed, tmp_path):
     )
     settings = {"GIVEN": "by the study", "SET": "by the study"}
     study = (
-        "import sys; from dgr_jax import studies; output = open(sys.argv[1], 'w');"
-        f"sys.exit(studies._status([sys.executable, '-c', {child!r}], output, {settings}))"
+        "import sys; from dgr_jax.studies import runner as r; output = open(sys.argv[1], 'w');"
+        f"sys.exit(r._status([sys.executable, '-c', {child!r}], output, {settings}))"
     )
     environment = {**os.environ, "SET": "by the user"}
     running = subprocess.Popen([sys.executable, "-c", study, str(ran)], env=environment)
@@ -563,7 +563,10 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_experiments_that_fail_are_named_beside_the_table_of_the_others(finished, monkeypatch):
+@pytest.mark.parametrize("unfair", ["", "Study.may_differ: the examples of a is 1, that of b is 2"])
+def test_experiments_that_fail_are_named_beside_the_table_of_the_others(
+    finished, monkeypatch, unfair
+):
     """Here the second of two, whose command says why before it ends."""
 
     def status(command, output, settings):
@@ -578,15 +581,25 @@ def test_experiments_that_fail_are_named_beside_the_table_of_the_others(finished
     )
     monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
     flags = [f"--gin.{binding.replace(' = ', '=', 1)}" for binding in SETTINGS]
-    with pytest.raises(Mistake) as error:
+
+    def check(rows, *asked):
+        if unfair:
+            raise ValueError(unfair)
+
+    monkeypatch.setattr(report, "check_fair", check)
+    with pytest.raises(Failure) as error:
         study_command.command([f"--model_dir={finished.folder}", *flags])
+    assert error.value.status == 1
     log = finished.folder / "runs" / "TopM.size=3-seed=0" / "log.txt"
     assert str(error.value).splitlines() == [
         "1 of 2 experiments failed; the same command tries them again",
         f"TopM.size=3-seed=0 failed: no teacher ({log})",
+        *[f"the others cannot be reported: {unfair}"] * bool(unfair),
     ]
-    with (finished.folder / "table.csv").open(encoding="utf-8") as file:
-        assert [line["system"] for line in csv.DictReader(file)] == ["control", "distill", "bm25"]
+    if not unfair:
+        with (finished.folder / "table.csv").open(encoding="utf-8") as file:
+            systems = [line["system"] for line in csv.DictReader(file)]
+        assert systems == ["control", "distill", "bm25"]
     assert (finished.folder / "runs" / "TopM.size=16-seed=0" / "config.gin").is_file()
     assert not list(finished.folder.rglob(".lock"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 VOCABULARY = 16
@@ -113,3 +114,20 @@ def rank_lists(
     lists["teacher_scores"] = random.normal(size=shape[:2]).astype(np.float32)
     lists["passage_mask"] = np.ones(shape[:2], bool)
     return lists
+
+
+class Sgd:
+    """An optimizer's settings, as the loop takes them, at one learning rate of either sign."""
+
+    def __init__(self, rate: float, momentum: float | None = None) -> None:
+        self.rate, self.momentum = rate, momentum
+
+    @property
+    def learning_rate(self) -> Sgd:
+        return self
+
+    def schedule(self, total_steps: int):
+        return lambda step: self.rate
+
+    def transformation(self, total_steps: int) -> optax.GradientTransformation:
+        return optax.sgd(self.rate, momentum=self.momentum)

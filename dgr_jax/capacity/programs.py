@@ -180,8 +180,7 @@ def _search(
             f"Evaluate.search: got {type(search).__name__}; decoding is planned for one identifier "
             "a passage: give --programs=generate,distill"
         )
-    shards = partitioning.batch_shards(mesh)
-    rows = -(-search.batch_size // shards) * shards
+    rows = partitioning.shared_rows(search.batch_size, mesh)
     arrays, layout = abstract_trie(sizes)
     places = partitioning.index_shardings(
         dict(arrays.items()), mesh, max_replicated_bytes=search.max_replicated_bytes

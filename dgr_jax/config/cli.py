@@ -178,7 +178,8 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
             finally:
                 sys.stdout.flush()
     except Mistake as mistake:
-        sys.exit(_complain(str(mistake)))
+        _complain(str(mistake))
+        sys.exit(mistake.status)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _close_broken():
             sys.exit(EXIT_CLOSED)

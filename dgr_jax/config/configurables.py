@@ -40,7 +40,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.experiments.study import Study
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import dual_encoder, t5
-    from dgr_jax.models.initial import Pretrained
+    from dgr_jax.models.initial import Corpus, Pretrained
     from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
@@ -57,7 +57,7 @@ def _components() -> tuple[type, ...]:
 
     return (
         Experiment, Prepare, Training, Candidates,
-        Teach, Evaluate, partitioning.Mesh, t5.T5Config, Pretrained,
+        Teach, Evaluate, partitioning.Mesh, t5.T5Config, Corpus, Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,

@@ -282,8 +282,6 @@ def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
     if found := [kind for kind in kinds if kind in set_up]:
         return found[0]
     if others := [other for other in commands if other in set_up]:
-        if others[0] in EXPERIMENTS and kinds[0] in EXPERIMENTS:
-            raise Mistake(f"{', '.join(files)}: got {others[0]}, expected {' or '.join(kinds)}")
         raise Mistake(f"{', '.join(files)} is for python -m dgr_jax.{commands[others[0]]}")
     return kinds[0]
 

@@ -10,6 +10,7 @@ import re
 from importlib import metadata
 
 PACKAGES = {  # what is imported -> what is installed, in its first version that will do
+    "Stemmer": "PyStemmer>=3.1",
     "bm25s": "bm25s>=0.2.5",
     "flax": "flax>=0.10",
     "gin": "gin-config>=0.5",

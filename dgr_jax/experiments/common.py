@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from dgr_jax import ranges
+from dgr_jax.data.rules import DataRules
+from dgr_jax.models.initial import Corpus
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.bm25 import Bm25Baseline
+from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.retrieval.system import SystemSettings
-from dgr_jax.settings import describe, without_effect
+from dgr_jax.settings import describe, unless_default, without_effect
+from dgr_jax.training.objectives import Objective
+from dgr_jax.training.optimizers import Optimizer
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,15 @@ class Training:
     batch_size: generation examples a step. In distillation they are the mixture's, and 0 stands for
       the best positive of each list instead, as published: a query is then encoded once for both.
     list_batch_size: rank lists a step (distillation).
+    validate_every: steps from one search for the questions held out of training
+      (`Prepare.validation`) to the next, by `Evaluate.search`; their RR@10 is among the metrics. 0:
+      none. A dense retriever embeds all passages for each.
+    keep: the student of the stage is that of the 'last' step, or that of the 'best' RR@10.
+    patience: training ends after so many searches in a row that found no better RR@10; 0: never.
     """
 
-    objective: Any
-    optimizer: Any
+    objective: Objective
+    optimizer: Optimizer
     steps: int
     batch_size: int = 64
     list_batch_size: int = 16
@@ -38,6 +47,9 @@ class Training:
     log_every: int = without_effect(50)
     checkpoint_every: int = without_effect(1000)
     keep_checkpoints: int = without_effect(2)
+    validate_every: int = unless_default(0)
+    keep: str = unless_default("last")
+    patience: int = unless_default(0)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -50,12 +62,27 @@ class Training:
             log_every=ranges.at_least(1),
             checkpoint_every=ranges.at_least(1),
             keep_checkpoints=ranges.at_least(1),
+            validate_every=ranges.at_least(0),
+            keep=ranges.one_of("last", "best"),
+            patience=ranges.at_least(0),
         )
+        for name in ("keep", "patience"):
+            chosen = getattr(self, name)
+            if not self.validate_every and chosen not in ("last", 0):
+                raise ValueError(
+                    f"Training.{name}: got {chosen!r} with Training.validate_every=0, expected 1 "
+                    "or more steps from one search for the held-out questions to the next"
+                )
 
     @property
     def examples(self) -> int:
         """Generation examples a step."""
         return self.batch_size or self.list_batch_size
+
+    @property
+    def checkpoints(self) -> int:
+        """How many lie on the disk at the end."""
+        return self.keep_checkpoints + (self.keep == "best")
 
     def check_shards(self, stage: str, shards: int) -> None:
         """Raises ValueError where the data shards cannot share the batches of a stage."""
@@ -69,6 +96,17 @@ class Training:
                     f"{self.microbatches * shards}, Training.microbatches x the data shards of the "
                     "mesh; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
                 )
+
+    def check_held_out(self, name: str, prepare: DataRules) -> None:
+        """Raises ValueError where there are no questions to validate on. name: of these settings in
+        gin, such as 'generate/Training'."""
+        if self.validate_every and not prepare.held_out:
+            owner = type(prepare).__name__
+            raise ValueError(
+                f"{name}.validate_every: got {self.validate_every}, expected 0 without questions "
+                f"held out of training: give {owner}.validation a share, such as 0.1, or "
+                f"{owner}.validation_split a name"
+            )
 
     def check_batches(self, name: str, *sizes: str) -> None:
         """Raises ValueError where one of these batch sizes cannot be cut into the microbatches, or
@@ -98,13 +136,19 @@ class Teach:
         ranges.check(self, seed=ranges.SEED)
 
 
+def _has_other_baseline(evaluate: Evaluate) -> bool:
+    """Whether a baseline is measured that is not BM25 of words, as it was for all before."""
+    return evaluate.bm25 and evaluate.baseline != WORDS
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Runs and measures of every system on the test splits.
 
     measures: names of ir_measures, and AnswerHits@k where the queries have answers; min_relevance:
     grade from which Success, RR and R count.
-    max_queries: of each split at most (0: all), drawn by the seed. bm25: measure BM25 beside.
+    max_queries: of each split at most (0: all), drawn by the seed.
+    bm25: whether BM25 is measured beside; baseline: its settings.
     systems: others that no stage trains, such as a sum of trained ones.
     """
 
@@ -117,9 +161,8 @@ class Evaluate:
     max_queries: int = 0
     bm25: bool = True
     seed: int = 0
-    systems: tuple[SystemSettings, ...] = field(
-        default=(), metadata={"fingerprint": "unless default"}
-    )
+    baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
+    systems: tuple[SystemSettings, ...] = unless_default(())
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -128,6 +171,11 @@ class Evaluate:
             max_queries=ranges.at_least(0),
             seed=ranges.SEED,
         )
+
+    @property
+    def validation_search(self) -> Search | MultiviewSearch | DenseSearch:
+        """The search for questions that are held out of training: as deep as their RR@10 looks."""
+        return dataclasses.replace(self.search, depth=min(10, self.search.depth))
 
 
 class Measured:
@@ -151,7 +199,8 @@ class Measured:
     @property
     def untrained(self) -> dict[str, SystemSettings]:
         """What is measured that no stage trains, by name."""
-        baseline = (Bm25Baseline("bm25"),) if self.evaluate.bm25 else ()
+        evaluate = self.evaluate
+        baseline = (Bm25Baseline("bm25", evaluate.baseline),) if evaluate.bm25 else ()
         return {settings.name: settings for settings in (*baseline, *self.added)}
 
     @property
@@ -197,9 +246,24 @@ class Stage(NamedTuple):
     upstream: tuple[str, ...]
 
 
+def with_start(stages: Mapping[str, Stage], initial: Any, first: str) -> dict[str, Stage]:
+    """The stages and, where embeddings start from the passages, the one that makes these, before
+    the one that trains first."""
+    made: dict[str, Stage] = {}
+    for name, stage in stages.items():
+        if name == first and isinstance(initial, Corpus):
+            made["start"] = Stage(("initial", "width"), ("prepare",))
+            stage = stage._replace(upstream=(*stage.upstream, "start"))
+        made[name] = stage
+    return made
+
+
 def texts(prepare: Any) -> tuple[Any, ...]:
     """What a mixture is made of, beside its judgements."""
-    return prepare.min_relevance, prepare.shared_queries, json.dumps(describe(prepare.sources))
+    fold = prepare.validation, prepare.validation_split, prepare.validation_seed
+    held_out = fold if prepare.held_out else ()
+    sources = json.dumps(describe(prepare.sources))
+    return prepare.min_relevance, prepare.shared_queries, *held_out, sources
 
 
 def sizes(config: T5Config) -> str:

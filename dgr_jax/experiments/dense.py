@@ -20,10 +20,11 @@ from dgr_jax.experiments.common import (
     Training,
     sizes,
     texts,
+    with_start,
     with_vocabulary,
 )
+from dgr_jax.models import initial
 from dgr_jax.models.dual_encoder import DualEncoderConfig
-from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
@@ -75,7 +76,8 @@ class DensePrepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits)))
+        named = (self.validation_split,) if self.validation_split else ()
+        return tuple(dict.fromkeys((*self.train_splits, *self.test_splits, *named)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ class DenseExperiment(Measured):
       as ANCE does (Xiong et al. 2021); None: do not.
     teach: a teacher orders the `negatives` and the positives of each labelled query, and the lists
       cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
-    initial: a published T5 whose encoder the towers start from; None: at random.
+    initial: where the towers start: Corpus, or Pretrained, a published T5 whose encoder they take;
+      None: at random.
     """
 
     model_dir: str
@@ -182,12 +185,13 @@ class DenseExperiment(Measured):
     refresh: Training | None = None
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
-    initial: Pretrained | None = None
+    initial: Any = None
 
     kind: ClassVar[str] = "dense"
     own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
 
     def __post_init__(self) -> None:
+        initial.check("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
             raise ValueError(
@@ -209,9 +213,10 @@ class DenseExperiment(Measured):
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
         self.check_systems()
-        self.train.check_batches("Training", "batch_size")
-        if self.refresh is not None:
-            self.refresh.check_batches("refresh/Training", "batch_size")
+        for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
+            if training is not None:
+                training.check_batches(name, "batch_size")
+                training.check_held_out(name, self.prepare)
         self._check_teacher()
 
     def _check_teacher(self) -> None:
@@ -239,6 +244,11 @@ class DenseExperiment(Measured):
             )
 
     @property
+    def width(self) -> int:
+        """Width D of the encoder's embeddings."""
+        return self.model.t5.emb_dim
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured, the best one last."""
         return ("dense",) if self.refresh is None else ("dense", "refresh")
@@ -263,6 +273,7 @@ class DenseExperiment(Measured):
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model.t5) if self.model.shared else f"2 x {sizes(self.model.t5)}",
             "decoder": 0,  # it has none
+            "start": repr(self.initial),
             "data": (splits if len(splits) > 1 else "".join(splits), *texts(self.prepare)),
         }
 
@@ -279,7 +290,8 @@ class DenseExperiment(Measured):
         if self.refresh is not None:
             found["mine"] = Stage(("mined",), ("dense",))
             found["refresh"] = Stage(("refresh", "lists"), ("mine",))
-        return found | {"evaluate": Stage(("evaluate",), self.systems)}
+        found["evaluate"] = Stage(("evaluate",), self.systems)
+        return with_start(found, self.initial, "dense")
 
 
 def _has_teacher_loss(training: Training | None) -> bool:

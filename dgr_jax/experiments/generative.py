@@ -20,9 +20,11 @@ from dgr_jax.experiments.common import (
     Training,
     sizes,
     texts,
+    with_start,
     with_vocabulary,
 )
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.generative import Search
@@ -76,7 +78,8 @@ class Prepare(DataRules):
     @property
     def splits(self) -> tuple[str, ...]:
         """All splits that are read."""
-        return (*self.train_splits, *self.test_splits)
+        named = (self.validation_split,) if self.validation_split else ()
+        return (*self.train_splits, *self.test_splits, *named)
 
     @property
     def train_splits(self) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ class Experiment(Measured):
 
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
-    initial: where the student starts, such as Pretrained; None: at random.
+    initial: where the student starts, Corpus or Pretrained; None: at random.
     """
 
     model_dir: str
@@ -135,6 +138,7 @@ class Experiment(Measured):
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
 
     def __post_init__(self) -> None:
+        initial.check("Experiment.initial", self.initial)
         many = isinstance(self.prepare.identifiers, Multiview)
         if self.model.prefix_adaptive_layers and not getattr(
             self.prepare.identifiers, "codes_by_position", False
@@ -162,6 +166,8 @@ class Experiment(Measured):
         self.check_systems()
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
+        self.generate.check_held_out("generate/Training", self.prepare)
+        self.distill.check_held_out("distill/Training", self.prepare)
         rates = self.prepare.sources.rates()
         if not self.prepare.train_split:
             asked = tuple(name for name in self.candidates.sources if name != "labelled")
@@ -178,6 +184,11 @@ class Experiment(Measured):
     def kind(self) -> str:
         """See Measured."""
         return "multiview" if isinstance(self.prepare.identifiers, Multiview) else "docid"
+
+    @property
+    def width(self) -> int:
+        """Width D of the student's embeddings."""
+        return self.model.emb_dim
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -201,11 +212,12 @@ class Experiment(Measured):
 
     def compared(self, system: str) -> dict[str, Any]:
         """What systems must have in common to be compared: examples seen, sizes of the model (but
-        for its vocabulary), the kind of its decoder, and the data to learn from."""
+        for its vocabulary), the kind of its decoder, its start, and the data to learn from."""
         return {
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
+            "start": repr(self.initial),
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
@@ -213,10 +225,11 @@ class Experiment(Measured):
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         left_out = () if self.control else ("control",)
-        return {
+        stages = {
             name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
             for name, settings in SETTINGS.items()
         }
+        return with_start(stages, self.initial, "generate")
 
 
 # Settings of Experiment that a stage reads itself, and the stages whose output it reads.

@@ -58,6 +58,11 @@ class PseudoQueries:
 
     def __post_init__(self) -> None:
         self.generate.check_batches("Training", "batch_size")
+        if self.generate.validate_every:
+            raise ValueError(
+                f"Training.validate_every: got {self.generate.validate_every}, expected 0: what "
+                "writes pseudo-queries finds no passages"
+            )
         if self.model.prefix_adaptive_layers:
             raise ValueError(
                 f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers}, "

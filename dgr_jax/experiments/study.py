@@ -26,9 +26,9 @@ class Study:
     measures: columns, of Evaluate.measures. split: '' is the first test split.
     baseline: labels of the row that the others are tested against, such as {'system': 'control'};
       what it leaves out is that of the row itself.
-    may_differ: of 'examples', 'model', 'decoder' (prefix-adaptive layers), 'vocabulary', 'data' (to
-      learn from) and 'split', what rows may differ in; a study whose rows differ in anything else
-      fails.
+    may_differ: of 'examples', 'model', 'decoder' (prefix-adaptive layers), 'start' (initial),
+      'vocabulary', 'data' (to learn from) and 'split', what rows may differ in; a study whose rows
+      differ in anything else fails.
     apart: axes whose labels are not compared with one another in this, such as the corpus size.
     beams: widths of beam search to compare with scoring every identifier, for every row of docids.
     spread: share of the probability that a student which knows the positives gives to all other
@@ -115,4 +115,4 @@ def choices(axis: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(str(value), {axis: value}) for value in values]
 
 
-FAIR = ("examples", "model", "decoder", "vocabulary", "data", "split")
+FAIR = ("examples", "model", "decoder", "start", "vocabulary", "data", "split")

@@ -11,7 +11,7 @@ import dgr_jax
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "scikit-learn", "sentencepiece", "bm25s",
-    "seqio", "tensorflow", "ir_measures",
+    "PyStemmer", "seqio", "tensorflow", "ir_measures",
 )  # fmt: skip
 
 

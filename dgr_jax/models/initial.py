@@ -1,4 +1,4 @@
-"""Where an experiment's student starts: weights of others, made to fit its vocabulary."""
+"""Where an experiment's student starts: weights of others, or what its own passages say."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ logger = logging.getLogger(__name__)
 
 # Of the student, not of the weights.
 _OWN = ("vocab_size", "dropout_rate", "dtype", "remat", "scan_layers", "prefix_adaptive_layers")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token embeddings from the passages, by latent semantic analysis; all else starts at random.
+
+    No labels and no queries are used. See `corpus_start`, which says how, and `stages.start`.
+
+    max_passages: of a larger collection, so many, evenly spaced.
+    """
+
+    max_passages: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        ranges.check(self, max_passages=ranges.at_least(1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,14 @@ class Pretrained:
                 "have no weights and start at random; %s",
                 *(self.source, rows, pieces, advice),
             )
+
+
+def check(setting: str, initial: Any) -> None:
+    """Raises ValueError where an experiment's start is none."""
+    if not isinstance(initial, Corpus | Pretrained | None):
+        raise ValueError(
+            f"{setting}: got {type(initial).__name__}, expected None, @Corpus() or @Pretrained()"
+        )
 
 
 def _prefix_adaptation(config: T5Config, seed: int) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+import Stemmer
 
 from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import words
@@ -19,25 +20,45 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import Found, _nothing
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 
+SNOWBALL = "snowball"
+
 
 @dataclass(frozen=True)
 class Bm25:
     """Settings of BM25 (Robertson; Lucene's form of the inverse document frequency).
 
-    What a word is, in any script: see `corpora.words`.
+    What a word is, in any script: see `corpora.words`. Stop words are left out, and each other word
+    counts as its stem. The pairs of characters of scripts without spaces have no endings to lose.
 
     k1: how soon more occurrences of a word stop counting. b: how much long passages are marked
-    down. stop_words: a list of bm25s ("english", ...) or "" for none. stemmer: a language of
-    PyStemmer ("english", ...; extra `stemmer`); "" for none.
+    down. stop_words: a list of bm25s ("english": 33 words, "german", ...) or "" for none.
+    stemmer: "snowball", the one of `language`; "" for words as they stand; or an algorithm of
+      PyStemmer, such as "porter".
+    language: of the texts, one that Snowball has a stemmer for.
     """
 
     k1: float = 0.9
     b: float = 0.4
     stop_words: str = "english"
-    stemmer: str = ""
+    stemmer: str = SNOWBALL
+    language: str = field(default="english", metadata={"fingerprint": "unless default"})
 
     def __post_init__(self) -> None:
         ranges.check(self, k1=ranges.at_least(0), b=ranges.between(0, 1))
+        if self.stop_words != "english":
+            _stop_words(self.stop_words)
+        if self.algorithm not in ("", *Stemmer.algorithms()):
+            by_language = self.stemmer == SNOWBALL
+            raise ValueError(
+                f"Bm25.{'language' if by_language else 'stemmer'}: got {self.algorithm!r}, "
+                f"expected {'one of' if by_language else f'{SNOWBALL},'} "
+                f"{', '.join(Stemmer.algorithms())}; words stay as they stand by Bm25.stemmer=''"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of PyStemmer that makes the stems; "" where words stay as they stand."""
+        return self.language if self.stemmer == SNOWBALL else self.stemmer
 
     def fit(self, store: PassageStore) -> Bm25Index:
         """Indexes title and text of every passage."""
@@ -54,6 +75,10 @@ class Bm25:
         model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
         model.index((ids, vocabulary), show_progress=False)
         return Bm25Index(self, model, vocabulary, store.pids)
+
+
+# What the baseline was before its settings could be chosen.
+WORDS = Bm25(stemmer="")
 
 
 class Bm25Index:
@@ -170,8 +195,8 @@ class Bm25Baseline(SystemSettings):
     together: ClassVar[bool] = False
 
     def asked(self, search: Any) -> tuple[Any, ...]:
-        """Of a search, the depth alone; of itself nothing where it is as it always was."""
-        return search.depth, *[self.bm25] * (self.bm25 != Bm25())
+        """Of a search, the depth alone; of itself nothing where it is as it was for all before."""
+        return search.depth, *[self.bm25] * (self.bm25 != WORDS)
 
     def open(self, opening: Opening) -> Bm25System:
         """BM25 of the passages."""
@@ -186,35 +211,23 @@ def _bm25s() -> ModuleType:
     return bm25s
 
 
-def _words(settings: Bm25, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
-    """Text -> its words, without stop words, stemmed on demand. alone: see `words.words`."""
+def _stop_words(name: str) -> frozenset[str]:
+    """A list of bm25s; none for ""."""
     from bm25s.tokenization import Tokenizer
 
     try:
-        stop_words = frozenset(Tokenizer(stopwords=settings.stop_words or None).stopwords or ())
+        return frozenset(Tokenizer(stopwords=name or None).stopwords or ())
     except ValueError as error:
-        raise ValueError(f"Bm25.stop_words = {settings.stop_words!r}: {error}") from None
-    stem = _stemmer(settings.stemmer)
+        raise ValueError(f"Bm25.stop_words = {name!r}: {error}") from None
+
+
+def _words(settings: Bm25, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
+    """Text -> its words without stop words, or their stems. alone: see `words.words`."""
+    stop_words = _stop_words(settings.stop_words)
+    stem = Stemmer.Stemmer(settings.algorithm).stemWords if settings.algorithm else None
 
     def words_of(text: str) -> Iterable[str]:
         kept = [word for word in words.words(text, alone=alone) if word not in stop_words]
         return stem(kept) if stem else kept
 
     return words_of
-
-
-def _stemmer(language: str) -> Callable[[list[str]], list[str]] | None:
-    if not language:
-        return None
-    try:
-        import Stemmer
-    except ImportError:
-        raise ImportError(
-            "Bm25.stemmer needs the extra 'dgr_jax[stemmer]': pip install 'dgr_jax[stemmer]'"
-        ) from None
-    try:
-        return Stemmer.Stemmer(language).stemWords
-    except KeyError:
-        raise ValueError(
-            f"Bm25.stemmer = {language!r}, expected one of {sorted(Stemmer.algorithms())}"
-        ) from None

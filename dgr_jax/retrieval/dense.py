@@ -35,6 +35,7 @@ from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from dgr_jax.retrieval import batching, exact_search
 from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
+from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 
@@ -136,27 +137,16 @@ class Encoder:
         method = "encode_queries" if kind == "query" else "encode_passages"
         encode = encode_fn(self.config, method, self.mesh, self.rules)
         vectors = np.zeros((len(tokens), self.config.dim), np.float32)
-        size, before = self._size(len(tokens), search), None
-        planned = batching.batches(lengths, search.shapes(longest), size)
-        for length, places in itertools.chain(planned, [(0, None)]):
-            after = None
-            if places is not None:
-                after = places, encode(self.params, self._placed(tokens[places], (size, length)))
-            if before is not None:
-                vectors[before[0]] = np.asarray(before[1])[: len(before[0])]
-            before = after
+        # One that comes alone does not wait for a whole batch.
+        size = partitioning.shared_rows(1 if len(tokens) == 1 else search.batch_size, self.mesh)
+        place = functools.partial(partitioning.place_padded, mesh=self.mesh)
+        started = (
+            (places, encode(self.params, place(tokens[places], (size, length))))
+            for length, places in batching.batches(lengths, search.shapes(longest), size)
+        )
+        for places, encoded in one_behind(started):
+            vectors[places] = np.asarray(encoded)[: len(places)]
         return vectors
-
-    def _size(self, texts: int, search: DenseSearch) -> int:
-        """Texts of a batch: one that comes alone does not wait for a whole one."""
-        shards = partitioning.batch_shards(self.mesh)
-        return -(-(1 if texts == 1 else search.batch_size) // shards) * shards
-
-    def _placed(self, tokens: np.ndarray, shape: tuple[int, int]) -> jax.Array:
-        padded = np.zeros(shape, np.int32)
-        tokens = tokens[:, : shape[1]]
-        padded[: len(tokens), : tokens.shape[1]] = tokens
-        return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
 
 def embed(

@@ -91,9 +91,9 @@ def identifier_log_probs(
     """
     legal = _legal_rows(decoder)
     rows = np.asarray(decoder.table.tokens[legal], np.int32)
-    shards = partitioning.batch_shards(decoder.mesh)
-    size = -(-decoder.search.batch_size // shards) * shards
-    identifiers = _blocks(rows, block or _block_size(decoder.config, rows.shape[1], size // shards))
+    size = partitioning.shared_rows(decoder.search.batch_size, decoder.mesh)
+    of_shard = size // partitioning.batch_shards(decoder.mesh)
+    identifiers = _blocks(rows, block or _block_size(decoder.config, rows.shape[1], of_shard))
     score = score_fn(decoder.config, decoder.mesh, decoder.rules)
     said = time.monotonic()
     for start in range(0, len(tokens), size):
@@ -101,9 +101,7 @@ def identifier_log_probs(
             said = time.monotonic()
             logger.info("every identifier scored for %d of %d queries", start, len(tokens))
         batch = tokens[start : start + size]
-        padded = np.zeros((size, tokens.shape[1]), np.int32)
-        padded[: len(batch)] = batch
-        placed = partitioning.place(padded, partitioning.batch_sharding(decoder.mesh))
+        placed = partitioning.place_padded(batch, (size, tokens.shape[1]), decoder.mesh)
         found = np.asarray(score(decoder.params, identifiers, placed))[: len(batch), : len(rows)]
         if decoder.search.renormalise:
             found = renormalised(found, rows)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
+from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 
@@ -327,20 +327,16 @@ class Decoder(TrainedSystem):
         return self._ranked(blocks, self.search.batch_size)
 
     def _ranked(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Found]:
-        before = None
-        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
-            if before is not None:
-                self._rank(before)
-                if before.last:
-                    yield before.found
-            before = batch
+        for batch in one_behind(self._started(blocks, batch_size)):
+            self._rank(batch)
+            if batch.last:
+                yield batch.found
         if self.counts:
             counted = "of %(sequences)d sequences found, %(unknown)d are no identifier"
             logger.info(counted, self.counts)
 
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-batch_size // shards) * shards
+        size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
             found = _nothing(len(tokens), self.search.depth)
             lengths = self._lengths(tokens)
@@ -361,9 +357,7 @@ class Decoder(TrainedSystem):
         return lengths
 
     def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        padded = np.zeros(shape, np.int32)
-        padded[: tokens.shape[0], : tokens.shape[1]] = tokens
-        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
+        placed = partitioning.place_padded(tokens, shape, self.mesh)
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:

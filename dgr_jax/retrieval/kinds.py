@@ -106,15 +106,8 @@ def open_student(
         model = restored(kind.model_settings, student.model)
         search = restored(kind.search_settings, student.search)
     search = dataclasses.replace(search, **settings)
-    return open_trained(
-        student.kind, Trained(folder, prepared, vocabulary, model, search, mesh, rules)
-    )
-
-
-def open_trained(kind: str, of: Trained) -> System:
-    """A trained system of a kind, with the parameters in its folder."""
-    network = TRAINED[kind].network(of.model)
-    return TRAINED[kind].opened(of, trained.params(of.folder, network, of.mesh, of.rules))
+    source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
+    return kind.opened(source, trained.params(folder, kind.network(model), mesh, rules))
 
 
 def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:

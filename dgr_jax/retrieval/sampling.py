@@ -6,7 +6,6 @@ Axis letters: B passages, Q passage length, S samples of a passage, T query leng
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from dgr_jax.data.vocabulary import EOS_ID, UNK_ID
 from dgr_jax.decoding.beam_search import BeamResult, sample
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.overlap import one_behind
 
 
 @dataclass(frozen=True)
@@ -116,30 +116,23 @@ class Sampler:
         batch, of the next block too, is on the device while the reader uses the one before.
         """
         held: list[np.ndarray] = []
-        before = None
-        for batch in itertools.chain(self._started(blocks), [None]):
-            if before is not None:
-                tokens, count, last = before
-                held.append(np.asarray(tokens)[:count])
-                if last:
-                    yield np.concatenate(held)
-                    held = []
-            before = batch
+        for tokens, count, last in one_behind(self._started(blocks)):
+            held.append(np.asarray(tokens)[:count])
+            if last:
+                yield np.concatenate(held)
+                held = []
 
     def _started(
         self, blocks: Iterable[tuple[int, np.ndarray]]
     ) -> Iterator[tuple[jax.Array, int, bool]]:
         """(samples on their way, number of passages, whether the block ends) of every batch."""
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-self.settings.batch_size // shards) * shards
+        size = partitioning.shared_rows(self.settings.batch_size, self.mesh)
         compiled = replace(self.settings, seed=0)  # the seed comes with the key
         draw = sample_fn(self.config, compiled, self.length, self.text_size, self.mesh, self.rules)
         key = jax.random.key(self.settings.seed)
         for first, tokens in blocks:
             for start in range(0, len(tokens), size):
                 part = tokens[start : start + size]
-                padded = np.zeros((size, tokens.shape[1]), np.int32)
-                padded[: len(part)] = part
-                placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
+                placed = partitioning.place_padded(part, (size, tokens.shape[1]), self.mesh)
                 drawn = draw(self.params, jax.random.fold_in(key, first + start), placed)
                 yield drawn.tokens, len(part), start + size >= len(tokens)

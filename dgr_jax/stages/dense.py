@@ -1,4 +1,5 @@
-"""The stages of a dense retriever: prepare, negatives, dense, mine, refresh, evaluate."""
+"""The stages of a dense retriever: prepare, negatives, teach, start, dense, mine, refresh,
+evaluate."""
 
 from __future__ import annotations
 
@@ -27,13 +28,17 @@ from dgr_jax.retrieval import dense as retrieval
 from dgr_jax.retrieval.batching import BLOCK
 from dgr_jax.retrieval.dense import DenseSearch, Encoder
 from dgr_jax.retrieval.kinds import write_student
-from dgr_jax.stages import generation_data, student, training_run
+from dgr_jax.retrieval.system import System
+from dgr_jax.stages import generation_data, student, training_run, validation
 from dgr_jax.stages.evaluate import evaluate
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, self_hits, test_texts
 from dgr_jax.stages.prepare import read, without_tasks
 from dgr_jax.stages.prepared import Prepared, cut, write_report
-from dgr_jax.stages.systems import open_system, params
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.start import start as corpus_start
+from dgr_jax.stages.systems import assembled, open_system
+from dgr_jax.stages.systems import params as trained_params
 from dgr_jax.stages.teach import CandidateLists, readable, taught
 from dgr_jax.stages.training_run import Later
 from dgr_jax.teaching.list_recipes import RankLists
@@ -347,10 +352,8 @@ def _ranked(
 
 def dense(experiment: DenseExperiment, folder: Path) -> None:
     """Train the encoder, and embed all passages."""
-    start = None
-    if experiment.initial is not None:
-        start = _initial(experiment)
-    _train(experiment, folder, experiment.train, start)
+    initial = None if experiment.initial is None else _initial(experiment)
+    _train(experiment, folder, experiment.train, initial)
 
 
 def batches(experiment: DenseExperiment, stage: str) -> Source:
@@ -385,7 +388,7 @@ def _most(experiment: DenseExperiment) -> int:
 
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
-    start = params(experiment, "dense", Prepared.load(experiment.model_dir))
+    start = trained_params(experiment, "dense", Prepared.load(experiment.model_dir))
     _train(experiment, folder, experiment.refresh, start)
 
 
@@ -441,26 +444,46 @@ def _phases(
 
 
 def _initial(experiment: DenseExperiment) -> Any:
-    """Parameters with the encoder of a published T5; projections are new."""
+    """Parameters with embeddings from the passages, or with the encoder of a published T5;
+    projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / "prepare")
     config = experiment.sized(vocabulary.size)
+    if "start" in experiment.stages:
+        return corpus_params(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
     new = nn.unbox(partitioning.boxed_params(DualEncoder(config), key))
     return start_from(new, student.initial_params(experiment, config.t5, vocabulary))
 
 
-def _train(experiment: DenseExperiment, folder: Path, settings: Training, start: Any) -> None:
+def _train(experiment: DenseExperiment, folder: Path, settings: Training, initial: Any) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
     made = Prepared.load(experiment.model_dir)
     config = experiment.sized(made.vocabulary.size)
-    model, source = DualEncoder(config), batches(experiment, folder.name)
-    training_run.train(experiment, folder, folder.name, settings, model, source, start)
-    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
-    encoder = Encoder(config, params(experiment, folder.name, made), mesh, rules)
-    path, encode_inputs = folder / retrieval.VECTORS, made.vocabulary.encode_inputs
-    retrieval.embed(encoder, made.store, encode_inputs, path, _search(experiment))
+
+    def embedded(params: Any, search: DenseSearch, at: Path) -> System:
+        _embed(experiment, params, made, search, at)
+        return assembled(experiment, at, params, search, made)
+
+    opened = validation.in_passing(embedded, folder)
+    validated = validation.of(experiment, settings, made, opened)
+    source = batches(experiment, folder.name)
+    training_run.train(
+        experiment, folder, folder.name, settings, DualEncoder(config), source, initial, validated
+    )
+    params = trained_params(experiment, folder.name, made)
+    _embed(experiment, params, made, _search(experiment), folder)
     systems = experiment.systems
     write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
+
+
+def _embed(
+    experiment: DenseExperiment, params: Any, made: Prepared, search: DenseSearch, folder: Path
+) -> None:
+    """Writes the vectors of all passages, by the encoder with these parameters."""
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
+    encoder = Encoder(experiment.sized(made.vocabulary.size), params, mesh, rules)
+    path, encode_inputs = folder / retrieval.VECTORS, made.vocabulary.encode_inputs
+    retrieval.embed(encoder, made.store, encode_inputs, path, search)
 
 
 def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
@@ -473,6 +496,7 @@ def _search(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
 
 MAKERS: dict[str, Callable[[DenseExperiment, Path], None]] = {
     "prepare": prepare,
+    "start": corpus_start,
     "negatives": negatives,
     "teach": teach,
     "dense": dense,

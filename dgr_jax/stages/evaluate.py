@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dgr_jax.retrieval.system import System
 from dgr_jax.stages import judged, kept_runs
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import open_system
-from dgr_jax.training import metrics
+from dgr_jax.training import metrics, validation
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ def _report(
     first = {s: found[splits[0]] if splits else {} for s, found in values.items()}
     _plot(experiment, folder, first)
     _show(measured, compared)
+    for line in _choices(experiment):
+        display.wide_console().print(line, soft_wrap=True)
 
 
 def chosen_queries(
@@ -250,3 +252,11 @@ def _show(measured: Any, compared: Any) -> None:
             if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
                 console.print(line, soft_wrap=True)
+
+
+def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
+    """What was chosen of each training run that is measured, and on how many questions."""
+    stages = dict.fromkeys(s for system in experiment.systems for s in experiment.training(system))
+    for stage in stages:
+        if choice := validation.readable(Path(experiment.model_dir) / stage):
+            yield f"{stage}: {choice}"

@@ -11,10 +11,12 @@ from typing import Any
 from dgr_jax.corpora import beir, checks
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Collection, Qrel, Query
+from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.same_text import normalised, shared
 from dgr_jax.experiments.dense import DensePrepare
 from dgr_jax.experiments.generative import Prepare
 from dgr_jax.model_dir import kept
+from dgr_jax.stages import held_out
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,9 @@ class Judged:
     qrels: dict[str, list[Qrel]] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def tested(self, settings: Settings) -> list[Query]:
-        """The queries of the test splits."""
-        return [q for split in settings.test_splits for q in self.queries[split].values()]
+    def asked(self, splits: Iterable[str]) -> list[Query]:
+        """The queries of these splits."""
+        return [query for split in splits for query in self.queries[split].values()]
 
     def count(self, name: str, split: str, number: Any) -> None:
         """Adds to the report what is not nothing."""
@@ -48,12 +50,13 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
 
     A test split may have answers instead of judgements, see `evaluation.answer_hits`. Raises
     ValueError where a split has no judgements, or one to learn from no positive, and where the
-    queries of two splits have one id and different words.
+    queries of two splits have one id and different words. Questions that are held out of training
+    are a split of their own, see `held_out.hold_out`.
     """
     judged = Judged()
     for split in settings.splits:
         judged.queries[split] = {query.qid: query for query in collection.queries(split)}
-        qrels = _qrels(collection, split, judged.queries[split], split in settings.train_splits)
+        qrels = _qrels(collection, split, judged.queries[split], split in settings.test_splits)
         if qrels is not None:
             judged.qrels[split] = _checked(judged, qrels, split, settings, passages)
         same = [qid for qid in judged.queries[split] if qid in passages]
@@ -61,6 +64,8 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
     _check_texts(judged)
     for split in settings.train_splits:
         _shared(judged, split, settings)
+    judged.report.update(held_out.hold_out(judged.queries, judged.qrels, settings))
+    for split in settings.train_splits:
         if not any(q.relevance >= settings.min_relevance for q in judged.qrels[split]):
             raise ValueError(
                 f"split {split!r} has no positive: no relevance of {settings.min_relevance} or "
@@ -70,13 +75,13 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
 
 
 def _qrels(
-    collection: Collection, split: str, queries: Mapping[str, Query], learned: bool
+    collection: Collection, split: str, queries: Mapping[str, Query], tested: bool
 ) -> list[Qrel] | None:
     """None of a test split that has answers instead."""
     try:
         return list(collection.qrels(split))
     except FileNotFoundError:
-        if learned or not any(query.answers for query in queries.values()):
+        if not tested or not any(query.answers for query in queries.values()):
             raise
     logger.info("prepare: split %r has no judgements, only answers", split)
     return None
@@ -132,7 +137,7 @@ def _check_texts(judged: Judged) -> None:
 def _shared(judged: Judged, split: str, settings: Settings) -> None:
     """Counts the queries of a training split that are test queries too, and drops them where they
     are not to be kept."""
-    tests, queries = judged.tested(settings), judged.queries[split]
+    tests, queries = judged.asked(settings.test_splits), judged.queries[split]
     both = shared(queries, {q.qid for q in tests}, {normalised(q.text) for q in tests})
     if not both.qids:
         return
@@ -179,6 +184,7 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
             + ("they may find" if kept else "they do not find, unless it is judged relevant")
             + f" ({owner}.self_hits = {settings.self_hits!r})"
         )
+    yield from held_out.readable(report, settings)
 
 
 def write(folder: Path, judged: Judged) -> None:
@@ -213,13 +219,13 @@ def _opened(folder: Path) -> beir.BeirCollection:
 
 
 def test_texts(settings: Settings, folder: Path) -> frozenset[str]:
-    """The test queries that were written, `normalised`, where pseudo-queries come from a file that
-    may hold copies of them."""
+    """The queries to test and to choose on that were written, `normalised`, where pseudo-queries
+    come from a file that may hold copies of them."""
     if not settings.sources.pseudo_query_path:
         return frozenset()
     return frozenset(
         normalised(query.text)
-        for split in settings.test_splits
+        for split in measured_splits(settings)
         for query in queries(folder, split).values()
     )
 

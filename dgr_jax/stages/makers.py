@@ -13,11 +13,13 @@ from dgr_jax.stages import dense
 from dgr_jax.stages.candidates import candidates
 from dgr_jax.stages.evaluate import evaluate
 from dgr_jax.stages.prepare import prepare
+from dgr_jax.stages.start import start
 from dgr_jax.stages.student import control, distill, generate
 from dgr_jax.stages.teach import teach
 
 MAKERS: dict[str, Callable[[Experiment, Path], None]] = {
     "prepare": prepare,
+    "start": start,
     "generate": generate,
     "candidates": candidates,
     "teach": teach,

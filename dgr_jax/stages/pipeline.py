@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _LEFTOVER = re.compile(r"\.partial(-\d+|\.npz|\.trec)?$|\.part$|\.old-\d+$|\.tmp(\.npy)?$")
 READING = ("prepare", "teach")  # stages that read files from elsewhere
-ALONE = ("prepare", "teach")  # stages that one process does, while the others wait
+ALONE = ("prepare", "start", "teach")  # stages that one process does, while the others wait
 _NO_SPLIT = {"train_split": "", "train_splits": (), "test_splits": ()}
 _BEFORE = "files_before"  # in stage.json: what a damaged stage had made, while it is made again
 LARGE = 64 << 20  # bytes from which a file's contents are not looked at
@@ -461,6 +461,9 @@ def stage_settings(
     if stage == "control":  # the steps of distillation, not its objective
         own["distill"] = {k: v for k, v in own["distill"].items() if k not in _RANK_LISTS}
         own["distill"]["batch_size"] = experiment.distill.examples
+    trained = (getattr(experiment, name) for name in experiment.stages[stage].settings)
+    if any(getattr(settings, "validate_every", 0) for settings in trained):
+        own["validation_search"] = describe(experiment.evaluate.validation_search)
     if files and files.get(stage):
         own["files"] = files[stage]
     return own | {up: stage_settings(experiment, up, files) for up in upstream(experiment, stage)}

@@ -16,6 +16,7 @@ from dgr_jax.corpora import store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import examples, loading
 from dgr_jax.data.examples import Part
+from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.task_files import _task_path, task_file
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.experiments.generative import Experiment, Prepare
@@ -44,7 +45,9 @@ def prepare(
     passages, found = read(experiment, folder)
     with _part("identifiers"):
         if isinstance(settings.identifiers, Multiview):
-            made = identifiers.views(settings, folder, passages, found.tested(settings))
+            made = identifiers.views(
+                settings, folder, passages, found.asked(measured_splits(settings))
+            )
         else:
             made = identifiers.docids(settings, folder, passages)
     train = settings.train_split

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import partitioning
 from dgr_jax.corpora import checks, lines, store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Qrel
@@ -27,6 +27,7 @@ from dgr_jax.experiments.common import with_vocabulary
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.model_dir.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
+from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.sampling import Sampler
 from dgr_jax.stages.training_run import train
 from dgr_jax.training import arrays
@@ -182,8 +183,8 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
 def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
     config = with_vocabulary(experiment.model, made.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
-    abstract = partitioning.abstract_params(Transformer(config), mesh, experiment.mesh.rules)
-    params = checkpoints.restore_params(made.folder.parent / "generate" / "checkpoints", abstract)
+    folder = made.folder.parent / "generate"
+    params = trained.params(folder, Transformer(config), mesh, experiment.mesh.rules)
     length, text_size = experiment.prepare.query_length, made.vocabulary.text_size
     return Sampler(
         *(config, params, experiment.sample, length, text_size, mesh), experiment.mesh.rules

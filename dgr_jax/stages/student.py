@@ -15,8 +15,10 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.kinds import write_student
+from dgr_jax.stages import validation
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import params
+from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.stages.systems import assembled, params
 from dgr_jax.stages.training_run import Later, _Together, train
 from dgr_jax.training import packing
 from dgr_jax.training.source import ArraySource, MixtureSource, Source
@@ -29,7 +31,11 @@ def generate(experiment: Experiment, folder: Path) -> None:
     start = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        start = initial_params(experiment, experiment.sized(vocabulary.size), vocabulary)
+        config = experiment.sized(vocabulary.size)
+        if "start" in experiment.stages:
+            start = corpus_params(experiment, Transformer(config), experiment.generate.seed)
+        else:
+            start = initial_params(experiment, config, vocabulary)
     _train(experiment, folder, "generate", experiment.generate, start)
 
 
@@ -113,10 +119,12 @@ def _train(
     settings: Training,
     start: Any,
 ) -> None:
-    vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    config = experiment.sized(vocabulary.size)
+    made = Prepared.load(experiment.model_dir)
+    config = experiment.sized(made.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, folder, params, search, made)
+    validated = validation.of(experiment, settings, made, validation.reopened(opened))
     source = batches(experiment, name)
-    train(experiment, folder, name, settings, Transformer(config), source, start)
+    train(experiment, folder, name, settings, Transformer(config), source, start, validated)
     if processes.first():
         systems = experiment.systems
         write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)

@@ -21,6 +21,19 @@ def params(experiment: Experiment | DenseExperiment, system: str, made: Prepared
     return trained.params(folder, model, mesh, experiment.mesh.rules)
 
 
+def assembled(
+    experiment: Experiment | DenseExperiment, folder: Path, params: Any, search: Any, made: Prepared
+) -> System:
+    """A trained system with these parameters, ready to retrieve; equal scores by pid.
+
+    folder: of what was made with them, such as vectors.
+    """
+    model = experiment.sized(made.vocabulary.size)
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
+    source = Trained(folder, made.folder, made.vocabulary, model, search, mesh, rules)
+    return kinds.TRAINED[experiment.kind].opened(source, params).by_pid(made.store.pid_of)
+
+
 def open_system(
     experiment: Experiment | DenseExperiment,
     name: str,
@@ -33,16 +46,14 @@ def open_system(
     of the evaluate stage.
     """
     search = search or experiment.evaluate.search
-    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
-    untrained = experiment.untrained
 
     def opened(name: str) -> System:
-        model = experiment.sized(made.vocabulary.size)
         folder = Path(experiment.model_dir) / name
-        source = Trained(folder, made.folder, made.vocabulary, model, search, mesh, rules)
-        return kinds.open_trained(experiment.kind, source).by_pid(made.store.pid_of)
+        return assembled(experiment, folder, params(experiment, name, made), search, made)
 
+    untrained = experiment.untrained
     if name not in untrained:
         return opened(name)
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
     opening = Opening(made.folder, made.store, search.depth, mesh, rules, opened)
     return untrained[name].open(opening).by_pid(made.store.pid_of)

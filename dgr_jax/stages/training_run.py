@@ -14,6 +14,7 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
+from dgr_jax.training.validation import Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ def train(
     model: Any,
     batches: Source,
     start: Any = None,
+    validation: Validation | None = None,
 ) -> None:
     """One training run of an experiment's stage."""
     loop.train(
@@ -52,7 +54,7 @@ def train(
         folder=folder,
         model=model,
         objective=settings.objective,
-        optimizer=settings.optimizer.transformation(settings.steps),
+        optimizer=settings.optimizer,
         source=batches,
         mesh=partitioning.make_mesh(experiment.mesh),
         total_steps=settings.steps,
@@ -63,4 +65,5 @@ def train(
         checkpoint_every=settings.checkpoint_every,
         keep_checkpoints=settings.keep_checkpoints,
         rules=experiment.mesh.rules,
+        validation=validation,
     )

@@ -47,7 +47,8 @@ def _asked(grid: Grid, run: Run) -> str:
     """What BM25 is asked, and of what: the same in experiments of every kind."""
     experiment = grid.experiment(run)
     split = grid.study.split or first_test_split(experiment)
-    asked = (experiment.evaluate.max_queries, experiment.evaluate.min_relevance)
+    evaluate = experiment.evaluate
+    asked = (evaluate.max_queries, evaluate.min_relevance, describe(evaluate.baseline))
     rules = experiment.prepare.rules_of_measures
     return fingerprint([describe(experiment.collection), split, *asked, *rules])
 

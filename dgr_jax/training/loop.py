@@ -11,18 +11,22 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from dgr_jax import partitioning, processes
 from dgr_jax.checkpoints import Checkpoints
+from dgr_jax.training import validation as validations
 from dgr_jax.training.metrics import MetricsWriter, Progress, Speed, progress_line, read_jsonl
+from dgr_jax.training.objectives import Objective
+from dgr_jax.training.optimizers import Optimizer
 from dgr_jax.training.source import Prefetch, Source
 from dgr_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from dgr_jax.training.validation import Standing, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +35,14 @@ IN_FLIGHT = 2  # steps that the host may be ahead of the device
 _JUDGED = 20  # steps, from which on a loss that did not fall is told
 _CHANCE = 0.98  # share of the loss of one who knows nothing, from which on nothing was learned
 
-Hook = Callable[[int, TrainState], Mapping[str, float]]
-
 
 def train(
     *,
     name: str,
     folder: str | Path,
     model: Any,
-    objective: Any,
-    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    optimizer: Optimizer,
     source: Source,
     mesh: jax.sharding.Mesh,
     total_steps: int,
@@ -50,14 +52,8 @@ def train(
     log_every: int = 50,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
-    keep_best: int = 0,
-    best_metric: str = "loss",
-    best_is: str = "lowest",
-    hooks: Sequence[Hook] = (),
-    hook_every: int = 0,
-    learning_rate: Callable[[int], Any] | None = None,
     rules: Any = partitioning.RULES,
-    tensorboard: bool = True,
+    validation: Validation | None = None,
 ) -> TrainState:
     """Trains until `total_steps`, going on from the newest checkpoint in `folder`.
 
@@ -65,17 +61,12 @@ def train(
 
     Args:
       name: of the stage, for the progress line and errors.
-      objective: see `objectives`; optimizer: see `optimizers`, `.transformation(total_steps)`.
       source: gives the batch of any step.
-      keep_checkpoints: how many of the newest stay; keep_best: how many of the best beside them, by
-        `best_metric`, one of the metrics or of the hooks', of which the best `best_is` 'lowest' or
-        'highest'. Found again by `checkpoints.best_step`.
+      keep_checkpoints: how many of the newest stay.
       initial_params: where step 0 starts; random by default. Not read when a checkpoint is there.
-      hooks: called as hook(step, state) every `hook_every` steps and at the end (0: at the end
-        only); what they return joins the metrics. The state dies in the next step: keep no
-        reference to it.
-      learning_rate: schedule to log beside the metrics.
       rules: how parameters and activations are cut over the mesh, see `partitioning.LAYOUTS`.
+      validation: search for held-out questions meanwhile; it may end the run early. The checkpoint
+        that it chooses is the one that `checkpoints.restore_params` reads.
 
     Returns the last state. Raises ValueError on settings that cannot work, FloatingPointError when
     the loss is not a finite number, OSError when a checkpoint cannot be written, SystemExit(75)
@@ -83,52 +74,115 @@ def train(
     """
     _check(total_steps=total_steps, log_every=log_every, checkpoint_every=checkpoint_every)
     folder = Path(folder)
-    saved = Checkpoints(
-        folder / "checkpoints", keep=keep_checkpoints, keep_best=keep_best, best_is=best_is
-    )
+    transformation = optimizer.transformation(total_steps)
+    saved = Checkpoints(folder / "checkpoints", keep=keep_checkpoints)
     with saved, processes.Stop(name) as stop:
-        abstract = abstract_state(model, optimizer, mesh, rules)
-        begin, state = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
+        abstract = abstract_state(model, transformation, mesh, rules)
+        state, position = _restore(saved, abstract, name=name, total_steps=total_steps, seed=seed)
         if state is None:
             state = init_state(
-                model, optimizer, mesh, seed=seed, params=initial_params, rules=rules
+                model, transformation, mesh, seed=seed, params=initial_params, rules=rules
             )
         at_random = initial_params is None
         del initial_params
         step = make_train_step(
-            objective, model, optimizer, mesh, abstract, microbatches=microbatches, rules=rules
+            objective, model, transformation, mesh, abstract, microbatches=microbatches, rules=rules
         )
-        make = functools.partial(_make_batch, source, mesh)
-        with (
-            _Report(name, folder, begin, total_steps, learning_rate, tensorboard) as report,
-            Prefetch(make, begin, total_steps) as batches,
-        ):
-            for now, batch in enumerate(batches, start=begin + 1):
-                state, metrics = step(state, batch)
-                report.add(now, metrics, batch)
-                last = now == total_steps
-                stopped = not last and stop.requested(now)
-                saves = last or stopped or now % checkpoint_every == 0
-                found: dict[str, float] = {}
-                if saves or now % log_every == 0:
-                    found |= report.log(now)  # raises on a loss that is not finite: none is saved
-                if last or (hook_every and now % hook_every == 0):
-                    for hook in hooks:
-                        values = hook(now, state)
-                        report.write(now, values)
-                        found |= values
-                if saves:
-                    if keep_best and not stopped:
-                        _check_metric(best_metric, found, now)
-                    position = {"step": now, "seed": seed}
-                    saved.save(now, state, position, metric=found.get(best_metric))
-                if stopped:
-                    saved.wait()
-                    report.end_line()
-                    _say_stopped(name, now, stop.status)
-                    raise SystemExit(stop.status)
+        begin, rate = position["step"], optimizer.learning_rate.schedule(total_steps)
+        with _Report(name, folder, begin, total_steps, rate) as report:
+            run = _Run(
+                name, position, total_steps, log_every, checkpoint_every, saved, stop, report,
+                validation, Standing.of(position),
+            )  # fmt: skip
+            with Prefetch(functools.partial(_make_batch, source, mesh), begin, run.end) as batches:
+                for now, batch in enumerate(batches, start=begin + 1):
+                    state, metrics = step(state, batch)
+                    report.add(now, metrics, batch)
+                    if run.ends_after(now, state):
+                        break
+            run.conclude(folder)
             report.conclude(model, at_random=at_random)
     return state
+
+
+@dataclass
+class _Run:
+    """What is done between the steps: to log, to validate, to save and to stop.
+
+    position: that of the newest checkpoint, or of the start; standing: of the validations so far.
+    """
+
+    name: str
+    position: dict[str, Any]
+    total: int
+    log_every: int
+    checkpoint_every: int
+    saved: Checkpoints
+    stop: processes.Stop
+    report: _Report
+    validation: Validation | None
+    standing: Standing | None
+
+    @property
+    def end(self) -> int:
+        """The last step; a run that ended early, and is called again, has no step left."""
+        ended = self.validation is not None and self.validation.ends(self.standing)
+        return self.position["step"] if ended else self.total
+
+    def ends_after(self, now: int, state: TrainState) -> bool:
+        """Does what is due after a step; whether the run ends there. Raises SystemExit after a
+        signal, once the state is saved."""
+        last = now == self.total
+        validates = self.validation is not None and (last or now % self.validation.every == 0)
+        stopped = not last and self.stop.requested(now)
+        saves = last or stopped or now % self.checkpoint_every == 0
+        if saves or validates or now % self.log_every == 0:
+            self.report.log(now)  # raises on a loss that is not finite: none is saved
+        better = False
+        if validates:
+            better = self._validate(now, state)
+            last |= self.validation.ends(self.standing)
+        if saves or better or last:
+            self._save(now, state)
+        if stopped:
+            self.saved.wait()
+            self.report.end_line()
+            _say_stopped(self.name, now, self.stop.status)
+            raise SystemExit(self.stop.status)
+        return last
+
+    def _validate(self, now: int, state: TrainState) -> bool:
+        """Whether this is the best student so far, and the best is to be kept."""
+        found = self.standing = self.validation.after(self.standing, now, state.params)
+        self.report.write(now, {validations.METRIC: found.last})
+        self.report.end_line()
+        logger.info(
+            "%s: step %d: %s %.4f of %d questions held out of training; the best is %.4f, of step "
+            "%d", self.name, now, validations.MEASURE, found.last, self.validation.questions,
+            found.best, found.best_step,
+        )  # fmt: skip
+        self.report.look(now)
+        return self.validation.keeps_best and found.best_step == now
+
+    def _save(self, now: int, state: TrainState) -> None:
+        self.position = {"step": now, "seed": self.position["seed"]}
+        if self.validation is not None and self.standing is not None:
+            self.position |= self.validation.position(self.standing)
+        self.saved.save(now, state, self.position)
+
+    def conclude(self, folder: Path) -> None:
+        """Leaves what was chosen beside the checkpoints."""
+        if self.validation is None or self.standing is None:
+            return
+        last = self.position["step"]
+        if last < self.total:
+            logger.info(
+                "%s: ended early at step %d of %d: %d searches in a row found no better %s",
+                *(self.name, last, self.total, self.standing.since, validations.MEASURE),
+            )
+        if processes.first():
+            report = self.validation.report(self.standing, last, self.total)
+            validations.write_report(folder, report)
 
 
 def _say_stopped(name: str, step: int, status: int) -> None:
@@ -142,11 +196,11 @@ def _say_stopped(name: str, step: int, status: int) -> None:
 
 def _restore(
     saved: Checkpoints, abstract: TrainState, *, name: str, total_steps: int, seed: int
-) -> tuple[int, TrainState | None]:
-    """(steps done, state) of the newest checkpoint; (0, None) when there is none."""
+) -> tuple[TrainState | None, dict[str, Any]]:
+    """(state, position) of the newest checkpoint; (None, that of step 0) when there is none."""
     restored = saved.restore_latest(abstract)
     if restored is None:
-        return 0, None
+        return None, {"step": 0, "seed": seed}
     state, position = restored
     begin, other = position["step"], "or give another folder (MODEL_DIR)"
     if position["seed"] != seed:
@@ -160,7 +214,7 @@ def _restore(
             f"checkpoint; set it back {other}"
         )
     logger.info("%s: goes on from step %d of %d", name, begin, total_steps)
-    return begin, state
+    return state, position
 
 
 def _make_batch(source: Source, mesh: jax.sharding.Mesh, step: int) -> Any:
@@ -173,14 +227,6 @@ def _check(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected 1 or more")
-
-
-def _check_metric(name: str, found: Mapping[str, float], step: int) -> None:
-    if name not in found:
-        raise ValueError(
-            f"best_metric: got {name!r}, expected one of those at step {step}, {sorted(found)}; a "
-            "hook's are there when hook_every divides checkpoint_every"
-        )
 
 
 def _examples(batch: Any) -> int:
@@ -198,8 +244,7 @@ class _Report:
         folder: Path,
         begin: int,
         total: int,
-        learning_rate: Callable[[int], Any] | None,
-        tensorboard: bool,
+        learning_rate: Callable[[int], Any],
     ) -> None:
         self._name, self._total, self._learning_rate = name, total, learning_rate
         self._window: list[tuple[int, Any]] = []
@@ -209,7 +254,7 @@ class _Report:
         self._speed, self._progress = Speed(), Progress()
         self._writer = None
         if jax.process_index() == 0:
-            self._writer = MetricsWriter(folder, after=begin, tensorboard=tensorboard)
+            self._writer = MetricsWriter(folder, after=begin)
 
     def __enter__(self) -> _Report:
         return self
@@ -222,6 +267,10 @@ class _Report:
     def end_line(self) -> None:
         """Ends the line of the progress, so that what is said next has its own."""
         self._progress.close()
+
+    def look(self, step: int) -> None:
+        """Starts the clock again: what was done since the step took none of its time."""
+        self._speed.look(step)
 
     def add(self, step: int, metrics: Any, batch: Any) -> None:
         """Keeps a step's metrics; waits only for the step before the last few."""
@@ -248,8 +297,7 @@ class _Report:
             self._loss_before = _means([window[0][1]]).get("loss", math.nan)
         rate = self._examples / seconds if seconds else math.nan
         values["examples_per_second"] = rate
-        if self._learning_rate is not None:
-            values["learning_rate"] = float(self._learning_rate(step - 1))
+        values["learning_rate"] = float(self._learning_rate(step - 1))
         self.write(step, values)
         if self._writer is not None:
             left = 0.0 if math.isnan(seconds) else seconds * (self._total - step)

@@ -67,23 +67,23 @@ def _tensorboard(folder: Path) -> Any:
 
 
 class MetricsWriter:
-    """Appends rows {"step": ..., name: value} to metrics.jsonl and, beside it, TensorBoard.
+    """Appends rows {"step": ..., name: value} to metrics.jsonl, and to TensorBoard's files, in the
+    folder tensorboard beside it, where TensorBoard is installed.
 
     Only the first process of a pod should make one.
     """
 
-    def __init__(self, folder: str | Path, *, after: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, folder: str | Path, *, after: int = 0) -> None:
         """Args:
         folder: made if absent.
         after: the step that the run goes on from; rows after it are dropped.
-        tensorboard: also write TensorBoard summaries, to folder/tensorboard.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _keep_until(path, after)
         self._file = path.open("a", encoding="utf-8")
-        self._summaries = _tensorboard(folder / "tensorboard") if tensorboard else None
+        self._summaries = _tensorboard(folder / "tensorboard")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One row; a value that is not finite is written as null."""

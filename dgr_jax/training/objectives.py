@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
 
 PAD_ID, EOS_ID = 0, 1
+
+
+class Objective(Protocol):
+    """What a training run minimises."""
+
+    def loss_fn(self, model: Any) -> LossFn:
+        """f(params, batch, rng) as the module describes, of a model and its batches."""
 
 
 def _sum(values: jax.Array) -> jax.Array:
@@ -323,33 +330,13 @@ def _decoded_lists(
     Returns log-probabilities [B, L, K, T] of the identifiers' tokens and, of the target, logits
     [B, T', V] or None.
     """
-    queries, tokens = lists["encoder_input_tokens"], lists["identifier_tokens"]
-    batch = tokens.shape[0]
     rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
     inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
-    if queries.ndim == 3 and with_target:
-        raise ValueError(
-            "Distillation: got rank lists of several views without generation examples; expected "
-            'batches {"rank_list": ..., "generation": ...}'
-        )
     if with_target:
         target = lists["decoder_input_tokens"]
         target_length = target.shape[-1]
-        longest = max(length, target_length)
-        inputs = jnp.concatenate(
-            [_pad_to(inputs, longest), _pad_to(target, longest)[:, None, :]], axis=1
-        )
-    encoded = model.apply(
-        {"params": params},
-        queries.reshape(-1, queries.shape[-1]),
-        deterministic=False,
-        method="encode",
-        rngs={"dropout": encode_rng},
-    )
-    seen = queries
-    if queries.ndim == 3:
-        seen = _of_view(queries, rows.views)
-        encoded = encoded.reshape(batch, -1, encoded.shape[-1])
+        inputs = _with_target(inputs, target, lists["encoder_input_tokens"].ndim)
+    encoded, seen = _encoded_queries(model, params, lists, rows.views, encode_rng)
     x = model.apply(
         {"params": params},
         encoded,
@@ -365,10 +352,39 @@ def _decoded_lists(
     own = x[:, :-1, :length] if with_target else x
     log_probs = generation.token_log_probs(logits(own), rows.targets)
     if rows.segments is None:
-        log_probs = log_probs.reshape(tokens.shape)
+        log_probs = log_probs.reshape(lists["identifier_tokens"].shape)
     else:
         log_probs = _unpacked(log_probs, lists)
     return log_probs, logits(x[:, -1, :target_length]) if with_target else None
+
+
+def _with_target(inputs: jax.Array, target: jax.Array, query_dims: int) -> jax.Array:
+    """Decoder inputs [B, R, T] and those of the target [B, T'], side by side as one row more."""
+    if query_dims == 3:
+        raise ValueError(
+            "Distillation: got rank lists of several views without generation examples; expected "
+            'batches {"rank_list": ..., "generation": ...}'
+        )
+    longest = max(inputs.shape[-1], target.shape[-1])
+    rows = [_pad_to(inputs, longest), _pad_to(target, longest)[:, None, :]]
+    return jnp.concatenate(rows, axis=1)
+
+
+def _encoded_queries(
+    model: Any, params: Any, lists: Batch, views: jax.Array | None, rng: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each query, or each view of it, encoded once, and the tokens that a target may look at."""
+    queries = lists["encoder_input_tokens"]
+    encoded = model.apply(
+        {"params": params},
+        queries.reshape(-1, queries.shape[-1]),
+        deterministic=False,
+        method="encode",
+        rngs={"dropout": rng},
+    )
+    if queries.ndim == 2:
+        return encoded, queries
+    return encoded.reshape(queries.shape[0], -1, encoded.shape[-1]), _of_view(queries, views)
 
 
 class _Rows(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def _warmup(step: jax.Array, warmup_steps: int) -> jax.Array:
     return jnp.minimum(1.0, (step + 1.0) / max(1, warmup_steps))
 
 
-def _check(schedule: Schedule) -> None:
+def _check(schedule: Any) -> None:
     ranges.check(schedule, peak=ranges.above(0), warmup_steps=ranges.at_least(0))
 
 
@@ -118,7 +118,22 @@ class Cosine:
         return rate
 
 
-Schedule = Constant | ReciprocalSqrt | Linear | Cosine
+class Schedule(Protocol):
+    """How the learning rate goes over a run."""
+
+    def schedule(self, total_steps: int) -> Callable[[Any], Any]:
+        """Learning rate of a step, counted from 0."""
+
+
+class Optimizer(Protocol):
+    """How a training run minimises: settings that make an optax transformation."""
+
+    @property
+    def learning_rate(self) -> Schedule:
+        """By which the transformation goes, and which is among the metrics."""
+
+    def transformation(self, total_steps: int) -> optax.GradientTransformation:
+        """The transformation of a run of `total_steps` steps."""
 
 
 def _clipped(

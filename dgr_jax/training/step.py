@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dgr_jax import checkpoints, partitioning
 from dgr_jax.training import hash_random
-from dgr_jax.training.objectives import Batch, LossFn, Metrics
+from dgr_jax.training.objectives import Batch, LossFn, Metrics, Objective
 
 
 @struct.dataclass
@@ -158,8 +158,37 @@ def _sums_of_microbatches(
     return total
 
 
+def _summed(
+    loss: LossFn, params: Any, batch: Batch, rng: jax.Array, number: int, mesh: jax.sharding.Mesh
+) -> Any:
+    """`_sums` of a batch, in so many microbatches."""
+    if number == 1:
+        return _sums(loss, params, batch, rng)
+    parts = _microbatches(batch, number, mesh)
+    return _sums_of_microbatches(loss, params, parts, rng, number)
+
+
+def _updated(
+    state: TrainState, summed: Any, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """The state a step on, by what `_summed` has returned, and the metrics of the step."""
+    grads, ((loss_sum, weight_sum), metrics) = summed
+    weight = jnp.where(weight_sum > 0, weight_sum, 1.0)
+    grads = jax.tree.map(lambda grad: grad / weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = dict(metrics)
+    metrics["loss"] = (loss_sum, weight_sum)
+    metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    changed = state.replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+    )
+    return changed, metrics
+
+
 def make_train_step(
-    objective: Any,
+    objective: Objective,
     model: Any,
     optimizer: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
@@ -187,24 +216,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = hash_random.key(jax.random.fold_in(state.rng, state.step))
         with partitioning.in_force(mesh, rules):
-            if microbatches == 1:
-                total = _sums(loss, state.params, batch, rng)
-            else:
-                parts = _microbatches(batch, microbatches, mesh)
-                total = _sums_of_microbatches(loss, state.params, parts, rng, microbatches)
-        grads, ((loss_sum, weight_sum), metrics) = total
-        weight = jnp.where(weight_sum > 0, weight_sum, 1.0)
-        grads = jax.tree.map(lambda grad: grad / weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = dict(metrics)
-        metrics["loss"] = (loss_sum, weight_sum)
-        metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
-        changed = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
-        return changed, metrics
+            summed = _summed(loss, state.params, batch, rng, microbatches, mesh)
+        return _updated(state, summed, optimizer)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = partitioning.replicated(mesh)

@@ -38,6 +38,7 @@ from dgr_jax.retrieval.multiview.index import (
 )
 from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 
 _KEYED = 32  # queries whose findings are held, before their keys are cut
@@ -106,7 +107,7 @@ class MultiviewDecoder(TrainedSystem):
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> MultiviewDecoder:
-        """See `kinds.open_trained`."""
+        """See TrainedSystem."""
         indexes = ViewIndexes.load(trained.prepared, trained.vocabulary)
         settings = trained.search, trained.mesh, trained.rules
         return cls.of(trained.model, params, indexes, *settings)
@@ -261,17 +262,13 @@ class MultiviewDecoder(TrainedSystem):
 
         The next batch is on the device while the host ranks the one before.
         """
-        before = None
-        for batch in itertools.chain(self._started(blocks, batch_size), [None]):
-            if before is not None:
-                yield from self.index.rank(self._written(*before))
-            before = batch
+        for batch in one_behind(self._started(blocks, batch_size)):
+            yield from self.index.rank(self._written(*batch))
 
     def _started(
         self, blocks: Iterable[np.ndarray], batch_size: int
     ) -> Iterator[tuple[int, dict[str, BeamResult]]]:
-        shards = partitioning.batch_shards(self.mesh)
-        size = -(-batch_size // shards) * shards
+        size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
             for start in range(0, len(tokens), size):
                 batch = tokens[start : start + size]

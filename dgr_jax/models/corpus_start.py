@@ -1,0 +1,129 @@
+"""Token embeddings from what texts say: latent semantic analysis (Deerwester et al. 1990).
+
+Two tokens that stand in the same sentences and passages get vectors that point the same way. Of the
+matrix A [tokens, texts], sparse and never dense, the leading singular vectors are found.
+
+Axis letters: m tokens that occur, n texts, k width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse
+from threadpoolctl import threadpool_limits
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 32  # vectors that are multiplied together, at most
+_SPAN = 5  # directions searched for each one that is asked for
+_NOISE = 1e-5  # of the largest eigenvalue: what single precision cannot tell from 0
+
+
+def counted(texts: Sequence[Sequence[int]], size: int, *, binary: bool) -> scipy.sparse.csr_array:
+    """Tokens of each text f32 [texts, size]: 1 for those that occur, or log(1 + their number)."""
+    starts = np.cumsum([0, *map(len, texts)])
+    tokens = np.concatenate([np.asarray(text, np.int32) for text in texts] or [[]])
+    ones = np.ones(len(tokens), np.float32)
+    counts = scipy.sparse.csr_array(
+        (ones, tokens.astype(np.int32), starts.astype(np.int32)), (len(texts), size)
+    )
+    counts.sum_duplicates()
+    counts.data = np.ones_like(counts.data) if binary else np.log1p(counts.data)
+    return counts
+
+
+def embeddings(
+    blocks: Sequence[scipy.sparse.csr_array], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [m], rows f32 [m, width]) of what `counted` made of all texts.
+
+    A = blocks, transposed and one beside the other, with each token's row times log((1 + n) / (1 +
+    texts that it occurs in)); A ~ U s V^T, width singular values; a row is U sqrt(s), scaled to the
+    length sqrt(width) that rows have which are drawn. Where A has fewer singular values, the last
+    columns are 0. Tokens that occur nowhere, or in every text, have no row.
+    """
+    number = sum(block.shape[0] for block in blocks)
+    seen = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
+    weights = np.log((1 + number) / (1 + seen)) * (seen > 0)
+    tokens = np.flatnonzero(weights > 0)
+    scale = weights[tokens, None].astype(np.float32)
+
+    def products(vectors: np.ndarray) -> np.ndarray:
+        """A A^T of f32 [m, b]."""
+        whole = np.zeros((len(seen), vectors.shape[1]), np.float32)
+        whole[tokens] = scale * vectors
+        total = np.zeros_like(whole)
+        for block in blocks:
+            total += block.T @ (block @ whole)
+        return scale * total[tokens]
+
+    # Threads of matrix products wait for each other where other programs share the cores; with one
+    # the result does not depend on their number either.
+    with threadpool_limits(limits=1):
+        values, vectors = _leading(products, len(tokens), width)
+    rows = np.zeros((len(tokens), width), np.float32)
+    rows[:, : len(values)] = vectors * values**0.25
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    kept = lengths[:, 0] > 1e-6 * lengths.max(initial=0)
+    rows = rows[kept] * (math.sqrt(width) / lengths[kept])
+    return tokens[kept].astype(np.int32), rows
+
+
+def _leading(
+    products: Callable[[np.ndarray], np.ndarray], size: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(values f32 [k], vectors f32 [size, k]) of the k <= width largest eigenvalues of a matrix
+    that is symmetric, without negative ones, and known by its products.
+
+    The matrix is looked at in the space that its powers make of random vectors (block Krylov
+    iteration, Musco & Musco 2015), which for as many products is much closer to all of them than
+    the usual randomized decomposition (benchmarks/RESULTS.md). A small matrix is taken whole.
+    """
+    step = min(_BLOCK, -(-width // 4))
+    span = -(-_SPAN * width // step) * step
+    if size <= span:
+        basis = np.eye(size, dtype=np.float32)
+        inner = products(basis)
+    else:
+        basis, inner = _krylov(products, size, span, step)
+    values, vectors = np.linalg.eigh(inner.astype(np.float64), UPLO="U")
+    values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
+    kept = values > _NOISE * max(values.max(initial=0), 0)
+    return values[kept].astype(np.float32), basis @ vectors[:, kept].astype(np.float32)
+
+
+def _krylov(
+    products: Callable[[np.ndarray], np.ndarray], size: int, span: int, step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(orthonormal basis f32 [size, span], the matrix in it [span, span]: its upper triangle), from
+    `step` random vectors."""
+    basis = np.empty((size, span), np.float32)
+    inner = np.zeros((span, span), np.float32)
+    drawn = np.random.default_rng(0).normal(size=(size, step)).astype(np.float32)
+    block = np.linalg.qr(drawn)[0]
+    for stop in range(step, span + 1, step):
+        basis[:, stop - step : stop] = block
+        before = basis[:, :stop]
+        block = products(block)
+        inner[:stop, stop - step : stop] = before.T @ block
+        for _ in range(2):  # rounding leaves something of what was there, the first time
+            block = np.linalg.qr(block - before @ (before.T @ block))[0]
+        if stop // step % _SPAN == 0:
+            logger.info("start: %d of %d directions", stop, span)
+    return basis, inner
+
+
+def put(params: Any, tokens: jax.Array, rows: jax.Array) -> Any:
+    """Parameters with these rows in each of their token embeddings; all others stay."""
+
+    def changed(path: Any, leaf: jax.Array) -> jax.Array:
+        is_embedding = jax.tree_util.keystr(path).endswith("['token_embedder']['embedding']")
+        return leaf.at[tokens].set(rows.astype(leaf.dtype)) if is_embedding else leaf
+
+    return jax.tree_util.tree_map_with_path(changed, params)
