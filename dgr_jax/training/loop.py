@@ -83,24 +83,17 @@ def train(
             state = init_state(
                 model, transformation, mesh, seed=seed, params=initial_params, rules=rules
             )
-        at_random = initial_params is None
-        del initial_params
+        at_random, initial_params = initial_params is None, None  # which are large
         step = make_train_step(
             objective, model, transformation, mesh, abstract, microbatches=microbatches, rules=rules
         )
-        begin, rate = position["step"], optimizer.learning_rate.schedule(total_steps)
-        with _Report(name, folder, begin, total_steps, rate) as report:
+        rate = optimizer.learning_rate.schedule(total_steps)
+        with _Report(name, folder, position["step"], total_steps, rate) as report:
             run = _Run(
                 name, position, total_steps, log_every, checkpoint_every, saved, stop, report,
                 validation, Standing.of(position),
             )  # fmt: skip
-            with Prefetch(functools.partial(_make_batch, source, mesh), begin, run.end) as batches:
-                for now, batch in enumerate(batches, start=begin + 1):
-                    state, metrics = step(state, batch)
-                    report.add(now, metrics, batch)
-                    if run.ends_after(now, state):
-                        break
-            run.conclude(folder)
+            state = run.through(step, state, functools.partial(_make_batch, source, mesh))
             report.conclude(model, at_random=at_random)
     return state
 
@@ -128,6 +121,23 @@ class _Run:
         """The last step; a run that ended early, and is called again, has no step left."""
         ended = self.validation is not None and self.validation.ends(self.standing)
         return self.position["step"] if ended else self.total
+
+    def through(
+        self,
+        step: Callable[[TrainState, Any], tuple[TrainState, Any]],
+        state: TrainState,
+        make_batch: Callable[[int], Any],
+    ) -> TrainState:
+        """Takes all steps that are left; returns the last state."""
+        begin = self.position["step"]
+        with Prefetch(make_batch, begin, self.end) as batches:
+            for now, batch in enumerate(batches, start=begin + 1):
+                state, metrics = step(state, batch)
+                self.report.add(now, metrics, batch)
+                if self.ends_after(now, state):
+                    break
+        self._conclude()
+        return state
 
     def ends_after(self, now: int, state: TrainState) -> bool:
         """Does what is due after a step; whether the run ends there. Raises SystemExit after a
@@ -170,7 +180,7 @@ class _Run:
             self.position |= self.validation.position(self.standing)
         self.saved.save(now, state, self.position)
 
-    def conclude(self, folder: Path) -> None:
+    def _conclude(self) -> None:
         """Leaves what was chosen beside the checkpoints."""
         if self.validation is None or self.standing is None:
             return
@@ -182,7 +192,7 @@ class _Run:
             )
         if processes.first():
             report = self.validation.report(self.standing, last, self.total)
-            validations.write_report(folder, report)
+            validations.write_report(self.saved.folder.parent, report)
 
 
 def _say_stopped(name: str, step: int, status: int) -> None:
