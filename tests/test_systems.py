@@ -16,7 +16,7 @@ import pytest
 
 import dgr_jax
 from dgr_jax import evaluate, partitioning, plan, retrieve, train
-from dgr_jax.config import configurables, gin_files
+from dgr_jax.config import cli, configurables, gin_files
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage
 from dgr_jax.experiments.common import Evaluate
@@ -420,6 +420,21 @@ def test_a_system_of_an_unknown_kind(tmp_path):
     assert kinds.settings_of(said) == WeightedSum("sum", weight=2.0) and said["depth"] == 7
     with pytest.raises(ValueError, match="got a system of kind 'Other', expected one of Bm25Bas"):
         kinds.settings_of(said | {"kind": "Other"})
+
+
+def test_bm25_of_words_beside_that_of_stems(known):
+    experiment = loaded("--gin.Evaluate.systems=(@Bm25Baseline(),)", "--gin.Bm25Baseline.name='w'",
+                        "--gin.Bm25Baseline.bm25=@w/Bm25()", "--gin.w/Bm25.stemmer=''")  # fmt: skip
+    assert experiment.measured == ("bm25", "generate", "control", "distill", "w")
+    stems, words = (experiment.untrained[name].bm25 for name in ("bm25", "w"))
+    assert stems.stemmer and words == dataclasses.replace(stems, stemmer="")
+    assert experiment.pairs[-1] == ("w", "bm25")
+
+
+def loaded(*flags):
+    argv = ["--gin_file=quickstart.gin", "--model_dir=m", *flags]
+    args, bindings = cli.parse(cli.parser("train", ""), argv)
+    return gin_files.load_experiment(args, bindings, keep=False)
 
 
 @pytest.mark.parametrize(
