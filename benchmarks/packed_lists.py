@@ -20,7 +20,7 @@ from dgr_jax import partitioning
 from dgr_jax.analysis.speed import device_name
 from dgr_jax.config import cli, gin_files
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.stages import student
+from dgr_jax.stages import distill
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.step import init_state, make_train_step
 
@@ -43,7 +43,7 @@ def main() -> None:
     model = Transformer(experiment.sized(vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     optimizer = settings.optimizer.transformation(settings.steps)
-    source = student.batches(experiment, "distill")
+    source = distill.batches(experiment)
     steps, states, seconds = {}, {}, {"side by side": [], "padded": []}
     print(device_name(jax.devices()[0]))
     for name in seconds:

@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: state and data position, through orbax.
+"""Checkpoints of a training run, its state and the position in its data, through orbax.
 
-A folder holds one sub-folder a step with three items: `params` (what search needs), `training` (the
-rest of the state) and `position` (JSON: where the data stands, and which checkpoint is the best). A
-step's folder gets its name when it is whole, so a killed process leaves none half written; then a
-files_made.json, see `dgr_jax.model_dir.kept`. One without, because the process was killed in
-between, is read all the same.
+A folder holds one sub-folder for each step, with three items: `params` (which search needs),
+`training` (the rest of the state) and `position` (JSON: how far the data was read, and which
+checkpoint is the best). A step's folder gets its name when it is whole, so that a killed process
+leaves none half written. Then it gets a files_made.json (see `dgr_jax.model_dir.kept`). A folder
+that lacks it, because the process was killed in between, is read all the same.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from dgr_jax.model_dir import kept
 
 logger = logging.getLogger(__name__)
 
-BEST = "best_checkpoint"  # in a position: the step whose parameters count
+BEST = "best_checkpoint"  # the key, in a position, of the step whose parameters are used
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path; lists and tuples, dicts and dataclasses of the same names are alike."""
+    """Leaves by path; the paths of a list and a tuple, or of a dict and a dataclass, are alike."""
 
     def name(key: Any) -> str:
         for attribute in ("key", "name", "idx"):
@@ -94,14 +94,14 @@ def _all_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 @dataclass
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
-    """So many of the newest checkpoints stay, and the best, once there is one."""
+    """Keeps the newest checkpoints, `newest` of them, and the best one, once it is known."""
 
     newest: int
     best: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         older = max(0, len(checkpoints) - self.newest)
-        return [i >= older or found.step == self.best for i, found in enumerate(checkpoints)]
+        return [i >= older or c.step == self.best for i, c in enumerate(checkpoints)]
 
 
 class Checkpoints:
@@ -109,8 +109,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         """Args:
-        folder: made if absent.
-        keep: how many of the newest stay; 2 or more survive a damaged newest.
+        folder: created if it is absent.
+        keep: how many of the newest stay; with 2 or more, training survives a damaged newest one.
         """
         if keep < 1:
             raise ValueError(f"keep_checkpoints: got {keep}, expected 1 or more")
@@ -148,7 +148,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _signing(self) -> Iterator[None]:
-        """Waits for the last save; when it is left, that one has its manifest."""
+        """Waits for the last save; after the block, its checkpoint has a manifest."""
         try:
             yield
         finally:
@@ -158,7 +158,7 @@ class Checkpoints:
                 self._signer = None
 
     def _sign(self, step: int) -> None:
-        """Gives a step its manifest as soon as it is whole, while training goes on."""
+        """Gives a step's folder its manifest as soon as it is whole, while training goes on."""
         folder = self.folder / str(step)
         while not folder.is_dir() and not self._written.wait(0.05):
             pass
@@ -170,7 +170,8 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Says what failed, and what is left: a write's error may come with the next save."""
+        """Adds to an error which checkpoint failed, and which ones exist; a write's error may come
+        with the next save."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: from tensorstore
@@ -180,8 +181,8 @@ class Checkpoints:
             ) from error
 
     def _check_room(self, state: Any) -> None:
-        """Raises OSError where a write would fail: orbax's threads outlive one by minutes, and the
-        process with them."""
+        """Raises OSError where a write would fail. Orbax's threads, and so the process, would run
+        on for minutes after such a failure."""
         with tempfile.TemporaryFile(dir=self.folder):
             pass
         free = shutil.disk_usage(self.folder).free
@@ -212,8 +213,8 @@ class Checkpoints:
 
         Args:
           state: a dataclass with a field `params`.
-          position: JSON: where the data stands at this step. BEST in it, where it is, is the step
-            whose parameters count: its checkpoint stays beside the newest.
+          position: how far the data was read at this step, as JSON. It may hold BEST, the step
+            whose parameters are used: its checkpoint stays beside the newest.
 
         Raises OSError when this or the save before it cannot be written (a full disk, a lost
         permission); the checkpoints before it stay as they are.
@@ -237,10 +238,10 @@ class Checkpoints:
             self._signer.start()
 
     def restore_latest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest whole state and its data position; None when the folder has none.
+        """The newest whole state and its data position; None when the folder has no checkpoint.
 
-        A checkpoint that cannot be read, or whose BEST is gone, is set aside as `<step>.damaged`
-        with a warning when an older one can be used.
+        A checkpoint that cannot be read, or whose BEST is gone, is renamed to `<step>.damaged`,
+        with a warning, when an older one can be used.
 
         Args:
           abstract: the state as `jax.ShapeDtypeStruct` with shardings.
@@ -254,7 +255,7 @@ class Checkpoints:
                 restored = self._restore(step, abstract)
             except (kept.Damaged, NotFinite) as error:
                 damaged[step] = error
-                if jax.process_count() > 1:  # the others may not have seen it
+                if jax.process_count() > 1:  # other processes may be able to read it
                     raise _unreadable(self.folder, damaged) from error
                 continue
             self._set_aside(damaged)
@@ -310,8 +311,10 @@ _DAMAGE = (OSError, *kept.UNREADABLE)
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Raises kept.Damaged for what reading a truncated, changed or missing file raises. Not
-    MemoryError, not the device's own errors."""
+    """Raises kept.Damaged in place of the errors of reading a truncated, changed or missing file.
+
+    MemoryError and errors of the device stay as they are.
+    """
     try:
         yield
     except kept.Damaged:
@@ -331,12 +334,14 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _forget_reads(error: BaseException) -> None:
-    """Lets go of the reads that failed, or wait, beside the one of the error. asyncio would tell of
-    each at length, and Python of those that raise when they are given up, up to the end of the
-    process."""
-    told = logging.getLogger("asyncio")
-    if _is_told not in told.filters:
-        told.addFilter(_is_told)
+    """Frees the other reads that failed or wait beside that of the error.
+
+    Otherwise asyncio would log each of them at length, and Python would report those that raise
+    when they are destroyed, until the end of the process.
+    """
+    asyncio_logger = logging.getLogger("asyncio")
+    if _is_logged not in asyncio_logger.filters:
+        asyncio_logger.addFilter(_is_logged)
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         while error is not None:
@@ -348,13 +353,13 @@ def _forget_reads(error: BaseException) -> None:
         sys.unraisablehook = hook
 
 
-def _is_told(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
 def _chosen(folder: Path, newest: int) -> int:
-    """The step whose parameters count: the best, where the run kept it, as the newest checkpoint
-    says."""
+    """The step whose parameters are used: the one that the newest checkpoint names as the best, or
+    else the newest."""
     file = folder / str(newest) / "position" / "metadata"
     return kept.read_json(file).get(BEST, newest) if file.is_file() else newest
 
@@ -376,27 +381,27 @@ def _first_line(error: Exception) -> str:
 
 
 def _unreadable(folder: Path, damaged: Mapping[int, Exception]) -> ValueError:
-    found = ", ".join(f"{step} ({_first_line(error)})" for step, error in damaged.items())
+    reasons = ", ".join(f"{step} ({_first_line(error)})" for step, error in damaged.items())
     return ValueError(
-        f"checkpoints in {folder}: cannot read step {found}; remove these folders to go on "
+        f"checkpoints in {folder}: cannot read step {reasons}; remove these folders to go on "
         f"without them"
     )
 
 
 def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None) -> Any:
-    """The parameters alone, for search or as the start of another stage.
+    """The parameters of a checkpoint alone, for search or as the start of another stage.
 
     Args:
       folder: a folder of checkpoints; nothing in it is changed.
       abstract: parameters as `jax.ShapeDtypeStruct` with shardings.
-      step: which; by default the best, where the run kept it, and otherwise the newest.
+      step: the step to read; by default the best, where the run kept it, and else the newest.
 
     Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ,
-    kept.Damaged when a file of the checkpoint is not as it was written or cannot be read.
+    kept.Damaged when a file of the checkpoint was changed since it was written or cannot be read.
     """
     folder = Path(folder).absolute()
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    # Those that the finished stage has left, if it is: a lost one is not replaced by an older.
+    # A finished stage lists its checkpoints. If the newest of them is lost, none older replaces it.
     listed = {name.partition("/")[0] for name in kept.listed_in(folder)}
     steps = sorted(int(name) for name in listed if name.isdecimal()) or steps
     if step is None and steps:
@@ -415,7 +420,9 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     try:
         params = _restored(path, abstract)
     except kept.Damaged:
-        params = _restored(path, abstract)  # its hashes are right: a busy machine may read short
+        params = _restored(
+            path, abstract
+        )  # its hashes are right, so a read may have been cut short
     check_finite(params, where)
     return params
 

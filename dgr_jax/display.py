@@ -1,8 +1,8 @@
 """Showing people text that others wrote: titles, passages, queries, names of files.
 
-What is shown moves no cursor, changes no colour, turns no line around and is no markup: characters
-that would are written as Python writes them (`\\x1b`, `\\u202e`), and `[bold]` and `:bee:` stay as
-they are. Every console, log line, error and label of a plot of this package goes through here.
+Such text must not move the cursor, change colours, reverse a line or be read as markup. Characters
+with such effects are written as Python writes them (`\\x1b`, `\\u202e`), and `[bold]` and `:bee:`
+stay as they are. Every console, log line, error and plot label of this package goes through here.
 """
 
 from __future__ import annotations
@@ -16,35 +16,37 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# C0 but for tab and line feed, DEL and C1; marks, embeddings, overrides and isolates of the
-# bidirectional algorithm; line and paragraph separators; shapers and annotations that are not seen;
-# halves of surrogate pairs, which cannot be written; tags, which spell unseen words.
+# Control characters (C0 except tab and line feed, DEL and C1); marks, embeddings, overrides and
+# isolates of the bidirectional algorithm; line and paragraph separators; invisible shapers and
+# annotations; halves of surrogate pairs, which cannot be written; tags, which spell hidden words.
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
 _BREAKS = re.compile("[\t\n\v\f\r\x85\u2028\u2029]+")
-_NARROWEST = 20  # columns; what claims to have fewer, such as COLUMNS=0, does not know
+_NARROWEST = (
+    20  # columns; a terminal that reports fewer, such as COLUMNS=0, does not know its width
+)
 
 
 def harmless(text: str) -> str:
-    """The text with every character that a terminal would obey, or nobody would see, written out.
+    """The text with every character that would control a terminal, or be invisible, written out.
 
     Tabs and line feeds stay.
     """
-    return _HARMFUL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _HARMFUL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def harmless_line(text: str) -> str:
-    """The same on one line: tabs and ends of lines are a blank."""
+    """The text as `harmless` gives it, on one line: tabs and line ends become blanks."""
     return harmless(_BREAKS.sub(" ", text))
 
 
 def cell(value: object, style: str = "") -> Text:
-    """A value as one line of a rich table or console, in a style, whatever the value holds."""
+    """A value, whatever it holds, as one line of a rich table or console, in a style."""
     from rich.text import Text
 
-    return Text.assemble((harmless_line(str(value)), style))  # the style of no padding
+    return Text.assemble((harmless_line(str(value)), style))  # so that padding has no style
 
 
 def wide_console() -> Console:
@@ -56,7 +58,7 @@ def wide_console() -> Console:
 def console(**settings: Any) -> Console:
     """A rich console that takes every string for plain text.
 
-    settings: of rich's `Console`.
+    settings: those of rich's `Console`.
     """
     from rich.console import Console
 
@@ -65,16 +67,16 @@ def console(**settings: Any) -> Console:
             return super().render_str(harmless(text), **how | {"markup": False, "emoji": False})
 
         def on_broken_pipe(self) -> None:
-            raise  # noqa: PLE0704 - rich calls it where it has caught BrokenPipeError
+            raise  # noqa: PLE0704 - rich calls this method after it has caught BrokenPipeError
 
-    made = Plain(markup=False, emoji=False, **{"highlight": False} | settings)
-    if made.width < _NARROWEST:
-        made.width = 80
-    return made
+    plain = Plain(markup=False, emoji=False, **{"highlight": False} | settings)
+    if plain.width < _NARROWEST:
+        plain.width = 80
+    return plain
 
 
 def listed(counts: Mapping[str, object]) -> str:
-    """Names with underscores and their numbers as words: '12 queries, 3 without lists'."""
+    """The counts as words, underscores of their names as blanks: '12 queries, 3 without lists'."""
     shown = (
         f"{value:,}" if isinstance(value, (int, float)) else f"{value}" for value in counts.values()
     )
@@ -83,17 +85,17 @@ def listed(counts: Mapping[str, object]) -> str:
 
 
 def plot_label(text: str) -> str:
-    """The same in a plot, where matplotlib would read formulas between dollar signs."""
+    """The text for a plot, where matplotlib would read formulas between dollar signs."""
     return harmless_line(text).replace("$", r"\$")
 
 
 def markdown_cell(value: object) -> str:
-    """A value in a Markdown table: a bar or a line break would begin another cell or row."""
+    """A value for a Markdown table, where a bar or a line break would begin another cell or row."""
     return harmless_line(str(value)).replace("\\", "\\\\").replace("|", "\\|")
 
 
 class LogFormatter(logging.Formatter):
-    """Log lines without harm, whatever their arguments hold."""
+    """Log lines as `harmless` writes them, whatever their arguments hold."""
 
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))

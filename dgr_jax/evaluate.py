@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Run the evaluate stage of an experiment (and the stages it needs); or, with --run and "
@@ -23,12 +23,7 @@ def command(argv: Sequence[str] | None) -> None:
     if args.run or args.qrels:
         _measure(parser, args)
         return
-    experiment = gin_files.load_experiment(args, bindings)
-
-    from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
-
-    pipeline.run(experiment, makers(experiment), ["evaluate"], named=cli.named(bindings))
+    running.run(args, bindings, ["evaluate"])
 
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -2,15 +2,15 @@
 
 In memory a run is {qid: passages, best first}, qrels are {qid: {pid: relevance}}. Every measure is
 averaged over all queries of the qrels: a query that the run lacks scores 0, a query that only the
-run has is left out. A run is ranked as its TREC file is (see dgr_jax.corpora.ranking): the measures
-are given those ranks and never meet a tie, which trec_eval and MS MARCO's script would break in
-opposite ways.
+run has is left out. A run is ranked as its TREC file is (see dgr_jax.corpora.ranking). The measures
+are computed from those ranks and so never meet a tie, which trec_eval and MS MARCO's script would
+break in opposite ways.
 
 `min_relevance` is the lowest grade that counts as relevant in the binary measures (Success@k,
-RR@k, R@k ...). Graded ones (nDCG@k) always use the grades. It does not show in the names of the
-measures: write it down beside them.
+RR@k, R@k ...). Graded measures (nDCG@k) always use the grades. The names of the measures do not
+tell min_relevance, so it has to be reported beside them.
 
-AnswerHits@k asks for no judgements: it looks for the answers of the queries in the texts of the
+AnswerHits@k needs no judgements: it looks for the answers of the queries in the texts of the
 passages, and is averaged over the queries that have answers.
 """
 
@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dgr_jax import display
 from dgr_jax.corpora import ranking
+from dgr_jax.corpora.answers import has_answer
 from dgr_jax.corpora.types import Query, ScoredPassage
-from dgr_jax.corpora.words import UNSPACED, marks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,11 +56,11 @@ def evaluate(
     """The mean of each measure over all queries of the qrels.
 
     Args:
-      run: passages of each query; any order, ranked by score and then by pid.
+      run: passages of each query in any order; they are ranked by score and then by pid.
       qrels: relevance of the judged passages of each query.
       measures: names as in ir_measures: 'Success@5', 'RR@10', 'nDCG@10', 'R@100', 'AP' ...
-      min_relevance: lowest grade that counts as relevant in a binary measure, unless the measure
-        says it itself, as 'Success(rel=2)@5'.
+      min_relevance: lowest grade that counts as relevant in a binary measure, unless the measure's
+        name gives one, as 'Success(rel=2)@5' does.
 
     Returns:
       {measure: mean}, with the names as given.
@@ -73,9 +72,9 @@ def evaluate(
 
 
 def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """{measure: mean over the queries} of what `per_query` or `answer_hits` gives.
+    """{measure: mean over the queries} of the values that `per_query` or `answer_hits` gives.
 
-    Raises ValueError for a measure of no query: there is no mean.
+    Raises ValueError for a measure without a query to average over.
     """
     if empty := [name for name, scores in values.items() if not scores]:
         raise ValueError(
@@ -92,17 +91,17 @@ def per_query(
 
     if not qrels:
         raise ValueError("qrels hold no query: there is nothing to measure on")
-    parsed = {name: _taken(name, min_relevance) for name in measures}
+    parsed = {name: _usable(name, min_relevance) for name in measures}
     ranks = {
         qid: {passage.pid: -float(i) for i, passage in enumerate(_ranked(qid, run[qid]))}
         for qid in qrels
         if qid in run
     }
     grades = {qid: {pid: int(grade) for pid, grade in row.items()} for qid, row in qrels.items()}
-    found = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
-    for metric in ir_measures.iter_calc(list(found), grades, ranks):
-        found[metric.measure][metric.query_id] = float(metric.value)
-    return {name: dict(found[measure]) for name, measure in parsed.items()}
+    values = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
+    for metric in ir_measures.iter_calc(list(values), grades, ranks):
+        values[metric.measure][metric.query_id] = float(metric.value)
+    return {name: dict(values[measure]) for name, measure in parsed.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,10 @@ class Comparison:
 
 
 def compare(measure: str, a: Sequence[float], b: Sequence[float]) -> Comparison:
-    """System a against system b: a value of each query, in the same order for both, with the
-    p-value of `paired_randomization_test`."""
+    """Compares systems a and b by one value for each query, in the same order for both.
+
+    The p-value is that of `paired_randomization_test`.
+    """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or not a.size:
         raise ValueError(
@@ -156,14 +157,14 @@ def compare_many(
     *,
     min_relevance: int = 1,
 ) -> Comparison:
-    """System a against system b, each with the runs of several seeds.
+    """Compares systems a and b, each by the runs of several seeds.
 
-    Each query has one value a system, its mean over the seeds; the test is paired over queries. So
-    it asks whether the difference holds for other queries of this kind, with these seeds: a query
-    is not counted once a seed as if seeds were fresh evidence about queries.
+    A query has one value for each system, its mean over the seeds, and the test is paired over
+    queries. So it asks whether the difference holds for other queries of this kind, with these
+    seeds; several seeds do not make one query count as several.
 
     Args:
-      runs_a, runs_b: one run a seed; the two may differ in number.
+      runs_a, runs_b: one run for each seed; the two may differ in number.
       qrels, measure, min_relevance: as in `evaluate`.
     """
     if not runs_a or not runs_b:
@@ -181,12 +182,12 @@ def paired_randomization_test(
 ) -> float:
     """Two-sided p-value of a mean paired difference (Fisher's randomization; Smucker et al. 2007).
 
-    Were the two systems the same, each difference could as well have the other sign. p is the
-    share of random sign flips whose mean is at least as far from 0 as the observed one, which
-    itself counts as one draw. With up to 14 differences that are not 0, all flips are counted.
+    If the two systems were equally good, each difference would be as likely with the other sign. p
+    is the share of random sign flips whose mean is at least as far from 0 as the observed mean,
+    which itself counts as one draw. With up to 14 differences that are not 0, all flips are tried.
 
     Returns:
-      p in (0, 1]; 1 where all differences are 0. Always the same for the same differences.
+      p in (0, 1]; 1 where all differences are 0. The same differences always give the same p.
     """
     differences = np.asarray(differences, np.float64)
     differences = differences[differences != 0]
@@ -218,11 +219,11 @@ def answer_hits(
 
     Args:
       run: passages of each query; a query that the run lacks has no hit.
-      queries: those without answers are left out.
-      passage_text: text of a pid. DPR looks into the text alone, without the title.
+      queries: queries without answers are left out.
+      passage_text: the text of a pid. DPR searches the text alone, without the title.
       measures: 'AnswerHits@5' ...
 
-    Raises ValueError for a measure that is none of these.
+    Raises ValueError for a measure of another kind.
     """
     cutoffs = {name: answer_cutoff(name) for name in measures}
     if None in cutoffs.values():
@@ -238,7 +239,8 @@ def answer_hits(
 def answer_ranks(
     run: Run, queries: Iterable[Query], passage_text: Callable[[str], str], *, depth: int = 100
 ) -> dict[str, int | None]:
-    """{qid: rank from 1 of the first passage that holds an answer, None if not in `depth`}."""
+    """{qid: rank from 1 of the first passage that holds an answer, None if none of the first
+    `depth` does}."""
     ranks = {}
     for query in queries:
         if not query.answers:
@@ -270,8 +272,10 @@ def answer_cutoff(measure: str) -> int | None:
 
 
 def require_answers(measures: Sequence[str], queries: Iterable[Query], split: str) -> None:
-    """Raises ValueError where a measure looks for answers and no query of the split has any; the
-    queries are read up to the first with answers, and not at all without such a measure."""
+    """Raises ValueError where a measure looks for answers and no query of the split has any.
+
+    The queries are read up to the first with answers, and not at all without such a measure.
+    """
     asked = [name for name in measures if answer_cutoff(name) is not None]
     if asked and not any(query.answers for query in queries):
         raise ValueError(
@@ -281,16 +285,16 @@ def require_answers(measures: Sequence[str], queries: Iterable[Query], split: st
 
 
 def check(measures: Sequence[str], *, min_relevance: int = 1) -> None:
-    """Raises ValueError for a measure that is unknown, of judgements or of answers, and for one of
-    judgements that cannot be taken here: the library for it is not installed, or refuses it."""
+    """Raises ValueError for an unknown measure, and for one that cannot be computed here because
+    the library for it is not installed or refuses it."""
     for name in measures:
         if answer_cutoff(name) is None:
-            _taken(name, min_relevance)
+            _usable(name, min_relevance)
 
 
 @lru_cache(maxsize=256)
-def _taken(name: str, min_relevance: int) -> Any:
-    """The ir_measures object of a name, which has been tried on a query with two passages."""
+def _usable(name: str, min_relevance: int) -> Any:
+    """The ir_measures object of a name, after a trial on one query with two passages."""
     import ir_measures
 
     measure = _measure(name, min_relevance)
@@ -318,48 +322,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")[:200]
 
 
-def has_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether the words of an answer stand in the text, in a row (DPR, Karpukhin et al. 2020).
-
-    Text and answers are decomposed (Unicode NFD), lower-cased and cut by `tokenize`, so that case
-    and spacing do not matter but accents and punctuation do.
-    """
-    text = _normalize(text)
-    # Cutting a text is slow; an answer with a word that is no substring cannot be in it.
-    wanted = [words for answer in answers if (words := _answer_words(answer))]
-    wanted = [words for words in wanted if all(word in text for word in words)]
-    if not wanted:
-        return False
-    tokens = tokenize(text)
-    return any(
-        tuple(tokens[i : i + len(words)]) == words
-        for words in wanted
-        for i in range(len(tokens) - len(words) + 1)
-    )
-
-
-def tokenize(text: str) -> list[str]:
-    """Runs of letters, digits and combining marks; every other visible character by itself, and
-    every one of a script without spaces between words, with its marks."""
-    tokens = _token_pattern().findall(text)
-    return [t for t in tokens if len(t) > 1 or unicodedata.category(t)[0] != "C"]
-
-
-@cache
-def _token_pattern() -> re.Pattern[str]:
-    # [^\W_] is exactly Unicode's letters and numbers, \S all but separators and some controls.
-    return re.compile(rf"[{UNSPACED}][{marks()}]*|(?:[^\W_{UNSPACED}]|[{marks()}])+|\S")
-
-
-@lru_cache(maxsize=1024)
-def _answer_words(answer: str) -> tuple[str, ...]:
-    return tuple(tokenize(_normalize(answer)))
-
-
-def _normalize(text: str) -> str:
-    return unicodedata.normalize("NFD", text).lower()
-
-
 # Tables for people.
 
 
@@ -374,7 +336,7 @@ def measures_table(
     Args:
       results: {system: {measure: value}}; a missing value is shown as a dash.
       measures: the columns; by default every measure, in order of appearance.
-      title: stands above the table.
+      title: the line above the table.
     """
     from rich.table import Table
 
@@ -410,7 +372,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
-    """In the order of `ranking`."""
+    """The passages in the order of `ranking`; ValueError for a repeated pid or a score of NaN."""
     seen = set()
     for passage in passages:
         if passage.pid in seen:
@@ -422,7 +384,7 @@ def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
 
 
 def _measure(name: str, min_relevance: int):
-    """The ir_measures object of a name; wrong names and cutoffs end here, before any work."""
+    """The ir_measures object of a name; raises ValueError for a wrong name or cutoff."""
     import ir_measures
 
     if min_relevance < 1:
@@ -435,7 +397,7 @@ def _measure(name: str, min_relevance: int):
         if measure.params.get("cutoff", 1) < 1:
             raise ValueError("a cutoff below 1")
     except (NameError, ValueError, AssertionError) as error:
-        # A parameter that must be given stands there as an object without a name.
+        # In the library's message, an object without a name stands for a parameter that is missing.
         reason = re.sub(r"invalid param (\w+)=<object .*>", r"it needs \1", _first_line(error))
         raise ValueError(
             f"unknown measure {name!r} ({reason}): expected a name of ir_measures such as "

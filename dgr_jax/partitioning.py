@@ -1,4 +1,4 @@
-"""Where every array lives: the device mesh, the table of logical axes, the shardings of a tree."""
+"""How arrays are divided over devices: the mesh, the table of logical axes, a tree's shardings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-_LEAST_CUT = 256  # rows; shorter arrays of an index stay whole
+_LEAST_CUT = 256  # arrays of an index with fewer rows are not divided
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# Logical axis (t5x's names) -> mesh axes; of several rules the first counts whose mesh axes the
-# array does not use yet. On a mesh whose axis has size 1 a rule changes nothing, so one table
-# serves data, model and fully sharded data parallelism.
+# Logical axis (t5x's names) -> mesh axes. Of several rules for one axis, the first one counts whose
+# mesh axes the array does not use yet. A rule for a mesh axis of size 1 changes nothing, so one
+# table serves data, model and fully sharded data parallelism.
 _COMMON: Rules = (
     ("batch", BATCH_AXES),
     ("vocab", "model"),
@@ -44,8 +44,9 @@ _WHOLE: Rules = (
     ("targets", None),
 )
 
-# t5x's four choices, by the dimensions in which (parameters, activations) are cut: what is done
-# with the width 'embed', which both have. Activations have the batch as their first dimension.
+# t5x's four choices, by the number of dimensions in which (parameters, activations) are divided.
+# They differ in the rules for the width 'embed', which both have. The first dimension of
+# activations is the batch.
 LAYOUTS: dict[tuple[int, int], Rules] = {
     (1, 1): (*_COMMON, ("embed", "fsdp"), *_WHOLE),
     (1, 2): (*_COMMON, ("embed", "model"), ("embed", "fsdp"), *_WHOLE),
@@ -57,14 +58,14 @@ RULES = LAYOUTS[1, 1]
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the mesh axes; one of them may be -1: all devices that the others leave.
+    """Sizes of the mesh axes; one of them may be -1, for all devices that the others leave.
 
-    data: copies of the model, each with its share of the batch.
-    model: devices that share each matrix product (vocabulary, heads and MLP are cut).
-    fsdp: devices that share the parameters' width and, like `data`, the batch.
-    parameter_dims: 1, or 2: parameters are cut over `data` as well, in their other dimension, and
-      gathered layer by layer (ZeRO-3).
-    activation_dims: 1, or 2: the width of what goes from layer to layer is cut over `model`.
+    data: number of copies of the model, each with its share of the batch.
+    model: number of devices that share each matrix product (vocabulary, heads and MLP are divided).
+    fsdp: number of devices that share the parameters' width and, as with `data`, the batch.
+    parameter_dims: 1; or 2, which divides parameters also over `data`, in their other dimension,
+      and gathers them layer by layer (ZeRO-3).
+    activation_dims: 1; or 2, which divides the width of activations between layers over `model`.
     """
 
     data: int = -1
@@ -91,8 +92,8 @@ class Mesh:
         return LAYOUTS[self.parameter_dims, self.activation_dims]
 
 
-def mesh_sizes(settings: Mesh, number: int) -> dict[str, int]:
-    """Sizes of the axes `data`, `fsdp`, `model` on so many devices.
+def mesh_sizes(settings: Mesh, num_devices: int) -> dict[str, int]:
+    """Sizes of the axes `data`, `fsdp`, `model` on a number of devices.
 
     Raises ValueError when the axes' product is not the number of devices.
     """
@@ -100,11 +101,11 @@ def mesh_sizes(settings: Mesh, number: int) -> dict[str, int]:
     free = [axis for axis, size in sizes.items() if size == -1]
     taken = math.prod(size for size in sizes.values() if size != -1)
     if free:
-        sizes[free[0]] = max(1, number // taken)
-    if math.prod(sizes.values()) != number:
+        sizes[free[0]] = max(1, num_devices // taken)
+    if math.prod(sizes.values()) != num_devices:
         given = ", ".join(f"Mesh.{axis}={getattr(settings, axis)}" for axis in AXES)
         raise ValueError(
-            f"mesh: got {given}, expected a product of {number}, the number of devices; "
+            f"mesh: got {given}, expected a product of {num_devices}, the number of devices; "
             f"set Mesh.data, Mesh.model or Mesh.fsdp"
         )
     return sizes
@@ -124,30 +125,30 @@ def make_mesh(
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts the batch axis is cut."""
+    """Into how many parts the batch axis is divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shared_rows(rows: int, mesh: jax.sharding.Mesh) -> int:
-    """So many rows, rounded up to those that all data shards have equally many of."""
+    """The number of rows, rounded up so that all data shards have equally many."""
     shards = batch_shards(mesh)
     return -(-rows // shards) * shards
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """The sharding of every batch feature: axis 0 is cut, the others are whole."""
+    """The sharding of every batch feature: axis 0 is divided, the others are whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 @contextlib.contextmanager
 def in_force(mesh: jax.sharding.Mesh, rules: Any) -> Iterator[None]:
-    """While a program is traced: its activations are cut over `mesh` by `rules`, wherever the model
-    says so (`models.activations.cut`)."""
+    """A context in which a traced program divides its activations over `mesh` by `rules`, wherever
+    the model calls `models.activations.cut`."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -157,13 +158,13 @@ def on_batch_shards(
 ) -> Any:
     """function(*whole arguments, batch) -> tree of [B, ...], run by each data shard on its rows.
 
-    So no row waits for another shard's, and a loop in it may end early on one of them. Arrays that
-    are cut over `model` stay so, and XLA divides the work on them; those cut over `fsdp` are
-    gathered once, before the function runs.
+    No row waits for those of another shard, so that a loop in the function may end earlier on one
+    shard than on another. Arrays that are divided over `model` stay so, and XLA divides the work on
+    them; those divided over `fsdp` are gathered once, before the function runs.
 
     Args:
       whole: number of leading arguments that every data shard sees whole.
-      rules: by which the model's activations are cut over the devices of a data shard.
+      rules: how the model's activations are divided over the devices of a data shard.
     """
     rows = PartitionSpec(BATCH_AXES)
 
@@ -185,10 +186,11 @@ def on_batch_shards(
 def index_shardings(
     arrays: Mapping[str, Any], mesh: jax.sharding.Mesh, *, max_replicated_bytes: int
 ) -> dict[str, NamedSharding]:
-    """Shardings of an index: whole on every device, unless that takes more than the limit.
+    """Shardings of an index: whole on every device, unless that takes more bytes than the limit.
 
-    Then the largest arrays are cut along axis 0 over `model`, one after the other, until a device
-    holds no more than the limit. Short arrays, and those that the axis does not divide, stay whole.
+    Above it, arrays are divided along axis 0 over `model`, the largest first, until a device holds
+    no more than the limit. Short arrays, and those whose rows are no multiple of the axis, stay
+    whole.
     """
     parts = mesh.shape["model"]
     held = sum(array.nbytes for array in arrays.values())
@@ -216,7 +218,7 @@ def _spec(
     mesh: jax.sharding.Mesh,
     rules: Any,
 ) -> PartitionSpec:
-    """Mesh axes of one array; an axis that does not divide its dimension is left whole."""
+    """The mesh axes of one array; a dimension that is no multiple of its mesh axes stays whole."""
     known = {name for name, _ in rules}
     for name in names:
         if name is not None and name not in known:
@@ -266,7 +268,7 @@ def _boxed_shapes(model: Any) -> Any:
 
 
 def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> Any:
-    """Shape, dtype and sharding of every parameter: what a checkpoint is restored onto."""
+    """Shape, dtype and sharding of every parameter, into which a checkpoint is restored."""
     boxed = _boxed_shapes(model)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -278,8 +280,8 @@ def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> 
 def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """(i, n): this process's devices hold the i-th of n equal parts of every batch.
 
-    Processes that share a data shard have the same part. (0, 1), all of it, where the devices of a
-    process do not lie together.
+    Processes that share a data shard have the same part. The result is (0, 1), the whole batch,
+    where the shards of this process are not neighbours.
     """
     shards = batch_shards(mesh)
     held = batch_sharding(mesh).addressable_devices_indices_map((shards,))
@@ -290,12 +292,12 @@ def batch_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
-    """This process's rows of a batch -> global arrays, cut along axis 0.
+    """This process's rows of a batch -> global arrays, divided along axis 0.
 
     Args:
-      batch: tree of NumPy arrays [local rows, ...], the part that `batch_share` says.
+      batch: tree of NumPy arrays [local rows, ...], the part of the batch that `batch_share` gives.
 
-    Raises ValueError when the global batch cannot be cut evenly.
+    Raises ValueError when the global batch is no multiple of the data shards.
     """
     shards, (index, parts) = batch_shards(mesh), batch_share(mesh)
 
@@ -312,7 +314,7 @@ def shard_batch(batch: Mapping[str, Any], mesh: jax.sharding.Mesh) -> Any:
 
 
 def _place_rows(rows: np.ndarray, size: int, first: int, sharding: NamedSharding) -> jax.Array:
-    """Rows `first` and on, of `size`, -> the global array."""
+    """The rows from `first` on of a global array with `size` rows -> that array."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(size)
@@ -322,8 +324,11 @@ def _place_rows(rows: np.ndarray, size: int, first: int, sharding: NamedSharding
 
 
 def place_padded(tokens: np.ndarray, shape: tuple[int, int], mesh: jax.sharding.Mesh) -> jax.Array:
-    """Tokens int [n, Q], that every process holds whole, as a global batch int32 of this shape, cut
-    along axis 0: filled up with padding, or cut to its length."""
+    """Tokens int [n, Q], which every process holds whole, as a global int32 batch of a given shape.
+
+    The batch is divided along axis 0. Missing rows and tokens are padding; tokens beyond its length
+    are left out.
+    """
     padded = np.zeros(shape, np.int32)
     tokens = tokens[:, : shape[1]]
     padded[: tokens.shape[0], : tokens.shape[1]] = tokens
@@ -331,9 +336,9 @@ def place_padded(tokens: np.ndarray, shape: tuple[int, int], mesh: jax.sharding.
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """What every process holds whole -> global arrays; those that are global are placed anew.
+    """Arrays that every process holds whole -> global arrays; global ones get the new sharding.
 
-    shardings: one for the whole tree, or a tree of them.
+    shardings: one sharding for the whole tree, or a tree of them.
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)

@@ -1,4 +1,4 @@
-"""PNGs of an experiment, how training went and what its systems find; and of a study.
+"""PNGs of an experiment (how training went, how good its systems are) and of a study.
 
 matplotlib is imported when a plot is drawn, and used without pyplot: no window, no global state.
 """
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), told apart with any colour vision; the yellow is too light for lines.
+# The colours of Okabe and Ito (2008), which people of any colour vision can tell apart, without the
+# yellow, which is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -133,12 +134,14 @@ def measures_over(
     measures: Sequence[str],
     path: str | Path,
 ) -> Path:
-    """Draws measures over a setting, a panel each: a line a system, its interval in a lighter band.
+    """Draws measures over a setting: a panel for each measure, a line and, as a lighter band, its
+    interval for each system.
 
-    Values that are positive, and the largest of them eight times the smallest, lie on a log scale.
+    The axis is logarithmic where all values are positive and the largest is at least eight times
+    the smallest.
 
-    series: {name: [(value of the setting, {measure: (mean, low, high)}), ...]}; a name may be blank
-      where there is but one. axis: what to write below.
+    series: {name: [(value of the setting, {measure: (mean, low, high)}), ...]}; the name may be
+      blank where there is only one. axis: the label of the horizontal axis.
 
     Returns the path. Raises ValueError without any point.
     """
@@ -152,7 +155,7 @@ def measures_over(
         for (name, points), (colour, marker) in zip(series.items(), looks, strict=True):
             points = sorted(points, key=lambda point: point[0])
             at = [value for value, _ in points]
-            means, lows, highs = zip(*(found[measure] for _, found in points), strict=True)
+            means, lows, highs = zip(*(intervals[measure] for _, intervals in points), strict=True)
             axes.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
             axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=plot_label(name))
         axes.set_title(plot_label(measure), loc="left", fontsize=11, fontweight="bold")
@@ -193,7 +196,8 @@ def _name_the_lines(axes: Axes) -> None:
 
 
 def _spread(heights: Sequence[float], apart: float, ceiling: float) -> np.ndarray:
-    """Moves heights until neighbours are `apart`: each crowd is spread about its own middle."""
+    """Moves heights until neighbours are `apart`; each group that is too close is spread about its
+    middle."""
     order = np.argsort(heights, kind="stable")
     crowds = []  # [middle, size], lowest first
     for height in np.asarray(heights, np.float64)[order]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from dgr_jax import processes
-from dgr_jax.config import cli, gin_files
-from dgr_jax.config.mistakes import Mistake
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Run the prepare stage of an experiment. With --export, copy what the later stages need into "
@@ -29,24 +27,12 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings)
-
-    from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
-
-    made_by = makers(experiment)
+    changed = {}
     if args.beam_options is not None:
-        if "generate" not in experiment.stages:
-            raise Mistake(
-                "--beam_options: got a dense retriever, expected an experiment with the stage "
-                "'generate': workers make its examples, and a dense retriever has none"
-            )
         from dgr_jax.stages import beam
 
-        beam.check()
-        everywhere = partial(beam.write_parts, options=args.beam_options)
-        made_by = made_by | {"prepare": partial(made_by["prepare"], everywhere=everywhere)}
-    pipeline.run(experiment, made_by, ["prepare"], named=cli.named(bindings))
+        changed = {"changed": beam.everywhere(args.beam_options)}
+    experiment = running.run(args, bindings, ["prepare"], **changed)
     if args.export and processes.first():
         from dgr_jax.stages.prepared import export
 

@@ -1,11 +1,11 @@
-"""Several processes that work on one experiment, such as one a host of a TPU pod.
+"""Several processes that work on one experiment, such as one on each host of a TPU pod.
 
-JAX joins them (`start`). What they decide together goes through its coordination service, which the
+JAX joins them (`start`). Their common decisions go through its coordination service, which the
 first of them runs: `agree`, `wait`, and `Stop`, which saves at the same step everywhere.
 
-None is left behind. A process that fails tells the others; of one that dies JAX hears nothing for
-HEARTBEAT seconds, and then aborts those that are left: what they say last is the name of the dead.
-With a single process nothing here does anything.
+They end together. A process that fails tells the others. When one dies, JAX notices after HEARTBEAT
+seconds without a sign of life and aborts the others, whose last message names the dead process.
+With a single process, the functions of this module have no effect.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dgr_jax import interrupts
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: told to stop (SIGTERM), run the same command again
-EXIT_LOST = 76  # another process died: run the same command again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by SIGTERM; the same command goes on
+EXIT_LOST = 76  # another process died; the same command goes on
 VARIABLES = {
     "coordinator_address": "JAX_COORDINATOR_ADDRESS",
     "num_processes": "JAX_NUM_PROCESSES",
@@ -40,52 +40,53 @@ VARIABLES = {
 
 _KEYS = "dgr_jax/"
 _LOST = ("gloo", "connection closed", "connection reset", "unavailable", "socket closed", "barrier")
-_SILENT = 5  # seconds without a sign of life: the likeliest to have died
+_SILENT = 5  # seconds without a sign of life after which a process may be named as the dead one
 _POLL = 5000  # milliseconds
 
 _group: _Group | None = None
 
 
 def settings(given: dict[str, str | None]) -> dict[str, Any] | None:
-    """coordinator_address, num_processes, process_id of flags, or else of the environment.
+    """coordinator_address, num_processes and process_id from flags, or else from the environment.
 
-    {}: JAX shall find them, in a SLURM step of several tasks; None: this process is alone.
-    Raises ValueError where only some of them are given, or one is no number.
+    {} where JAX shall find them, in a SLURM step with several tasks; None where this process works
+    alone. Raises ValueError where only some of them are given, or one is no number.
     """
-    found = {name: given.get(name) or os.environ.get(v) for name, v in VARIABLES.items()}
-    missing = [f"--{name} ({VARIABLES[name]})" for name, value in found.items() if not value]
-    if len(missing) == len(found):
+    joined = {name: given.get(name) or os.environ.get(v) for name, v in VARIABLES.items()}
+    missing = [f"--{name} ({VARIABLES[name]})" for name, value in joined.items() if not value]
+    if len(missing) == len(joined):
         return {} if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
     if missing:
         raise ValueError(f"several processes: {' and '.join(missing)} must be given as well")
-    address = found["coordinator_address"]
+    address = joined["coordinator_address"]
     if not address.rpartition(":")[2].isdigit():
         raise ValueError(f"--coordinator_address: got {address!r}, expected HOST:PORT")
     for name in ("num_processes", "process_id"):
-        if not found[name].isdigit():
-            raise ValueError(f"--{name}: got {found[name]!r}, expected a number")
-        found[name] = int(found[name])
-    if not found["process_id"] < found["num_processes"]:
+        if not joined[name].isdigit():
+            raise ValueError(f"--{name}: got {joined[name]!r}, expected a number")
+        joined[name] = int(joined[name])
+    if not joined["process_id"] < joined["num_processes"]:
         raise ValueError(
-            f"--process_id: got {found['process_id']}, expected a number below --num_processes="
-            f"{found['num_processes']}"
+            f"--process_id: got {joined['process_id']}, expected a number below --num_processes="
+            f"{joined['num_processes']}"
         )
-    return found if found["num_processes"] > 1 else None
+    return joined if joined["num_processes"] > 1 else None
 
 
 def start(given: dict[str, Any]) -> None:
-    """Joins the other processes; before anything is computed.
+    """Joins the other processes; to be called before anything is computed.
 
-    given: see `settings`; {}: JAX finds them (TPU, SLURM, MPI).
-    Raises RuntimeError when not all of them come, within five minutes.
+    given: what `settings` returns; with {} JAX finds the processes (TPU, SLURM, MPI).
+    Raises RuntimeError when not all of them have joined within five minutes.
     """
     global _group
     import jax
 
-    # It would take SIGTERM from Python, and never end a process outside of a loop; see `Stop`.
+    # JAX's own service would keep SIGTERM from Python, and never end a process outside a loop of
+    # steps. `Stop` handles it here.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT)
-    from jax._src import distributed  # orbax takes the client from here, too
+    from jax._src import distributed  # orbax takes the client from here too
 
     state = distributed.global_state
     if state.num_processes > 1:
@@ -94,7 +95,7 @@ def start(given: dict[str, Any]) -> None:
 
 
 def count() -> int:
-    """Processes that work together."""
+    """The number of processes that work together."""
     return _group.count if _group else 1
 
 
@@ -104,7 +105,8 @@ def first() -> bool:
 
 
 def agree(value: Any) -> Any:
-    """What the first process has handed in, JSON; all of them call it in the same order."""
+    """Returns the JSON value of the first process to all; each process makes the same calls in the
+    same order."""
     return _group.agree(value) if _group else value
 
 
@@ -116,7 +118,8 @@ def wait() -> None:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Around all that a process does: it ends together with the others, or tells them why not."""
+    """A context manager around everything that a process does: it ends together with the others, or
+    tells them why it ends alone."""
     try:
         yield
     except SystemExit as end:
@@ -139,8 +142,11 @@ def _leave(code: int) -> None:
 
 @contextlib.contextmanager
 def blaming() -> Iterator[None]:
-    """Around what is done together: where the connection to another process breaks because that one
-    died, this one ends, and says so."""
+    """A context manager around work that processes do together.
+
+    Where the connection to another process breaks because that process died, this one ends with a
+    message that names it.
+    """
     try:
         yield
     except Exception as error:
@@ -150,7 +156,7 @@ def blaming() -> Iterator[None]:
 
 
 def _is_lost(error: BaseException | None) -> bool:
-    """Whether an error, or what it came of, is one of the connection."""
+    """Whether an error, or one of its causes, is an error of the connection."""
     while error is not None:
         if any(sign in str(error).lower() for sign in _LOST):
             return True
@@ -159,16 +165,15 @@ def _is_lost(error: BaseException | None) -> bool:
 
 
 class Stop:
-    """SIGTERM or Ctrl-C while a loop of steps runs. A context manager: when it is left, they end
-    the process as before; with several processes, all of them.
+    """A context manager that handles SIGTERM and Ctrl-C while a loop of steps runs.
 
-    One process: the handlers before it are put back. Several: a signal to any of them counts.
-    Before the first step is done, which is compiled for long, there is nothing to save: Ctrl-C ends
-    a command at once.
+    After it the signals end the process as they did before. A single process gets its old handlers
+    back; with several, a signal to any of them stops all. Before the first step is done, which may
+    take long to compile, there is nothing to save, and Ctrl-C ends a command at once.
     """
 
     def __init__(self, name: str = "the stage") -> None:
-        """name: of what is trained, for the line that answers Ctrl-C."""
+        """name: the name of what is trained, for the line that answers Ctrl-C."""
         self._noted: int | None = None
         self._before: dict[int, Any] = {}
         self._name = name
@@ -179,15 +184,15 @@ class Stop:
     def __enter__(self) -> Stop:
         if _group:
             _group.enter()
-        for number in (signal.SIGTERM, signal.SIGINT) if self._handles else ():
-            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
+        for sig in (signal.SIGTERM, signal.SIGINT) if self._handles else ():
+            if sig == signal.SIGTERM or signal.getsignal(sig) != signal.SIG_IGN:
+                self._before[sig] = signal.signal(sig, self._note)
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
-        if number == self._noted == signal.SIGINT and callable(self._before[number]):
-            self._before[number](number, frame)  # a second Ctrl-C does not wait
-        self._noted = self._noted or number
+    def _note(self, sig: int, frame: Any) -> None:
+        if sig == self._noted == signal.SIGINT and callable(self._before[sig]):
+            self._before[sig](sig, frame)  # a second Ctrl-C does not wait for the step
+        self._noted = self._noted or sig
 
     def requested(self, step: int) -> bool:
         """Whether to stop after this step; every process gets the same answer."""
@@ -199,12 +204,12 @@ class Stop:
     @property
     def status(self) -> int:
         """The exit status of a process that was told to stop."""
-        number = _group.signal if _group else self._noted
-        return interrupts.EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+        sig = _group.signal if _group else self._noted
+        return interrupts.EXIT_INTERRUPTED if sig == signal.SIGINT else EXIT_STOPPED
 
     def __exit__(self, kind: Any, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for sig, handler in self._before.items():
+            signal.signal(sig, handler or signal.SIG_DFL)
         told = _group.leave_loop() if _group else self._noted is not None
         if told and kind is None:
             logger.warning("%s: stopped at its end; the same command goes on", self._name)
@@ -222,13 +227,13 @@ class _Group:
         self._client = client
         self._calls = 0
         self._names = {i: f"process {i}" for i in range(count)}
-        self._signs: dict[int, tuple[str, float]] = {}  # of life, and when they were new
+        self._signs: dict[int, tuple[str, float]] = {}  # last sign of life, and the time it came
         self._looked = time.monotonic()
         self._lock = threading.Lock()
-        self._step: int | None = None  # the last one of a loop; None: outside
+        self._step: int | None = None  # the last finished step of a loop; None outside a loop
         self._stopping = False
-        self.signal = signal.SIGTERM  # that told them to stop
-        self._pressed = 0.0  # when Ctrl-C came here first
+        self.signal = signal.SIGTERM  # the signal that stops them
+        self._pressed = 0.0  # the time of the first Ctrl-C in this process
         self._last: int | None = None  # the step to stop after
         self._closed = threading.Event()
 
@@ -241,10 +246,10 @@ class _Group:
         read, write = os.pipe()
         os.set_blocking(write, False)
         if threading.current_thread() is threading.main_thread():
-            # A handler, so that a byte is written: it wakes the watch while Python is busy.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, lambda *_: None)
+            # With a handler Python writes a byte for each signal, which wakes the watching thread.
+            for sig in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(sig) != signal.SIG_IGN:
+                    signal.signal(sig, lambda *_: None)
             signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
         self._libc = ctypes.CDLL(None)
@@ -252,13 +257,13 @@ class _Group:
         self._thread = threading.Thread(target=self._watch, args=(read,), daemon=True)
         self._thread.start()
 
-    # What is said through the coordination service.
+    # Messages through the coordination service.
 
     def _set(self, key: str, value: str) -> None:
         self._client.key_value_set(_KEYS + key, value, allow_overwrite=True)
 
     def _get(self, key: str) -> str:
-        """Waits for it, however long; Python's signal handlers run meanwhile."""
+        """Waits for a key without limit, while Python's signal handlers can run."""
         while True:
             try:
                 return self._client.blocking_key_value_get(_KEYS + key, _POLL)
@@ -289,14 +294,17 @@ class _Group:
                 self._set(f"step/{self.index}", "0")
 
     def leave_loop(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether the loop was told to stop."""
         with self._lock:
             self._step = None
             return self._stopping
 
     def requested(self, step: int) -> bool:
-        """All have said, when they heard of it, which step they had done: the next one that none
-        has done yet is the last."""
+        """Whether to stop after this step.
+
+        Each process has reported the step it had done when it heard of the stop. All stop after the
+        first step that none of them had done then.
+        """
         with self._lock:
             self._step = step
             if not self._stopping:
@@ -305,17 +313,17 @@ class _Group:
             self._last = 1 + max(int(self._get(f"step/{i}")) for i in range(self.count))
         return step >= self._last
 
-    def _stop(self, by: int, number: int) -> None:
+    def _stop(self, by: int, sig: int) -> None:
         with self._lock:
-            self._stopping, self.signal = True, number
+            self._stopping, self.signal = True, sig
             if self._step is not None:
                 self._set(f"step/{self.index}", str(self._step))
                 return
-        if number == signal.SIGINT:
+        if sig == signal.SIGINT:
             self.end(interrupts.EXIT_INTERRUPTED, f"Ctrl-C on {self._names[by]}: all stop")
         self.end(EXIT_STOPPED, f"SIGTERM on {self._names[by]}: all stop")
 
-    # The watch.
+    # The thread that watches the others.
 
     def _watch(self, read: int) -> None:
         beats = 0
@@ -326,20 +334,20 @@ class _Group:
                 beats += 1
                 self._set(f"sign/{self.index}", str(beats))
                 said = dict(self._client.key_value_dir_get(_KEYS))
-            except Exception:  # the first process is gone: JAX aborts this one
+            except Exception:  # the first process is gone, and JAX will abort this one
                 continue
             self._look({key.removeprefix(_KEYS): value for key, value in said.items()})
 
     def _tell(self, signals: bytes) -> None:
-        """Tells all to stop; a second Ctrl-C ends this process, and so the others, at once."""
+        """Tells all processes to stop; a second Ctrl-C ends this one and so the others at once."""
         if signal.SIGINT in signals:
             now = time.monotonic()
             if self._pressed and now - self._pressed > interrupts.ONE_PRESS:
                 self.end(interrupts.EXIT_INTERRUPTED, "Ctrl-C again: ends without saving")
             self._pressed = self._pressed or now
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if number in signals:
-                self._set("stop", json.dumps([self.index, number]))
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            if sig in signals:
+                self._set("stop", json.dumps([self.index, sig]))
 
     def _look(self, said: dict[str, str]) -> None:
         self._looked = time.monotonic()
@@ -354,11 +362,11 @@ class _Group:
             self._stop(*json.loads(said["stop"]))
 
     def _gone(self) -> tuple[int, float] | None:
-        """The process that seems dead, and for how many seconds it was silent."""
+        """The process that seems dead and for how many seconds it has been silent, or None."""
         silent = {i: self._looked - since for i, (_, since) in self._signs.items()}
         index = max(silent, key=silent.__getitem__, default=self.index)
         seconds = silent.get(index, 0.0)
-        # The first one may have left already because of another's death.
+        # The first process may have ended already because another one died.
         if seconds < HEARTBEAT / 2 and self.index and not self._reachable():
             return 0, time.monotonic() - self._looked
         return None if index == self.index or seconds < _SILENT else (index, seconds)
@@ -378,16 +386,16 @@ class _Group:
         )
 
     def _aborted(self, _: int) -> None:
-        """SIGABRT, in JAX's thread: it gives up on a process that is silent or unreachable."""
+        """Handles SIGABRT, which JAX's thread sends where a process is silent or unreachable."""
         gone = self._gone()
-        if gone is None:  # its own fault
+        if gone is None:  # the reason is in this process
             self._libc.signal(signal.SIGABRT, None)
             return
         os.write(2, f"error: {self._obituary(*gone)}\n".encode())
         os._exit(EXIT_LOST)
 
     def blame(self) -> None:
-        """Ends this process when another seems dead, within the time that JAX takes to see it."""
+        """Ends this process if another seems dead within the time that JAX needs to notice it."""
         deadline = time.monotonic() + HEARTBEAT + 10
         while time.monotonic() < deadline:
             if (gone := self._gone()) is not None:
@@ -397,7 +405,7 @@ class _Group:
     # The end.
 
     def end(self, code: int, message: str) -> None:
-        """Leaves at once, without waiting for the others, who hear of it."""
+        """Ends this process at once, after telling the others, without waiting for their end."""
         if message:
             sys.stderr.write(f"error: {message}\n")
         sys.stdout.flush()
@@ -405,7 +413,8 @@ class _Group:
         with contextlib.suppress(Exception):
             self._set(f"left/{self.index}", json.dumps([code, message]))
             deadline = time.monotonic() + _SILENT
-            while self.index == 0 and time.monotonic() < deadline:  # the service ends with it
+            # The service ends with the first process, so that one waits until all have heard.
+            while self.index == 0 and time.monotonic() < deadline:
                 left = self._client.key_value_dir_get(f"{_KEYS}left")
                 if len(left) == self.count:
                     break
@@ -413,7 +422,7 @@ class _Group:
         os._exit(code)
 
     def close(self) -> None:
-        """Leaves when all others do."""
+        """Leaves the group when all others do."""
         import jax
 
         self._closed.set()

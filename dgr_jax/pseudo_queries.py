@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Teach a T5 to write the queries of a passage, on the training pairs of a collection, and let "
@@ -15,26 +15,10 @@ DESCRIPTION = (
 
 def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("pseudo_queries", DESCRIPTION)
-    parser.add_argument(
-        "--stages",
-        default="sample",
-        metavar="STAGE,STAGE",
-        help="stages to run, with those they need: prepare, generate, sample (default: sample)",
-    )
+    cli.stages(parser, "prepare, generate, sample")
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings, ("PseudoQueries",))
-
-    from dgr_jax.stages import pipeline
-    from dgr_jax.stages.pseudo_queries import MAKERS
-
-    pipeline.run(
-        experiment,
-        MAKERS,
-        [stage.strip() for stage in args.stages.split(",")],
-        named=cli.named(bindings),
-    )
+    running.run(args, bindings, args.stages, kinds=("PseudoQueries",))
 
 
 if __name__ == "__main__":
-    cli.reuse_memory()
     cli.main(command)

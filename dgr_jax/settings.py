@@ -82,6 +82,17 @@ def restored(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     return kind(**{name: of(hints.get(name), value) for name, value in values.items()})
 
 
+def folders_of(value: Any) -> set[str]:
+    """Every folder that the settings name, by a field `folder`."""
+    if isinstance(value, tuple):
+        return set().union(*map(folders_of, value))
+    if not dataclasses.is_dataclass(value):
+        return set()
+    inside = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    own = {inside["folder"]} if isinstance(inside.get("folder"), str) else set()
+    return own.union(*map(folders_of, inside.values()))
+
+
 def paths(value: Any) -> dict[str, str]:
     """Every file that the settings name: 'SentencePiece.path' -> 'spiece.model'; blank: left out.
 

@@ -1,9 +1,9 @@
 """The student as a model of t5x (Roberts et al. 2022), for `python -m t5x.train`; see docs/t5x.md.
 
-t5x brings the loop, the mesh, the optimizer and the checkpoints; from here come the student, the
-objectives, and a decoder that writes only identifiers that exist. Parameters have t5x's names, so
-checkpoints go both ways: t5x's are read by `dgr_jax.models.pretrained`, and
-`initial_checkpoint` makes one of published weights for a collection's vocabulary.
+t5x has the loop, the mesh, the optimizer and the checkpoints; this module adds the student, the
+objectives, and a decoder that writes only existing identifiers. Parameters have t5x's names, so
+that either side can read the checkpoints of the other: `dgr_jax.models.pretrained` reads t5x's, and
+`initial_checkpoint` makes one from published weights for a collection's vocabulary.
 
 Axis letters: B queries, Q query length, M beams, T target length.
 """
@@ -56,9 +56,9 @@ Batch = Mapping[str, jax.Array]
 class Collection:
     """A MODEL_DIR whose prepare stage is done; its SeqIO tasks are registered when it is opened.
 
-    Those of its file in tasks/ (`squad_generation` and its parts), `squad_rank_lists` where the
-    teach stage is done as well, and `squad_test` (and so on) for each test split: its queries, with
-    Success@k, RR@10, and the share of legal identifiers as metrics.
+    The tasks are those of its file in tasks/ (`squad_generation` and its parts), `squad_rank_lists`
+    where the teach stage is done as well, and one for each test split, such as `squad_test`. The
+    metrics of the queries of a test split are Success@k, RR@10 and the share of legal identifiers.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -82,7 +82,9 @@ class Collection:
         made, settings = self.made, self.settings
         name = settings["tasks"]
         rates = {part: settings["sources"][part] for part in self._parts()}
-        task_file(name).register(tasks.Prepared(made.folder / "tfds", made.vocabulary, rates))
+        task_file(name).register(
+            tasks.PreparedExamples(made.folder / "tfds", made.vocabulary, rates)
+        )
         if (lists := self._rank_lists()) is not None:
             tasks.register_token_lists(name, made.vocabulary, lists)
         for split in settings["test_splits"]:
@@ -108,9 +110,9 @@ class Collection:
         for qid, query in self.made.queries(split).items():
             judged = sorted(qrels.get(qid, {}).items(), key=lambda item: -item[1])
             good = [pid for pid, grade in judged if grade >= self.settings["min_relevance"]]
-            found = [row for pid in good if (row := rows[store.index_of(pid)]) >= 0]
-            if found:
-                yield query.text, table.tokens[found]
+            positives = [row for pid in good if (row := rows[store.index_of(pid)]) >= 0]
+            if positives:
+                yield query.text, table.tokens[positives]
 
     def lengths(self, *, rank_lists: bool = False) -> dict[str, int | tuple[int, ...]]:
         """Task feature lengths of the generation tasks, or of the rank lists."""
@@ -133,7 +135,7 @@ def _opened(model_dir: Path) -> Collection:
 
 
 def collection(model_dir: str) -> Collection:
-    """The collection in a MODEL_DIR, opened once: what gin files refer to."""
+    """The collection in a MODEL_DIR, opened once, for gin files to refer to."""
     return _opened(Path(model_dir).resolve())
 
 
@@ -145,7 +147,7 @@ def task_feature_lengths(
 
 
 def variables(model: Transformer, rng: jax.Array) -> flax.core.FrozenDict:
-    """New parameters as t5x wants them: arrays, and their logical axes in `params_axes`."""
+    """New parameters in t5x's form: arrays, and their logical axes in `params_axes`."""
     boxed = partitioning.boxed_params(model, rng)
     is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
     named = flax.traverse_util.flatten_dict(
@@ -161,14 +163,15 @@ def variables(model: Transformer, rng: jax.Array) -> flax.core.FrozenDict:
 class Student(t5x_models.BaseTransformerModel):
     """The student, its objective, and search over the identifiers of a collection.
 
-    config: of the student; vocab_size 0 is that of the collection.
+    config: the student's sizes; vocab_size 0 takes that of the collection.
     objective: Generation or Distillation; with rank lists, the generation target is the best
-      positive of each.
-    num_decodes: beams M, and answers a query. return_all_decodes: all of them, not the best alone.
+      positive of each list.
+    num_decodes: number M of beams, and of answers to a query. return_all_decodes: True returns all
+      of them, False the best alone.
     renormalise: see Search.
-    loss_normalizing_factor: divides the objective's sum; None: its weight in the batch, so that the
-      loss is a mean. t5x adds the gradients of microbatches, which makes them as many times larger;
-      Adafactor does not feel that.
+    loss_normalizing_factor: divides the objective's sum; None takes its weight in the batch, so
+      that the loss is a mean. t5x adds up the gradients of microbatches, so n of them make the
+      gradient n times larger; Adafactor's steps do not depend on that.
     """
 
     FEATURE_CONVERTER_CLS = TaskConverter
@@ -204,13 +207,14 @@ class Student(t5x_models.BaseTransformerModel):
         input_shapes: Mapping[str, Any],
         input_types: Mapping[str, Any] | None = None,
     ) -> flax.core.FrozenDict:
-        """{"params", "params_axes"}; no shape of the inputs matters."""
+        """{"params", "params_axes"}; the shapes of the inputs do not matter."""
         return variables(self.module, rng)
 
     def loss_fn(
         self, params: Any, batch: Batch, dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The objective on generation examples or on rank lists; dropout_rng None: no dropout."""
+        """The objective on generation examples or rank lists, without dropout if dropout_rng is
+        None."""
         lists = "identifier_tokens" in batch
         if lists != isinstance(self._objective, Distillation):
             raise ValueError(
@@ -222,9 +226,9 @@ class Student(t5x_models.BaseTransformerModel):
         if rng is None:
             model, rng = _without_dropout(self.config), jax.random.PRNGKey(0)
         loss_fn = self._objective.loss_fn(model)
-        loss_sum, weight_sum, found = loss_fn(params, {"rank_list": batch} if lists else batch, rng)
+        loss_sum, weight_sum, parts = loss_fn(params, {"rank_list": batch} if lists else batch, rng)
         loss = loss_sum / (self._loss_normalizing_factor or jnp.maximum(weight_sum, 1.0))
-        return loss, _metrics(found | {"loss": (loss_sum, weight_sum)}, batch)
+        return loss, _metrics(parts | {"loss": (loss_sum, weight_sum)}, batch)
 
     def _compute_logits(
         self, params: Any, batch: Batch, dropout_rng: jax.Array | None = None
@@ -247,17 +251,17 @@ class Student(t5x_models.BaseTransformerModel):
         return_all_decodes: bool | None = None,
         num_decodes: int | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The most likely identifiers: int32 [B, M, T] with {"scores": f32 [B, M]}, or of the best
-        alone [B, T] and [B].
+        """The most likely identifiers: int32 [B, M, T] with {"scores": f32 [B, M]}; or the best
+        alone, [B, T] and [B].
 
-        As in t5x, the best stands last; a place for which no identifier is left holds 0, and -inf.
-        rng, decoder_params: search draws nothing and has no parameters.
+        As in t5x, the best comes last; where fewer identifiers exist, tokens are 0 and scores -inf.
+        rng, decoder_params: not used, as search draws nothing and has no parameters.
         """
         every = self._return_all if return_all_decodes is None else return_all_decodes
-        found = self._decode_fn(
+        result = self._decode_fn(
             params, batch["encoder_input_tokens"], num_decodes or self._num_decodes
         )
-        decodes, scores = found.tokens[:, ::-1], found.log_probs[:, ::-1]
+        decodes, scores = result.tokens[:, ::-1], result.log_probs[:, ::-1]
         if every:
             return decodes, {"scores": scores}
         return decodes[:, -1], {"scores": scores[:, -1]}
@@ -270,7 +274,7 @@ class Student(t5x_models.BaseTransformerModel):
     def score_batch(
         self, params: Any, batch: Batch, return_intermediates: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
-        """Log-probability of each target, f32 [B]."""
+        """The log-probability of each target, f32 [B]."""
         logits = self._compute_logits(params, batch)
         tokens = generation.token_log_probs(logits, batch["decoder_target_tokens"])
         tokens = tokens * batch["decoder_loss_weights"]
@@ -284,10 +288,10 @@ def _without_dropout(config: T5Config) -> Transformer:
     return Transformer(dataclasses.replace(config, dropout_rate=0.0))
 
 
-def _metrics(found: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+def _metrics(pairs: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
     """(sum, weight) pairs as t5x's metrics, and its speeds."""
     queries = jnp.float32(batch["encoder_input_tokens"].shape[0])
-    means = {name: clu_metrics.Average(total=s, count=w) for name, (s, w) in found.items()}
+    means = {name: clu_metrics.Average(total=s, count=w) for name, (s, w) in pairs.items()}
     return means | {
         "timing/seqs_per_second": t5x_metrics.TimeRate.from_model_output(numerator=queries),
         "timing/steps_per_second": t5x_metrics.StepsPerTime.from_model_output(),
@@ -299,9 +303,10 @@ def initial_checkpoint(
 ) -> str:
     """Writes INITIAL_CHECKPOINT_PATH: published weights with rows for a collection's docid codes.
 
-    t5x restores arrays of the model's own shapes only.
+    It is needed because t5x restores only arrays with the shapes of the model.
     prepared: MODEL_DIR of the collection. source: a t5x checkpoint, also in a bucket, or a Hugging
-    Face folder or id. target: folder to write checkpoint_0 into. config: the student's sizes.
+    Face folder or id. target: the folder in which checkpoint_0 is written. config: the student's
+    sizes.
 
     Returns target/checkpoint_0. Raises ValueError for weights of another size.
     """

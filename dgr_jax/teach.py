@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, running
 
 DESCRIPTION = (
     "Run the teach stage of an experiment (and the stages it needs): the teacher orders the "
@@ -16,12 +16,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("teach", DESCRIPTION)
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings)
-
-    from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
-
-    pipeline.run(experiment, makers(experiment), ["teach"], named=cli.named(bindings))
+    running.run(args, bindings, ["teach"])
 
 
 if __name__ == "__main__":

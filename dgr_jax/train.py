@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files
+from dgr_jax.config import cli, gin_files, running
 
 DESCRIPTION = (
     "Prepare a collection, teach a T5 student to write passage identifiers, distil it from a "
@@ -14,13 +14,10 @@ DESCRIPTION = (
 
 def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("train", DESCRIPTION)
-    parser.add_argument(
-        "--stages",
-        default="evaluate",
-        metavar="STAGE,STAGE",
-        help="stages to run, with those they need: prepare, start, generate, candidates, teach, "
-        "distill, control, evaluate; of a dense retriever prepare, negatives, teach, start, "
-        "dense, mine, refresh, evaluate (default: evaluate, which needs all)",
+    cli.stages(
+        parser,
+        "prepare, start, generate, candidates, teach, distill, control, evaluate; of a dense "
+        "retriever prepare, negatives, teach, start, dense, mine, refresh, evaluate",
     )
     parser.add_argument(
         "--plan", action="store_true", help="print files, disk and index sizes, and start nothing"
@@ -33,20 +30,15 @@ def command(argv: Sequence[str] | None) -> None:
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
-    experiment = gin_files.load_experiment(args, bindings, keep=not args.plan)
-    if args.plan:
-        from dgr_jax.capacity import disk
-
-        disk.show(experiment, disk.given(args.corpus) if args.corpus else None)
+    if not args.plan:
+        running.run(args, bindings, args.stages)
         return
+    experiment = gin_files.load_experiment(args, bindings, keep=False)
 
-    from dgr_jax.stages import pipeline
-    from dgr_jax.stages.makers import makers
+    from dgr_jax.capacity import disk
 
-    asked = [stage.strip() for stage in args.stages.split(",")]
-    pipeline.run(experiment, makers(experiment), asked, named=cli.named(bindings))
+    disk.show(experiment, disk.given(args.corpus) if args.corpus else None)
 
 
 if __name__ == "__main__":
-    cli.reuse_memory()
     cli.main(command)

@@ -31,6 +31,7 @@ from dgr_jax.model_dir import kept, records
 
 PAIRS = (
     ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),
+    ("planned", "distill"), ("planned", "bm25"),
     ("refresh", "dense"), ("dense", "bm25"), ("refresh", "bm25"),
 )  # fmt: skip
 

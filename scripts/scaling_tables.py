@@ -20,8 +20,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from dgr_jax.capacity import chips, planning, programs, tables
 from dgr_jax.capacity.chips import GIB, Topology
-from dgr_jax.capacity.planning import Plan
-from dgr_jax.capacity.sizes import Sizes, estimated_sizes
+from dgr_jax.capacity.counting import TAKEN
+from dgr_jax.capacity.planning import CapacityPlan
+from dgr_jax.capacity.sizes import PreparedSizes, estimated_sizes
 from dgr_jax.config import cli, gin_files
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.partitioning import Mesh
@@ -50,8 +51,14 @@ class Kept:
         self.plans = json.loads(path.read_text()) if path.exists() else {}
 
     def plan(
-        self, size: str, step: str, topology: Topology, mesh: Mesh, sizes: Sizes, compile: bool
-    ) -> Plan:
+        self,
+        size: str,
+        step: str,
+        topology: Topology,
+        mesh: Mesh,
+        sizes: PreparedSizes,
+        compile: bool,
+    ) -> CapacityPlan:
         """Compiled, if asked for now or before; else by formula."""
         name = f"{size} {step} {topology} {mesh.data},{mesh.model},{mesh.fsdp}"
         made = experiment(size)
@@ -67,7 +74,7 @@ def rows(topology: Topology, kept: Kept, compiled: list[str]) -> Iterator[tuple[
     """A row for each size and step."""
     for size in SIZES:
         made = experiment(size)
-        sizes = estimated_sizes(made, 8_800_000)
+        sizes = estimated_sizes(made, TAKEN)
         for step in programs.PROGRAMS:
             ranked = planning.sweep(step, made, sizes, topology)
             if not ranked:
@@ -77,7 +84,7 @@ def rows(topology: Topology, kept: Kept, compiled: list[str]) -> Iterator[tuple[
             yield (size, step, f"{mesh.data},{mesh.model},{mesh.fsdp}", *numbers(found))
 
 
-def numbers(found: Plan) -> tuple[str, ...]:
+def numbers(found: CapacityPlan) -> tuple[str, ...]:
     """Cells of one plan."""
     gib = lambda size: f"{size / GIB:.2f}"
     total = gib(found.total) if found.fits else f"{gib(found.total)} (does not fit)"

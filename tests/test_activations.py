@@ -13,6 +13,7 @@ import pytest
 
 from dgr_jax import partitioning
 from dgr_jax.capacity import programs
+from dgr_jax.capacity.counting import TAKEN
 from dgr_jax.capacity.sizes import estimated_sizes
 from dgr_jax.losses import contrastive
 from dgr_jax.models import activations
@@ -163,7 +164,9 @@ def test_planned_programs(layout, name, number):
     """What is planned is cut as what runs: `number` layers, forward and backward, of scanned ones
     one for all."""
     small = experiment(*SMALL)
-    sizes = dataclasses.replace(estimated_sizes(small, 500), vocab_size=2304)
+    sizes = dataclasses.replace(
+        estimated_sizes(small, TAKEN._replace(passages=500)), vocab_size=2304
+    )
     program = programs.program(name, small, sizes, mesh(), settings(layout).rules)
     found = constraints(program.lower())
     width = small.model.emb_dim

@@ -362,25 +362,6 @@ def test_unconstrained_with_and_without_closing_token():
     assert len(found) == min(30, len(closed))
 
 
-def test_atomic_docids_need_no_trie():
-    rows = [[token] for token in range(3, 10)]
-    allowed = np.arange(7) != 4
-    legal = [(token,) for (token,), ok in zip(rows, allowed, strict=True) if ok]
-    for renormalise in (False, True):
-        constraint = constraints.Atomic(jnp.asarray(allowed), 3, renormalise)
-        result = search(constraint, num_beams=8)
-        for query in range(2):
-            best = reference.exhaustive(model, query, legal, renormalise)
-            assert result.valid[query].tolist() == [True] * 6 + [False] * 2
-            assert result.tokens[query, :6].tolist() == [list(row) for row, _ in best]
-            assert result.rows[query].tolist() == [row[0] - 3 for row, _ in best] + [-1, -1]
-            np.testing.assert_allclose(
-                result.log_probs[query, :6], [log_prob for _, log_prob in best], atol=1e-4
-            )
-    with pytest.raises(ValueError, match="scores of 12 tokens; expected at least 13: 10 docids"):
-        search(constraints.Atomic.all(3, 10), num_beams=2)
-
-
 def test_a_new_index_does_not_compile_again():
     traces = []
 

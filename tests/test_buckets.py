@@ -123,7 +123,7 @@ def test_a_vocabulary(bucket, tmp_path):
 
 def test_a_stage_knows_what_the_files_of_a_bucket_hold(bucket, tmp_path):
     """The same data, moved to a bucket, is not prepared again; changed data is."""
-    prepare = dataclasses.replace(test_experiment.BASE.prepare, train_split="test")
+    prepare = test_experiment.BASE.prepare.without_labels()
 
     def settings(folder):
         collection = BeirCollection(folder)

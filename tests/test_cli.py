@@ -591,6 +591,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults["reuse"] < faults["leave"] / 10
 
 
+def test_every_command_uses_freed_memory_again(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "reuse_memory", lambda: asked.append(True))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    cli.main(lambda _: None)
+    assert asked == []  # the memory of another program is its own
+    monkeypatch.setattr(cli.interrupts, "is_program", lambda: True)
+    cli.main(lambda _: None)
+    assert asked == [True]
+
+
 def test_other_ends_of_a_command():
     def interrupted(_):
         raise KeyboardInterrupt
@@ -733,6 +744,11 @@ def test_unknown_stage(capsys):
             "student of --model_dir; there are --k, --num_beams, --batch_size, --system",
         ),
         (("--query=why", "--model_dir=m", QUICKSTART), "--gin_file has no effect on --query"),
+        (("--query=why", "--model_dir=m", "--rerank=r.trec"), "--rerank needs --queries"),
+        (
+            ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
+            "--rerank and --report_speed exclude each other",
+        ),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )
@@ -763,7 +779,7 @@ def test_nested_defaults_restate_what_is_so_anyway():
         # What else these need is tested above.
         if component not in (
             "Experiment", "Prepare", "PseudoQueries", "Distillation", "DenseExperiment",
-            "DensePrepare", "Evaluate",
+            "DensePrepare", "Evaluate", "Bm25Baseline",
         ):  # fmt: skip
             assert getattr(made[component](), setting) == made[default]()
 

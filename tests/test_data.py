@@ -217,7 +217,7 @@ def registered(tmp_path_factory, vocabulary, table, passages):
     }
     tasks.register(
         "tiny",
-        tasks.Prepared(
+        tasks.PreparedExamples(
             folder, vocabulary, settings.rates(), lambda: rank_lists.examples(**lists, table=table)
         ),
     )
@@ -347,7 +347,9 @@ def test_tasks_of_several_views_equal_the_arrays_training_reads(tmp_path):
     made = list(prepared.examples(pairs))
     write(tmp_path / "tfds", "examples", {"labelled": made}, features(views=True))
     many = partial(rank_lists.view_examples, texts, named, scores, positives, len(indexes.text))
-    tasks.register("views", tasks.Prepared(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many))
+    tasks.register(
+        "views", tasks.PreparedExamples(tmp_path / "tfds", vocabulary, {"labelled": 1.0}, many)
+    )
     passages_, limit, length = named.tokens.shape[1:]
     pair, event = (passages_, limit), (passages_, named.spans.shape[2])
     lengths = {

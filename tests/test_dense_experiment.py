@@ -31,7 +31,7 @@ from dgr_jax.retrieval.dense import DenseSearch, Searcher
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.settings import describe, fingerprint
-from dgr_jax.stages import makers, pipeline
+from dgr_jax.stages import dense_prepare, pipeline
 from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.teaching.list_recipes import TopM
@@ -66,29 +66,29 @@ DENSE = ("--gin_file=quickstart_dense.gin", *SMALL, "--gin.STEPS=6", "--gin.PASS
 
 def test_stages_are_those_that_the_settings_ask_for():
     assert list(BASE.stages) == ["prepare", "dense", "evaluate"]
-    assert BASE.stages["dense"].upstream == ("prepare",)
+    assert BASE.stages["dense"].upstream(BASE) == ("prepare",)
     mined = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train)
     assert list(mined.stages) == ["prepare", "negatives", "dense", "mine", "refresh", "evaluate"]
-    assert mined.stages["evaluate"].upstream == mined.systems == ("dense", "refresh")
+    assert mined.stages["evaluate"].upstream(mined) == mined.systems == ("dense", "refresh")
     for experiment in (BASE, mined):
-        assert experiment.stages.keys() <= makers.makers(experiment).keys()
         known = list(experiment.stages)
         for place, stage in enumerate(known):
-            assert set(experiment.stages[stage].upstream) <= set(known[:place])
+            assert set(experiment.stages[stage].upstream(experiment)) <= set(known[:place])
 
 
 def test_it_runs_in_one_process(monkeypatch):
-    monkeypatch.setattr(makers.processes, "count", lambda: 2)
-    with pytest.raises(ValueError, match="got 2 processes, expected one: a dense retriever is"):
-        makers.makers(BASE)
+    monkeypatch.setattr(dense_prepare.processes, "count", lambda: 2)
+    for name in ("dense", "evaluate"):
+        with pytest.raises(ValueError, match="got 2 processes, expected one: a dense retriever is"):
+            BASE.stages[name].check(BASE)
 
 
 def test_every_setting_is_read_by_a_stage():
     whole = dataclasses.replace(BASE, negatives=Negatives("bm25"), refresh=BASE.train, teach=TEACH)
-    assert whole.stages["dense"].upstream == ("teach",)
-    read = {name for stage in whole.stages.values() for name in stage.settings}
+    assert whole.stages["dense"].upstream(whole) == ("teach",)
+    read = {name for stage in whole.stages.values() for name in stage.settings(whole)}
     names = {field.name for field in dataclasses.fields(DenseExperiment)}
-    assert names - read == {"model_dir", "mesh"}
+    assert names - read == {"model_dir", "mesh", "further"}
 
 
 @pytest.mark.parametrize(
@@ -215,14 +215,16 @@ def test_mistakes_are_named(tmp_path):
         train.command(flags)
     with pytest.raises(ValueError, match=r"unknown stage 'distill', expected one of \('prepare'"):
         train.command((*flags, "--stages=distill"))
-    with pytest.raises(Mistake, match="^--beam_options: got a dense retriever, expected an exper"):
+    with pytest.raises(
+        ValueError, match="^--beam_options: got a dense retriever, expected an exper"
+    ):
         prepare.command((*flags, "--beam_options=--runner=DirectRunner"))
     for asked in (flags, flags[2:]):
         with pytest.raises(Mistake) as error:
             retrieve.command(asked)
         assert str(error.value) == (
             "give --query or --queries: without them the stage 'candidates' runs, and this "
-            "experiment has none (its stages: prepare, dense, evaluate)"
+            "experiment has none (its stages: prepare, start, dense, evaluate)"
         )
     (tmp_path / "m" / "prepare").mkdir()
     with pytest.raises(

@@ -5,10 +5,12 @@ import functools
 import pytest
 
 from dgr_jax import plan
-from dgr_jax.capacity import chips
+from dgr_jax.capacity import chips, disk
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.capacity.sizes import state_bytes
 from dgr_jax.config import cli, gin_files
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.partitioning import Mesh
 from tests.test_planning import _mesh
 
@@ -82,6 +84,19 @@ def test_the_command(capsys):
         ValueError, match="--sweep: got a dense retriever, expected one that writes"
     ):
         plan.command([*flags, "--sweep"])
+
+
+def test_checkpoints_hold_the_optimizer_too():
+    made = experiment("--gin_file=runs/refresh.gin", "--gin.Training.keep_checkpoints=3")
+    model = dense_plans.encoder(made)
+    parameters, optimizer = state_bytes(model, made.train)
+    assert optimizer > 0
+    lines = {
+        (line.stage, line.what): line for line in disk.lines(made, CorpusSize(5000, 50, 300, 2))
+    }
+    assert lines["dense", "3 checkpoints"].size == 3 * (parameters + optimizer)
+    assert lines["refresh", "3 checkpoints"].size == 3 * sum(state_bytes(model, made.refresh))
+    assert lines["evaluate", "parameters"].on_device == parameters
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from dgr_jax.config import cli
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
-from dgr_jax.experiments.generative import STAGES
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import abstract_params, make_mesh
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.stages.prepared import Prepared
+from tests import test_experiment
 from tests.conftest import ROOT, TINY
 
 SYSTEMS = ("bm25", "generate", "control", "distill")
@@ -169,8 +169,12 @@ def test_the_table_is_printed(tiny_run):
 
 def test_stages_say_what_they_do_in_order(tiny_run):
     said = re.findall(r"^(\w+): (started|done in [\d.]+ s)$", tiny_run.log, re.MULTILINE)
-    assert [stage for stage, words in said if words == "started"] == list(STAGES)
-    assert [stage for stage, words in said if words != "started"] == list(STAGES)
+    assert [stage for stage, words in said if words == "started"] == list(
+        test_experiment.BASE.stages
+    )
+    assert [stage for stage, words in said if words != "started"] == list(
+        test_experiment.BASE.stages
+    )
 
 
 def test_step_and_decode_compile_once(tiny_run):
@@ -347,7 +351,8 @@ def test_a_second_run_makes_nothing(command, copy):
     }
     done = command("dgr_jax.train", f"--model_dir={copy}")
     assert done.stderr.splitlines() == [
-        f"{stage}: done already, from the same configuration; skipped" for stage in STAGES
+        f"{stage}: done already, from the same configuration; skipped"
+        for stage in test_experiment.BASE.stages
     ]
     after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != "config.gin"}
     assert {p: t for p, t in after.items() if p != copy} == {

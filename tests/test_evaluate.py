@@ -17,6 +17,7 @@ from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiments.common import Evaluate
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.retrieval.system import Opening, System
 from dgr_jax.settings import fingerprint
 from dgr_jax.stages import kept_runs
@@ -65,7 +66,7 @@ def measured(tmp_path, monkeypatch):
         (model_dir / stage).mkdir(parents=True)
         (model_dir / stage / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
-    def measure(failing="", depth=3, found=0, self_hits="drop", **settings):
+    def measure(failing="", depth=3, found=0, self_hits="drop", plan=None, **settings):
         """found: passages that the student finds, where it is asked for more than `depth`."""
         opened = []
 
@@ -81,6 +82,7 @@ def measured(tmp_path, monkeypatch):
         experiment = dataclasses.replace(
             test_experiment.BASE,
             model_dir=str(model_dir),
+            plan=plan,
             prepare=dataclasses.replace(test_experiment.BASE.prepare, self_hits=self_hits),
             evaluate=Evaluate(Search(depth=depth), **{"bm25": False, **settings}),
         )
@@ -135,6 +137,19 @@ def test_bm25_is_asked_once_whatever_the_students_search(measured):
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*.trec")} == before
     measured(bm25=True, depth=2)
     assert len(list(runs.glob("*.trec"))) == 2
+
+
+def test_a_plan_is_one_system_more_and_kept_with_its_settings(measured):
+    plan = Lexical(planned=3, num_beams=2)
+    assert measured(plan=plan)[1] == [*SYSTEMS, "planned"]
+    assert measured(plan=plan)[1] == []
+    assert measured()[1] == []
+    assert measured(plan=dataclasses.replace(plan, weight=0.5))[1] == ["planned"]
+    runs = measured.model_dir / "distill/runs"
+    assert len(list(runs.glob("planned.test-*.trec"))) == 2
+    compared = json.loads((measured.model_dir / "evaluate/comparisons.json").read_text())["test"]
+    pairs = {tuple(c["systems"].split(" against ")) for c in compared}
+    assert ("planned", "distill") in pairs and ("distill", "control") in pairs
 
 
 def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured, unplotted):

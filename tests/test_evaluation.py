@@ -276,7 +276,7 @@ def test_measures_that_no_library_takes_are_known_before(name, reason, monkeypat
     for provider in ir_measures.DefaultPipeline.providers:
         absent = provider.NAME in ("cwl_eval", "pyndeval", "ranx")
         monkeypatch.setattr(provider, "is_available", lambda absent=absent: not absent)
-    evaluation._taken.cache_clear()
+    evaluation._usable.cache_clear()
     expected = f"measure .*cannot be taken: {reason}.*; expected another one"
     with pytest.raises(ValueError, match=expected):
         evaluation.check((name,))

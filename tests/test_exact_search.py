@@ -9,7 +9,7 @@ import pytest
 
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.retrieval import exact_search
-from dgr_jax.retrieval.exact_search import ExactSearch, Index, Plan
+from dgr_jax.retrieval.exact_search import BlockPlan, ExactSearch, Index
 from tests import toy
 from tests.reference import exact_search as twin
 
@@ -173,14 +173,14 @@ def test_no_queries():
 
 def test_plan():
     half = ExactSearch(storage="bfloat16", max_device_bytes=60 << 30)
-    one = Plan.of(8_841_823, 768, half, 1)
+    one = BlockPlan.of(8_841_823, 768, half, 1)
     assert one.blocks == 1 and one.rows >= 8_841_823
     assert one.device_bytes == pytest.approx(8_841_823 * 768 * 2, rel=1e-3)
     chip = dataclasses.replace(half, max_device_bytes=12 << 30)
-    assert Plan.of(8_841_823, 768, chip, 1).blocks == 3
-    eight = Plan.of(8_841_823, 768, chip, 8)
+    assert BlockPlan.of(8_841_823, 768, chip, 1).blocks == 3
+    eight = BlockPlan.of(8_841_823, 768, chip, 8)
     assert eight.blocks == 1 and eight.device_bytes == pytest.approx(one.device_bytes / 8, rel=1e-2)
-    streamed = Plan.of(8_841_823, 768, chip, 1)
+    streamed = BlockPlan.of(8_841_823, 768, chip, 1)
     assert streamed.device_bytes <= 12 << 30
     assert streamed.blocks * streamed.rows >= 8_841_823
     for plan in (one, eight, streamed):

@@ -13,9 +13,8 @@ from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments import generative as experiments
 from dgr_jax.experiments.common import Evaluate, Teach, Training
-from dgr_jax.experiments.generative import STAGES, UPSTREAM, Candidates, Experiment, Prepare
+from dgr_jax.experiments.generative import Candidates, Experiment, Prepare
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
@@ -28,6 +27,7 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.settings import describe, fingerprint, paths
 from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.teaching.list_recipes import TopM
@@ -46,6 +46,7 @@ BASE = Experiment(
     distill=Training(Distillation(functools.partial(listnet)), Adafactor(), steps=5),
     evaluate=Evaluate(Search()),
 )
+STAGES = tuple(BASE.stages)
 ALL = set(STAGES)
 LATER = ALL - {"prepare"}
 AFTER_GENERATE = LATER - {"generate"}
@@ -63,7 +64,8 @@ def changed(path: str, value):
 
 
 def marks(experiment: Experiment, files=None) -> dict[str, str]:
-    return {stage: fingerprint(stage_settings(experiment, stage, files)) for stage in STAGES}
+    stages = experiment.stages
+    return {stage: fingerprint(stage_settings(experiment, stage, files)) for stage in stages}
 
 
 @pytest.mark.parametrize(
@@ -90,10 +92,11 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
         ("distill.list_batch_size", 9, {"distill", "evaluate"}),
         ("evaluate.measures", ("RR@10",), {"evaluate"}),
         ("evaluate.search.num_beams", 9, {"evaluate"}),
+        ("control", False, {"control", "evaluate"}),
         ("evaluate.bm25", False, {"evaluate"}),
         ("evaluate.baseline", WORDS, {"evaluate"}),
         ("evaluate.baseline.language", "german", {"evaluate"}),
-        ("control", False, {"evaluate"}),
+        ("plan", Lexical(), {"evaluate"}),
         ("model.emb_dim", 8, LATER),
         ("model_dir", "elsewhere", set()),
         ("mesh", Mesh(model=2), set()),
@@ -104,7 +107,7 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
 )
 def test_a_setting_belongs_to_the_stages_that_depend_on_it(path, value, stages):
     before, after = marks(BASE), marks(changed(path, value))
-    assert {stage for stage in STAGES if before[stage] != after[stage]} == stages
+    assert {stage for stage in STAGES if before[stage] != after.get(stage)} == stages
 
 
 def test_generation_examples_of_the_lists_themselves():
@@ -128,6 +131,31 @@ def test_generation_examples_of_the_lists_themselves():
         ValueError, match=r"distill/Training.batch_size: got 0, expected at least 1;"
     ):
         dataclasses.replace(shared, **several)
+
+
+def test_without_a_plan_evaluation_is_what_it_was():
+    assert "plan" not in stage_settings(BASE, "evaluate")
+    assert BASE.measured == ("bm25", *BASE.systems)
+    assert changed("plan", Lexical()).measured == (*BASE.measured, "planned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(evaluate=Evaluate(Search(renormalise=True))), "Search.renormalise: got True with a"),
+        (
+            dict(
+                prepare=dataclasses.replace(BASE.prepare, identifiers=Multiview()),
+                candidates=Candidates(MultiviewSearch()),
+                evaluate=Evaluate(MultiviewSearch()),
+            ),
+            "Experiment.plan: got Lexical with identifiers of Multiview, expected None, or",
+        ),
+    ],
+)
+def test_plans_that_cannot_be_followed_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(BASE, plan=Lexical(), **settings)
 
 
 def test_batches_that_cannot_be_cut_into_microbatches_are_refused():
@@ -154,15 +182,14 @@ def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():
 
 
 def test_every_setting_of_an_experiment_is_read_by_a_stage():
-    read = {name for names in experiments.SETTINGS.values() for name in names}
+    read = {name for stage in BASE.stages.values() for name in stage.settings(BASE)}
     names = {field.name for field in dataclasses.fields(Experiment)}
-    assert names - read == {"model_dir", "control", "mesh"}
+    assert names - read == {"model_dir", "control", "mesh", "further", "plan"}
 
 
 def test_stages_stand_after_those_that_they_read():
     for place, stage in enumerate(STAGES):
-        assert set(UPSTREAM[stage]) <= set(STAGES[:place])
-    assert UPSTREAM.keys() == experiments.SETTINGS.keys()
+        assert set(BASE.stages[stage].upstream(BASE)) <= set(STAGES[:place])
 
 
 def test_a_folder_may_be_moved_but_what_is_in_it_is_read_otherwise():

@@ -53,6 +53,7 @@ class Collection:
 
 class Experiment:
     collection = Collection()
+    plan = None
 
     def __init__(self, **sources):
         self.prepare = Prepare(
@@ -168,7 +169,7 @@ def test_arrays_and_records_are_those_of_the_seqio_tasks(by_one):
 
     settings, vocabulary = Experiment().prepare, Vocabulary.load(by_one)
     rates = settings.sources.rates()
-    tasks.register("cut", tasks.Prepared(by_one / "tfds", vocabulary, rates))
+    tasks.register("cut", tasks.PreparedExamples(by_one / "tfds", vocabulary, rates))
     # The third part of the judgements holds only one of relevance 0, which gives no example.
     shards = Counter(p.name.split(".")[0] for p in by_one.glob("tfds/**/*.tfrecord*"))
     assert shards == {f"examples-{s}": n for s, n in zip(rates, (2, 5, 5), strict=True)}
@@ -317,3 +318,15 @@ def test_vectors_in_a_file_are_the_same(tmp_path, monkeypatch):
 def test_a_worker_opens_what_the_stage_wrote(by_one):
     opened = generation_data.reopened(generation_data.Work(Experiment().prepare, by_one))
     assert len(opened.passages) == 23 and len(opened.queries) == len(opened.qrels) == 9
+
+
+def test_beam_makes_the_examples_of_a_student_alone(monkeypatch):
+    from dgr_jax.stages import beam, dense_prepare
+    from dgr_jax.stages.prepare import STAGE
+
+    monkeypatch.setattr(beam, "check", lambda: None)
+    changed = beam.everywhere("--runner=DirectRunner")
+    made = changed(STAGE)
+    assert made.name == STAGE.name and "everywhere" in made.make.keywords
+    with pytest.raises(ValueError, match="--beam_options: got a dense retriever, expected an"):
+        changed(dense_prepare.STAGE)

@@ -12,6 +12,7 @@ from dgr_jax.identifiers import embeddings, kmeans, rq
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.embeddings import FromFile, SentenceEncoder, TfidfSvd
 from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.identifiers.scheme import Material
 from dgr_jax.identifiers.semantic import KMeansTree
 from dgr_jax.identifiers.string import NaiveString
 from dgr_jax.identifiers.table import IdentifierTable
@@ -53,7 +54,8 @@ def mixed_corpus(size, seed=0):
 
 
 def build(scheme, store, seed=0):
-    return scheme.build(store, encode=encode, first_code_id=FIRST_CODE, seed=seed)
+    (table,) = scheme.build(Material(store, encode, FIRST_CODE, seed=seed))
+    return table
 
 
 def rows(table):
@@ -423,7 +425,7 @@ def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
     titles = ["\u200b", "\u200b\u200d", "\u200b", "\u6771a", "\u4eaca"]
     store = corpus(texts, titles)
     with caplog.at_level(logging.WARNING):
-        table = Title(max_tokens=4).build(store, encode=latin, first_code_id=0, seed=0)
+        (table,) = Title(max_tokens=4).build(Material(store, latin))
     named = table.rows_of_passages()
     shown = [[t for t in table.tokens[row].tolist() if t] for row in named]
     assert shown[0] == [*latin("kett"), 1]
@@ -437,7 +439,7 @@ def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
     with pytest.raises(
         ValueError, match="Title: none of 1 passages has a title or a text of which"
     ):
-        Title().build(corpus([" "], ["\u200b"]), encode=latin, first_code_id=0, seed=0)
+        Title().build(Material(corpus([" "], ["\u200b"]), latin))
 
 
 def test_string_digits_are_zero_padded():
@@ -459,7 +461,7 @@ def test_string_digits_by_position_are_other_tokens():
 
 @pytest.mark.parametrize(
     "scheme",
-    [scheme for scheme in SCHEMES if getattr(scheme, "codes_by_position", False)],
+    [scheme for scheme in SCHEMES if scheme.codes_by_position],
     ids=repr,
 )
 def test_a_code_that_another_follows_stands_at_one_position(scheme):
@@ -470,7 +472,7 @@ def test_a_code_that_another_follows_stands_at_one_position(scheme):
 
 
 def test_which_schemes_have_codes_by_position():
-    found = [getattr(scheme, "codes_by_position", False) for scheme in SCHEMES]
+    found = [scheme.codes_by_position for scheme in SCHEMES]
     assert found == [True, True, True, False, True, False, False]
 
 

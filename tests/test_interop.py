@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from dgr_jax.decoding import trie
 from dgr_jax.losses.generation import cross_entropy
-from dgr_jax.models import pretrained
+from dgr_jax.models import hugging_face, pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import decode_fn
 
@@ -110,7 +110,7 @@ def test_loss_and_gradients_are_those_of_torch(pair):
     theirs.backward()
     assert float(ours) == pytest.approx(theirs.item(), abs=1e-5)
     got = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    expected = pretrained._from_hf(config, got)
+    expected = hugging_face._from_hf(config, got)
     gradients = flax.traverse_util.flatten_dict(gradients, sep="/")
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():

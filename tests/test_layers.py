@@ -98,7 +98,7 @@ import sys
 for name in ("tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"):
     sys.modules[name] = None
 import dgr_jax.training.loop, dgr_jax.retrieval.generative, dgr_jax.losses.ranking
-import dgr_jax.decoding.beam_search, dgr_jax.stages.makers, dgr_jax.data.rank_lists
+import dgr_jax.decoding.beam_search, dgr_jax.stages.pipeline, dgr_jax.data.rank_lists
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

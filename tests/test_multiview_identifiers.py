@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.data import views as data_views
-from dgr_jax.data import vocabulary as special
 from dgr_jax.data.examples import features
 from dgr_jax.data.views import Body, SpanSampler, ViewMixture, Views
-from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, SentencePiece, Vocabulary
 from dgr_jax.decoding import suffix_array, trie
-from dgr_jax.identifiers import multiview, table
+from dgr_jax.identifiers import multiview
 from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.scheme import Material
 from tests.reference import multiview_identifiers as reference
 from tests.reference import suffix_array as spans_reference
 
@@ -42,7 +42,7 @@ def vocabulary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
     texts = [p.contents[:200] for p in PASSAGES] + [text for _, text in PSEUDO]
     SentencePiece(size=200).write(folder, texts)
-    made = Vocabulary.create(folder, views=special.VIEWS)
+    made = Vocabulary.create(folder, views=VIEWS)
     made.save()
     return made
 
@@ -54,22 +54,30 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(vocabulary, store):
-    """(tables with reports, index, body counts) of the passages."""
+    """(titles, pseudo-queries, index, body counts) of the passages."""
     scheme, counts = Multiview(), Counter()
-    encode = vocabulary.encode
-    titles = scheme.title_table(store, encode=encode, marker=vocabulary.marker("title"))
-    queries = scheme.query_table(
-        PSEUDO, num_passages=len(store), encode=encode, marker=vocabulary.marker("query")
+    material = Material(
+        store, vocabulary.encode, marker=vocabulary.marker, pseudo_queries=lambda: PSEUDO
     )
-    index = suffix_array.build(
-        scheme.body_tokens(store, encode=encode, counts=counts), vocab_size=vocabulary.size
-    )
-    return titles, queries, index, counts
+    titles, queries = scheme.build(material)
+    text = scheme.text_tokens(material, counts)
+    return titles, queries, suffix_array.build(text, vocab_size=vocabulary.size), counts
+
+
+def table_of(view, passages, encode, pairs=(), marker=7, **settings):
+    """The table of a view, and its report."""
+    material = Material(passages, encode, marker=lambda _: marker, pseudo_queries=lambda: pairs)
+    (made,) = Multiview(views=(view,), **settings).build(material)
+    return made, made.report()
+
+
+def bodies_of(passages, encode, counts):
+    return list(Multiview().text_tokens(Material(passages, encode), counts))
 
 
 @pytest.fixture(scope="module")
 def made_views(vocabulary, built):
-    (titles, _), (queries, _), index, _ = built
+    titles, queries, index, _ = built
     return Views(vocabulary, titles, queries, Body(index.tokens, index.starts))
 
 
@@ -90,11 +98,11 @@ def listed(made):
 def test_markers_stand_between_text_and_codes(vocabulary):
     first = vocabulary.first_view_id
     assert first % 128 == 0 and first >= vocabulary.text_size
-    assert [vocabulary.marker(view) for view in special.VIEWS] == [first, first + 1, first + 2]
+    assert [vocabulary.marker(view) for view in VIEWS] == [first, first + 1, first + 2]
     assert vocabulary.first_code_id == vocabulary.size == first + 128
     assert Vocabulary.load(vocabulary.folder) == vocabulary
     assert vocabulary.decode([first, *vocabulary.encode("bees"), 1]) == "<title> bees"
-    with_codes = Vocabulary(vocabulary.folder, vocabulary.text_size, 12, special.VIEWS)
+    with_codes = Vocabulary(vocabulary.folder, vocabulary.text_size, 12, VIEWS)
     assert with_codes.first_code_id == first + 128 and with_codes.size == first + 256
     assert with_codes.decode([first + 128 + 3]) == "<3>"
 
@@ -126,10 +134,8 @@ def test_word_starts(vocabulary):
     assert not starts[[0, 1, 2]].any() and not starts[vocabulary.text_size :].any()
 
 
-def test_special_ids_are_the_same_in_all_layers():
-    assert (special.PAD_ID, special.EOS_ID) == (table.PAD_ID, table.EOS_ID)
-    assert special.UNK_ID == multiview._UNK_ID
-    assert special.VIEWS == multiview.VIEWS
+def test_views_are_the_same_in_all_layers():
+    assert VIEWS == multiview.VIEWS
 
 
 # ---- tables and body
@@ -140,20 +146,18 @@ def test_the_example_of_the_module():
            ".": 9, "who": 50, "makes": 51, "how": 60, "do": 61}  # fmt: skip
     encode = lambda text: [ids[word] for word in text.split()]
     passages = [Passage("p", "Bees make honey in the hive .", "Bees")]
-    scheme = Multiview(span_tokens=4)
-    titles, _ = scheme.title_table(passages, encode=encode, marker=1024)
-    queries, _ = scheme.query_table(
-        [(0, "who makes honey")], num_passages=1, encode=encode, marker=1026
-    )
+    titles, _ = table_of("title", passages, encode, marker=1024)
+    queries, _ = table_of("query", passages, encode, [(0, "who makes honey")], marker=1026)
     assert listed(titles) == [(1024, 40, 1)]
     assert listed(queries) == [(1026, 50, 51, 42, 1)]
-    (tokens,) = scheme.body_tokens(passages, encode=encode, counts=Counter())
+    (tokens,) = bodies_of(passages, encode, Counter())
     assert tokens.tolist() == [40, 41, 42, 43, 44, 45, 9]
     assert (1, (41, 42, 43, 44)) in reference.spans(tokens.tolist(), 4)
 
 
 def test_titles_are_marked_cut_closed_and_shared(vocabulary, store, built):
-    (titles, report), *_ = built
+    titles, *_ = built
+    report = titles.report()
     by_row = {row: titles.passages_of(u).tolist() for u, row in enumerate(listed(titles))}
     expected = {}
     for index, passage in enumerate(PASSAGES):
@@ -171,18 +175,17 @@ def test_long_titles_and_pseudo_queries_are_cut():
     encode = words()
     texts = [" ".join(f"w{i}" for i in range(n)) for n in (14, 15, 16, 40)]
     passages = [Passage(f"p{i}", "", title) for i, title in enumerate(texts)]
-    titles, report = Multiview().title_table(passages, encode=encode, marker=7)
+    titles, report = table_of("title", passages, encode)
     assert titles.tokens.shape == (2, 17) and titles.tokens[:, 0].tolist() == [7, 7]
     assert [titles.passages_of(u).tolist() for u in range(2)] == [[0], [1, 2, 3]]
     assert report["cut"] == 2
-    queries, report = Multiview().query_table(
-        list(enumerate(texts)), num_passages=4, encode=encode, marker=8
-    )
+    queries, report = table_of("query", passages, encode, list(enumerate(texts)))
     assert queries.lengths.max() == 32 and report["cut"] == 1
 
 
 def test_pseudo_queries_of_some_passages(vocabulary, built, caplog):
-    _, (queries, report), *_ = built
+    _, queries, *_ = built
+    report = queries.report()
     expected = {}
     for index, text in PSEUDO:
         row = reference.row(vocabulary.marker("query"), vocabulary.encode(text), 30)
@@ -192,7 +195,7 @@ def test_pseudo_queries_of_some_passages(vocabulary, built, caplog):
     assert report["passages_without_identifier"] == 5
     assert report["passages_sharing_an_identifier"] == 2
     with caplog.at_level(logging.WARNING):
-        Multiview().query_table([(1, "a b"), (1, " ")], num_passages=3, encode=words(), marker=8)
+        table_of("query", PASSAGES[:3], words(), [(1, "a b"), (1, " ")])
     assert "2 of 3 passages have no query" in caplog.text
 
 
@@ -215,13 +218,10 @@ def test_the_body_holds_the_text_alone(vocabulary, built):
 
 
 def test_a_trie_holds_the_tables(vocabulary, built):
-    (titles, _), (queries, _), *_ = built
+    titles, queries, *_ = built
     for made in (titles, queries):
         index = trie.build(
-            np.asarray(made.tokens),
-            np.asarray(made.lengths),
-            passages=(made.offsets, made.passages),
-            vocab_size=vocabulary.size,
+            np.asarray(made.tokens), np.asarray(made.lengths), vocab_size=vocabulary.size
         )
         rows, lengths = index.rows()
         assert [tuple(row[:n]) for row, n in zip(rows.tolist(), lengths, strict=True)] == listed(
@@ -239,12 +239,11 @@ text = st.lists(st.sampled_from("abcd"), max_size=5).map(" ".join)
     limit=st.booleans(),
 )
 def test_no_view_continues_as_another(titles, bodies, limit):
-    encode, scheme = words(first=3), Multiview(title_tokens=2 if limit else 15)
+    encode = words(first=3)
     passages = [Passage(f"p{i}", "", title) for i, title in enumerate([*titles, "a"])]
-    made, _ = scheme.title_table(passages, encode=encode, marker=100)
-    asked, _ = scheme.query_table(
-        list(enumerate([*titles, "a"])), num_passages=9, encode=encode, marker=102
-    )
+    cut = {"title_tokens": 2 if limit else 15}
+    made, _ = table_of("title", passages, encode, marker=100, **cut)
+    asked, _ = table_of("query", passages, encode, list(enumerate([*titles, "a"])), marker=102)
     spans = {
         tuple(tokens[at:end])
         for tokens in map(encode, bodies)
@@ -265,18 +264,16 @@ def test_no_view_continues_as_another(titles, bodies, limit):
 
 def test_text_that_the_vocabulary_lacks_is_counted(tmp_path):
     SentencePiece(size=60).write(tmp_path, ["bees make honey in the hive"] * 3)
-    latin = Vocabulary.create(tmp_path, views=special.VIEWS)
+    latin = Vocabulary.create(tmp_path, views=VIEWS)
     passages = [
         Passage("p0", "東京 bees", "東京"),
         Passage("p1", "日本", "日本"),
         Passage("p2", "bees", "bees"),
     ]
-    titles, report = Multiview().title_table(
-        passages, encode=latin.encode, marker=latin.marker("title")
-    )
+    titles, report = table_of("title", passages, latin.encode)
     assert report["with_unknown"] == 2 and report["largest_group"] == 2
     counts = Counter()
-    bodies = list(Multiview().body_tokens(passages, encode=latin.encode, counts=counts))
+    bodies = bodies_of(passages, latin.encode, counts)
     assert counts["unknown_tokens"] == 2 == sum((tokens == 2).sum() for tokens in bodies)
     assert len(titles) == 2
 
@@ -285,33 +282,29 @@ def test_text_that_nobody_sees_names_no_passage(tmp_path, caplog):
     """A joiner has a token, that of what the vocabulary lacks; as an identifier it would be found
     for every query."""
     SentencePiece(size=60).write(tmp_path, ["bees make honey in the hive"] * 3)
-    latin = Vocabulary.create(tmp_path, views=special.VIEWS)
+    latin = Vocabulary.create(tmp_path, views=VIEWS)
     passages = [Passage("p0", "bees", "bees"), Passage("p1", "\u200d", " \u200b\u200d")]
     assert len(latin.encode("\u200d"))
-    titles, report = Multiview().title_table(
-        passages, encode=latin.encode, marker=latin.marker("title")
-    )
+    titles, report = table_of("title", passages, latin.encode)
     assert report["blank"] == 1 == len(titles)
-    _, report = Multiview().query_table(
-        [(0, "bees"), (0, "\u200d"), (1, "\ufeff"), (1, "bees \u6771")],
-        num_passages=2, encode=latin.encode, marker=latin.marker("query"),
-    )  # fmt: skip
+    pairs = [(0, "bees"), (0, "\u200d"), (1, "\ufeff"), (1, "bees \u6771")]
+    _, report = table_of("query", passages, latin.encode, pairs)
     assert (report["blank"], report["with_unknown"]) == (2, 1)
     assert "1 of 2 texts of the view 'query' have characters that the vocabulary" in caplog.text
     counts = Counter()
-    bodies = list(Multiview().body_tokens(passages, encode=latin.encode, counts=counts))
+    bodies = bodies_of(passages, latin.encode, counts)
     assert counts["passages_without_body"] == 1 and not len(bodies[1])
 
 
 def test_text_of_other_scripts_comes_back(vocabulary, built):
-    (titles, _), *_ = built
+    titles, *_ = built
     named = {i: u for u in range(len(titles)) for i in titles.passages_of(u)}
     assert vocabulary.decode(titles.tokens[named[3]]) == "<title> москва"
     assert vocabulary.decode(titles.tokens[named[4]]) == "<title> 東京"
 
 
 def test_coverage_warns_of_passages_that_nothing_names(built, caplog):
-    (titles, _), (queries, _), index, _ = built
+    titles, queries, index, _ = built
     lengths = Body(index.tokens, index.starts).lengths
     with caplog.at_level(logging.WARNING):
         found = multiview.coverage((titles, queries), lengths)
@@ -334,11 +327,11 @@ def test_settings_and_views_without_text_are_refused():
         Multiview(span_tokens=0)
     untitled = [Passage("p0", "text")]
     with pytest.raises(ValueError, match="none of 1 passages has a title; .* leave 'title' out"):
-        Multiview().title_table(untitled, encode=words(), marker=7)
+        table_of("title", untitled, words())
     with pytest.raises(ValueError, match="no passage has a pseudo-query; .*pseudo_query_path"):
-        Multiview().query_table([], num_passages=1, encode=words(), marker=8)
+        table_of("query", untitled, words())
     with pytest.raises(ValueError, match=r"passage index 3 is outside 0\.\.1"):
-        Multiview().query_table([(3, "a")], num_passages=2, encode=words(), marker=8)
+        table_of("query", untitled * 2, words(), [(3, "a")])
 
 
 # ---- spans of training examples
@@ -463,7 +456,7 @@ def made_blocks(made_views, pairs=PAIRS, seed=0, mixture=ViewMixture(), counts=N
 
 
 def test_every_target_is_an_identifier_of_the_passage(made_views, built, vocabulary, store):
-    (titles, _), (queries, _), *_ = built
+    titles, queries, *_ = built
     counts = Counter()
     made = list(data_views.examples(made_blocks(made_views, counts=counts), store.pids))
     for example in made:

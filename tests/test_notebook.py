@@ -19,10 +19,11 @@ from dgr_jax.analysis.inspection import Inspection, Table
 from dgr_jax.corpora import beir, store, trec
 from dgr_jax.corpora.types import Passage, Qrel, Query, RankList, ScoredPassage
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
-from dgr_jax.experiments import generative as experiments
+from dgr_jax.experiments.dense import Negatives
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.models.initial import Corpus
 from dgr_jax.retrieval.retriever import Hit
-from dgr_jax.stages import dense as stages_of_dense
+from tests import test_dense_experiment, test_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
@@ -102,7 +103,9 @@ def test_measures_stages_and_plots_are_those_of_the_run(executed, tiny_model_dir
     assert [row[0] for row in shown[1:]] == ["bm25", "generate", "control", "distill"]
     for system, *values in shown[1:]:
         assert values == [f"{v:.3f}" for v in measured[system]["test"].values()]
-    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * len(experiments.STAGES)
+    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * len(
+        test_experiment.BASE.stages
+    )
     for name, cell in (("success_at_k", "success-plot"), ("training_curves", "training-plot")):
         (shown,) = executed[cell].outputs
         drawn = (tiny_model_dir / "evaluate" / f"{name}.png").read_bytes()
@@ -219,7 +222,10 @@ def made(model_dir):
 
 
 def test_stages_are_those_of_the_experiment(made):
-    assert sorted(inspection.STAGES) == sorted({*experiments.STAGES, *stages_of_dense.MAKERS})
+    base, teach = test_dense_experiment.BASE, test_dense_experiment.TEACH
+    own = {"negatives": Negatives("bm25"), "refresh": base.train, "initial": Corpus()}
+    dense = replace(base, teach=teach, **own)
+    assert sorted(inspection.STAGES) == sorted({*test_experiment.BASE.stages, *dense.stages})
     table = made.stages()
     assert table.caption == "Stages: 1.5 minutes in all"
     assert [(stage, status, seconds) for stage, _, status, seconds in table.rows] == [

@@ -13,13 +13,14 @@ import pytest
 from dgr_jax import train
 from dgr_jax.analysis import costs
 from dgr_jax.capacity import disk
-from dgr_jax.capacity.counting import TAKEN, Corpus, counted
+from dgr_jax.capacity.counting import TAKEN, counted
 from dgr_jax.capacity.sizes import estimated_sizes
 from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.stages.prepared import Prepared
 
@@ -39,19 +40,20 @@ def test_sizes_are_those_of_an_experiment(tiny_model_dir):
     corpus, where = counted(experiment)
     assert where == str(tiny_model_dir / "prepare")
     asked = len({qid for qid, row in made.qrels("train").items() if 2 in row.values()})
-    assert corpus == Corpus(
+    assert corpus == CorpusSize(
         len(made.store), round(words, 1), asked, round(sentences / len(made.store), 1), pairs
     )
     told = {line.what: line.size for line in disk.lines(experiment, corpus)}
+    on_device = {line.what: line.on_device for line in disk.lines(experiment, corpus)}
     prepared = tiny_model_dir / "prepare"
     assert not (prepared / "collection" / "corpus.jsonl").exists()  # it would be empty
     (examples,) = (what for what in told if "examples" in what)
     assert 0.5 < told["passages"] / size_of(prepared / "passages") < 2
-    assert 0.5 < told["identifiers"] / size_of(prepared / "identifiers") < 2
+    assert 0.5 < told["240 identifiers"] / size_of(prepared / "identifiers") < 2
     assert 0.5 < told["the same as token arrays"] / size_of(prepared / "arrays") < 2
     student = Retriever.load(tiny_model_dir).decoder.params
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(student))
-    assert told["parameters"] == pytest.approx(held, rel=0.2)
+    assert on_device["parameters"] == pytest.approx(held, rel=0.2)
     number = int(re.match("[0-9,]+", examples)[0].replace(",", ""))
     held = [np.load(f, mmap_mode="r") for f in (prepared / "arrays").glob("*/decoder_input*.npy")]
     assert number == pytest.approx(sum(map(len, held)), rel=0.2)
@@ -64,9 +66,9 @@ def test_codes_that_are_not_set_follow_from_the_passages():
         cli.parser("train", ""), ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m"]
     )
     experiment = gin_files.load_experiment(args, bindings, keep=False)
-    assert [disk._length(experiment, Corpus(n, 50, 9, 1)) for n in (1000, 10**6)] == [3, 5]
-    small, large = (estimated_sizes(experiment, n) for n in (1000, 10**6))
-    assert (small.levels, large.levels) == ((64, 64), (256,) * 4)
+    small, large = (estimated_sizes(experiment, CorpusSize(n, 50, 9, 1)) for n in (1000, 10**6))
+    levels = [sizes.identifiers.tables[0].levels for sizes in (small, large)]
+    assert levels == [(64, 64), (256,) * 4]
     assert large.vocab_size - small.vocab_size == 4 * 256 - 2 * 64
     flops = costs.expected_flops(experiment)
     assert all(value > 0 for value in flops.values())
@@ -103,7 +105,9 @@ def test_a_plan_of_a_dense_retriever(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().out
     assert "lacks corpus.jsonl" in said and "estimated from 21,000,000 passages" in said
     experiment = load(*files)
-    told = {f"{x.stage}: {x.what}": x for x in disk.lines(experiment, Corpus(21_000_000, 9, 60, 5))}
+    told = {
+        f"{x.stage}: {x.what}": x for x in disk.lines(experiment, CorpusSize(21_000_000, 9, 60, 5))
+    }
     dim, length = experiment.model.dim, experiment.prepare.passage_length
     assert told["prepare: passages as token arrays"].size == 21e6 * length * 4
     assert told[f"refresh: vectors of {dim} float32"].size == 21e6 * dim * 4
@@ -134,7 +138,7 @@ def load(*flags):
 
 def test_what_lies_there_is_counted(collection, tmp_path, capsys):
     beir = ("--gin_file=beir.gin", f"--data_dir={collection}", "--gin.Sources.min_sentence_words=3")
-    assert counted(load(*beir)) == (Corpus(3, 6.0, 2, 1.3, 3), "BeirCollection")
+    assert counted(load(*beir)) == (CorpusSize(3, 6.0, 2, 1.3, 3), "BeirCollection")
     nothing = counted(load("--gin_file=beir.gin"))
     assert nothing == (None, "the collection lacks corpus.jsonl")
     file = tmp_path / "queries.tsv"
@@ -142,7 +146,7 @@ def test_what_lies_there_is_counted(collection, tmp_path, capsys):
     assert counted(load(*beir, f"--gin.Sources.pseudo_query_path={file}"))[0].pseudo_queries == 2
     lost = "--gin.Sources.pseudo_query_path=lost.tsv"
     assert counted(load(*beir, lost))[0].pseudo_queries == TAKEN.pseudo_queries
-    disk.show(load(*beir, lost), Corpus(3, 6.0, 2, 1.0))
+    disk.show(load(*beir, lost), CorpusSize(3, 6.0, 2, 1.0))
     assert "lacks Sources.pseudo_query_path" in capsys.readouterr().out
     part = ("--gin.COLLECTION=@Subset()", "--gin.Subset.collection=@BeirCollection()")
     assert counted(load(*beir, *part, "--gin.Subset.size=2"))[0].passages == 2
@@ -184,6 +188,6 @@ def test_plans_fetch_nothing(monkeypatch, tmp_path):
              "--gin.IrDatasetsCollection.dataset=some/set")  # fmt: skip
     assert counted(load(*flags)) == (None, "the library has not fetched some/set yet")
     there.touch()
-    assert counted(load(*flags))[0] == Corpus(1, 2.0, 1, 0.0, 1)
+    assert counted(load(*flags))[0] == CorpusSize(1, 2.0, 1, 0.0, 1)
     del data.docs_path
     assert counted(load(*flags))[0].passages == 1

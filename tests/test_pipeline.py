@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import logging
@@ -23,13 +24,12 @@ from dgr_jax.corpora.msmarco import MsmarcoCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.corpora.types import Passage, Qrel, Query
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.generative import STAGES
 from dgr_jax.identifiers.embeddings import FromFile
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.model_dir import records, versions, writer_lock
 from dgr_jax.partitioning import Mesh
 from dgr_jax.settings import fingerprint
-from dgr_jax.stages import pipeline
+from dgr_jax.stages import inputs, measures, pipeline
 from dgr_jax.teaching.teachers import RunTeacher, VectorTeacher
 from tests import test_experiment
 
@@ -64,8 +64,10 @@ class Pipeline:
         """Names of the stages that ran; what was said is in `said`."""
         ran = []
 
-        def make(stage):
-            def maker(experiment, folder):
+        def changed(declared):
+            stage = declared.name
+
+            def make(experiment, folder):
                 ran.append(stage)
                 assert records.read_record(folder)["status"] == "running"
                 with (folder / "output").open("a") as output:
@@ -74,13 +76,12 @@ class Pipeline:
                         raise Killed
                     output.write("whole ")
 
-            return maker
+            return dataclasses.replace(declared, make=make)
 
         self._caplog.clear()
         with self._caplog.at_level(logging.INFO, logger="dgr_jax"):
             try:
-                makers = {stage: make(stage) for stage in STAGES}
-                pipeline.run(self.experiment, makers, *([stages] if stages else []), named=named)
+                pipeline.run(self.experiment, stages or None, named=named, changed=changed)
             except Killed:
                 ran.append("killed")
         return ran
@@ -119,7 +120,7 @@ def on_data(made, data):
     return made
 
 
-ALL = list(STAGES)
+ALL = list(test_experiment.BASE.stages)
 
 
 def test_all_stages_run_in_order_and_are_skipped_the_second_time(made):
@@ -482,8 +483,9 @@ def test_a_failing_stage_is_not_done(made, monkeypatch):
     def fails(experiment, folder):
         raise ValueError("cannot")
 
+    changed = functools.partial(dataclasses.replace, make=fails)
     with pytest.raises(ValueError, match="cannot"):
-        pipeline.run(made.experiment, {"prepare": fails}, ["prepare"])
+        pipeline.run(made.experiment, ["prepare"], changed=changed)
     assert made.run("prepare") == ["prepare"]
 
 
@@ -567,7 +569,7 @@ def test_data_is_asked_for_before_a_cut_off_stage_goes_on(on_data, data):
 
 
 def test_large_files_are_told_by_size_and_time(on_data, data, monkeypatch):
-    monkeypatch.setattr(pipeline, "LARGE", 3)
+    monkeypatch.setattr(inputs, "LARGE", 3)
     on_data.run()
     signed = on_data.record("prepare")["settings"]["files"]["collection"]["corpus.jsonl"]
     assert signed.keys() == {"bytes", "modified"}
@@ -643,10 +645,10 @@ def test_queries_are_read_for_measures_of_answers_alone(made):
             raise ImportError("needs the library")
 
     made.set("collection", Elsewhere())
-    pipeline._check_measures(made.experiment)
+    measures.check_measures(made.experiment)
     made.set("evaluate.measures", ("AnswerHits@5",))
     with pytest.raises(ImportError, match="needs the library"):
-        pipeline._check_measures(made.experiment)
+        measures.check_measures(made.experiment)
 
 
 def test_measures_are_asked_for_before_anything_runs(made):

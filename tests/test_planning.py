@@ -13,9 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dgr_jax import plan
 from dgr_jax.capacity import chips, hlo, planning, programs, tables
 from dgr_jax.capacity.chips import Topology
-from dgr_jax.capacity.sizes import Sizes, abstract_trie, estimated_sizes
+from dgr_jax.capacity.counting import TAKEN
+from dgr_jax.capacity.sizes import abstract_trie, estimated_sizes, model_config
 from dgr_jax.config import cli, gin_files
 from dgr_jax.decoding import trie
+from dgr_jax.identifiers.scheme import TableSizes
 from dgr_jax.partitioning import Mesh, make_mesh
 from tests import toy
 
@@ -127,8 +129,7 @@ def test_the_trie_is_as_large_as_that_of_random_rows(levels, closing):
     random = np.random.default_rng(0)
     rows = 3 + np.stack([random.integers(0, n, 20_000) for n in levels], 1)
     rows = np.unique(rows + np.cumsum([0, *levels[:-1]]), axis=0)
-    sizes = Sizes(len(rows), 1024, levels, closing)
-    arrays, layout = abstract_trie(sizes)
+    arrays, layout = abstract_trie(TableSizes(len(rows), levels, closing), 1024)
     lengths = np.full(len(rows), len(levels))
     lengths[::50] -= closing  # rows of one length would need no closing token
     built = trie.build(rows, lengths, eos_id=1 if closing else None, vocab_size=1024)
@@ -147,11 +148,9 @@ def experiment(*bindings, name="msmarco.gin"):
 
 
 def test_an_experiment_without_its_data_has_sizes():
-    sizes = estimated_sizes(experiment(), 8_800_000)
-    assert sizes == Sizes(8_800_000, 32_128 + 8 * 256, (256,) * 8, False)
-    with pytest.raises(ValueError, match="^Prepare.identifiers: a vocabulary of 8832128 tokens"):
-        atomic = experiment("--gin.IDENTIFIERS=@Atomic()")
-        abstract_trie(estimated_sizes(atomic, 8_800_000))
+    sizes = estimated_sizes(experiment(), TAKEN)
+    assert sizes.vocab_size == 32_128 + 8 * 256
+    assert sizes.identifiers.tables == (TableSizes(8_800_000, (256,) * 8),)
 
 
 # plans
@@ -168,8 +167,10 @@ SMALL = (
 def _small(name, adaptive=0):
     """A plan by the compiler, of host devices, and the same by formula."""
     small = experiment(*SMALL, f"--gin.T5Config.prefix_adaptive_layers={adaptive}")
-    sizes = dataclasses.replace(estimated_sizes(small, 5000), vocab_size=2304)
-    config = programs.model_config(small, sizes)
+    sizes = dataclasses.replace(
+        estimated_sizes(small, TAKEN._replace(passages=5000)), vocab_size=2304
+    )
+    config = model_config(small, sizes)
     made = programs.program(name, small, sizes, _mesh(), small.mesh.rules)
     formula = planning.analytic(made, _mesh(), Topology("v5e", (2, 4)), config)
     return planning.compiled(made, formula), formula
@@ -196,7 +197,7 @@ def _plan(**changes):
         flops=459e12, moved=2765e9 * 2, sent={"all-reduce": 300e9, "all-gather": 600e9},
         queries=100,
     )  # fmt: skip
-    return planning.Plan(**usual | changes)
+    return planning.CapacityPlan(**usual | changes)
 
 
 def test_bounds():
@@ -213,7 +214,7 @@ def test_the_peak_is_that_of_the_products():
     made = {dtype: experiment(f"--gin.T5Config.dtype={dtype}") for dtype in ("float32", "bfloat16")}
     for name, ratio in (("h100:8", 989 / 494), ("a100:8", 312 / 156), ("v5p:2x2x2", 1.0)):
         slow, fast = (
-            planning.plan("generate", one, estimated_sizes(one, 1000),
+            planning.plan("generate", one, estimated_sizes(one, TAKEN._replace(passages=1000)),
                           chips.topology(name), Mesh(data=8), compile=False)
             for one in made.values()
         )  # fmt: skip
@@ -252,7 +253,7 @@ def test_the_command_plans_gpus_by_formula(capsys, tmp_path, monkeypatch):
     assert "estimated: 8,800,000 passages, vocabulary of 34,176, identifiers of 8 tokens" in out
     for line in ("parameters", "optimizer", "trie", "temporaries", "bound by network", "queries/s"):
         assert line in out
-    assert "8,800,000 passages, as many as MS MARCO has, as the collection lacks" in out
+    assert "8,800,000 passages, those of MS MARCO, as the collection lacks" in out
     assert out.count("bfloat16  bfloat16  bfloat16") == 1
     assert "989.00 T" in out.partition("FLOP/s at best")[2].split("\n")[0]
     assert list(tmp_path.iterdir()) == []
@@ -326,7 +327,9 @@ def test_without_libtpu(monkeypatch):
 def test_a_tpu_program_is_compiled_without_a_tpu():
     pytest.importorskip("libtpu", reason="planning for TPUs needs the extra 'dgr_jax[tpu]'")
     small = experiment(*SMALL)
-    sizes = dataclasses.replace(estimated_sizes(small, 5000), vocab_size=2304)
+    sizes = dataclasses.replace(
+        estimated_sizes(small, TAKEN._replace(passages=5000)), vocab_size=2304
+    )
     found = planning.plan(
         "generate", small, sizes, chips.topology("v5e:2x2"), Mesh(data=2, model=2)
     )

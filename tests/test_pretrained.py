@@ -275,7 +275,7 @@ def test_tied_embeddings_of_two_projections_are_warned_of(tmp_path, caplog):
     tied = {name: value for name, value in DESCRIBED.items() if name != "tie_word_embeddings"}
     config, _ = pretrained.read_hf(write(tmp_path / "m", tied, arrays))
     assert config.logits_via_embedding
-    assert "no output kernel, and two projections as those of T5 1.1" in caplog.text
+    assert "no output kernel, but two projections as in T5 1.1" in caplog.text
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

@@ -23,7 +23,7 @@ from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.interrupts import EXIT_INTERRUPTED
 from dgr_jax.processes import EXIT_LOST, EXIT_STOPPED
-from dgr_jax.stages import makers, pipeline
+from dgr_jax.stages import pipeline
 from tests.conftest import ROOT, TINY
 
 JOINED = ("--coordinator_address=a:1", "--num_processes=2", "--process_id=0")
@@ -42,7 +42,6 @@ def no_environment(monkeypatch):
 def test_one_process_exports_for_all(first, exported, monkeypatch):
     targets = []
     monkeypatch.setattr(gin_files, "load_experiment", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(makers, "makers", lambda _: {})
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: None)
     exporter = SimpleNamespace(export=lambda _, target: targets.append(target))
     monkeypatch.setitem(sys.modules, "dgr_jax.stages.prepared", exporter)

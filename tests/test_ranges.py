@@ -12,11 +12,13 @@ from dgr_jax.config import cli, configurables, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.experiments.study import Study
+from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.losses import contrastive, ranking
 
 # What the required settings of a component may be, where a number is tried in another one.
 GIVEN = {
-    "str": "x", "int": 8, "Collection": QuickstartCollection(), "tuple[str, ...]": ("x",)
+    "str": "x", "int": 8, "Collection": QuickstartCollection(), "tuple[str, ...]": ("x",),
+    "Scheme": Atomic(),
 }  # fmt: skip
 
 # Settings that may be -1, and what it means.

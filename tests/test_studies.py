@@ -686,3 +686,24 @@ def test_a_study_runs_what_is_missing(finished, command):
     assert "2/2 TopM.size=3-seed=0" in done.stderr and "1/2" not in done.stderr
     log = (folder / "runs" / "TopM.size=3-seed=0" / "log.txt").read_text()
     assert "generate: done already" in log and "distill: done in" in log
+
+
+def test_rows_of_a_plan(tmp_path, monkeypatch):
+    """A plan of other settings is another row of the same student; there are none without."""
+    plans = {"none": {}, "a": {"Experiment.plan": "@Lexical()"}}
+    plans["b"] = plans["a"] | {"Lexical.weight": 0.5}
+    grid = grid_of(study(systems=("distill", "planned"), axes={"plan": plans}), tmp_path)
+    state = {"distill": (True, "as trained"), "evaluate": (True, "")}
+    monkeypatch.setattr(grid, "finished", lambda: [[run] for run in grid.runs])
+    monkeypatch.setattr(grid, "state", lambda run: state)
+    monkeypatch.setattr(grid, "link", lambda run: None)
+    monkeypatch.setattr(results, "_row", lambda grid, labels, runs: Row(labels, [], {}, []))
+    found = [row.labels for row in results.rows(grid)]
+    assert found == [
+        {"plan": "none", "system": "distill"},
+        {"plan": "a", "system": "planned"},
+        {"plan": "b", "system": "planned"},
+    ]
+    alone = grid_of(study(systems=("planned",), axes={"plan": plans}), tmp_path)
+    with pytest.raises(ValueError, match=r"Study.systems: got \('planned',\) for .*none, expected"):
+        alone.experiment(alone.runs[0])

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dgr_jax.models import pretrained, stacking, t5x_checkpoints
+from dgr_jax.models import pretrained, stacking, t5x_adafactor, t5x_checkpoints
 from dgr_jax.training.optimizers import Adafactor
 from tests.test_pretrained import T5_1_0, T5_1_1, D, F, flat, random_params, same, unboxed
 
@@ -148,7 +148,7 @@ def test_a_missing_output_kernel_is_warned_of(tmp_path, caplog):
     del params["decoder/logits_dense/kernel"]
     by_hand(tmp_path, params)
     assert pretrained.read(tmp_path)[0].logits_via_embedding
-    assert "no output kernel, and two projections as those of T5 1.1" in caplog.text
+    assert "no output kernel, but two projections as in T5 1.1" in caplog.text
 
 
 def test_activations_are_given(tmp_path):
@@ -261,7 +261,7 @@ def test_moments_have_the_shapes_of_its_rules():
         "decoder/decoder/pre_mlp_layer_norm/scale": np.empty((200, 130)),
         "decoder/decoder_norm/scale": np.empty(200),
     }
-    moments = t5x_checkpoints.fresh_moments(target)
+    moments = t5x_adafactor.fresh_moments(target)
     shapes = {n: [moments[f"{n}/{k}"].shape for k in ("v_row", "v_col", "v", "m")] for n in target}
     one = (1,)
     assert list(shapes.values()) == [
@@ -285,7 +285,7 @@ def test_the_optimizer_goes_out_and_comes_back(tmp_path, layout):
     )
     state = optax.tree_utils.tree_set(state, count=1)
     pretrained.write_t5x(tmp_path, T5_1_1, params, step=1, opt_state=state, layout=layout)
-    got = t5x_checkpoints.read_adafactor(tmp_path)
+    got = t5x_adafactor.read_adafactor(tmp_path)
     assert got.count == 1
     for kind in ("v", "v_row", "v_col"):
         single = jax.tree.map(np.float32, optax.tree_utils.tree_get(state, kind))
@@ -301,14 +301,14 @@ def test_errors_about_the_optimizer(tmp_path):
         pretrained.write_t5x(tmp_path, T5_1_1, params, opt_state=optax.sgd(0.1).init(params))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="checkpoint_100: found no state of Adafactor"):
-        t5x_checkpoints.read_adafactor(by_hand(tmp_path / "bare", flat(params)))
+        t5x_adafactor.read_adafactor(by_hand(tmp_path / "bare", flat(params)))
     pretrained.write_t5x(tmp_path / "scan", T5_1_1, params, scanned=True)
     with pytest.raises(ValueError, match="got moments of scanned layers, expected layers one by"):
-        t5x_checkpoints.read_adafactor(tmp_path / "scan")
+        t5x_adafactor.read_adafactor(tmp_path / "scan")
     states = {"param_states": {"x": {"m": np.ones(2), "v_row": np.ones(1)}}, "step": np.int32(1)}
     pack(tmp_path / "m" / "checkpoint_1", {"optimizer": {"state": states}, "version": 3})
     with pytest.raises(ValueError, match="got a state with momentum, expected none"):
-        t5x_checkpoints.read_adafactor(tmp_path / "m")
+        t5x_adafactor.read_adafactor(tmp_path / "m")
 
 
 def test_a_student_with_scanned_layers_is_written(tmp_path):

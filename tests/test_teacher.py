@@ -13,16 +13,14 @@ from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.teaching import teachers
 from dgr_jax.teaching.list_recipes import TopM, TwoLists
+from dgr_jax.teaching.teacher import Coverage, Teacher, best_first, judged_first
 from dgr_jax.teaching.teachers import (
     BiEncoderTeacher,
     Bm25Teacher,
-    Coverage,
     CrossEncoderTeacher,
     FusionTeacher,
     RunTeacher,
-    Teacher,
     VectorTeacher,
-    best_first,
 )
 
 
@@ -107,7 +105,7 @@ def own_scores(scores):
 
     @dataclasses.dataclass(frozen=True)
     class Own(Teacher):
-        def _order(self, queries, pools, store):
+        def order(self, queries, pools, store):
             for qid, listed in scores.items():
                 yield qid, best_first(list(listed), np.array(list(listed.values()), np.float64))
 
@@ -357,7 +355,7 @@ grades = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 3), max_siz
 @settings(max_examples=100, deadline=None)
 @given(lists, grades)
 def test_judged_first_moves_positives_and_keeps_everything_else(listed, positives):
-    moved = teachers.judged_first(listed, positives)
+    moved = judged_first(listed, positives)
     count = len(positives)
     assert {p.pid for p in moved[:count]} == set(positives)
     assert moved[count:] == [p for p in listed if p.pid not in positives]
@@ -366,20 +364,18 @@ def test_judged_first_moves_positives_and_keeps_everything_else(listed, positive
     assert all(np.isfinite(scores))
     assert scores == sorted(scores, reverse=True)
     assert count == 0 or count == len(moved) or scores[count - 1] > scores[count]
-    again = teachers.judged_first(moved, positives)
+    again = judged_first(moved, positives)
     assert again == moved
 
 
 def test_judged_first_leaves_a_right_order_alone():
     listed = scored(("a", 3.0), ("b", 2.0), ("c", 1.0))
-    assert teachers.judged_first(listed, {"a": 1}) == listed
-    assert teachers.judged_first(listed, {"c": 2, "a": 1}) == scored(
-        ("c", 4.0), ("a", 3.0), ("b", 2.0)
-    )
+    assert judged_first(listed, {"a": 1}) == listed
+    assert judged_first(listed, {"c": 2, "a": 1}) == scored(("c", 4.0), ("a", 3.0), ("b", 2.0))
 
 
 def test_judged_first_stays_above_in_float32():
-    moved = teachers.judged_first(scored(("a", 5e6), ("b", 5e6 - 1e-3)), {"b": 1})
+    moved = judged_first(scored(("a", 5e6), ("b", 5e6 - 1e-3)), {"b": 1})
     assert np.float32(moved[0].score) > np.float32(moved[1].score)
 
 

@@ -212,7 +212,7 @@ FOLD = ("--gin.Training.validate_every=2", "--gin.Training.keep=best")
 def _checked(folder, system, min_relevance=2):
     """The report of a training run, whose value is that of its student as everybody opens it."""
     report = json.loads((folder / system / validation.REPORT).read_text())
-    made = Prepared.load(folder, identifiers=False)
+    made = Prepared.load(folder)
     retriever = Retriever.load(folder, system=system)
     queries, qrels = made.queries("validation"), made.qrels("validation")
     assert not {q.text for q in queries.values()} & {

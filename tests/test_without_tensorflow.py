@@ -8,7 +8,7 @@ import pytest
 from dgr_jax.data import direct, loading
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.dense import DensePrepare
-from dgr_jax.stages import dense
+from dgr_jax.stages import dense_prepare
 from dgr_jax.stages.prepare import prepare
 from tests.conftest import with_seqio
 from tests.test_generation_data import Collection, Experiment, examples, files, one_after_the_other
@@ -77,7 +77,9 @@ def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
 
 @with_seqio
 def test_the_same_bytes_for_a_dual_encoder(tmp_path, request, caplog):
-    made = prepared_twice(lambda to: dense.prepare(DenseExperiment(), to), tmp_path, request)
+    made = prepared_twice(
+        lambda to: dense_prepare.prepare(DenseExperiment(), to), tmp_path, request
+    )
     folders = {name.split("/")[1] for name in made if name.startswith("arrays/")}
     assert folders == {*("labelled_train", "labelled_test", "passages", "pseudo_queries", "corpus")}
     assert len(said(caplog)) == 1

@@ -37,7 +37,7 @@ def prepare(folder: Path, views: tuple[str, ...] = VIEWS):
     settings = Prepare(
         tasks="beir", identifiers=Multiview(views, span_tokens=SPAN, query_tokens=12)
     )
-    found = identifiers.views(settings, folder, passages, ())
+    found = identifiers.build(settings, folder, passages, ())
     vocabulary = Vocabulary.load(folder)
     assert found.vocabulary == vocabulary
     return vocabulary, ViewIndexes.load(folder, vocabulary), passages, found

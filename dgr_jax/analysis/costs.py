@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,20 @@ from dgr_jax import partitioning
 from dgr_jax.analysis import drift, speed
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity import formulas, programs
-from dgr_jax.capacity.programs import Work
-from dgr_jax.capacity.sizes import estimated_sizes
+from dgr_jax.capacity.counting import TAKEN, corpus_of
+from dgr_jax.capacity.programs import ProgramShape
+from dgr_jax.capacity.sizes import estimated_sizes, model_config, training_stages
 from dgr_jax.corpora import trec
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.multiview import Multiview
-from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.system import System
-from dgr_jax.stages import dense, student
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import open_system
 
-_MANY = 100_000  # passages, where the settings do not tell
 QUERIES = 200  # at most, that are timed, and whose drift is measured
 
 # Why `expected_flops` has nothing to say of some experiments.
@@ -39,9 +36,6 @@ UNCOUNTED = (
 )
 
 COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
-
-# Kind of experiment -> what a training stage learns from, step by step.
-_BATCHES = {"docid": student.batches, "multiview": student.batches, "dense": dense.batches}
 
 
 def measure(
@@ -86,43 +80,41 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
     made_of = experiment.made_of(system)
     stages = {k: v for name in made_of for k, v in experiment.training(name).items()}
     return sum(
-        settings.steps * step_flops(config, _BATCHES[experiment.kind](experiment, stage).batch(0))
+        settings.steps * step_flops(config, experiment.stages[stage].batches(experiment).batch(0))
         for stage, settings in stages.items()
     )
 
 
-def expected_flops(experiment: Experiment | DenseExperiment) -> dict[str, float]:
-    """Training stage -> FLOPs as in `training_flops`, from the settings alone, before any data is
-    there: every text is as long as it may be, identifiers are what `planning` takes them to be.
+def expected_flops(
+    experiment: Experiment | DenseExperiment, corpus: CorpusSize | None = None
+) -> dict[str, float]:
+    """Training stage -> FLOPs as in `training_flops`, before any data is there: every text is as
+    long as it may be, identifiers are what `capacity.sizes` takes them to be.
 
+    corpus: None: see `planned_corpus`.
     Empty with identifiers of several views: what they are is known once they are made.
     """
-    stages = {k: v for system in experiment.systems for k, v in experiment.training(system).items()}
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
     if isinstance(experiment, DenseExperiment):
-        size = dense_plans.vocabulary_size(experiment)
-        config = dataclasses.replace(experiment.model.t5, vocab_size=size)
+        config = dense_plans.encoder(experiment).config.t5
         batch = lambda stage: dense_plans.abstract_batch(experiment, mesh, stage)
-    elif isinstance(experiment.prepare.identifiers, Multiview):
+    elif experiment.prepare.identifiers.views:
         return {}
     else:
-        sizes = estimated_sizes(experiment, _passages(experiment))
-        config = programs.model_config(experiment, sizes)
+        sizes = estimated_sizes(experiment, corpus or planned_corpus(experiment))
+        config = model_config(experiment, sizes)
         batch = lambda stage: programs.abstract_batch(stage, experiment, sizes, mesh)
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
-        for stage, settings in stages.items()
+        for stage, settings in training_stages(experiment).items()
     }
 
 
-def _passages(experiment: Experiment) -> int:
-    """Of the collection, where its settings tell; otherwise so many that codes for ties are needed,
-    or _MANY."""
-    scheme, known = experiment.prepare.identifiers, getattr(experiment.collection, "size", 0)
-    if known or not isinstance(scheme, ResidualQuantization):
-        return known or _MANY
-    scheme = scheme.sized(_MANY)
-    return min(_MANY, scheme.codebook_size**scheme.num_codes // 2 + 1)
+def planned_corpus(experiment: Experiment | DenseExperiment) -> CorpusSize:
+    """The corpus by the settings of its collection, where these tell how many passages it has;
+    otherwise as in other plans."""
+    size = getattr(experiment.collection, "size", 0)
+    return TAKEN._replace(passages=size) if size else corpus_of(experiment)[0]
 
 
 def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
@@ -149,7 +141,7 @@ def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives:
         listed = batch["identifier_tokens"].shape
         targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]
     seen = int(np.prod(views)) * length
-    written = formulas.forward_flops(config, Work(rows, seen, targets, longest))
+    written = formulas.forward_flops(config, ProgramShape(rows, seen, targets, longest))
     written -= formulas.encoder_flops(config, rows, seen)
     return written + formulas.encoder_flops(config, rows * seen // length, length)
 

@@ -157,7 +157,8 @@ class Inspection:
     def stages(self) -> Table:
         """What each stage did, whether it is done, and how long it took."""
         rows, total = [], 0.0
-        for stage, does in STAGES.items():
+        others = (path.parent.name for path in sorted(self.model_dir.glob("*/stage.json")))
+        for stage, does in (dict.fromkeys(others, "") | STAGES).items():
             if not (record := _read(self.model_dir / stage / "stage.json")):
                 continue  # of another kind of experiment
             seconds = record.get("seconds")

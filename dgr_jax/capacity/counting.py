@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.model_dir import records
 from dgr_jax.stages import pipeline
 from dgr_jax.stages.prepared import Prepared
@@ -26,26 +27,24 @@ _SAY = 1_000_000  # passages after which it is said how far it is
 _LINES = 1 << 20  # of a file, that are counted together
 
 
-class Corpus(NamedTuple):
-    """Numbers that are not in the settings: passages, words of each, training queries,
-    pseudo-queries a passage, and positives of the training queries (0: one each)."""
-
-    passages: int
-    words: float
-    queries: int
-    pseudo_queries: float
-    positives: int = 0
-
-    @property
-    def pairs(self) -> int:
-        """Training queries, each with one of its positives."""
-        return self.positives or self.queries
+TAKEN = CorpusSize(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
 
 
-TAKEN = Corpus(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
+def corpus_of(experiment: Experiment | DenseExperiment, flag: str = "") -> tuple[CorpusSize, str]:
+    """The corpus of an experiment, counted where it is at hand, and how it is known.
+
+    flag: of the command line, by which another one can be given.
+    """
+    corpus, where = counted(experiment)
+    if corpus is not None:
+        return corpus, f"as counted in {where}"
+    if size := getattr(experiment.collection, "size", 0):
+        owner = type(experiment.collection).__name__
+        return TAKEN._replace(passages=size), f"{owner}.size, else as MS MARCO, as {where}"
+    return TAKEN, f"those of MS MARCO, as {where}: give the collection, or {flag}"
 
 
-def counted(experiment: Experiment | DenseExperiment) -> tuple[Corpus | None, str]:
+def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None, str]:
     """The corpus of an experiment and where it was counted: what is prepared in MODEL_DIR, or else
     the collection; None and the reason, where neither is at hand."""
     folder = Path(experiment.model_dir) / "prepare"
@@ -94,7 +93,7 @@ def _corpus(
     passages: Iterable[tuple[int, Passage]],
     number: int,
     judged: Iterable[tuple[str, int]],
-) -> Corpus:
+) -> CorpusSize:
     """passages: (number, passage) of those that are looked at; number: of all, 0: the last one's.
     judged: (qid, relevance) of the training queries."""
     sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
@@ -109,7 +108,7 @@ def _corpus(
     if sources.pseudo_query_path:
         file = lines.place(sources.pseudo_query_path)
         written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
-    return Corpus(
+    return CorpusSize(
         number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
     )
 

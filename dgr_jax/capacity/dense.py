@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from dgr_jax import partitioning
 from dgr_jax.capacity import chips, formulas, planning, programs
 from dgr_jax.capacity.chips import Topology
-from dgr_jax.capacity.planning import Plan
-from dgr_jax.capacity.programs import Program, Work, abstract
+from dgr_jax.capacity.planning import CapacityPlan
+from dgr_jax.capacity.programs import Program, ProgramShape, abstract
 from dgr_jax.capacity.sizes import text_size
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
@@ -31,6 +31,12 @@ def vocabulary_size(experiment: DenseExperiment) -> int:
     return experiment.model.t5.vocab_size or text_size(experiment.prepare.vocabulary)
 
 
+def encoder(experiment: DenseExperiment, **changed: Any) -> DualEncoder:
+    """The model with its vocabulary; changed: other settings of its T5."""
+    t5 = dataclasses.replace(experiment.model.t5, vocab_size=vocabulary_size(experiment), **changed)
+    return DualEncoder(dataclasses.replace(experiment.model, t5=t5))
+
+
 def plan(
     name: str,
     experiment: DenseExperiment,
@@ -39,7 +45,7 @@ def plan(
     mesh: partitioning.Mesh,
     *,
     compile: bool = True,
-) -> Plan:
+) -> CapacityPlan:
     """The plan of one program: compiled where the topology is of TPUs, by formula otherwise."""
     compile = compile and topology.is_tpu
     if compile:
@@ -53,20 +59,18 @@ def plan(
 
 def _training(
     experiment: DenseExperiment, topology: Topology, mesh: Any, rules: Any, compile: bool
-) -> Plan:
-    settings, sizes = experiment.train, experiment.model.t5
-    changed = {"vocab_size": vocabulary_size(experiment)}
-    if not compile:  # the same bytes, and one layer to trace in place of all
-        changed["scan_layers"] = True
-    t5 = dataclasses.replace(sizes, **changed)
-    model = DualEncoder(dataclasses.replace(experiment.model, t5=t5))
+) -> CapacityPlan:
+    settings = experiment.train
+    # Scanned, it has the same bytes, and one layer to trace in place of all.
+    model = encoder(experiment, **{} if compile else {"scan_layers": True})
+    t5 = model.config.t5
     batch = abstract_batch(experiment, mesh)
     programs.check_rows(batch, settings, mesh, "dense")
     tokens = math.prod(batch["encoder_input_tokens"].shape)
     tokens += math.prod(batch["passage_tokens"].shape)
     texts = settings.batch_size * (1 + batch["passages"].shape[1])
-    work = Work(texts, round(tokens / texts), 0, 0, microbatches=settings.microbatches)
-    made = programs.step_program("dense", settings, model, batch, work, mesh, rules)
+    shape = ProgramShape(texts, round(tokens / texts), 0, 0, microbatches=settings.microbatches)
+    made = programs.step_program("dense", settings, model, batch, shape, mesh, rules)
     alone = dataclasses.replace(t5, num_decoder_layers=1)  # which writes nothing
     formula = planning.analytic(made, mesh, topology, alone)
     read = (batch[name].shape for name in ("encoder_input_tokens", "passage_tokens"))
@@ -104,15 +108,15 @@ def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense")
 
 def _search(
     experiment: DenseExperiment, passages: int, topology: Topology, mesh: Any, compile: bool
-) -> Plan:
+) -> CapacityPlan:
     settings, k = experiment.evaluate.search.index, experiment.evaluate.search.depth
     dim, chips = experiment.model.dim, topology.size
-    index = exact_search.Plan.of(passages, dim, settings, chips)
+    index = exact_search.BlockPlan.of(passages, dim, settings, chips)
     queries, rows = settings.batch_size, index.rows
     scores = 4.0 * queries * rows / index.chunks  # of a chunk, kept twice
     held = rows * settings.row_bytes(dim)
     parts = {"vectors": index.device_bytes, "batch": queries * (4 * dim + 8 * k)}
-    formula = Plan(
+    formula = CapacityPlan(
         program="search",
         mesh=dict(mesh.shape),
         topology=topology,
@@ -129,8 +133,8 @@ def _search(
         return step.lower(*given)
 
     if compile:
-        work = Work(queries, 0, 0, 0)
-        one = Program("search", work, {**parts, "vectors": held}, lower)
+        shape = ProgramShape(queries, 0, 0, 0)
+        one = Program("search", shape, {**parts, "vectors": held}, lower)
         formula = planning.compiled(one, formula)
         formula = dataclasses.replace(formula, parts={**formula.parts, **parts})
     blocks = index.blocks  # each is searched, one after another
@@ -140,7 +144,7 @@ def _search(
     )
 
 
-def advice(found: Plan, experiment: DenseExperiment, passages: int) -> list[str]:
+def advice(found: CapacityPlan, experiment: DenseExperiment, passages: int) -> list[str]:
     """What to change where a plan does not fit, or is slower than it could be."""
     if found.program != "search":
         if found.fits:
@@ -150,7 +154,7 @@ def advice(found: Plan, experiment: DenseExperiment, passages: int) -> list[str]
             say.append("--gin.T5Config.remat=full")
         return say
     settings, memory = experiment.evaluate.search.index, found.topology.chip.memory
-    index = exact_search.Plan.of(passages, experiment.model.dim, settings, found.topology.size)
+    index = exact_search.BlockPlan.of(passages, experiment.model.dim, settings, found.topology.size)
     each = settings.row_bytes(experiment.model.dim) * -(-passages // found.topology.size)
     say = []
     if index.blocks > 1:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dgr_jax.capacity.programs import Program, Work
+from dgr_jax.capacity.programs import Program, ProgramShape
 from dgr_jax.models.t5 import T5Config
 
 
-def forward_flops(config: T5Config, work: Work) -> float:
+def forward_flops(config: T5Config, shape: ProgramShape) -> float:
     """FLOPs of matrix products of one forward pass, or of one search, over all chips."""
     width, heads = config.emb_dim, config.num_heads * config.head_dim
     mlp = _mlp(config)
-    read = work.queries * work.query_length
+    read = shape.queries * shape.query_length
     # The first step of a search has one beam a query.
-    steps = work.target_length - 1 + 1 / work.beams if work.beams else work.target_length
-    written = work.queries * work.targets * steps
-    cached = work.target_length + work.query_length
+    steps = shape.target_length - 1 + 1 / shape.beams if shape.beams else shape.target_length
+    written = shape.queries * shape.targets * steps
+    cached = shape.target_length + shape.query_length
     decoder = written * (6 * width * heads + mlp + 2 * heads * cached) + read * 2 * width * heads
     logits = written * width * config.vocab_size
-    encoder = encoder_flops(config, work.queries, work.query_length)
+    encoder = encoder_flops(config, shape.queries, shape.query_length)
     layers = config.num_decoder_layers * decoder
     if config.prefix_adaptive_layers:
-        block = 4 * width * heads + mlp + 2 * heads * work.target_length
+        block = 4 * width * heads + mlp + 2 * heads * shape.target_length
         layers += written * (config.prefix_adaptive_layers * block + 3 * width * width)
     return encoder + 2.0 * (layers + logits)
 
@@ -44,15 +44,17 @@ def passes(config: T5Config) -> int:
     return 4 if config.remat == "full" else 3
 
 
-def _tokens(work: Work, shards: int) -> tuple[float, float]:
+def tokens_together(shape: ProgramShape, shards: int) -> tuple[float, float]:
     """Tokens that are read and written together on one data shard."""
-    queries = work.queries / shards / work.microbatches
-    return queries * work.query_length, queries * work.targets * (
-        1 if work.beams else work.target_length
+    queries = shape.queries / shards / shape.microbatches
+    return queries * shape.query_length, queries * shape.targets * (
+        1 if shape.beams else shape.target_length
     )
 
 
-def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, float]) -> float:
+def temporary_bytes(
+    config: T5Config, shape: ProgramShape, parts: int, tokens: tuple[float, float]
+) -> float:
     """Bytes of activations, roughly: what each layer keeps, and three copies of the logits."""
     read, written = tokens
     element = 2 if config.dtype == "bfloat16" else 4
@@ -60,18 +62,18 @@ def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, 
     hidden = config.mlp_dim * len(config.mlp_activations) / parts
     scores = config.num_heads / parts
     logits = 3 * written * config.vocab_size / parts * 4
-    if work.beams:
+    if shape.beams:
         caches = config.num_decoder_layers + config.prefix_adaptive_layers
-        cache = 2 * written * work.target_length * heads * caches
+        cache = 2 * written * shape.target_length * heads * caches
         cross = 2 * read * heads * config.num_decoder_layers
         return element * (2 * cache + cross) + logits
     kept = {
         "full": (width, width),
         "minimal": (2 * width + 4 * heads + hidden, 4 * width + 6 * heads + hidden),
         "none": (
-            6 * width + 5 * heads + 3 * hidden + 3 * scores * work.query_length,
+            6 * width + 5 * heads + 3 * hidden + 3 * scores * shape.query_length,
             9 * width + 8 * heads + 3 * hidden
-            + 3 * scores * (work.query_length + work.target_length),
+            + 3 * scores * (shape.query_length + shape.target_length),
         ),
     }[config.remat]  # fmt: skip
     decoders = config.num_decoder_layers + config.prefix_adaptive_layers  # the latter keep less
@@ -79,18 +81,18 @@ def _temporaries(config: T5Config, work: Work, parts: int, tokens: tuple[float, 
     return element * layers + logits
 
 
-def _moved(config: T5Config, made: Program, temporaries: float, passes: int) -> float:
+def moved_bytes(config: T5Config, made: Program, temporaries: float, passes: int) -> float:
     """Bytes of memory read and written, at least: parameters in every pass or step of a search, the
     optimizer, and temporaries once each way (of a search for every token, in whatever pass)."""
     parameters = made.parts["parameters"]
-    if made.work.beams:
+    if made.shape.beams:
         half = 2 if config.dtype == "bfloat16" else 1
-        return parameters / half * made.work.steps + temporaries * made.work.target_length
+        return parameters / half * made.shape.steps + temporaries * made.shape.target_length
     update = 5 * parameters + 2 * made.parts["optimizer"]
-    return passes * parameters * made.work.microbatches + update + 2 * temporaries
+    return passes * parameters * made.shape.microbatches + update + 2 * temporaries
 
 
-def _sent(
+def sent_bytes(
     config: T5Config,
     made: Program,
     axes: Mapping[str, int],
@@ -98,11 +100,11 @@ def _sent(
     passes: int,
 ) -> dict[str, float]:
     read, written = tokens
-    work, training = made.work, not made.work.beams
+    shape, training = made.shape, not made.shape.beams
     element = 2 if config.dtype == "bfloat16" else 4
     ring = lambda n: (n - 1) / n
-    runs = work.microbatches if training else 1
-    steps = work.target_length if work.beams else 1
+    runs = shape.microbatches if training else 1
+    steps = shape.target_length if shape.beams else 1
     adaptive = 2 * config.prefix_adaptive_layers + 2 if config.prefix_adaptive_layers else 0
     reductions = 3 * config.num_decoder_layers + adaptive
     layers = 2 * config.num_encoder_layers * read + reductions * written * steps

@@ -24,26 +24,24 @@ import jax
 from dgr_jax import partitioning
 from dgr_jax.capacity import hlo
 from dgr_jax.capacity.chips import Topology
-from dgr_jax.capacity.formulas import _moved, _sent, _temporaries, _tokens, forward_flops, passes
-from dgr_jax.capacity.programs import Program, model_config, program
-from dgr_jax.capacity.sizes import Sizes
+from dgr_jax.capacity.formulas import (
+    forward_flops,
+    moved_bytes,
+    passes,
+    sent_bytes,
+    temporary_bytes,
+    tokens_together,
+)
+from dgr_jax.capacity.programs import Program, program
+from dgr_jax.capacity.sizes import PreparedSizes, model_config
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config
 
 logger = logging.getLogger(__name__)
 
 
-# sizes that are estimated
-
-
-# programs
-
-
-# plans
-
-
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """One program on one mesh, a chip's share of it.
 
     parts: bytes by name, `temporaries` included. sent: bytes by collective. products: what most of
@@ -93,7 +91,7 @@ class Plan:
         return self.queries / max(max(self.times.values()), 1e-12)
 
 
-def compiled(made: Program, formula: Plan) -> Plan:
+def compiled(made: Program, formula: CapacityPlan) -> CapacityPlan:
     """Compiles a program and reads what it does; formula: the same by formula."""
     start = time.monotonic()
     logger.info("plan: compiling %s for %s", made.name, formula.topology)
@@ -112,7 +110,7 @@ def compiled(made: Program, formula: Plan) -> Plan:
     total = arguments + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
-    done = hlo.cost(program.as_text(), unknown_trips=made.work.looped)
+    done = hlo.cost(program.as_text(), unknown_trips=made.shape.looped)
     return dataclasses.replace(
         formula,
         parts=parts,
@@ -124,27 +122,27 @@ def compiled(made: Program, formula: Plan) -> Plan:
     )
 
 
-def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> Plan:
+def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> CapacityPlan:
     """The same by formula: products of matrices, what layers keep, Megatron's all-reduces of
     activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where fully sharded."""
     axes = dict(mesh.shape)
     chips = topology.size
-    work, training = made.work, not made.work.beams
+    shape, training = made.shape, not made.shape.beams
     runs = passes(config) if training else 1
-    flops = runs * forward_flops(config, work) / chips
-    tokens = _tokens(work, partitioning.batch_shards(mesh))
-    temporaries = _temporaries(config, work, axes["model"], tokens)
+    flops = runs * forward_flops(config, shape) / chips
+    tokens = tokens_together(shape, partitioning.batch_shards(mesh))
+    temporaries = temporary_bytes(config, shape, axes["model"], tokens)
     gathered = 1 if training else axes["fsdp"] / 2
     temporaries += made.parts["parameters"] * gathered  # gradients, or all kernels in bfloat16
-    return Plan(
+    return CapacityPlan(
         program=made.name,
         mesh=axes,
         topology=topology,
         parts={**made.parts, "temporaries": temporaries},
         flops=flops,
-        moved=_moved(config, made, temporaries, runs),
-        sent=_sent(config, made, axes, tokens, runs),
-        queries=work.queries,
+        moved=moved_bytes(config, made, temporaries, runs),
+        sent=sent_bytes(config, made, axes, tokens, runs),
+        queries=shape.queries,
         products=config.dtype,
     )
 
@@ -171,12 +169,12 @@ def abstract_mesh(mesh: partitioning.Mesh, topology: Topology) -> Any:
 def plan(
     name: str,
     experiment: Experiment,
-    sizes: Sizes,
+    sizes: PreparedSizes,
     topology: Topology,
     mesh: partitioning.Mesh,
     *,
     compile: bool = True,
-) -> Plan:
+) -> CapacityPlan:
     """The plan of one program: compiled where the topology is of TPUs, by formula otherwise."""
     if compile and topology.is_tpu:
         config = model_config(experiment, sizes)
@@ -193,8 +191,8 @@ def plan(
 
 
 def sweep(
-    name: str, experiment: Experiment, sizes: Sizes, topology: Topology
-) -> list[tuple[partitioning.Mesh, Plan]]:
+    name: str, experiment: Experiment, sizes: PreparedSizes, topology: Topology
+) -> list[tuple[partitioning.Mesh, CapacityPlan]]:
     """Every mesh by formula, those that fit first, the fastest first."""
     settings = experiment.generate if name == "decode" else getattr(experiment, name)
     rows = settings.batch_size if name != "decode" else experiment.evaluate.search.batch_size
@@ -209,7 +207,7 @@ def sweep(
     return sorted(found, key=key)
 
 
-def advice(found: Plan, experiment: Experiment) -> list[str]:
+def advice(found: CapacityPlan, experiment: Experiment) -> list[str]:
     """What to change where a plan does not fit, or waits for the network."""
     config, parts = experiment.model, found.parts
     say: list[str] = []

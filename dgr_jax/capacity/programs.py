@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dgr_jax import partitioning
-from dgr_jax.capacity.sizes import Sizes, abstract_trie
+from dgr_jax.capacity.sizes import PreparedSizes, abstract_trie, held_bytes, model_config
 from dgr_jax.decoding.trie_expand import TrieConstraint
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import Search, decode_fn
+from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.training.step import abstract_state, make_train_step
 
 PROGRAMS = ("generate", "distill", "decode")
 
 
+def programs_of(experiment: Experiment) -> tuple[str, ...]:
+    """The programs that are planned: of several views, how many identifiers a list has, and how
+    many a search writes, is known once they are made."""
+    return PROGRAMS[:1] if experiment.prepare.identifiers.views else PROGRAMS
+
+
 @dataclass(frozen=True)
-class Work:
+class ProgramShape:
     """What the formulas need to know of a program. queries of Q tokens are encoded; each has
     `targets` sequences of T tokens. beams: of a search, 0: training; ahead: tokens at the end of a
     search that one pass scores (TrieConstraint.completion_width)."""
@@ -54,17 +58,9 @@ class Program:
     """One program on a mesh. parts: bytes that a chip holds all the time, by name."""
 
     name: str
-    work: Work
+    shape: ProgramShape
     parts: Mapping[str, int]
     lower: Callable[[], Any]
-
-
-def _held(tree: Any) -> int:
-    """Bytes on one chip of abstract arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def abstract(
@@ -92,7 +88,9 @@ def _list_batch(mesh: Any, rows: int, lists: int, query_length: int, length: int
     }
 
 
-def abstract_batch(name: str, experiment: Experiment, sizes: Sizes, mesh: Any) -> dict[str, Any]:
+def abstract_batch(
+    name: str, experiment: Experiment, sizes: PreparedSizes, mesh: Any
+) -> dict[str, Any]:
     """A batch of the stage 'generate', 'control' or 'distill' in shape, of one identifier a
     passage."""
     settings = experiment.generate if name == "generate" else experiment.distill
@@ -111,12 +109,9 @@ def list_size(lists: Any) -> int:
     return getattr(lists, "size", 0) or lists.negatives + 1
 
 
-def model_config(experiment: Experiment, sizes: Sizes) -> T5Config:
-    """The student with the vocabulary of these sizes."""
-    return dataclasses.replace(experiment.model, vocab_size=sizes.vocab_size)
-
-
-def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: Any) -> Program:
+def program(
+    name: str, experiment: Experiment, sizes: PreparedSizes, mesh: Any, rules: Any
+) -> Program:
     """'generate' or 'distill', one step of training; 'decode', one batch of a search.
 
     mesh: of devices, or abstract, where the program is not compiled.
@@ -127,15 +122,15 @@ def program(name: str, experiment: Experiment, sizes: Sizes, mesh: Any, rules: A
     settings = getattr(experiment, name)
     query_length = experiment.prepare.query_length
     batch = abstract_batch(name, experiment, sizes, mesh)
-    work = Work(settings.batch_size, query_length, 1, sizes.length)
+    shape = ProgramShape(settings.batch_size, query_length, 1, sizes.length)
     if name == "distill":
         rows, size = settings.list_batch_size, list_size(experiment.teach.lists)
         both = rows + settings.batch_size
         targets = (rows * size + settings.examples) / both
-        work = Work(both, query_length, targets, sizes.length)
-    work = dataclasses.replace(work, microbatches=settings.microbatches)
+        shape = ProgramShape(both, query_length, targets, sizes.length)
+    shape = dataclasses.replace(shape, microbatches=settings.microbatches)
     check_rows(batch, settings, mesh, name)
-    return step_program(name, settings, Transformer(config), batch, work, mesh, rules)
+    return step_program(name, settings, Transformer(config), batch, shape, mesh, rules)
 
 
 def check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
@@ -149,15 +144,21 @@ def check_rows(batch: Any, settings: Training, mesh: Any, name: str) -> None:
 
 
 def step_program(
-    name: str, settings: Training, model: Any, batch: Any, work: Work, mesh: Any, rules: Any
+    name: str,
+    settings: Training,
+    model: Any,
+    batch: Any,
+    shape: ProgramShape,
+    mesh: Any,
+    rules: Any,
 ) -> Program:
     """A train step of a model on batches of these shapes."""
     optimizer = settings.optimizer.transformation(settings.steps)
     state = abstract_state(model, optimizer, mesh, rules)
     parts = {
-        "parameters": _held(state.params),
-        "optimizer": _held(state.opt_state),
-        "batch": _held(batch),
+        "parameters": held_bytes(state.params),
+        "optimizer": held_bytes(state.opt_state),
+        "batch": held_bytes(batch),
     }
 
     def lower() -> Any:
@@ -168,20 +169,16 @@ def step_program(
         )
         return step.lower(state, batch)
 
-    return Program(name, work, parts, lower)
+    return Program(name, shape, parts, lower)
 
 
 def _search(
-    experiment: Experiment, config: T5Config, sizes: Sizes, mesh: Any, rules: Any
+    experiment: Experiment, config: T5Config, sizes: PreparedSizes, mesh: Any, rules: Any
 ) -> Program:
     search = experiment.evaluate.search
-    if not isinstance(search, Search):
-        raise ValueError(
-            f"Evaluate.search: got {type(search).__name__}; decoding is planned for one identifier "
-            "a passage: give --programs=generate,distill"
-        )
     rows = partitioning.shared_rows(search.batch_size, mesh)
-    arrays, layout = abstract_trie(sizes)
+    (table,) = sizes.identifiers.tables
+    arrays, layout = abstract_trie(table, sizes.vocab_size)
     places = partitioning.index_shardings(
         dict(arrays.items()), mesh, max_replicated_bytes=search.max_replicated_bytes
     )
@@ -191,14 +188,18 @@ def _search(
     )
     params = partitioning.abstract_params(Transformer(config), mesh, rules)
     tokens = abstract(mesh, (rows, search.query_length), jnp.int32)
-    parts = {"parameters": _held(params), "trie": _held(constraint), "batch": _held(tokens)}
+    parts = {
+        "parameters": held_bytes(params),
+        "trie": held_bytes(constraint),
+        "batch": held_bytes(tokens),
+    }
 
     def lower() -> Any:
         decode = decode_fn(config, search.num_beams, layout.max_length, mesh, rules=rules)
         return decode.lower(params, constraint, tokens)
 
-    work = Work(
+    shape = ProgramShape(
         *(rows, search.query_length, search.num_beams, sizes.length, search.num_beams),
         ahead=max(1, constraint.completion_width),
     )
-    return Program("decode", work, parts, lower)
+    return Program("decode", shape, parts, lower)

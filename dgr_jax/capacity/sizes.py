@@ -2,104 +2,118 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
-from dgr_jax.data.vocabulary import SentencePiece
+from dgr_jax import partitioning
+from dgr_jax.data.vocabulary import SentencePiece, round_up
 from dgr_jax.decoding import trie_arrays, trie_build
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.identifiers.atomic import Atomic
-from dgr_jax.identifiers.rq import ResidualQuantization
-from dgr_jax.identifiers.semantic import KMeansTree
-from dgr_jax.identifiers.string import NaiveString
+from dgr_jax.identifiers.scheme import CorpusSize, Sizes, TableSizes
+from dgr_jax.models.t5 import T5Config
+from dgr_jax.training.step import abstract_state
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the prepare stage would find: passages, tokens of the vocabulary, the choices at every
-    position of an identifier, and whether identifiers end with a closing token."""
+class PreparedSizes:
+    """What the prepare stage would leave of a corpus: tokens of the vocabulary, and identifiers."""
 
-    passages: int
+    corpus: CorpusSize
     vocab_size: int
-    levels: tuple[int, ...]
-    closing: bool
+    identifiers: Sizes
 
     @property
     def length(self) -> int:
-        return len(self.levels) + self.closing
+        """Tokens of the longest identifier."""
+        return self.identifiers.length
 
 
-def estimated_sizes(experiment: Experiment, passages: int) -> Sizes:
+def estimated_sizes(experiment: Experiment, corpus: CorpusSize) -> PreparedSizes:
     """Sizes from the settings. Codes are taken to be used evenly, text vocabularies to be full."""
-    levels, codes, closing = _levels(experiment.prepare.identifiers, passages)
-    text = text_size(experiment.prepare.vocabulary)
-    size = experiment.model.vocab_size or _rounded(text + codes)
-    return Sizes(passages, size, levels, closing)
+    scheme = experiment.prepare.identifiers
+    identifiers = scheme.sizes(corpus)
+    size = text_size(experiment.prepare.vocabulary) + round_up(len(scheme.views))
+    size = experiment.model.vocab_size or size + round_up(identifiers.codes)
+    return PreparedSizes(corpus, size, identifiers)
 
 
 def text_size(pieces: SentencePiece) -> int:
     """Tokens of a text vocabulary before any code, full; one that is given has T5's 32,000."""
-    return _rounded((32_000 if pieces.path else pieces.size) + pieces.extra_ids)
+    return round_up((32_000 if pieces.path else pieces.size) + pieces.extra_ids)
 
 
-def _rounded(tokens: int) -> int:
-    return -(-tokens // 128) * 128
+def model_config(experiment: Experiment, sizes: PreparedSizes) -> T5Config:
+    """The student with the vocabulary of these sizes."""
+    return dataclasses.replace(experiment.model, vocab_size=sizes.vocab_size)
 
 
-def _levels(scheme: Any, passages: int) -> tuple[tuple[int, ...], int, bool]:
-    """(choices at each position, docid codes in the vocabulary, ends with a closing token)."""
-    if isinstance(scheme, ResidualQuantization):
-        scheme = scheme.sized(passages)
-        levels = (scheme.codebook_size,) * scheme.num_codes
-        if math.prod(levels) < 2 * passages:  # many share their codes: a tie code tells them apart
-            levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
-        return levels, sum(levels), False
-    if isinstance(scheme, KMeansTree):
-        splits = math.log(max(passages / scheme.leaf_size, 1)) / math.log(scheme.branching)
-        levels = (scheme.branching,) * math.ceil(splits) + (scheme.leaf_size,)
-        return levels, sum(levels), True
-    if isinstance(scheme, NaiveString):
-        return (10,) * len(str(passages - 1)), 10, False
-    if isinstance(scheme, Atomic):
-        return (passages,), passages, False
-    return (2000,) * 12, 0, True  # titles and other text
+def training_stages(experiment: Experiment | DenseExperiment) -> dict[str, Training]:
+    """Every stage that trains, in order."""
+    return {k: v for system in experiment.systems for k, v in experiment.training(system).items()}
 
 
-def abstract_trie(sizes: Sizes) -> tuple[trie_arrays.Arrays, trie_build.Layout]:
+def held_bytes(tree: Any) -> int:
+    """Bytes on one chip of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def state_bytes(model: Any, settings: Training) -> tuple[int, int]:
+    """Bytes of a model's parameters, and of the state of the optimizer that trains it."""
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    state = abstract_state(model, settings.optimizer.transformation(settings.steps), mesh)
+    return held_bytes(state.params), held_bytes(state.opt_state)
+
+
+def abstract_trie(
+    table: TableSizes, vocab_size: int
+) -> tuple[trie_arrays.Arrays, trie_build.Layout]:
     """The arrays of the trie of random identifiers, in shape and dtype, without memory.
 
     Rows in c cells fill c (1 - exp(-rows / c)) of them; exp(-rows / c) of the rows are alone.
     """
-    rows, length = sizes.passages, len(sizes.levels)
-    cells = [math.prod(sizes.levels[:depth]) for depth in range(length + 1)]
+    rows, length = table.rows, len(table.levels)
+    cells = [math.prod(table.levels[:depth]) for depth in range(length + 1)]
     alone = [rows * math.exp(-(rows - 1) / cell) for cell in cells]
     nodes = [cell * -math.expm1(-rows / cell) for cell in cells]
     alone[-1] = nodes[-1] = rows
     inner = [nodes[depth] - alone[depth] for depth in range(length)]
     stored = [1.0] + [nodes[depth] - alone[depth - 1] for depth in range(1, length + 1)]
-    left = [length - depth + sizes.closing for depth in range(length + 1)]
+    mean = table.length if table.mean_length is None else table.mean_length
+    left = [max(0.0, mean - depth) for depth in range(length + 1)]
     tails = alone[0] * left[0]
     tails += sum((alone[d] - alone[d - 1]) * left[d] for d in range(1, length + 1))
-    layout = _layout(sizes)
+    layout = _layout(table, vocab_size)
     most = layout.gathers[-1]
     wide = sum(i for depth, i in enumerate(inner) if i >= 1 and stored[depth + 1] / i > most)
     counts = dict(nodes=sum(stored), inner=sum(inner), tails=tails, wide=wide)
-    made = _arrays(sizes, layout, **{name: round(count) for name, count in counts.items()})
+    made = _arrays(table, layout, **{name: round(count) for name, count in counts.items()})
     capacity = trie_arrays.capacities(made, layout)
     padded = {name: _unreal(capacity[name], array.dtype) for name, array in made.items()}
     return trie_arrays.Arrays(**padded), layout
 
 
-def _layout(sizes: Sizes) -> trie_build.Layout:
+def trie_bytes(table: TableSizes, vocab_size: int) -> int:
+    """Bytes of such a trie on a device."""
+    return sum(array.nbytes for _, array in abstract_trie(table, vocab_size)[0].items())
+
+
+def _layout(table: TableSizes, vocab_size: int) -> trie_build.Layout:
     # A closing token, which is small, stretches the range of token ids at a depth.
-    spans = np.array([sizes.vocab_size] if sizes.closing else sizes.levels)
-    words = trie_build.bitmap_words(sizes.vocab_size, spans[spans > trie_build.GATHERS[-1]])
+    spans = np.array([vocab_size] if table.closing else table.levels)
+    words = trie_build.bitmap_words(vocab_size, spans[spans > trie_build.GATHERS[-1]])
     return trie_build.Layout(
-        ends="token" if sizes.closing else "fixed",
-        max_length=trie_build.size_class(sizes.length) if sizes.closing else sizes.length,
+        ends="token" if table.closing else "fixed",
+        max_length=trie_build.size_class(table.length) if table.closing else table.length,
         gathers=trie_build.choose_gathers(words),
         bitmap_words=words,
         token_dtype=trie_build.smallest_dtype(spans.max() - 1).name,
@@ -107,20 +121,15 @@ def _layout(sizes: Sizes) -> trie_build.Layout:
 
 
 def _arrays(
-    sizes: Sizes, layout: trie_build.Layout, *, nodes: int, inner: int, tails: int, wide: int
+    table: TableSizes, layout: trie_build.Layout, *, nodes: int, inner: int, tails: int, wide: int
 ) -> trie_arrays.Arrays:
-    if sizes.vocab_size > trie_build.MAX_VOCABULARY:
-        raise ValueError(
-            f"Prepare.identifiers: a vocabulary of {sizes.vocab_size} tokens, expected at most "
-            f"{trie_build.MAX_VOCABULARY}, which the trie can hold"
-        )
     token, longest = np.dtype(layout.token_dtype), layout.max_length
     shapes = {
         "edge_tokens": ((nodes,), token),
         "directory": ((-(-nodes // 32), 2), np.uint32),
         "first_child": ((inner + 1,), np.int32),
         "tails": ((tails,), token),
-        "tail_start": ((sizes.passages if sizes.closing else 0,), np.int32),
+        "tail_start": ((table.rows if table.closing else 0,), np.int32),
         "row_length": ((0,), np.uint8),
         "wide": ((wide,), np.int32),
         "bitmaps": ((wide, layout.bitmap_words), np.uint32),

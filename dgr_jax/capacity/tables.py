@@ -14,11 +14,12 @@ from dgr_jax import display
 from dgr_jax.capacity import chips, counting, planning
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.chips import GIB, Topology
-from dgr_jax.capacity.planning import Plan
-from dgr_jax.capacity.programs import PROGRAMS
-from dgr_jax.capacity.sizes import Sizes, estimated_sizes
+from dgr_jax.capacity.planning import CapacityPlan
+from dgr_jax.capacity.programs import programs_of
+from dgr_jax.capacity.sizes import PreparedSizes, estimated_sizes
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.partitioning import Mesh
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
     dense = isinstance(experiment, DenseExperiment)
-    programs = _programs(args.programs, dense_plans.PROGRAMS if dense else PROGRAMS)
-    passages, origin = _passages(args.passages, experiment)
-    console.print(f"{passages:,} passages, {origin}")
+    programs = _programs(args.programs, dense_plans.PROGRAMS if dense else programs_of(experiment))
+    corpus, origin = _corpus(args.passages, experiment)
+    console.print(f"{corpus.passages:,} passages, {origin}")
     if dense:
-        _show_dense(console, args, experiment, topology, programs, passages)
+        _show_dense(console, args, experiment, topology, programs, corpus.passages)
         return
-    sizes = estimated_sizes(experiment, passages)
+    sizes = estimated_sizes(experiment, corpus)
     console.print(assumptions(experiment, sizes, topology))
     if args.sweep is not None:
         for name in programs:
@@ -54,16 +55,16 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
             console.print(f"{found.program} ({verdict}): {line}")
 
 
-def _passages(given: float | None, experiment: Experiment | DenseExperiment) -> tuple[int, str]:
-    """Passages of the corpus, and how they are known. Raises ValueError for fewer than two."""
+def _corpus(
+    given: float | None, experiment: Experiment | DenseExperiment
+) -> tuple[CorpusSize, str]:
+    """The corpus, and how its passages are known. Raises ValueError for fewer than two."""
     if given is not None:
         if not 2 <= given < math.inf:
             raise ValueError(f"--passages: got {given:g}, expected 2 or more")
-        return int(given), "as given by --passages"
-    corpus, where = counting.counted(experiment)
-    if corpus is None:
-        return counting.TAKEN.passages, f"as many as MS MARCO has, as {where}: give --passages"
-    return max(2, corpus.passages), f"as counted in {where}"
+        return counting.TAKEN._replace(passages=int(given)), "as given by --passages"
+    corpus, origin = counting.corpus_of(experiment, "--passages")
+    return corpus._replace(passages=max(2, corpus.passages)), origin
 
 
 def _show_dense(
@@ -108,27 +109,27 @@ def mesh_of(text: str | None, default: Mesh) -> Mesh:
     return Mesh(data, model, fsdp, default.parameter_dims, default.activation_dims)
 
 
-def assumptions(experiment: Experiment, sizes: Sizes, topology: Topology) -> str:
+def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology) -> str:
     """What the plan takes for granted."""
     config = experiment.model
-    many = {n for n in sizes.levels}
-    codes = f"{len(sizes.levels)} codes of {many.pop()}" if len(many) == 1 else f"{sizes.levels}"
+    levels = sizes.identifiers.tables[0].levels if sizes.identifiers.tables else ()
+    codes = f"{len(levels)} codes of {levels[0]}" if len({*levels}) == 1 else f"{levels}"
     return (
         f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
         f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
         f"layers, {config.dtype}, remat {config.remat}, layers "
         f"{'scanned' if config.scan_layers else 'not scanned'}\n"
-        f"estimated: {sizes.passages:,} passages, vocabulary of {sizes.vocab_size:,}, identifiers "
-        f"of {sizes.length} tokens ({codes}, used evenly)"
+        f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
+        f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
     )
 
 
-def tables(plans: Sequence[Plan]) -> list[Table]:
+def tables(plans: Sequence[CapacityPlan]) -> list[Table]:
     """Memory, work and time of each plan."""
     return [_memory(plans), _work(plans), _time(plans)]
 
 
-def _table(title: str, plans: Sequence[Plan]) -> Table:
+def _table(title: str, plans: Sequence[CapacityPlan]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("a chip" if "time" not in title else "")
     for found in plans:
@@ -136,7 +137,7 @@ def _table(title: str, plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _memory(plans: Sequence[Plan]) -> Table:
+def _memory(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("memory", plans)
     for name in ("parameters", "optimizer", "trie", "vectors", "batch", "temporaries"):
         if any(name in found.parts for found in plans):
@@ -146,12 +147,12 @@ def _memory(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _share(found: Plan) -> str:
+def _share(found: CapacityPlan) -> str:
     share = found.total / found.topology.chip.memory
     return f"{share:.1%}" if found.fits else f"{share:.1%}: does not fit"
 
 
-def _work(plans: Sequence[Plan]) -> Table:
+def _work(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("work of one step, or of one batch of a search", plans)
     table.add_row("counted", *(found.source for found in plans))
     table.add_row("FLOPs", *(_number(found.flops) for found in plans))
@@ -161,7 +162,7 @@ def _work(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _time(plans: Sequence[Plan]) -> Table:
+def _time(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("time at best", plans)
     table.add_row("products in", *(_peak(found)[1] for found in plans))
     table.add_row("FLOP/s at best", *(_number(_peak(found)[0]) for found in plans))
@@ -178,7 +179,7 @@ def _time(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _peak(found: Plan) -> tuple[float, str]:
+def _peak(found: CapacityPlan) -> tuple[float, str]:
     return found.topology.chip.peak(found.products)
 
 
@@ -186,7 +187,7 @@ def _sweep(
     console: Console,
     name: str,
     experiment: Experiment,
-    sizes: Sizes,
+    sizes: PreparedSizes,
     topology: Topology,
     compiled: int,
 ) -> None:
@@ -200,7 +201,7 @@ def _sweep(
     console.print(_of_meshes(f"{name}: the best of them compiled", plans))
 
 
-def _of_meshes(title: str, plans: Sequence[tuple[Mesh, Plan]]) -> Table:
+def _of_meshes(title: str, plans: Sequence[tuple[Mesh, CapacityPlan]]) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
         table.add_column(column, justify="right")
@@ -213,7 +214,7 @@ def _written(mesh: Mesh) -> str:
     return f"{mesh.data},{mesh.model},{mesh.fsdp}"
 
 
-def _row(found: Plan) -> tuple[str, ...]:
+def _row(found: CapacityPlan) -> tuple[str, ...]:
     fits = "yes" if found.fits else "no"
     return (f"{found.total / GIB:.2f}", fits, found.bound, f"{found.queries_per_second:,.0f}")
 
@@ -236,7 +237,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
-def as_dict(found: Plan) -> Mapping[str, object]:
+def as_dict(found: CapacityPlan) -> Mapping[str, object]:
     """A plan as JSON."""
     return {
         "program": found.program,
@@ -254,7 +255,7 @@ def as_dict(found: Plan) -> Mapping[str, object]:
     }
 
 
-def from_dict(like: Plan, stored: Mapping[str, object]) -> Plan:
+def from_dict(like: CapacityPlan, stored: Mapping[str, object]) -> CapacityPlan:
     """The plan that `as_dict` has written; `like`: one of the same program, topology and mesh."""
     return dataclasses.replace(
         like,

@@ -79,6 +79,16 @@ def several(p: argparse.ArgumentParser) -> None:
     group.add_argument("--process_id", metavar="I", help="of this one: 0 to N - 1")
 
 
+def stages(p: argparse.ArgumentParser, known: str) -> None:
+    """Adds --stages: a list of names, None for all. known: the names, for people."""
+    p.add_argument(
+        "--stages",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="STAGE,STAGE",
+        help=f"stages to run, with those they need: {known} (default: all)",
+    )
+
+
 def join(args: argparse.Namespace) -> None:
     """Joins the other processes, where there are any; the first one speaks for all."""
     try:
@@ -166,6 +176,7 @@ def main(command: Callable[[Sequence[str] | None], None]) -> None:
     _open_streams()
     if interrupts.is_program():
         sys.excepthook = _show_crash
+        reuse_memory()
     with processes.leaving(), interrupts.heard():
         _run(command)
 

@@ -41,7 +41,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import dual_encoder, t5
     from dgr_jax.models.initial import Corpus, Pretrained
-    from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling
+    from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling, simultaneous
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
     from dgr_jax.teaching.teachers import (
@@ -62,6 +62,7 @@ def _components() -> tuple[type, ...]:
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
+        simultaneous.Lexical,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
         title.Title, multiview.Multiview, embeddings.TfidfSvd, embeddings.SentenceEncoder,
         embeddings.FromFile, objectives.Generation, objectives.Distillation,
@@ -101,7 +102,7 @@ def defaults(name: str) -> dict[str, Any]:
 def _checked(component: type) -> Callable[..., Any]:
     """The component, with settings of a wrong type, and missing ones, named as gin knows them."""
     name, signature = component.__name__, inspect.signature(component)
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(component)}
+    kinds = {f.name: _written(f.type) for f in dataclasses.fields(component)}
 
     def make(**settings: Any) -> Any:
         for parameter in signature.parameters.values():
@@ -114,6 +115,11 @@ def _checked(component: type) -> Callable[..., Any]:
     make.__doc__ = component.__doc__
     make.__signature__ = signature
     return make
+
+
+def _written(annotation: Any) -> str:
+    """An annotation as text, whether or not its module evaluates annotations."""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a string"}

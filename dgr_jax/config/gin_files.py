@@ -92,10 +92,10 @@ def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) 
 
 
 def _labelled(experiment: Any) -> Any:
-    """The experiment as its collection lets it be, see `pipeline.without_labels`."""
-    from dgr_jax.stages import pipeline
+    """The experiment as its collection lets it be, see `stages.labels`."""
+    from dgr_jax.stages import labels
 
-    return pipeline.without_labels(experiment)
+    return labels.without_labels(experiment)
 
 
 def _fill() -> None:

@@ -15,10 +15,10 @@ _ORIGIN = (
     "a data set of github.com/beir-cellar/beir (<name>.zip, unpacked), "
     "dgr_jax.corpora.beir.write_beir, or any folder of this layout"
 )
-_CORPUS = checks.Source(
+_CORPUS = checks.SourceFile(
     ("corpus.jsonl",), 'JSON lines {"_id", "title" (optional), "text"}, one a passage', _ORIGIN
 )
-_QUERIES = checks.Source(
+_QUERIES = checks.SourceFile(
     ("queries.jsonl",),
     'JSON lines {"_id", "text", "metadata" (optional): {"answers": [...]}}, one a query',
     _ORIGIN,
@@ -49,13 +49,13 @@ class BeirCollection:
         checks.require(self._root, wanted, "BeirCollection.folder")
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
-        """Corpus, queries and the qrels of `splits`: name -> file, None where it is missing; of no
-        splits the corpus alone."""
+        """Name -> file of the corpus, the queries and the qrels of `splits`; None where the file is
+        missing. Without splits, the corpus alone."""
         of_splits = [_QUERIES, *map(_qrels, splits)] if splits else []
         return checks.locate(self._root, [_CORPUS, *of_splits])
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """Those of the splits that have no qrels; None where the folder has no corpus."""
+        """The names among `splits` that have no qrels; None where the folder has no corpus."""
         if _CORPUS.find(self._root) is None:
             return None
         return tuple(split for split in splits if _qrels(split).find(self._root) is None)
@@ -92,7 +92,7 @@ class BeirCollection:
     def _root(self) -> Path:
         return lines.place(self.folder)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "BeirCollection.folder")
 
 
@@ -104,7 +104,7 @@ def write_beir(
 ) -> None:
     """Writes a BEIR folder, each file whole or not at all. Answers go to metadata.answers.
 
-    passages: None: they are kept elsewhere, and corpus.jsonl is not written.
+    passages: None where they are kept elsewhere; then no corpus.jsonl is written.
     """
     folder = Path(folder)
     if passages is not None:
@@ -125,8 +125,8 @@ def write_beir(
                 handle.write(f"{qrel.qid}\t{qrel.pid}\t{qrel.relevance}\n".encode())
 
 
-def _qrels(split: str) -> checks.Source:
-    return checks.Source((f"qrels/{split}.tsv",), _QREL_COLUMNS, _ORIGIN)
+def _qrels(split: str) -> checks.SourceFile:
+    return checks.SourceFile((f"qrels/{split}.tsv",), _QREL_COLUMNS, _ORIGIN)
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:

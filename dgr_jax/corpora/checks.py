@@ -1,4 +1,5 @@
-"""What every reader asks of its input: files are there, ids unique, judgements of known ids."""
+"""What every reader asks of its input: its files exist, each id comes once, and judgements name
+known queries and passages."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record", Passage, Query)
 
-# What cannot stand in an id: what separates the columns of qrels and runs, control characters, the
-# byte order mark of a file that was appended to another, half of a surrogate pair.
+# No id may hold these characters: white space, which separates the columns of qrels and runs,
+# control characters, the byte order mark of a file that was appended to another, and half of a
+# surrogate pair.
 UNFIT_FOR_ID = re.compile("[\x00-\x20\x7f-\x9f\ufeff\ud800-\udfff]")
 ID = "an id without white space and control characters"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -28,7 +30,7 @@ _HIGHEST_GRADE = 1_000_000
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that a collection reads: its possible names, what it holds, where it comes from."""
 
     names: tuple[str, ...]
@@ -51,13 +53,16 @@ class Source:
         return path
 
 
-def locate(folder: Path, sources: Sequence[Source]) -> dict[str, Path | None]:
+def locate(folder: Path, sources: Sequence[SourceFile]) -> dict[str, Path | None]:
     """First name of each source -> its file, None where the folder lacks it."""
     return {source.names[0]: source.find(folder) for source in sources}
 
 
-def require(folder: Path, sources: Sequence[Source], setting: str) -> None:
-    """Raises FileNotFoundError naming every source the folder lacks; `setting` is what to set."""
+def require(folder: Path, sources: Sequence[SourceFile], setting: str) -> None:
+    """Raises FileNotFoundError naming every source that the folder lacks.
+
+    `setting` is the gin name of the setting that names the folder, for the message.
+    """
     missing = [source for source in sources if source.find(folder) is None]
     if not missing:
         return
@@ -87,9 +92,9 @@ def checked(
     for line, record in parse(path):
         key = checked_id(_key(record), path, line, kind)
         if key in seen:
-            first = next(number for number, other in parse(path) if _key(other) == key)
-            found = f"the {kind} id {lines.shown(key)} again, first seen on line {first}"
-            raise lines.error(path, line, found, "each id once")
+            first = next(earlier for earlier, other in parse(path) if _key(other) == key)
+            repeated = f"the {kind} id {lines.shown(key)} again, first seen on line {first}"
+            raise lines.error(path, line, repeated, "each id once")
         seen.add(key)
         if not record.text.strip():
             blank, first_blank = blank + 1, first_blank or line
@@ -103,7 +108,7 @@ def checked(
 
 @functools.cache
 def _warn_of_blank(path: Path, count: str, first: int) -> None:
-    """Once a process for the same file."""
+    """Logs the warning once a process for each file."""
     logger.warning("%s: %s with blank text, kept; the first on line %d", path, count, first)
 
 
@@ -120,12 +125,12 @@ def text_field(
 
 
 def id_field(record: dict[str, Any], name: str, path: Path, line: int, kind: str) -> str:
-    """As `text_field`; ValueError for what cannot stand in the id of a `kind`."""
+    """As `text_field`; raises ValueError where the text cannot be the id of a `kind`."""
     return checked_id(_string(record, name, path, line), path, line, kind)
 
 
 def checked_id(key: str, path: Path, line: int, kind: str) -> str:
-    """The id of a `kind` ("passage", "query"); ValueError for what cannot stand in one."""
+    """Returns the id of a `kind` ("passage", "query"); raises ValueError where it cannot be one."""
     if not key or UNFIT_FOR_ID.search(key):
         raise lines.error(path, line, f"the {kind} id {lines.shown(key)}", ID)
     return key
@@ -138,8 +143,8 @@ def _string(
     if value is None and default is not None:
         return default
     if name not in record:
-        found = f"the fields {lines.shown(list(record))[1:-1] or 'none'}"
-        raise lines.error(path, line, found, f"a field {name!r}")
+        fields = f"the fields {lines.shown(list(record))[1:-1] or 'none'}"
+        raise lines.error(path, line, fields, f"a field {name!r}")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -164,22 +169,22 @@ def integer(text: str, path: Path, line: int, what: str, most: int = 2**63 - 1) 
         raise lines.error(path, line, f"the {what} {lines.shown(text)}", "a whole number")
     digits = digits.lstrip("0")
     if len(digits) > 19 or int(digits or "0") > most:
-        found = f"the {what} {lines.shown(text)}"
-        raise lines.error(path, line, found, f"a whole number of at most {most:,}")
+        too_large = f"the {what} {lines.shown(text)}"
+        raise lines.error(path, line, too_large, f"a whole number of at most {most:,}")
     value = int(digits or "0")
     return -value if text.startswith("-") else value
 
 
 def relevance(text: str, path: Path, line: int) -> int:
-    """The grade in `text`; ValueError for what is no whole number, or too high to measure with."""
+    """The grade in `text`; ValueError where it is no whole number, or too high to measure with."""
     return integer(text, path, line, "relevance", _HIGHEST_GRADE)
 
 
 class CheckedQrels(NamedTuple):
-    """Judgements of known queries and passages, and what was left out.
+    """Judgements of known queries and passages, and counts of what was left out.
 
-    dropped: judgements that name an unknown query or passage; unknown_queries, unknown_passages:
-    different ids among them.
+    dropped: the number of judgements that name an unknown query or passage.
+    unknown_queries, unknown_passages: the number of different unknown ids among them.
     """
 
     kept: list[Qrel]
@@ -199,12 +204,13 @@ def check_qrels(
 ) -> CheckedQrels:
     """The judgements whose query and passage are known, in their order.
 
-    qids, pids: those of the collection. where: a file or a split, which opens every message.
-    unknown: what becomes of judgements that name unknown queries or passages: "error" refuses
-    them, "drop" leaves them out, with a warning, as long as some judgement stays. setting: the name
-    of the setting that `unknown` comes from, such as "Prepare.unknown_judgements".
+    qids, pids: the known ids, those of the collection. where: the file or split that every message
+    begins with. unknown: what becomes of judgements that name unknown queries or passages: "error"
+    refuses them, "drop" leaves them out with a warning, as long as at least one judgement stays.
+    setting: the name of the setting that `unknown` comes from, "Prepare.unknown_judgements" say.
 
-    Raises ValueError at unknown ids, with three examples of each kind, and at another `unknown`.
+    Raises ValueError at unknown ids, with up to three examples of each kind, and where `unknown` is
+    neither word.
     """
     if unknown not in ("error", "drop"):
         raise ValueError(
@@ -231,13 +237,13 @@ def check_qrels(
             if ids
         ]
         total = len(kept) + dropped
-        found = f"{where}: found {dropped:,} of {total:,} judgements with {' and '.join(parts)}"
+        complaint = f"{where}: found {dropped:,} of {total:,} judgements with {' and '.join(parts)}"
         if unknown == "error" or not kept:
             hint = f"; {setting} = 'drop' leaves them out" if setting and kept else ""
             raise ValueError(
-                f"{found}; expected ids of the collection's queries and passages{hint}"
+                f"{complaint}; expected ids of the collection's queries and passages{hint}"
             )
-        logger.warning("%s: they are left out", found)
+        logger.warning("%s: they are left out", complaint)
     return CheckedQrels(kept, dropped, len(unknown_qids), len(unknown_pids))
 
 
@@ -248,12 +254,13 @@ def judged_once(
     where: str = "qrels",
     setting: str = "",
 ) -> tuple[list[Qrel], int]:
-    """Each (query, passage) pair once, in the order of first judgements; and how many were left
-    out.
+    """(one judgement for each query and passage, in the order of their first judgements; how many
+    judgements were left out because their pair has one already).
 
-    contradictions: of several grades of a pair the "last" or the "highest" counts; "error" raises
-    ValueError that counts such pairs, names three, and `setting`, which `contradictions` is of. The
-    same grade again is never an error.
+    contradictions: which grade counts where a pair has several different ones: the "last" or the
+    "highest"; "error" raises ValueError, which counts such pairs and names three of them. The same
+    grade given twice is never an error. setting: the name of the setting that `contradictions`
+    comes from, for the message.
     """
     judged: dict[tuple[str, str], Qrel] = {}
     contradictory: dict[tuple[str, str], list[int]] = {}
@@ -284,7 +291,7 @@ def _key(record: Passage | Query) -> str:
 
 
 def _count(things: Any, noun: str) -> str:
-    number = len(things)
-    if number != 1:
+    count = len(things)
+    if count != 1:
         noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun}"
+    return f"{count:,} {noun}"

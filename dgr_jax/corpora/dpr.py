@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dgr_jax.corpora import checks, lines
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 _SITE = "https://dl.fbaipublicfiles.com/dpr"
 _HOW = "(data/download_data.py of github.com/facebookresearch/DPR fetches it)"
@@ -23,7 +23,7 @@ _MARKED = 1000
 
 
 @dataclass(frozen=True)
-class DprCollection:
+class DprCollection(Collection):
     """A folder with psgs_w100.tsv and the question files of one data set, or DPR's data folder.
 
     `dataset` is the name in DPR's files: nq, trivia, webquestions, curatedtrec, squad1. A split
@@ -77,15 +77,15 @@ class DprCollection:
         return lines.place(self.folder)
 
     @property
-    def _corpus(self) -> checks.Source:
+    def _corpus(self) -> checks.SourceFile:
         name = self.passages_file
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"wikipedia_split/{name}"),
             "a header id, text, title, then one passage a line, by tabs, quoted as CSV",
             f"{_SITE}/wikipedia_split/psgs_w100.tsv.gz {_HOW}",
         )
 
-    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+    def _wanted(self, splits: Iterable[str]) -> list[checks.SourceFile]:
         wanted = [self._corpus]
         for split in splits:
             judged = self._judged(split)
@@ -93,19 +93,19 @@ class DprCollection:
             wanted.append(self._questions(split) if enough else judged)
         return wanted
 
-    def _judged(self, split: str) -> checks.Source:
+    def _judged(self, split: str) -> checks.SourceFile:
         name = self._name(self.judged_file, split)
         short = f"{self.dataset}-{split}.json"
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"retriever/{short}", short, f"retriever/{name}"),
             'a JSON array of {"question", "answers", "positive_ctxs": [{"passage_id"}]}',
             f"{_SITE}/data/retriever/{name}.gz {_HOW}",
         )
 
-    def _questions(self, split: str) -> checks.Source:
+    def _questions(self, split: str) -> checks.SourceFile:
         name = self._name(self.questions_file, split)
         short = f"{self.dataset}-{split}.csv"
-        return checks.Source(
+        return checks.SourceFile(
             (name, f"retriever/qas/{short}", short, f"retriever/qas/{name}"),
             'question <tab> list of answers (["a", "b"]), one question a line, quoted as CSV',
             f"{_SITE}/data/retriever/{name} {_HOW}",
@@ -114,7 +114,7 @@ class DprCollection:
     def _name(self, form: str, split: str) -> str:
         return form.replace("{dataset}", self.dataset).replace("{split}", split)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "DprCollection.folder")
 
 
@@ -125,16 +125,16 @@ def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
         raise lines.error(path, line, f"the columns {lines.shown(header)}", f"the header {_HEADER}")
     for line, fields in rows:
         if len(fields) != len(_HEADER):
-            found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
-            raise lines.error(path, line, found, "3 columns: id, text, title")
+            columns = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
+            raise lines.error(path, line, columns, "3 columns: id, text, title")
         yield line, Passage(*fields)
 
 
 def _questions(path: Path, split: str) -> Iterator[tuple[int, Query]]:
     for line, fields in lines.csv_rows(path, tabs_over_lines=False):
         if len(fields) != 2:
-            found = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
-            raise lines.error(path, line, found, "2 columns: question and list of answers")
+            columns = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
+            raise lines.error(path, line, columns, "2 columns: question and list of answers")
         yield line, Query(f"{split}-{line}", fields[0], _answers(fields[1], path, line))
 
 
@@ -160,14 +160,14 @@ def _python_list(text: str) -> Any:
 
 
 def _judged_queries(path: Path, split: str) -> Iterator[tuple[int, Query]]:
-    for number, (line, record) in enumerate(lines.json_array(path), start=1):
+    for place, (line, record) in enumerate(lines.json_array(path), start=1):
         text = checks.text_field(record, "question", path, line)
         answers = checks.text_list(record, "answers", path, line)
-        yield line, Query(f"{split}-{number}", text, answers)
+        yield line, Query(f"{split}-{place}", text, answers)
 
 
 def _qrels(path: Path, split: str) -> Iterator[Qrel]:
-    for number, (line, record) in enumerate(lines.json_array(path), start=1):
+    for place, (line, record) in enumerate(lines.json_array(path), start=1):
         relevance: dict[str, int] = {}
         for passage in _positives(record, path, line):
             key = "passage_id" if "passage_id" in passage else "psg_id"
@@ -175,12 +175,12 @@ def _qrels(path: Path, split: str) -> Iterator[Qrel]:
             grade = 2 if passage.get("score") == _MARKED else 1
             relevance[pid] = max(grade, relevance.get(pid, 0))
         for pid, grade in relevance.items():
-            yield Qrel(f"{split}-{number}", pid, grade)
+            yield Qrel(f"{split}-{place}", pid, grade)
 
 
 def _positives(record: dict[str, Any], path: Path, line: int) -> list[dict[str, Any]]:
     positives = record.get("positive_ctxs")
     if not isinstance(positives, list) or not all(isinstance(item, dict) for item in positives):
-        found = f"'positive_ctxs': {lines.shown(positives)}"
-        raise lines.error(path, line, found, 'a list of objects {"passage_id", ...}')
+        got = f"'positive_ctxs': {lines.shown(positives)}"
+        raise lines.error(path, line, got, 'a list of objects {"passage_id", ...}')
     return positives

@@ -31,7 +31,7 @@ def place(path: str | os.PathLike) -> Path:
     Raises ModuleNotFoundError naming what to install for a bucket, ValueError for another scheme.
     """
     if not isinstance(path, (str, os.PathLike)):
-        return path  # in a bucket, found before
+        return path  # a path in a bucket, which an earlier call made
     # Paths in buckets may be Paths too, which os.fspath is not for.
     text = str(path) if isinstance(path, Path) else os.fspath(path)
     if "://" not in text:
@@ -39,20 +39,21 @@ def place(path: str | os.PathLike) -> Path:
     try:
         import upath
 
-        found = upath.UPath(text)
-        found.fs  # noqa: B018 - asks for the library of this scheme
+        in_bucket = upath.UPath(text)
+        in_bucket.fs  # noqa: B018 - raises ImportError where the library of this scheme is missing
     except ImportError as err:
         raise ModuleNotFoundError(
             f"{text}: a bucket needs more libraries ({err}): pip install 'dgr_jax[buckets]'"
         ) from None
     except ValueError:
         raise ValueError(f"{text}: got this scheme, expected gs://, s3:// or a folder") from None
-    return found
+    return in_bucket
 
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[io.BufferedReader]:
-    """Opens `path` for bytes, unpacked; `.raw` of what comes is a GzipFile where it was packed."""
+    """Opens `path` to read its bytes, unpacked; where it was packed, `.raw` of the handle is a
+    GzipFile."""
     with rereadable(path):
         opened = place(_copies.get(str(path), path)).open("rb", _BUFFER)
         with opened if hasattr(opened, "peek") else io.BufferedReader(opened, _BUFFER) as raw:
@@ -86,11 +87,12 @@ def rereadable(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens `path` for bytes, gzip where the name ends in .gz; it appears whole or not at all.
+    """Opens `path` to write bytes, packed where its name ends in .gz; it appears whole or not at
+    all.
 
     The bytes go to a temporary file beside it, which takes the name when the block ends and is
-    removed when the block fails. A link stays a link: the file that it leads to is replaced. What
-    is no file, such as a pipe or /dev/stdout, is written as it is. The same bytes make the same .gz
+    removed when the block fails. A link stays a link: the file that it leads to is replaced. A
+    pipe or a device, such as /dev/stdout, is written to directly. The same bytes make the same .gz
     file at any time.
     """
     with _writing(Path(path)) as raw:
@@ -108,8 +110,8 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
         # Opened by its name it would be cut, or written over from its beginning.
         sys.stdout.flush()
         names = {"stdin": 0, "stdout": 1, "stderr": 2}
-        number = names[standing[1]] if standing[1] else int(standing[2] or standing[3])
-        with os.fdopen(os.dup(number), "wb") as raw:
+        descriptor = names[standing[1]] if standing[1] else int(standing[2] or standing[3])
+        with os.fdopen(os.dup(descriptor), "wb") as raw:
             yield raw
         return
     if path.exists() and not path.is_file():

@@ -9,16 +9,17 @@ from types import ModuleType
 from typing import Any
 
 from dgr_jax.corpora import checks, lines
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 
 @dataclass(frozen=True)
-class IrDatasetsCollection:
+class IrDatasetsCollection(Collection):
     """`dataset` is the id that holds the passages, `splits` maps a split to the id of its queries.
 
-    A split that is not in `splits` is the id <dataset>/<split>: with dataset="beir/scifact" the
-    split "test" is "beir/scifact/test". Where one id holds all: splits=(("test", "cranfield"),).
-    The library fetches what it lacks when it is first read.
+    A split that is not in `splits` has the id <dataset>/<split>: with dataset="beir/scifact" the
+    split "test" is "beir/scifact/test". Where one id holds passages and queries, `splits` names it
+    again: dataset="cranfield", splits=(("test", "cranfield"),). The library downloads a data set
+    when it is first read.
     """
 
     dataset: str
@@ -29,9 +30,9 @@ class IrDatasetsCollection:
         object.__setattr__(self, "splits", tuple((split, name) for split, name in rows))
 
     def check(self, splits: Iterable[str] = ()) -> None:
-        """Raises ImportError without the library, ValueError for an id that it does not know or
-        that lacks what it is asked for, and for two splits of one id. Looks at no file: the library
-        fetches and checks them."""
+        """Raises ImportError without the library, and ValueError for an id that it does not know,
+        an id without the passages, queries or judgements that are needed, and two splits of one id.
+        Looks at no file: the library downloads and checks them."""
         _part(self.dataset, "docs")
         named: dict[str, str] = {}
         for split in splits:
@@ -46,14 +47,15 @@ class IrDatasetsCollection:
             _part(self._id(split), "qrels")
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, Path | None]:
-        """Name -> each file of the user's own behind these ids, None where it is missing. What the
-        library fetches is left out: an id always means the same. Without the library: none."""
+        """Name -> file, for the files of the user's own that these ids are read from; None where
+        the file is missing. Files that the library downloads are left out, for their contents never
+        change. Empty where the library is not installed."""
         wanted = [(self.dataset, "docs")]
         wanted += [(self._id(split), part) for split in splits for part in ("queries", "qrels")]
         return {
-            f"{name} {part} {number}": path if path.is_file() else None
+            f"{name} {part} {place}": path if path.is_file() else None
             for name, part in wanted
-            for number, path in enumerate(_own_files(name, part), start=1)
+            for place, path in enumerate(_own_files(name, part), start=1)
         }
 
     def is_here(self) -> bool:
@@ -61,7 +63,7 @@ class IrDatasetsCollection:
         docs = _part(self.dataset, "docs")
         try:
             path = docs.docs_path(force=False)
-        except (AttributeError, TypeError):  # nothing is fetched, or the library does not tell
+        except (AttributeError, TypeError):  # no download is needed, or the library does not tell
             return True
         return path is None or Path(path).exists()
 
@@ -82,12 +84,12 @@ class IrDatasetsCollection:
     def qrels(self, split: str) -> Iterator[Qrel]:
         """The judgements of a split."""
         name = self._id(split)
-        for number, qrel in enumerate(_rows(name, "qrels")(), start=1):
+        for place, qrel in enumerate(_rows(name, "qrels")(), start=1):
             qid, pid = (
-                checks.checked_id(str(key), Path(name), number, kind)
+                checks.checked_id(str(key), Path(name), place, kind)
                 for key, kind in ((qrel.query_id, "query"), (qrel.doc_id, "passage"))
             )
-            yield Qrel(qid, pid, checks.relevance(str(qrel.relevance), Path(name), number))
+            yield Qrel(qid, pid, checks.relevance(str(qrel.relevance), Path(name), place))
 
     def _id(self, split: str) -> str:
         return dict(self.splits).get(split, f"{self.dataset}/{split}")
@@ -142,9 +144,9 @@ def _part(name: str, part: str) -> Any:
 
 
 def _rows(name: str, part: str) -> Callable[[], Iterator[Any]]:
-    """What gives the docs, queries or qrels of an id, anew with each call.
+    """A function that reads the docs, queries or qrels of an id from the start at each call.
 
-    The library fetches what it lacks in the middle of it, and fails there in any way.
+    The library downloads missing files while it is read, and any kind of error may come of it.
     """
     dataset = _part(name, part)
 
@@ -169,7 +171,7 @@ def _unreadable(name: str, part: str, err: Exception) -> OSError:
 def _checked(
     records: Callable[[], Iterable[Any]], read: Callable[[Any, str], Any], name: str, kind: str
 ) -> Iterator[Any]:
-    """What is asked of every reader; the library's files have no lines, so records are counted."""
+    """The records, checked as every reader's are; messages count records in place of lines."""
 
     def parse(_: Path) -> Iterator[tuple[int, Any]]:
         return enumerate((read(record, name) for record in records()), start=1)
@@ -192,8 +194,8 @@ def _query(query: Any, name: str) -> Query:
 
 
 def _text(record: Any, name: str) -> str:
-    """The text of a record, or what the library itself calls so (with the title, where there is
-    one)."""
+    """The text of a record; where it has no such field, what the library itself gives as its text
+    (with the title, where there is one)."""
     text = getattr(record, "text", None)
     if text is None and not hasattr(record, "default_text"):
         fields = ", ".join(getattr(record, "_fields", ())) or type(record).__name__

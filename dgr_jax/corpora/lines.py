@@ -22,8 +22,8 @@ from dgr_jax.corpora import files
 
 place, writing = files.place, files.writing
 
-# Bytes of a line, characters of a JSON object or a quoted field: more is a broken file, which must
-# not fill the memory.
+# A line of more bytes, a JSON object or a quoted field of more characters is taken for a broken
+# file, which must not fill the memory.
 LONGEST = 1 << 26
 # No JSON token that the end of a block can cut (an escape, `-Infinity`) is longer than this.
 _LONGEST_CUT_TOKEN = 16
@@ -31,14 +31,14 @@ _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _QUOTED = 'tab-separated fields, quoted with "..."'
 
 
-def error(path: str | os.PathLike, line: int, found: str, expected: str) -> ValueError:
+def error(path: str | os.PathLike, line: int, got: str, expected: str) -> ValueError:
     """The one form of every complaint about a file's contents."""
-    return ValueError(f"{path}, line {line}: found {found}; expected {expected}")
+    return ValueError(f"{path}, line {line}: found {got}; expected {expected}")
 
 
 def shown(value: Any) -> str:
-    """A value from a file as a message shows it: its beginning, with nothing that a terminal would
-    obey."""
+    """The beginning of a value from a file, for a message, with no characters that would control a
+    terminal."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 60
     return short.repr(value)
@@ -47,8 +47,8 @@ def shown(value: Any) -> str:
 def read(path: str | os.PathLike, *, after: int = 0, offset: int = 0) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its line end) of a UTF-8 file, plain or gzip.
 
-    after, offset: begin after so many lines, at this byte of the text, of a file that is not
-    packed: see `places`.
+    after, offset: of a file that is not packed, the number of lines to leave out at its beginning,
+    and the byte where the next line begins (see `places`).
 
     Lines end at "\\n" or "\\r\\n" only: other separators of Unicode stay in the text.
     Raises ValueError with line and byte offset at invalid UTF-8 and at damaged gzip data.
@@ -75,8 +75,8 @@ def _lines(handle: BinaryIO, path: str | os.PathLike, after: int = 0) -> Iterato
     """The lines of an opened file; ValueError at one of more than `LONGEST` bytes."""
     for line, raw in enumerate(iter(partial(handle.readline, LONGEST), b""), start=after + 1):
         if len(raw) == LONGEST and not raw.endswith(b"\n"):
-            found = f"no end of the line within {LONGEST:,} bytes"
-            raise error(path, line, found, "lines of text")
+            got = f"no end of the line within {LONGEST:,} bytes"
+            raise error(path, line, got, "lines of text")
         yield raw
 
 
@@ -85,19 +85,19 @@ def places(path: str | os.PathLike, every: int) -> list[tuple[int, int, int]]:
 
     A packed file is one run: it can only be read from its beginning.
     """
-    found, start, offset, number = [], 0, 0, 0
+    runs, start, offset, line = [], 0, 0, 0
     with files.reading(path) as handle:
         packed = isinstance(handle.raw, gzip.GzipFile)
         try:
-            for number, raw in enumerate(_lines(handle, path), start=1):
+            for line, raw in enumerate(_lines(handle, path), start=1):
                 offset += len(raw)
-                if number % every == 0 and not packed:
-                    found.append((number - every, start, every))
+                if line % every == 0 and not packed:
+                    runs.append((line - every, start, every))
                     start = offset
         except (EOFError, gzip.BadGzipFile, zlib.error) as err:
-            raise _damaged_gzip(path, number, err) from None
-    before = len(found) * every
-    return found + [(before, start, number - before)] * (number > before)
+            raise _damaged_gzip(path, line, err) from None
+    before = len(runs) * every
+    return runs + [(before, start, line - before)] * (line > before)
 
 
 def json_objects(path: str | os.PathLike, columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -112,18 +112,18 @@ def json_objects(path: str | os.PathLike, columns: str) -> Iterator[tuple[int, d
         try:
             record = parsed(json.loads, text)
         except json.JSONDecodeError as err:
-            found = f"invalid JSON ({err.msg} at character {err.colno})"
-            raise error(path, line, found, f"one JSON object with {columns}") from None
+            got = f"invalid JSON ({err.msg} at character {err.colno})"
+            raise error(path, line, got, f"one JSON object with {columns}") from None
         except ValueError as err:
             raise error(path, line, str(err), f"one JSON object with {columns}") from None
         if not isinstance(record, dict):
-            found = f"a JSON {type(record).__name__}"
-            raise error(path, line, found, f"one JSON object with {columns}")
+            got = f"a JSON {type(record).__name__}"
+            raise error(path, line, got, f"one JSON object with {columns}")
         yield line, record
 
 
 def parsed(parse: Callable[..., Any], *arguments: Any) -> Any:
-    """What a JSON parser makes of its arguments; ValueError in words where it gives up."""
+    """The result of a JSON parser; ValueError, in words, where the parser gives up."""
     try:
         return parse(*arguments)
     except json.JSONDecodeError:
@@ -171,9 +171,9 @@ def csv_rows(
     where the row starts, at a quote that is never closed, at text behind a closing quote and at a
     carriage return outside of quotes.
 
-    tabs_over_lines: False refuses a quoted field that holds both the end of a line and a tab. In a
-      file whose rows stand on one line each, a quote that is not closed makes such a field of all
-      rows up to the next quote.
+    tabs_over_lines: False refuses a quoted field that holds both the end of a line and a tab. Such
+      a field is a sign of a quote that was never closed, in a file with one row a line: all rows up
+      to the next quote become one field.
     """
     rows = read(path)
     for line, text in rows:
@@ -190,8 +190,8 @@ def csv_rows(
         except ValueError as err:
             raise error(path, line, f"a field that cannot be read ({err})", _QUOTED) from None
         if not tabs_over_lines and any("\n" in field and "\t" in field for field in fields):
-            found = f"a field that cannot be read (its quote is not closed: {text[:60]!r} ...)"
-            raise error(path, line, found, f"{_QUOTED}, each row on one line")
+            got = f"a field that cannot be read (its quote is not closed: {text[:60]!r} ...)"
+            raise error(path, line, got, f"{_QUOTED}, each row on one line")
         yield line, fields
 
 
@@ -243,8 +243,8 @@ def _has_bom(path: str | os.PathLike, start: bytes) -> bool:
 def _invalid_utf8(
     path: str | os.PathLike, line: int, byte: int, in_line: int, in_text: int
 ) -> ValueError:
-    found = f"invalid UTF-8 (0x{byte:02x} at byte {in_line} of the line, {in_text} of the text)"
-    return error(path, line, found, "UTF-8 text")
+    got = f"invalid UTF-8 (0x{byte:02x} at byte {in_line} of the line, {in_text} of the text)"
+    return error(path, line, got, "UTF-8 text")
 
 
 def _damaged_gzip(path: str | os.PathLike, line: int, err: Exception) -> ValueError:
@@ -323,7 +323,7 @@ def _blocks(path: str | os.PathLike, size: int) -> Iterator[str]:
 
 
 def _next_object(text: _Text, decoder: json.JSONDecoder, largest: int) -> dict[str, Any]:
-    """Decodes the object at the window's position, reading on while it is cut by the window."""
+    """Decodes the object at the window's position; reads more text while the window cuts it off."""
     while True:
         try:
             value, end = parsed(decoder.raw_decode, text.window, text.position)
@@ -332,11 +332,11 @@ def _next_object(text: _Text, decoder: json.JSONDecoder, largest: int) -> dict[s
             line = text.line + text.window.count("\n", text.position, err.pos)
             cut = len(text.window) - err.pos < _LONGEST_CUT_TOKEN or "Unterminated" in err.msg
             if cut and len(text.window) - text.position > largest:
-                found = f"no end within {largest:,} characters of the object that starts here"
-                raise error(text.path, text.line, found, "a JSON array of objects") from None
+                got = f"no end within {largest:,} characters of the object that starts here"
+                raise error(text.path, text.line, got, "a JSON array of objects") from None
             if not (cut and text.more()):
-                found = f"invalid JSON ({err.msg})"
-                raise error(text.path, line, found, "a JSON array of objects") from None
+                got = f"invalid JSON ({err.msg})"
+                raise error(text.path, line, got, "a JSON array of objects") from None
         except ValueError as err:
             expected = "a JSON array of objects"
             raise error(text.path, text.line, str(err), expected) from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgr_jax.corpora import checks, lines, trec
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 _SITE = "https://microsoft.github.io/msmarco/"
 _ORIGIN = f"collectionandqueries.tar.gz of {_SITE}"
@@ -22,11 +22,11 @@ _FILES = (
 
 
 @dataclass(frozen=True)
-class MsmarcoCollection:
+class MsmarcoCollection(Collection):
     """A folder with collection.tsv (pid, text) and the query and qrels files of each split.
 
-    `files` has rows (split, query file, qrels file); of rows with the same split the first whose
-    files are both there counts. Passages have no titles.
+    `files` has rows (split, query file, qrels file). Where several rows have the same split, the
+    first one counts whose files both exist. Passages have no titles.
     """
 
     folder: str
@@ -51,7 +51,7 @@ class MsmarcoCollection:
         return checks.checked(_passages, self._path(self._corpus), "passage")
 
     def all_queries(self, split: str) -> Iterator[Query]:
-        """All queries of a split's query file; those of `train` are more than have judgements."""
+        """All queries of a split's query file; many of those of `train` have no judgement."""
         return checks.checked(_texts, self._path(self._sources(split)[0]), "query")
 
     def queries(self, split: str) -> Iterator[Query]:
@@ -60,7 +60,7 @@ class MsmarcoCollection:
         return (query for query in self.all_queries(split) if query.qid in judged)
 
     def qrels(self, split: str) -> Iterator[Qrel]:
-        """The judgements of the split: any columns that `trec.qrels` reads."""
+        """The judgements of the split, in any of the forms that `trec.qrels` reads."""
         return trec.qrels(self._path(self._sources(split)[1]))
 
     @property
@@ -68,15 +68,15 @@ class MsmarcoCollection:
         return lines.place(self.folder)
 
     @property
-    def _corpus(self) -> checks.Source:
+    def _corpus(self) -> checks.SourceFile:
         columns = "pid <tab> text, one passage a line, no header, no quotes"
-        return checks.Source((self.passages_file,), columns, f"{_ORIGIN}, or collection.tar.gz")
+        return checks.SourceFile((self.passages_file,), columns, f"{_ORIGIN}, or collection.tar.gz")
 
-    def _wanted(self, splits: Iterable[str]) -> list[checks.Source]:
+    def _wanted(self, splits: Iterable[str]) -> list[checks.SourceFile]:
         return [self._corpus, *(source for split in splits for source in self._sources(split))]
 
-    def _sources(self, split: str) -> tuple[checks.Source, checks.Source]:
-        """The query and qrels files of a split: those that are there, else the first named."""
+    def _sources(self, split: str) -> tuple[checks.SourceFile, checks.SourceFile]:
+        """The query and qrels files of a split: the first pair that exists, else the first row."""
         rows = [row for row in self.files if row[0] == split]
         if not rows:
             known = ", ".join(dict.fromkeys(row[0] for row in self.files))
@@ -90,22 +90,22 @@ class MsmarcoCollection:
         sources = _queries(row[1]), _qrels(row[2])
         return all(source.find(self._root) for source in sources)
 
-    def _path(self, source: checks.Source) -> Path:
+    def _path(self, source: checks.SourceFile) -> Path:
         return source.require(self._root, "MsmarcoCollection.folder")
 
 
-def _queries(name: str) -> checks.Source:
+def _queries(name: str) -> checks.SourceFile:
     origin = f"{_ORIGIN} or queries.tar.gz"
     if name.startswith("msmarco-test"):
         origin = f"{name}.gz of {_SITE} (TREC Deep Learning)"
-    return checks.Source((name,), "qid <tab> text, one query a line, no header", origin)
+    return checks.SourceFile((name,), "qid <tab> text, one query a line, no header", origin)
 
 
-def _qrels(name: str) -> checks.Source:
+def _qrels(name: str) -> checks.SourceFile:
     origin = f"{_ORIGIN} or {name} itself"
     if "qrels-pass" in name:
         origin = f"https://trec.nist.gov/data/deep/{name}"
-    return checks.Source((name,), "qid 0 pid relevance, by tabs or spaces, no header", origin)
+    return checks.SourceFile((name,), "qid 0 pid relevance, by tabs or spaces, no header", origin)
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
@@ -124,6 +124,6 @@ def _pairs(path: Path, key: str) -> Iterator[tuple[int, tuple[str, str]]]:
         fields = text.split("\t")
         if len(fields) != 2:
             columns = "1 column" if len(fields) == 1 else f"{len(fields)} columns"
-            found = f"{columns} ({text[:60]!r})"
-            raise lines.error(path, line, found, f"2 columns, {key} and text, separated by a tab")
+            got = f"{columns} ({text[:60]!r})"
+            raise lines.error(path, line, got, f"2 columns, {key} and text, separated by a tab")
         yield line, (fields[0], fields[1])

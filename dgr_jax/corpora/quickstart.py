@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from dgr_jax.corpora.beir import BeirCollection
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 
 @dataclass(frozen=True)
-class QuickstartCollection:
+class QuickstartCollection(Collection):
     """The embedded BEIR folder, wherever the package is installed."""
 
     @property
@@ -24,7 +24,7 @@ class QuickstartCollection:
         _reader().check(splits)
 
     def inputs(self, splits: Iterable[str] = ()) -> dict[str, None]:
-        """None that a user could change."""
+        """Empty: a user can change none of the embedded files."""
         return {}
 
     def passages(self) -> Iterator[Passage]:

@@ -1,13 +1,14 @@
 """The order of passages: by score, highest first, and equal scores by pid, the lower one first.
 
-It is the same everywhere: in what a search returns, where a list is cut, in a run in memory and in
-its file, and where measures are taken. pids are compared as strings, by their characters' code
-points. Two exceptions: beam search chooses identifiers, not passages, and knows no pids; a run made
-elsewhere may be asked for by its own ranks (`trec.runs`).
+This order is the same everywhere: in the results of a search, where a list is cut, in a run in
+memory and in its file, and where measures are taken. pids are compared as strings, by their
+characters' code points. There are two exceptions: beam search chooses identifiers, not passages,
+and knows no pids; and a run made elsewhere may be read in the order of its own ranks (`trec.runs`).
 
-Other tools sort a run by its scores alone, some of them in float32, and break ties as they like:
-trec_eval by pid, the *higher* one first. So that they find the order that is meant, the scores of a
-run fall strictly: `falling` lowers a score that is equal to the one before it by its last digits.
+Other tools sort a run by its scores alone, some of them in float32, and break ties in their own
+ways: trec_eval by pid, the *higher* one first. So that they arrive at the order of this module, the
+scores of a written run fall strictly: `falling` lowers a score that is equal to the one before it
+in its last digits.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from dgr_jax.corpora.types import ScoredPassage
 
 PidOf = Callable[[int], str]  # passage index -> pid
 
-_SMALLEST = np.float32(2.0**-126)  # what lies between it and 0 is out of range for some readers
+_SMALLEST = np.float32(2.0**-126)  # some readers cannot hold the numbers between it and 0
 
-_NEAR_ZERO = int(_SMALLEST.view(np.int32)) - 1  # how many float32 lie between the two
+_NEAR_ZERO = int(_SMALLEST.view(np.int32)) - 1  # how many float32 numbers lie between it and 0
 
 _HIGHEST = float(np.finfo(np.float32).max)
 
 
 def best_first(passages: Iterable[ScoredPassage]) -> list[ScoredPassage]:
-    """The passages in the one order."""
+    """The passages in the order of this module."""
     return sorted(passages, key=lambda passage: (-passage.score, passage.pid))
 
 
 def falling(scores: Sequence[float]) -> list[float]:
-    """Scores, highest first, such that each is less than the one before, also as float32.
+    """Lowers scores, given highest first, until each is less than the one before, also as float32.
 
-    Those that are so already stay as they are; any other becomes the next float32 below the one
-    before it (beyond the range of float32, the next float64). At the end of the range, where
-    nothing is below, those before are raised instead. Raises ValueError for a score that is no
-    finite number.
+    A score that is less already stays as it is; any other becomes the next float32 below the score
+    before it (beyond the range of float32, the next float64). At the end of the range, where no
+    lower number exists, the scores before it are raised instead. Raises ValueError for a score that
+    is no finite number.
     """
     values = np.array(scores, np.float64)
     if not np.isfinite(values).all():
@@ -60,8 +61,10 @@ def falling(scores: Sequence[float]) -> list[float]:
 
 
 def _lift(values: np.ndarray, kind: type[np.floating]) -> None:
-    """Raises the last values, in place, where they fell below the lowest number of a kind, as many
-    passages do that are scored with that number."""
+    """Raises the last values, in place, where they fell below the lowest number of a float type.
+
+    That happens where many passages have that lowest number as their score.
+    """
     lowest = float(np.finfo(kind).min)
     if values[-1] >= lowest:
         return
@@ -73,11 +76,12 @@ def _lift(values: np.ndarray, kind: type[np.floating]) -> None:
 
 
 def _limits(values: np.ndarray) -> np.ndarray | None:
-    """f64 [n - 1]: the highest that each score but the first may be, all at once; None where one is
-    near 0 or out of the range of float32, or would become so.
+    """f64 [n - 1]: the highest value that each score but the first may have, computed at once; None
+    where a score is, or would become, one near 0 or out of the range of float32.
 
-    The float32 from the lowest to the highest have whole numbers, those near 0 left out: of each
-    score counts the highest that is not above it, and each must be below the one before.
+    The float32 numbers, those near 0 left out, are counted from the lowest to the highest. A score
+    has the number of the highest float32 that is not above it, and each score's number must be
+    lower than that of the score before.
     """
     sizes = np.abs(values)
     if not (((sizes == 0) | (sizes >= _SMALLEST)) & (sizes <= _HIGHEST)).all():
@@ -90,25 +94,27 @@ def _limits(values: np.ndarray) -> np.ndarray | None:
     below = numbers[:-1] - 1
     size = np.where(below == 0, 0, np.abs(below) + _NEAR_ZERO).astype(np.int32)
     with np.errstate(invalid="ignore"):
-        found = np.copysign(size.view(np.float32), below).astype(np.float64)
-    return found if np.isfinite(found).all() else None
+        limits = np.copysign(size.view(np.float32), below).astype(np.float64)
+    return limits if np.isfinite(limits).all() else None
 
 
 def _numbers(values: np.ndarray) -> np.ndarray:
-    """int64: the place of each float32 in their order, 0 has 0."""
+    """int64: the place of each float32 in the order of all of them; the place of 0 is 0."""
     sizes = np.abs(values).view(np.int32).astype(np.int64)
     return np.where(sizes == 0, 0, np.copysign(sizes - _NEAR_ZERO, values)).astype(np.int64)
 
 
 def groups(query: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """int [n], ascending: the same for neighbours of the same query and score."""
+    """int [n], ascending: a group's number, which neighbours of one query and one score share."""
     new = (query[1:] != query[:-1]) | (scores[1:] != scores[:-1])
     return np.cumsum(np.append(np.zeros(min(1, len(query)), bool), new))
 
 
 def in_order(group: np.ndarray, passages: np.ndarray, pid_of: PidOf) -> np.ndarray:
-    """Places int [n] that bring neighbours of one group (see `groups`) into the order of their
-    pids. passages: passage index int [n]."""
+    """int [n]: the permutation that sorts neighbours of one group (see `groups`) by their pids.
+
+    passages: int [n], passage indices.
+    """
     places = np.arange(len(group))
     same = group[1:] == group[:-1]
     tied = np.flatnonzero(np.append(False, same) | np.append(same, False)) if len(group) else places
@@ -118,7 +124,7 @@ def in_order(group: np.ndarray, passages: np.ndarray, pid_of: PidOf) -> np.ndarr
 
 
 def _below(values: np.ndarray) -> np.ndarray:
-    """f64: the highest float32 that is less than each value for every reader, however it rounds."""
+    """f64: for each value the highest float32 that is less, whichever way a reader rounds."""
     lowest = np.float32(-np.inf)
     inside = np.abs(values) <= _HIGHEST
     with np.errstate(over="ignore"):

@@ -1,9 +1,9 @@
-"""A corpus on disk: one JSON line a passage and the byte where each begins.
+"""A corpus on disk: one JSON line for each passage, and the byte where each line begins.
 
 passages.jsonl   {"pid": ..., "title": ..., "text": ...}, in corpus order
 pids.txt         the pids alone, one a line, to load them fast
-offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: without it, or when
-                 it does not fit passages.jsonl, there is no store
+offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: a folder without it,
+                 or where it does not fit passages.jsonl, is not taken for a store
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 class PassageStore:
     """The passages of a store by passage index, memory-mapped; safe to share between threads.
 
-    Raises FileNotFoundError where there is no whole store, ValueError where its files do not fit,
-    kept.Damaged where they are not as they were written.
+    Raises FileNotFoundError where a file of the store is missing, ValueError where the files do not
+    fit each other, and kept.Damaged where one was changed since it was written.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -47,9 +47,9 @@ class PassageStore:
         with kept.reading(self.folder / _OFFSETS) as file:
             self._offsets = np.load(file, mmap_mode="r", allow_pickle=False)
         if self._offsets.dtype != np.int64 or self._offsets.ndim != 1 or len(self._offsets) < 2:
-            found = f"{self._offsets.dtype} {list(self._offsets.shape)}"
+            shape = f"{self._offsets.dtype} {list(self._offsets.shape)}"
             raise ValueError(
-                f"{self.folder / _OFFSETS}: found {found}; expected int64 [P+1], P > 0"
+                f"{self.folder / _OFFSETS}: found {shape}; expected int64 [P+1], P > 0"
             )
         size, expected = (self.folder / _PASSAGES).stat().st_size, int(self._offsets[-1])
         if size != expected:
@@ -125,7 +125,7 @@ class PassageStore:
 def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStore:
     """Writes passages in their order and returns their store; keeps pids and offsets in memory.
 
-    An older store in the folder stays whole until all passages have come. Raises ValueError for
+    An older store in the folder stays whole until the last passage was read. Raises ValueError for
     duplicate pids, pids that are empty or hold a line end, and a corpus without passages.
     """
     folder = Path(folder)
@@ -147,7 +147,7 @@ def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStor
 
 
 def _line(passage: Passage) -> bytes:
-    """One line of passages.jsonl; ValueError for what no line of the store can hold."""
+    """One line of passages.jsonl; ValueError for a passage that no line of the store can hold."""
     if not passage.pid or "\n" in passage.pid or "\r" in passage.pid:
         raise ValueError(f"found the pid {passage.pid!r}; expected an id without line ends")
     fields = {"pid": passage.pid, "title": passage.title, "text": passage.text}
@@ -166,10 +166,10 @@ def _check_pids(pids: list[str]) -> None:
     if len(set(pids)) == len(pids):
         return
     first: dict[str, int] = {}
-    for number, pid in enumerate(pids, start=1):
+    for place, pid in enumerate(pids, start=1):
         if pid in first:
             raise ValueError(
-                f"found the pid {pid!r} twice, at the passages {first[pid]:,} and {number:,} of "
+                f"found the pid {pid!r} twice, at the passages {first[pid]:,} and {place:,} of "
                 f"the corpus; expected each pid once"
             )
-        first[pid] = number
+        first[pid] = place

@@ -15,13 +15,16 @@ from dgr_jax.corpora.types import Collection, Passage, Qrel, Query
 
 @dataclass(frozen=True)
 class Subset:
-    """The same queries asked of corpora of several sizes, drawn by a hash of the pid.
+    """A part of a collection's passages, drawn by a hash of the pid, with the judgements of these.
 
-    size: passages of the corpus, in its order. Splits have the judgements of these, and the
-      queries that keep one.
-    core: `core_splits` have the judgements of so many passages alone, whatever the size of the
-      corpus, and so the same queries; 0: those of all.
-    core_splits: such as the test splits; those to learn from grow with the corpus.
+    Parts of several sizes, for which the same queries are asked, show what the size of a corpus
+    does.
+
+    size: how many passages the part has; they stay in the order of the corpus. A split has the
+      judgements of these passages, and the queries that keep a judgement.
+    core: the splits named in `core_splits` have the judgements of the first `core` passages drawn,
+      whatever `size` is, and so the same queries at every size; 0 gives them those of all passages.
+    core_splits: usually the test splits; other splits, for learning, grow with the corpus.
     """
 
     collection: Collection
@@ -38,22 +41,21 @@ class Subset:
             )
 
     def check(self, splits: Iterable[str] = ()) -> None:
-        """As that of the whole collection."""
+        """Checks the files of the whole collection."""
         self.collection.check(splits)
 
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
-        """As those of the whole collection."""
+        """The files of the whole collection."""
         return self.collection.inputs(splits)
 
     def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
-        """As those of the whole collection; () of one that does not say."""
-        told = getattr(self.collection, "lacking", None)
-        return told(splits) if told else ()
+        """What the whole collection lacks."""
+        return self.collection.lacking(splits)
 
     @property
     def has_queries(self) -> bool:
-        """As the whole collection; True of one that does not say."""
-        return getattr(self.collection, "has_queries", True)
+        """Whether the whole collection has queries."""
+        return self.collection.has_queries
 
     def passages(self) -> Iterator[Passage]:
         """The passages of the part, in corpus order.
@@ -64,19 +66,19 @@ class Subset:
         return (passage for passage in self.collection.passages() if passage.pid in kept)
 
     def queries(self, split: str) -> Iterator[Query]:
-        """The queries that have a judgement left."""
+        """The queries of a split that have a judgement in this part."""
         judged = {qrel.qid for qrel in self.qrels(split)}
         return (query for query in self.collection.queries(split) if query.qid in judged)
 
     def qrels(self, split: str) -> Iterator[Qrel]:
-        """The judgements of passages of the part, or of its core."""
+        """The judgements of passages of the part, in a core split those of the core alone."""
         core = self.core if split in self.core_splits and self.core else self.size
         kept = set(itertools.islice(self._kept, core))
         return (qrel for qrel in self.collection.qrels(split) if qrel.pid in kept)
 
     @cached_property
     def _kept(self) -> dict[str, None]:
-        """The pids of the part, by their hash."""
+        """The pids of the part, in the order of their hash."""
         pids = sorted((passage.pid for passage in self.collection.passages()), key=self._hash)
         if len(pids) < self.size:
             raise ValueError(

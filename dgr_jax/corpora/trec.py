@@ -2,11 +2,11 @@
 
 Order of a run as it is read and written: that of `ranking`, by score and then by pid. The rank
 column decides in two cases only:
-- a run that holds an order and no scores, as language models give it: where the scores of no
-  query differ, or all are written as one of nan, none, null, na, -, the ranks are the order and
+- a run that holds an order and no scores, as language models give it: where within no query the
+  scores differ, or all are written as one of nan, none, null, na, -, the ranks are the order and
   -rank becomes the score;
-- `ties="rank"`: passages of equal score keep the order of their ranks, which is what to ask of
-  runs with rounded scores or with an order over the borrowed scores of another ranker.
+- `ties="rank"`: passages of equal score keep the order of their ranks. This is the right choice for
+  runs with rounded scores, and for a reranker's run that kept the scores of the ranker before it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _SCORE_COLUMNS = "3 columns: qid, pid, score"
 
 
 class _Row(NamedTuple):
-    """A line of a run; score None where the file has none, rank 0 in a table of scores."""
+    """A line of a run; its score is None where the file has none, and its rank is 0 where it comes
+    from a table of scores."""
 
     line: int
     qid: str
@@ -74,9 +75,9 @@ def qrels(path: str | os.PathLike) -> Iterator[Qrel]:
 def runs(path: str | os.PathLike, *, ties: str = "pid") -> Iterator[RankList]:
     """The rank lists of a six-column run, best first, queries in the order of the file.
 
-    See the module's first lines for the order; `ties` is "pid" or "rank". One query is held in
-    memory at a time, the whole file only where its queries are interleaved. Raises ValueError at
-    a wrong number of columns, a rank that is no whole number, a score that is no finite number
+    The first lines of the module say what the order is; `ties` is "pid" or "rank". One query at a
+    time is held in memory, or the whole file where its queries are interleaved. Raises ValueError
+    at a wrong number of columns, a rank that is no whole number, a score that is no finite number
     and a passage that comes twice for its query.
     """
     if ties not in ("pid", "rank"):
@@ -94,7 +95,8 @@ def runs(path: str | os.PathLike, *, ties: str = "pid") -> Iterator[RankList]:
 def scores(path: str | os.PathLike) -> Iterator[RankList]:
     """The rank lists of a table of scores (qid, pid, score; tabs or spaces), best first.
 
-    A header that ends in "score" is passed over. Equal scores by pid; errors as for `runs`.
+    A header that ends in "score" is passed over. Equal scores are ordered by pid. Raises the errors
+    of `runs`.
     """
     path = lines.place(path)
     with files.rereadable(path):
@@ -103,10 +105,10 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
 
 
 def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str) -> None:
-    """Writes a run: best first, ranks from 1; .gz by the name.
+    """Writes a run, best first, ranks from 1; packed where the name ends in .gz.
 
-    Scores are unrounded and fall strictly with the rank, ties broken in their last digits: see
-    `ranking`. The file appears whole or not at all. Raises ValueError for white space in an id or
+    Scores are unrounded and fall strictly with the rank; ties are broken in their last digits (see
+    `ranking`). The file appears whole or not at all. Raises ValueError for white space in an id or
     the tag, a score that is no finite number of float32, a passage twice in a list and a query with
     two lists.
     """
@@ -133,7 +135,7 @@ def run_in_memory(lists: Iterable[RankList]) -> dict[str, list[ScoredPassage]]:
 
 
 def rank_lists(run: dict[str, list[ScoredPassage]]) -> Iterator[RankList]:
-    """The rank lists of a run in memory: the way back of `run_in_memory`."""
+    """The rank lists of a run in memory: the inverse of `run_in_memory`."""
     for qid, passages in run.items():
         yield RankList(qid, tuple(passages))
 
@@ -147,7 +149,7 @@ def qrels_in_memory(judgements: Iterable[Qrel]) -> dict[str, dict[str, int]]:
 
 
 def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, columns) of the lines that are not empty. Spaces beyond ASCII belong to the ids.
+    """(line, columns) of the lines that are not empty. Only tabs and ASCII spaces end a column.
 
     Raises ValueError at a control character, which no id can hold.
     """
@@ -169,10 +171,10 @@ def _run_rows(path: Path) -> Iterator[_Row]:
         if len(fields) != 6:
             raise lines.error(path, line, _columns(fields), _RUN_COLUMNS)
         qid, _, pid, rank, score, _ = fields
-        number = _score(score)
-        if number is None and score.lower() not in _NO_SCORE:
+        value = _score(score)
+        if value is None and score.lower() not in _NO_SCORE:
             raise lines.error(path, line, f"the score {lines.shown(score)}", "a finite number")
-        yield _Row(line, qid, pid, checks.integer(rank, path, line, "rank"), number)
+        yield _Row(line, qid, pid, checks.integer(rank, path, line, "rank"), value)
 
 
 def _score_rows(path: Path) -> Iterator[_Row]:
@@ -186,18 +188,20 @@ def _score_rows(path: Path) -> Iterator[_Row]:
 
 
 def _score(text: str) -> float | None:
-    """The finite number in `text`, None where there is none: no "1_0", no digits beyond ASCII."""
+    """The finite number in `text`, None where it is none; Python's "1_0" and digits beyond ASCII
+    are not taken for numbers."""
     if "_" in text or not text.isascii():
         return None
     try:
-        number = float(text)
+        value = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return value if math.isfinite(value) else None
 
 
 def _survey(path: Path) -> tuple[bool, bool]:
-    """(the lines of each query stand together, the run holds scores and not only an order)."""
+    """(whether the lines of each query stand together, whether the run holds scores and not only
+    an order)."""
     first: dict[str, float | None] = {}
     current, grouped, several, differ = None, True, False, False
     for _, fields in _fields(path):
@@ -241,9 +245,9 @@ def _by_query(rows: Iterable[_Row], path: Path, grouped: bool) -> Iterator[list[
         first: dict[str, int] = {}
         for row in query:
             if first.setdefault(row.pid, row.line) != row.line:
-                found = f"the passage {lines.shown(row.pid)} of the query {lines.shown(row.qid)}"
-                found += f" again, first seen on line {first[row.pid]}"
-                raise lines.error(path, row.line, found, "each passage once a query")
+                repeated = f"the passage {lines.shown(row.pid)} of the query {lines.shown(row.qid)}"
+                repeated += f" again, first seen on line {first[row.pid]}"
+                raise lines.error(path, row.line, repeated, "each passage once a query")
         yield query
 
 
@@ -259,17 +263,18 @@ def _by_score(rows: list[_Row], path: Path, ties: str) -> RankList:
 
 
 def _by_rank(rows: list[_Row], path: Path) -> RankList:
-    """The order of the ranks as scores; where ranks repeat there is no order to take from them."""
+    """The passages in the order of their ranks, with -rank as score; where ranks repeat, and so
+    give no order, by score."""
     if len({row.rank for row in rows}) == len(rows):
         return _by_score([row._replace(score=float(-row.rank)) for row in rows], path, "pid")
     if rows[0].score is None:
-        found = f"neither scores nor different ranks for the query {lines.shown(rows[0].qid)}"
-        raise lines.error(path, rows[0].line, found, "one of them")
+        got = f"neither scores nor different ranks for the query {lines.shown(rows[0].qid)}"
+        raise lines.error(path, rows[0].line, got, "one of them")
     return _by_score(rows, path, "pid")
 
 
 def _sorted(rank_list: RankList) -> list[ScoredPassage]:
-    """The passages in the order they are written; ValueError for what a run cannot hold."""
+    """The passages in the order they are written; ValueError where no run can hold them."""
     pids: set[str] = set()
     for passage in rank_list.passages:
         _check_column("pid", passage.pid)

@@ -1,8 +1,8 @@
-"""The five records that every reader yields and every writer takes."""
+"""The five records that readers yield and writers take, and what a collection offers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -63,8 +63,20 @@ class Collection(Protocol):
         """Raise FileNotFoundError naming every missing file, its columns and how to get it."""
 
     def inputs(self, splits: Iterable[str] = ()) -> Mapping[str, Path | None]:
-        """Name -> each file that `splits` are read from, None where it is missing; without the
-        files of a library or of this package."""
+        """Name -> file, for the files that `splits` are read from; None where a file is missing.
+
+        Files that come with a library or with this package are left out.
+        """
+
+    def lacking(self, splits: Sequence[str]) -> tuple[str, ...] | None:
+        """The names among `splits` that have no judgements, as far as the collection can tell; None
+        where its files are missing."""
+        return ()
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether there are any queries, as far as the collection can tell."""
+        return True
 
     def passages(self) -> Iterator[Passage]:
         """All passages in corpus order; a second call starts again."""

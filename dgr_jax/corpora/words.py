@@ -21,13 +21,15 @@ from functools import cache
 from typing import NamedTuple
 
 _ASCII_WORD = re.compile(r"\w\w+", re.ASCII)
-_WORD_CHARACTERS = 2  # of an unspaced script, that count as a word of a window
+_WORD_CHARACTERS = 2  # how many characters of an unspaced script count as a word of a window
 
-# Compatibility forms that would run into their neighbours: 5½ is no 51/2, Lego™ no "legotm".
+# Characters whose compatibility forms would join the word beside them: 5½ must not become 51/2,
+# nor Lego™ "legotm".
 _APART = re.compile("[\u00bc-\u00be\u2116\u2120-\u2122\u2150-\u215f\u2189]")
 _ARABIC = "\u0620-\u06ff\u0750-\u077f\u08a0-\u08ff"
 _NON_JOINER = re.compile(f"(?<=[{_ARABIC}])\u200c(?=[{_ARABIC}])")  # parts Persian words
-# Seen by no reader: soft hyphens, joiners, directions, byte-order marks; and optional points.
+# Characters that no reader sees (soft hyphens, joiners, direction marks, byte order marks), and
+# points that writers may leave out.
 _DROPPED = re.compile(
     "[\u00ad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff"
     "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew
@@ -60,8 +62,11 @@ _SENTENCE = re.compile(rf"{_ASCII_SENTENCE.pattern}|{_PARAGRAPH}")
 
 
 class _Patterns(NamedTuple):
-    """word: two characters or more. unspaced: a run of an unspaced script; cluster: one of its
-    characters with its marks. either: a run, which is the group, or a word."""
+    """Patterns for texts beyond ASCII.
+
+    word: two characters or more. unspaced: a run of characters of an unspaced script. cluster: one
+    such character with its marks. either: such a run, captured as group 1, or a word.
+    """
 
     word: re.Pattern[str]
     unspaced: re.Pattern[str]
@@ -98,8 +103,8 @@ def _patterns() -> _Patterns:
 def words(text: str, *, alone: bool = False) -> list[str]:
     """The words of a text, in order.
 
-    alone: also each character of an unspaced script by itself, as an index needs them where a
-      query may be a single one.
+    alone: also give each character of an unspaced script by itself, which an index needs because a
+      query may be a single character.
     """
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
@@ -119,7 +124,7 @@ def words(text: str, *, alone: bool = False) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    """NFKC, lower case, without what is not seen."""
+    """The text in NFKC and lower case, without the characters that no reader sees."""
     text = _NON_JOINER.sub(" ", _APART.sub(r" \g<0> ", text))
     text = unicodedata.normalize("NFKC", text)
     # The lower case of the Turkish dotted capital leaves its dot as a mark.
@@ -127,8 +132,10 @@ def _folded(text: str) -> str:
 
 
 def visible(text: str) -> bool:
-    """Whether a reader sees anything: a letter, digit, sign or symbol. Spaces, joiners, direction
-    marks, fillers and combining marks without a letter are nothing."""
+    """Whether a reader sees anything of the text: a letter, digit, sign or symbol.
+
+    Spaces, joiners, direction marks, fillers and combining marks without a letter do not count.
+    """
     if text.isascii():
         return any(33 <= ord(character) < 127 for character in text)
     seen = (character for character in text if character not in _BLANKS)
@@ -136,11 +143,11 @@ def visible(text: str) -> bool:
 
 
 def windows(text: str) -> tuple[list[str], str]:
-    """The text in pieces of about a word, and what stands between two of them.
+    """(the text in pieces of about a word, the string that joins them again).
 
-    Any run of pieces, joined by that and stripped, is a part of the text with single spaces. In
-    spaced scripts the pieces are what spaces divide; in others they are two characters each, and
-    those that begin after a space have one before them.
+    Neighbouring pieces, joined by that string and stripped, are a part of the text with single
+    spaces. In scripts with spaces the pieces are the words between the spaces; in unspaced scripts
+    they are two characters each, and a piece that begins after a space keeps it.
     """
     if text.isascii() or not _patterns().unspaced.search(text):
         return text.split(), " "
@@ -156,7 +163,7 @@ def windows(text: str) -> tuple[list[str], str]:
 
 def _cut(word: str) -> list[str]:
     """A word in pieces: two characters of an unspaced script each, with the marks and punctuation
-    after them, and what lies between such characters."""
+    after them; text of other scripts between such characters is a piece of its own."""
     cluster = _patterns().cluster
     pieces, characters = [], 0
     for part in re.findall(rf"{cluster.pattern}|[^{UNSPACED}]+", word):
@@ -174,7 +181,7 @@ def _cut(word: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """The sentences of a text by the marks that end them, in Latin and other scripts.
 
-    Thai and Lao have none: there a space ends a phrase.
+    Thai and Lao have no such marks: there a space, which ends a phrase, divides.
     """
     if text.isascii():
         return list(filter(None, _ASCII_SENTENCE.split(text)))

@@ -1,7 +1,7 @@
 """A SeqIO task, tokenised once, as token arrays that training reads without TensorFlow.
 
-The prepare stage makes those of generation examples without TensorFlow's graph
-(`dgr_jax.data.examples.features`), and takes these where a task makes other ones.
+The prepare stage makes the arrays of generation examples without TensorFlow
+(`dgr_jax.data.examples.features`), and uses this module where a task's own arrays are others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def arrays(
     lengths: Mapping[str, int | tuple[int, ...]],
     converter: seqio.FeatureConverter,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Model features of a task's `train` split in its own order, [n <= 4096, ...] a block."""
+    """Model features of a task's `train` split in its own order, in blocks [n <= 4096, ...]."""
     ds = seqio.get_mixture_or_task(task).get_dataset(
         lengths, split="train", shuffle=False, num_epochs=1
     )

@@ -1,8 +1,8 @@
 """Prepared examples where TensorFlow is not installed: their token arrays, and no records.
 
-What is asked of `dgr_jax.data.prepared` can be asked of this module: examples are counted as they
-pass, and no TFDS dataset is written. The arrays of a dense retriever, which are those of its SeqIO
-tasks elsewhere, are made here; those of generation are made by `examples.features` everywhere.
+This module has the functions of `dgr_jax.data.prepared`, which here count examples and write no
+TFDS dataset. It also makes the arrays of a dense retriever, for which SeqIO tasks are used where
+TensorFlow is installed. The arrays of generation are always made by `examples.features`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK = 4096
 
 
 class Shard(NamedTuple):
-    """Examples and bytes of the records of a file."""
+    """How many examples a file of records holds, and how many bytes they take."""
 
     examples: int
     num_bytes: int
@@ -47,18 +47,18 @@ class ShardWriter:
 
 
 def features(*, views: bool = False) -> None:
-    """Of a generation example: nobody reads them."""
+    """Does nothing: without TensorFlow nobody reads the features of generation examples."""
     del views
 
 
 def positives() -> None:
-    """Of a query with its positives: nobody reads them."""
+    """Does nothing: without TensorFlow nobody reads the features of a query's positives."""
 
 
 def write(
     data_dir: Path, name: str, splits: Mapping[str, Iterable[Mapping[str, Any]]], of: None = None
 ) -> dict[str, int]:
-    """Reads the examples of every split; -> their number."""
+    """Reads the examples of every split; returns how many each has."""
     del data_dir, name, of
     return {split: sum(1 for _ in examples) for split, examples in splits.items()}
 
@@ -66,16 +66,18 @@ def write(
 def describe(
     data_dir: Path, name: str, shards: Mapping[str, Sequence[Shard]], of: None = None
 ) -> None:
-    """There is no dataset to describe."""
+    """Does nothing: there is no dataset to describe."""
     del data_dir, name, shards, of
 
 
 def positives_arrays(
     examples: Iterable[Mapping[str, Any]], vocabulary: Vocabulary, query_length: int, most: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Features of `examples.of_positives`, as PositivesConverter makes them, [n <= 4096, ...] a
-    block: encoder_input_tokens int32 [n, query_length], positives and grades int32 [n, most],
-    query int32 [n, 1]."""
+    """Features of `examples.of_positives` as PositivesConverter makes them, in blocks of n <= 4096.
+
+    encoder_input_tokens int32 [n, query_length], positives and grades int32 [n, most], query int32
+    [n, 1].
+    """
     for held in _blocks(examples):
         numbers = {name: np.zeros((len(held), most), np.int32) for name in ("positives", "grades")}
         for name, rows in numbers.items():

@@ -1,8 +1,8 @@
 """Generation examples: what a student reads, and the identifier that it learns to write.
 
-Three sources, as in DSI and MINDER: labelled queries, the text of passages, and pseudo-queries
-(given in a file, or the sentences of the passage). A source is cut into parts, of which each can
-be read, and its examples be made, without those before it.
+They come from three sources, as in DSI and MINDER: labelled queries, the text of passages, and
+pseudo-queries (those of a file, or the sentences of the passage). A source is cut into parts; the
+examples of a part can be made without reading the parts before it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SOURCES = ("labelled", "passages", "pseudo_queries")
-INPUTS = ("inputs", "cut", "tokens", "tokens_lost")  # what is counted of a source
+INPUTS = ("inputs", "cut", "tokens", "tokens_lost")  # the counts of a source's inputs
 PASSAGES_A_PART = 50_000
 LINES_A_PART = 500_000
 
@@ -40,14 +40,16 @@ class Sources:
     """Rates of the sources in the mixture, and how their texts are made.
 
     labelled, passages, pseudo_queries: relative rates; 0 leaves a source out.
-    chunk_words: words of a passage chunk; the title stands before each chunk.
-    max_chunks: chunks of a passage at most (0: all), from its beginning on; neighbours share half
-      their words. 1: the first words alone (DSI).
-    random_chunks: instead, so many chunks of a passage, each from a random word on, as long as
-      there are as many places; drawn by the pid. 0: those of max_chunks.
-    pseudo_query_path: TSV of pid and text, one pseudo-query a line, of these passages or of more;
-      blank: sentences.
-    max_pseudo_queries: of a passage at most (0: all), the first of the file or of the text.
+    chunk_words: number of words in a chunk of a passage; each chunk begins with the title.
+    max_chunks: the highest number of chunks of a passage (0 for all), from its beginning on;
+      neighbouring chunks share half their words. With 1, a passage gives its first words alone
+      (DSI).
+    random_chunks: if above 0, this many chunks of a passage in place of those of max_chunks, each
+      from another random word on, drawn by the pid; fewer where the passage is too short.
+    pseudo_query_path: TSV with a pid and a pseudo-query on each line; it may name passages that are
+      not in the corpus. If blank, the sentences of a passage are its pseudo-queries.
+    max_pseudo_queries: the highest number of pseudo-queries of a passage (0 for all); the first
+      ones in the file or text are used.
     min_sentence_words, max_sentence_words: shorter sentences are left out, longer ones cut.
 
     In scripts without spaces between words, two characters count as a word: `corpora.words`.
@@ -85,12 +87,12 @@ class Sources:
             )
 
     def rates(self) -> dict[str, float]:
-        """Rate of every source that is used."""
+        """The rate of every source that is used."""
         return {name: getattr(self, name) for name in SOURCES if getattr(self, name)}
 
     def chunks(self, passage: Passage) -> Iterator[str]:
-        """Windows of `chunk_words` words, each half a window further or at random places, with the
-        title before."""
+        """Windows of `chunk_words` words, preceded by the title; a window begins half a window
+        after the one before, or at a random place."""
         pieces, between = words.windows(passage.text)
         for start in self._starts(passage.pid, max(0, len(pieces) - self.chunk_words)):
             chunk = between.join(pieces[start : start + self.chunk_words]).strip()
@@ -98,7 +100,7 @@ class Sources:
                 yield text
 
     def _starts(self, pid: str, last: int) -> list[int]:
-        """First words of the chunks, each once; the last chunk starts at `last`."""
+        """The places where chunks begin, all different; `last` is the greatest possible one."""
         if self.random_chunks:
             drawn = np.random.default_rng(zlib.crc32(pid.encode()))
             return sorted(drawn.permutation(last + 1)[: self.random_chunks].tolist())
@@ -106,7 +108,7 @@ class Sources:
         return [*range(0, last, step), last][: self.max_chunks or None]
 
     def sentences(self, passage: Passage) -> Iterator[str]:
-        """Sentences of the text, as pseudo-queries."""
+        """The sentences of the text, which serve as pseudo-queries."""
         for sentence in words.sentences(passage.text):
             pieces, between = words.windows(sentence)
             if len(pieces) >= self.min_sentence_words:
@@ -115,9 +117,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Part:
-    """Things [start, stop) of a source: passages, lines of a file (from byte `offset`) or qrels.
+    """The items [start, stop) of a source: passages, lines of a file (from byte `offset`) or qrels.
 
-    number: of the part in its source.
+    number: the place of the part among those of its source.
     """
 
     source: str
@@ -130,21 +132,21 @@ class Part:
 def parts(source: str, settings: Sources, *, num_passages: int, num_qrels: int = 0) -> list[Part]:
     """The parts of a source in its order: 50,000 passages each, or 500,000 lines or qrels.
 
-    A file of pseudo-queries is one part where it is packed, and with `max_pseudo_queries`: which
-    are the first of a passage is known from all lines before.
+    A file of pseudo-queries is a single part where it is packed, and with `max_pseudo_queries`, as
+    only all earlier lines tell which pseudo-queries of a passage are its first ones.
     """
     if source == "pseudo_queries" and settings.pseudo_query_path:
         together = sys.maxsize if settings.max_pseudo_queries else LINES_A_PART
         runs = lines.places(settings.pseudo_query_path, together)
         return [
-            Part(source, number, start, start + count, offset)
-            for number, (start, offset, count) in enumerate(runs)
+            Part(source, place, start, start + count, offset)
+            for place, (start, offset, count) in enumerate(runs)
         ]
     labelled = source == "labelled"
     total, step = (num_qrels, LINES_A_PART) if labelled else (num_passages, PASSAGES_A_PART)
     return [
-        Part(source, number, start, min(start + step, total))
-        for number, start in enumerate(range(0, total, step))
+        Part(source, place, start, min(start + step, total))
+        for place, start in enumerate(range(0, total, step))
     ]
 
 
@@ -156,27 +158,28 @@ def pseudo_queries(
     test_queries: Container[str] = frozenset(),
     counts: Counter | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(passage index, text) of a pseudo-query file, or of a part of it.
+    """(passage index, text) of each pseudo-query in a file, or in a part of it.
 
-    Those of passages that the store lacks, of which it may hold a part, are left out; at the end
-    their number is logged. Copies of `test_queries`, which are `normalised`, are left out too, and
-    added to counts["copies_of_test_queries"]: a student would learn what it is tested on.
-    Raises ValueError naming file and line of a line that is no pair.
+    Pseudo-queries of passages that the store lacks are left out, for it may hold a part of the
+    corpus; their number is logged at the end. Copies of `test_queries`, which are `normalised`, are
+    left out and counted in counts["copies_of_test_queries"], for otherwise a student would learn
+    what it is tested on. Raises ValueError naming file and line of a line that is no pair.
     """
-    unknown, total, one = 0, 0, ""
-    found = lines.read(path)
+    unknown, total, example_pid = 0, 0, ""
+    numbered_lines = lines.read(path)
     if part is not None:
-        found = lines.read(path, after=part.start, offset=part.offset)
-        found = islice(found, part.stop - part.start)
-    for number, line in found:
+        numbered_lines = lines.read(path, after=part.start, offset=part.offset)
+        numbered_lines = islice(numbered_lines, part.stop - part.start)
+    for line_number, line in numbered_lines:
         pid, tab, text = line.partition("\t")
         if not tab or not text.strip():
             raise ValueError(
-                f"{path}:{number}: got {line[:60]!r}, expected two tab-separated columns: pid, text"
+                f"{path}:{line_number}: got {line[:60]!r}, expected two tab-separated columns: "
+                "pid, text"
             )
         total += 1
         if pid not in store:
-            unknown, one = unknown + 1, one or pid
+            unknown, example_pid = unknown + 1, example_pid or pid
         elif test_queries and normalised(text) in test_queries:
             if counts is not None:
                 counts["copies_of_test_queries"] += 1
@@ -186,7 +189,7 @@ def pseudo_queries(
         logger.warning(
             "%s: left out %s of %s pseudo-queries: their passages, such as %r, are not in the "
             "collection (Sources.pseudo_query_path)",
-            *(path, f"{unknown:,}", f"{total:,}", one),
+            *(path, f"{unknown:,}", f"{total:,}", example_pid),
         )
 
 
@@ -202,11 +205,14 @@ def pairs(
     test_queries: Container[str] = frozenset(),
     counts: Counter | None = None,
 ) -> Iterator[tuple[str, int, str]]:
-    """(text, passage index, qid) of a source, in corpus order (labelled: of the qrels).
+    """(text, passage index, qid) of a source in corpus order, or for labelled queries in that of
+    the qrels.
 
-    part: only of this part, of qrels that hold each pair once. qid is blank but for labelled
-    queries. Judgements below `min_relevance` give none; a pair judged twice gives one, by its last
-    judgement, as in measures. test_queries, counts: see `pseudo_queries`.
+    The qid is blank except for labelled queries. Judgements below `min_relevance` give no pair; two
+    judgements of a query and passage give one pair, by the last of them, as in measures.
+
+    part: the only part to read; the qrels then hold each query and passage once. test_queries,
+    counts: see `pseudo_queries`.
     """
     if source == "labelled":
         for qrel in qrels[part.start : part.stop] if part else checks.judged_once(qrels)[0]:
@@ -217,10 +223,10 @@ def pairs(
             for text in settings.chunks(passage):
                 yield text, index, ""
     elif source == "pseudo_queries" and settings.pseudo_query_path:
-        found = pseudo_queries(
+        given = pseudo_queries(
             settings.pseudo_query_path, store, part, test_queries=test_queries, counts=counts
         )
-        for index, text in _first(found, settings.max_pseudo_queries, len(store)):
+        for index, text in _first(given, settings.max_pseudo_queries, len(store)):
             yield text, index, ""
     elif source == "pseudo_queries":
         for index, passage in _passages(store, part):
@@ -234,7 +240,7 @@ def pairs(
 def _first(
     pairs: Iterable[tuple[int, str]], most: int, num_passages: int
 ) -> Iterator[tuple[int, str]]:
-    """The first `most` (passage index, text) pairs of each passage; 0: all."""
+    """The first `most` (passage index, text) pairs of each passage; all of them where it is 0."""
     counts = np.zeros(num_passages if most else 0, np.int32)
     for index, text in pairs:
         if most and counts[index] == most:
@@ -255,30 +261,33 @@ def _passages(store: PassageStore, part: Part | None) -> Iterator[tuple[int, Pas
 def of_judged(
     queries: Mapping[str, Query], qrels: Iterable[Qrel], store: PassageStore, min_relevance: int
 ) -> Iterator[dict[str, Any]]:
-    """One example a query with a positive, in the order of the qrels, as `of_positives`; the
-    highest grades come first. A pair judged twice counts once, see `pairs`."""
+    """One example, as those of `of_positives`, for each query with a positive, in the order of the
+    qrels. Positives with the highest grades come first. A passage that was judged twice for a query
+    counts once, see `pairs`."""
     judged: dict[str, list[tuple[int, int]]] = {}
     for qrel in checks.judged_once(qrels)[0]:
         if qrel.relevance >= min_relevance:
             judged.setdefault(qrel.qid, []).append((qrel.relevance, store.index_of(qrel.pid)))
-    for number, (qid, found) in enumerate(judged.items()):
-        grades, passages = zip(*sorted(found, key=lambda one: -one[0]), strict=True)
-        yield _positives(queries[qid].text, passages, grades, number, qid)
+    for place, (qid, graded) in enumerate(judged.items()):
+        grades, passages = zip(*sorted(graded, key=lambda pair: -pair[0]), strict=True)
+        yield _positives(queries[qid].text, passages, grades, place, qid)
 
 
 def of_positives(pairs: Iterable[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
-    """One example a (text, passage index, qid) pair: {inputs: str, positives: int32 [R] (1 + the
-    passage indices), grades: int32 [R], query: int32 [1] (1 + the example's number), qid: str};
-    here R = 1."""
-    for number, (text, index, qid) in enumerate(pairs):
-        yield _positives(text, [index], [1], number, qid)
+    """One example for each (text, passage index, qid).
+
+    {inputs: str, positives: int32 [R] (1 + the passage indices), grades: int32 [R], query: int32
+    [1] (1 + the place of the example), qid: str}; here R = 1.
+    """
+    for place, (text, index, qid) in enumerate(pairs):
+        yield _positives(text, [index], [1], place, qid)
 
 
 def _positives(
-    text: str, passages: Sequence[int], grades: Sequence[int], number: int, qid: str
+    text: str, passages: Sequence[int], grades: Sequence[int], place: int, qid: str
 ) -> dict[str, Any]:
-    """Numbers begin at 1, as SeqIO pads with 0."""
-    numbers, query = (1 + np.asarray(found, np.int32) for found in (passages, [number]))
+    """One example; passage indices and places begin at 1 here, as SeqIO pads with 0."""
+    numbers, query = (1 + np.asarray(values, np.int32) for values in (passages, [place]))
     return {
         "inputs": text,
         "positives": numbers,
@@ -291,8 +300,9 @@ def _positives(
 def of_docids(
     pairs: Iterable[tuple[str, int, str]], store: PassageStore, table
 ) -> Iterator[dict[str, Any]]:
-    """One example a (text, passage index, qid) pair: {inputs: str, targets: int32 [T'], qid: str,
-    pid: str}. Passages without an identifier give none.
+    """One example for each (text, passage index, qid) whose passage has an identifier.
+
+    {inputs: str, targets: int32 [T'], qid: str, pid: str}.
 
     table: IdentifierTable.
     """
@@ -304,11 +314,14 @@ def of_docids(
 
 
 def count_inputs(lengths: np.ndarray, longest: int, counts: Counter) -> None:
-    """Adds to INPUTS of counts: inputs of so many tokens int [n], EOS counted; those cut to
-    `longest`; their tokens; and those that are lost."""
+    """Adds inputs to the four counts of INPUTS: all inputs, those that are cut to `longest` tokens,
+    the tokens of all, and the tokens that are lost.
+
+    lengths: int [n], the number of tokens of each input, EOS included.
+    """
     lost = np.maximum(0, np.asarray(lengths, np.int64) - longest)
-    found = (len(lost), (lost > 0).sum(), np.sum(lengths), lost.sum())
-    counts.update(dict(zip(INPUTS, map(int, found), strict=True)))
+    totals = (len(lost), (lost > 0).sum(), np.sum(lengths), lost.sum())
+    counts.update(dict(zip(INPUTS, map(int, totals), strict=True)))
 
 
 def features(
@@ -318,16 +331,16 @@ def features(
     length: int,
     counts: Counter | None = None,
 ) -> dict[str, np.ndarray]:
-    """Model features of E examples: as the SeqIO tasks and GenerationConverter make them.
+    """Model features of E examples, as the SeqIO tasks and GenerationConverter make them.
 
-    encoder_input_tokens int32 [E, query_length], EOS and the marker of a view counted;
+    encoder_input_tokens int32 [E, query_length], with EOS and the marker of a view;
     decoder_input_tokens and decoder_target_tokens int32 [E, length]; decoder_loss_weights f32
     [E, length]. counts: see `count_inputs`.
     """
     views = bool(vocabulary.views)
-    number: dict[str, int] = {}  # of each text: examples of several views share theirs
-    rows = [number.setdefault(example["inputs"], len(number)) for example in examples]
-    texts = vocabulary.encode_all(list(number))
+    row_of: dict[str, int] = {}  # examples of several views share the row of their text
+    rows = [row_of.setdefault(example["inputs"], len(row_of)) for example in examples]
+    texts = vocabulary.encode_all(list(row_of))
     inputs = vocabulary.inputs(texts, query_length - views)[rows]
     if counts is not None:
         lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1

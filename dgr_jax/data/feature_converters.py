@@ -13,8 +13,11 @@ _Spec = seqio.FeatureConverter.FeatureSpec
 
 
 def _ranked(dtype: tf.DType, rank: int) -> _Spec:
-    """A feature whose whole shape is checked: SeqIO looks at tf.shape(value)[sequence_dim], and a
-    single axis never equals a tuple of lengths."""
+    """A feature whose whole shape is checked.
+
+    SeqIO compares tf.shape(value)[sequence_dim] with the length, and a single axis would never
+    equal a tuple of lengths.
+    """
     return _Spec(dtype, rank=rank, sequence_dim=slice(0, rank))
 
 
@@ -71,15 +74,15 @@ class GenerationConverter(seqio.FeatureConverter):
 
 
 class PositivesConverter(seqio.FeatureConverter):
-    """query and its positives -> what a dual encoder's lists are drawn from.
+    """query and its positives -> the features from which a dual encoder's lists are drawn.
 
     Lengths {"inputs": 4, "positives": 3, "grades": 3, "query": 1}; the example
       {"inputs": [7, 8, 1], "positives": [5, 1], "grades": [2, 1], "query": [9]}
     becomes
       encoder_input_tokens [7, 8, 1, 0]
-      positives            [4, 0, -1]     passage indices, -1: free place
+      positives            [4, 0, -1]     passage indices, -1 where there is none
       grades               [2, 1, 0]
-      query                [8]            number of the query, in the order they were written
+      query                [8]            place of the query in the order in which they were written
     """
 
     TASK_FEATURES = dict.fromkeys(("inputs", "positives", "grades", "query"), _Spec(tf.int32))
@@ -131,7 +134,7 @@ class RankListConverter(seqio.FeatureConverter):
     """query and a teacher's rank list -> a distillation example.
 
     Lengths {"inputs": Q, "targets": T, "identifiers": (L, K, T), "identifier_weights": (L, K),
-    "teacher_scores": (L,)}: tuples, because SeqIO checks only the first axis of a plain length.
+    "teacher_scores": (L,)}. They are tuples because SeqIO checks only the first axis otherwise.
     With Q 3, T 2, L 2, K 1, the example
       {"inputs": [7, 1], "targets": [40, 41], "identifiers": [[[40, 41]]],
        "identifier_weights": [[1.]], "teacher_scores": [2.5]}
@@ -197,9 +200,9 @@ class RankListConverter(seqio.FeatureConverter):
 class ViewListConverter(RankListConverter):
     """query and a teacher's rank list of identifiers of several views -> a distillation example.
 
-    As RankListConverter, with lengths "inputs": (3, Q), "identifier_views" and
-    "identifier_counts": (L, K), "spans" and "span_starts": (L, E), "corpus_tokens": (1,), which
-    pass through: see `rank_lists.view_features`.
+    As RankListConverter, but with the length "inputs": (3, Q) and with further features that stay
+    as they are (see `rank_lists.view_features`): "identifier_views" and "identifier_counts":
+    (L, K), "spans" and "span_starts": (L, E), "corpus_tokens": (1,).
     encoder_input_tokens is int32 [3, Q], the query with the marker of each view.
     """
 
@@ -225,10 +228,10 @@ class ViewListConverter(RankListConverter):
 
 
 class TaskConverter(seqio.FeatureConverter):
-    """Rank lists or generation examples, whichever a task holds: for programs with one converter
-    for all tasks of a model. Its arguments are those that t5x gives.
+    """Converts rank lists or generation examples, whichever a task holds.
 
-    Raises ValueError for pack=True: a query and its identifier stand alone.
+    It is for programs that have one converter for all tasks of a model; its arguments are those
+    that t5x gives. Raises ValueError for pack=True, as no two examples may share a row.
     """
 
     TASK_FEATURES = GenerationConverter.TASK_FEATURES

@@ -1,4 +1,4 @@
-"""Loading TensorFlow without its chatter, or what stands in for it where it is not installed."""
+"""Loading TensorFlow without its log lines, or its replacement where it is not installed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CHATTER = re.compile(rb"I\d{4} |WARNING: All log messages before absl::Initiali
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Makes TF_CPP_MIN_LOG_LEVEL hold while TensorFlow is imported, too.
+    """A context in which TF_CPP_MIN_LOG_LEVEL also holds while TensorFlow is imported.
 
-    Its native libraries write to stderr as they are loaded, before they look at the variable. Where
-    it is 1 or more, lines of level INFO are left out and all others are written when the import is
-    over. Where it is not set, nothing is touched.
+    Its native libraries write to stderr while they are loaded, before they read the variable. Where
+    it is 1 or more, lines of level INFO are left out and all others are written after the import.
+    Where it is not set, this context has no effect.
     """
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") == "0":
         yield
@@ -38,7 +38,7 @@ def quietly() -> Iterator[None]:
 
 
 def missing() -> str:
-    """What keeps SeqIO and TensorFlow Datasets from being used here; "" where they can be."""
+    """The reason why SeqIO and TensorFlow Datasets cannot be used; blank where they can."""
     try:
         with quietly():
             import seqio  # noqa: F401
@@ -49,7 +49,7 @@ def missing() -> str:
 
 
 def prepared() -> ModuleType:
-    """`dgr_jax.data.prepared`, which writes TFDS records, or `direct` where that is missing."""
+    """`dgr_jax.data.prepared`, which writes TFDS records, or `direct` without TensorFlow."""
     if missing():
         from dgr_jax.data import direct
 

@@ -1,7 +1,7 @@
 """A prepared collection as a TensorFlow Dataset that `seqio.TfdsDataSource` reads.
 
-Records are tf.train.Example messages, encoded here: the same example is the same bytes in every
-process, and TFDS takes four times as long for the same messages (benchmarks/RESULTS.md).
+Records are tf.train.Example messages, which are encoded here. So an example gives the same bytes in
+every process, in a quarter of the time that TFDS takes (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TURN = tfds.ReadConfig().interleave_block_length
 
 
 def features(*, views: bool = False) -> tfds.features.FeaturesDict:
-    """Features of a generation example: see `dgr_jax.data.examples`, and `dgr_jax.data.views` for
+    """Features of a generation example; see `dgr_jax.data.examples`, or `dgr_jax.data.views` for
     examples of several views."""
     plain = {
         "inputs": tfds.features.Text(),
@@ -32,7 +32,7 @@ def features(*, views: bool = False) -> tfds.features.FeaturesDict:
 
 
 def positives() -> tfds.features.FeaturesDict:
-    """Features of a query with its positives: see `dgr_jax.data.examples.of_positives`."""
+    """Features of a query with its positives; see `dgr_jax.data.examples.of_positives`."""
     numbers = tfds.features.Tensor(shape=(None,), dtype=np.int32)
     return tfds.features.FeaturesDict(
         {
@@ -46,7 +46,7 @@ def positives() -> tfds.features.FeaturesDict:
 
 
 class ShardWriter:
-    """Writes one file of records; `shard` says what is in it."""
+    """Writes one file of records; `shard` counts what was written."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +72,11 @@ def write(
     splits: Mapping[str, Iterable[Mapping[str, Any]]],
     of: tfds.features.FeaturesDict | None = None,
 ) -> dict[str, int]:
-    """Writes `name`:1.0.0 into `data_dir`, one TFDS split, one file, a source of examples, which
-    are streamed; -> examples a split. of: their features; None: `features()`."""
+    """Writes the dataset `name`:1.0.0 into `data_dir` and returns the number of examples by split.
+
+    splits: the examples of each TFDS split, which are streamed into one file. of: the features of
+    an example; None takes `features()`.
+    """
     shards = {}
     for split, examples in splits.items():
         writer = ShardWriter(shard_path(data_dir, name, split, 0))
@@ -90,7 +93,10 @@ def describe(
     shards: Mapping[str, Sequence[Shard]],
     of: tfds.features.FeaturesDict | None = None,
 ) -> None:
-    """Writes what makes the shards of each split the dataset `name`:1.0.0; of: see `write`."""
+    """Writes the files that make the shards of all splits the dataset `name`:1.0.0.
+
+    of: see `write`.
+    """
     folder = data_dir / name / VERSION
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
@@ -107,8 +113,11 @@ def describe(
 
 
 def in_order(data_dir: Path, name: str, split: str) -> int:
-    """How many examples of a split TFDS reads first in the order they were written: all of one
-    file; of several the first 16, a turn, of the first file."""
+    """How many examples of a split TFDS reads in the order in which they were written.
+
+    All of them where the split is one file. With several files, TFDS reads 16 examples of one at a
+    time, so only those of its first turn.
+    """
     info = tfds.builder_from_directory(str(data_dir / name / VERSION)).info
     lengths = info.splits[split].shard_lengths
     return lengths[0] if len(lengths) == 1 else min(lengths[0], _TURN)
@@ -131,11 +140,12 @@ def _split(folder: Path, name: str, split: str, shards: Sequence[Shard]) -> Any:
 
 
 def encoded(example: Mapping[str, Any]) -> bytes:
-    """A tf.train.Example of texts and integers [n], features by name.
+    """The bytes of a tf.train.Example with texts and integers [n], its features sorted by name.
 
-    Protocol buffers on the wire (protobuf.dev/programming-guides/encoding): a field is its number
-    and type in a byte, here 0x0a, 0x12 and 0x1a for the fields 1, 2 and 3, its length and its
-    bytes; integers follow each other in groups of 7 bits, the last without the high bit.
+    The encoding is that of protocol buffers (protobuf.dev/programming-guides/encoding). A field has
+    a byte for its number and type (0x0a, 0x12 and 0x1a for the fields 1, 2 and 3), then its length
+    and its bytes. An integer is written in groups of 7 bits, of which only the last byte lacks the
+    high bit.
     """
     entries = []
     for name in sorted(example):
@@ -153,12 +163,12 @@ def _field(tag: int, content: bytes) -> bytes:
     return bytes((tag,)) + _varint(len(content)) + content
 
 
-def _varint(number: int) -> bytes:
-    if number < 0x80:
-        return bytes((number,))
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
     groups = []
-    while number:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
+    while value:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
     groups[-1] &= 0x7F
     return bytes(groups)

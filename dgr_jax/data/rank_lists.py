@@ -1,4 +1,7 @@
-"""Rank lists as features: what the teach stage writes, `<name>_rank_lists` reads. No TensorFlow."""
+"""Rank lists as features: the teach stage writes them, the task `<name>_rank_lists` reads them.
+
+This module does not need TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ import numpy as np
 
 from dgr_jax.data.vocabulary import VIEWS, Vocabulary
 
-# What lists of identifiers of several views have beside tokens and weights.
+# The features of lists of identifiers of several views, beside tokens and weights.
 VIEW_FEATURES = ("identifier_views", "identifier_counts", "spans", "span_starts")
 
 
-class Table(Protocol):
-    """What is asked of an identifier table."""
+class DocidTable(Protocol):
+    """The parts of an identifier table that this module needs."""
 
     tokens: np.ndarray
 
     def rows_of_passages(self) -> np.ndarray: ...
 
 
-def identifiers_of(table: Table, passages: np.ndarray) -> np.ndarray:
-    """Identifier of each passage int32 [...]: -> int32 [..., T], padding where passage is -1."""
+def identifiers_of(table: DocidTable, passages: np.ndarray) -> np.ndarray:
+    """The identifier of each passage: int32 [...] -> int32 [..., T], padding where it is -1."""
     row = table.rows_of_passages()[passages]
     known = (passages >= 0) & (row >= 0)
     return np.where(known[..., None], np.asarray(table.tokens)[np.maximum(row, 0)], 0)
@@ -33,12 +36,12 @@ def examples(
     passages: np.ndarray,
     teacher_scores: np.ndarray,
     positives: np.ndarray,
-    table: Table,
+    table: DocidTable,
 ) -> Iterator[dict[str, Any]]:
-    """Task features of each query, one identifier a passage (K = 1).
+    """Task features of each query, with one identifier for each passage (K = 1).
 
-    texts: n queries; passages int32 [n, L] (-1: free place) and teacher_scores f32 [n, L];
-    positives int32 [n]: passage of the generation target.
+    texts: n queries. passages: int32 [n, L], -1 where a list is shorter. teacher_scores: f32
+    [n, L]. positives: int32 [n], the passage whose identifier is the generation target.
     """
     for text, listed, scores, positive in zip(
         texts, passages, teacher_scores, positives, strict=True
@@ -59,11 +62,11 @@ def features(
     passages: np.ndarray,
     teacher_scores: np.ndarray,
     positives: np.ndarray,
-    table: Table,
+    table: DocidTable,
     vocabulary: Vocabulary,
     query_length: int,
 ) -> dict[str, np.ndarray]:
-    """Model features [n, ...] of the same rank lists: as RankListConverter makes of `examples`."""
+    """Model features [n, ...] of rank lists, as RankListConverter makes them from `examples`."""
     tokens = identifiers_of(table, passages)[:, :, None, :].astype(np.int32)
     targets = identifiers_of(table, positives).astype(np.int32)
     used = tokens.any(axis=-1)
@@ -80,11 +83,12 @@ def features(
 
 
 class ViewIdentifiers(NamedTuple):
-    """Identifiers of the passages of n rank lists, as decoding.passage_scoring counts them.
+    """Identifiers of the passages of n rank lists, as decoding.passage_scoring needs them.
 
-    tokens int32 [n, L, K, T], 0 where there is none; views int32 [n, L, K], places in VIEWS; counts
-    int32 [n, L, K], occurrences in the corpus. Occurrences of body spans: spans int32 [n, L, E], 1
-    + the k of each, 0 for none; starts int32 [n, L, E], where in the passage it begins.
+    tokens: int32 [n, L, K, T], 0 at padding. views: int32 [n, L, K], places in VIEWS. counts: int32
+    [n, L, K], occurrences of the identifier in the corpus. spans and starts tell where body spans
+    occur in a passage: spans: int32 [n, L, E], 1 + the k of the identifier, 0 at padding. starts:
+    int32 [n, L, E], the position in the passage where this occurrence begins.
     """
 
     tokens: np.ndarray
@@ -103,8 +107,8 @@ def view_examples(
 ) -> Iterator[dict[str, Any]]:
     """Task features of each rank list.
 
-    positives int32 [n]: the column of the positive; its first identifier is the generation target.
-    teacher_scores f32 [n, L]; corpus_tokens: tokens of the corpus.
+    positives: int32 [n], the column of the positive, whose first identifier is the generation
+    target. teacher_scores: f32 [n, L]. corpus_tokens: number of tokens in the corpus.
     """
     for i, text in enumerate(texts):
         tokens, views, counts, spans, starts = (leaf[i] for leaf in named)
@@ -132,11 +136,10 @@ def view_features(
     vocabulary: Vocabulary,
     query_length: int,
 ) -> dict[str, np.ndarray]:
-    """Model features [n, ...] of the same rank lists: as ViewListConverter makes of
-    `view_examples`.
+    """Model features [n, ...] of rank lists, as ViewListConverter makes them from `view_examples`.
 
-    encoder_input_tokens int32 [n, 3, Q]: the query with the marker of each of VIEWS, 0 for those
-    that the vocabulary lacks.
+    encoder_input_tokens int32 [n, 3, Q] is the query with the marker of each of VIEWS, 0 in place
+    of a marker that the vocabulary lacks.
     """
     plain = vocabulary.encode_inputs(texts, query_length - 1)
     marked = np.repeat(np.pad(plain, ((0, 0), (1, 0)))[:, None], len(VIEWS), axis=1)

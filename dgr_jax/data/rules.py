@@ -8,8 +8,8 @@ from typing import Any
 from dgr_jax import ranges
 from dgr_jax.settings import unless_default
 
-TRAIN_SPLIT, TEST_SPLITS = "train", ("test",)  # where none are named
-VALIDATION = "validation"  # the split of questions that are drawn to choose on
+TRAIN_SPLIT, TEST_SPLITS = "train", ("test",)  # the splits where none are named
+VALIDATION = "validation"  # the split of questions that are held out to choose checkpoints on
 
 _RULES = {
     "shared_queries": ("keep", "drop"),
@@ -25,24 +25,25 @@ def _rule(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRules:
-    """What becomes of such data. It is counted, and said, whatever the rule.
+    """How to treat data that would spoil results. Such data is counted and reported by any rule.
 
-    shared_queries: queries that are learned from and tested on, by their id or by their text:
-      'keep' trains on them, as published results do; 'drop' leaves them out of training.
-    contradictory_judgements: a pair of query and passage with several grades: 'error' refuses it;
-      the 'last' or the 'highest' counts, in training and in measures. The same grade again is
-      left out.
-    unknown_judgements: of queries or passages that the collection lacks: 'error' refuses them,
-      'drop' leaves them out, as for a part of a corpus.
-    self_hits: a passage with the id of a query is the query itself, as in ArguAna and Quora: 'drop'
-      leaves it out of what the query finds, in candidates, teachers' lists, negatives, runs and
-      measures, as BEIR does, unless it is judged relevant; 'keep' takes it as any other.
+    shared_queries: the rule for training queries that are also test queries, by their id or their
+      text. 'keep' trains on them, as published results do; 'drop' leaves them out of training.
+    contradictory_judgements: the rule for a query and passage with several grades. 'error' refuses
+      them; otherwise the 'last' or the 'highest' grade counts, in training and in measures. The
+      same grade given twice is no contradiction.
+    unknown_judgements: the rule for judgements of queries or passages that the collection lacks.
+      'error' refuses them; 'drop' leaves them out, which suits a part of a corpus.
+    self_hits: the rule for a passage with the id of a query, which is the query itself, as in
+      ArguAna and Quora. 'drop' leaves it out of the query's candidates, teachers' lists, negatives,
+      runs and measures, as BEIR does, unless it is judged relevant; 'keep' treats it as any other.
     validation: share of the training questions that are held out of training, so that checkpoints
-      and weights can be chosen on them (see `Training.validate_every`); 0: none. Questions of the
-      same words are held out together, and test questions never.
-    validation_split: instead, the name of a split of the collection. Training questions with the
-      words of one of its questions are left out of training.
-    validation_seed: draws the held-out questions; the same ones in any experiment on the same data.
+      and weights can be chosen on them (see `Training.validate_every`); 0 holds out none. Questions
+      with the same words are held out together; test questions are never held out.
+    validation_split: the name of a split of the collection to choose on, in place of `validation`.
+      Training questions with the words of one of its questions are left out of training.
+    validation_seed: decides which questions are held out; the choice is the same in every
+      experiment on the same data.
     """
 
     shared_queries: str = _rule("shared_queries")
@@ -61,11 +62,11 @@ class DataRules:
 
     @property
     def rules_of_measures(self) -> tuple[str, ...]:
-        """Those that measures depend on, whatever was learned from."""
+        """The rules that measures depend on, whatever was learned from."""
         return self.contradictory_judgements, self.unknown_judgements, self.self_hits
 
     def check_rules(self) -> None:
-        """Raises ValueError for a rule that there is not."""
+        """Raises ValueError for an unknown rule, and for wrong settings of held-out questions."""
         for name, known in _RULES.items():
             if (rule := getattr(self, name)) not in known:
                 raise ValueError(

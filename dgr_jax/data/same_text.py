@@ -1,4 +1,4 @@
-"""When two queries are the same: the words of a text, whatever its case, spacing and signs."""
+"""Two queries are the same when their words are, whatever their case, spacing and punctuation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ _SPACES = _Spaces()
 
 
 def normalised(text: str) -> str:
-    """The words of a text, case folded (NFKC), with one space between: what makes two queries the
-    same. A text without a letter, digit or mark stays as it is."""
+    """The words of a text, case folded (NFKC), with one space between them.
+
+    Two queries are the same when this is equal. A text without a letter, digit or mark stays as it
+    is.
+    """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(folded.translate(_SPACES).split()) or text.strip()
 
 
 class Shared(NamedTuple):
-    """Queries of a training split that are test queries too: by their qid, and by their text
-    alone."""
+    """Queries of a training split that are test queries too: those with the same qid, and those
+    that have only the same text."""
 
     by_id: frozenset[str]
     by_text: frozenset[str]

@@ -4,8 +4,8 @@ For a collection `squad`: squad_labelled, squad_passages and squad_pseudo_querie
 identifier), the mixture `squad_generation` of those in use, and `squad_rank_lists` (query ->
 teacher's rank list), which reads what the teach stage wrote.
 
-Where the vocabulary has view markers, examples have a view: its marker stands before the query,
-and rank lists hold the query once with the marker of each view.
+Where the vocabulary has view markers, each example has a view, whose marker stands before the
+query, and a rank list holds the query three times, with the marker of each view.
 
 For a dense retriever: squad_dense_labelled_<split>, squad_dense_passages and
 squad_dense_pseudo_queries (query or text -> its positives), and squad_dense_corpus (the text of
@@ -24,19 +24,20 @@ import tensorflow as tf
 
 from dgr_jax.data import prepared
 from dgr_jax.data.rank_lists import VIEW_FEATURES
-from dgr_jax.data.vocabulary import EOS_ID, VIEWS, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, Vocabulary
+from dgr_jax.special_tokens import EOS_ID
 
 RankListSource = Callable[[], Iterator[Mapping[str, object]]]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Where a prepared collection lies, and what is in it.
+class PreparedExamples:
+    """The generation examples of a prepared collection, and the rank lists of a teacher.
 
-    tfds_dir: holds the TFDS dataset `examples`; rates: source -> rate, each a TFDS split;
-    rank_lists: called, yields {inputs: str, targets, identifiers [L, K, T], identifier_weights
-    [L, K], teacher_scores [L]}, and with views what rank_lists.view_examples adds; None before
-    the teach stage.
+    tfds_dir: the folder of the TFDS dataset `examples`. rates: source -> rate; each source is a
+    TFDS split. rank_lists: a function that yields {inputs: str, targets, identifiers [L, K, T],
+    identifier_weights [L, K], teacher_scores [L]}, and with views what rank_lists.view_examples
+    adds; None before the teach stage.
     """
 
     tfds_dir: Path
@@ -47,10 +48,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class PreparedPositives:
-    """The same of a dense retriever.
+    """The examples of a collection that was prepared for a dense retriever.
 
-    tfds_dir: holds the TFDS dataset `positives`, of which each of `sources` is a TFDS split.
-    passages: called, yields {inputs: the text of a passage} of each in corpus order.
+    tfds_dir: the folder of the TFDS dataset `positives`; each of `sources` is one of its splits.
+    passages: a function that yields {inputs: text} for every passage in corpus order.
     """
 
     tfds_dir: Path
@@ -59,20 +60,20 @@ class PreparedPositives:
     passages: Callable[[], Iterator[Mapping[str, str]]]
 
 
-def register(name: str, made: Prepared | PreparedPositives) -> None:
-    """Add (or replace) the tasks and the mixture of collection `name`."""
-    if isinstance(made, PreparedPositives):
-        _register_dense(name, made)
+def register(name: str, collection: PreparedExamples | PreparedPositives) -> None:
+    """Adds (or replaces) the tasks and the mixture of the collection `name`."""
+    if isinstance(collection, PreparedPositives):
+        _register_dense(name, collection)
         return
-    text, identifier = _features(made.vocabulary)
-    marked = [_mark_view(made.vocabulary)] if made.vocabulary.views else []
-    for source in made.rates:
+    text, identifier = _features(collection.vocabulary)
+    marked = [_mark_view(collection.vocabulary)] if collection.vocabulary.views else []
+    for source in collection.rates:
         _replace(seqio.TaskRegistry, f"{name}_{source}")
         seqio.TaskRegistry.add(
             f"{name}_{source}",
             source=seqio.TfdsDataSource(
                 tfds_name=f"examples:{prepared.VERSION}",
-                tfds_data_dir=str(made.tfds_dir),
+                tfds_data_dir=str(collection.tfds_dir),
                 splits={"train": source},
             ),
             preprocessors=[
@@ -84,23 +85,24 @@ def register(name: str, made: Prepared | PreparedPositives) -> None:
         )
     _replace(seqio.MixtureRegistry, f"{name}_generation")
     seqio.MixtureRegistry.add(
-        f"{name}_generation", [(f"{name}_{source}", rate) for source, rate in made.rates.items()]
+        f"{name}_generation",
+        [(f"{name}_{source}", rate) for source, rate in collection.rates.items()],
     )
-    if made.rank_lists is not None:
-        _register_rank_lists(name, made, text, identifier)
+    if collection.rank_lists is not None:
+        _register_rank_lists(name, collection, text, identifier)
 
 
-def _register_dense(name: str, made: PreparedPositives) -> None:
-    text, _ = _features(made.vocabulary)
+def _register_dense(name: str, collection: PreparedPositives) -> None:
+    text, _ = _features(collection.vocabulary)
     numbers = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False)
     plain = [seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim]
-    for source in made.sources:
+    for source in collection.sources:
         _replace(seqio.TaskRegistry, f"{name}_dense_{source}")
         seqio.TaskRegistry.add(
             f"{name}_dense_{source}",
             source=seqio.TfdsDataSource(
                 tfds_name=f"positives:{prepared.VERSION}",
-                tfds_data_dir=str(made.tfds_dir),
+                tfds_data_dir=str(collection.tfds_dir),
                 splits={"train": source},
             ),
             preprocessors=plain,
@@ -111,7 +113,7 @@ def _register_dense(name: str, made: PreparedPositives) -> None:
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed
-        return tf.data.Dataset.from_generator(made.passages, output_signature=signature)
+        return tf.data.Dataset.from_generator(collection.passages, output_signature=signature)
 
     _replace(seqio.TaskRegistry, f"{name}_dense_corpus")
     seqio.TaskRegistry.add(
@@ -122,8 +124,8 @@ def _register_dense(name: str, made: PreparedPositives) -> None:
     )
 
 
-def _register_rank_lists(name, made, text, identifier) -> None:
-    views = made.vocabulary.views
+def _register_rank_lists(name, collection, text, identifier) -> None:
+    views = collection.vocabulary.views
     numbers, scores = (
         seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=dtype)
         for dtype in (tf.int32, tf.float32)
@@ -137,14 +139,14 @@ def _register_rank_lists(name, made, text, identifier) -> None:
     }
     if views:
         features |= {key: _ranked(numbers, 2) for key in VIEW_FEATURES} | {"corpus_tokens": scores}
-        preprocessors = [_tokenize_inputs(text), _each_view(made.vocabulary)]
+        preprocessors = [_tokenize_inputs(text), _each_view(collection.vocabulary)]
     else:
         preprocessors = [_tokenize_inputs(text), seqio.preprocessors.append_eos_after_trim]
     _replace(seqio.TaskRegistry, f"{name}_rank_lists")
     seqio.TaskRegistry.add(
         f"{name}_rank_lists",
         source=seqio.FunctionDataSource(
-            _from_generator(made.rank_lists, bool(views)), splits=["train"]
+            _from_generator(collection.rank_lists, bool(views)), splits=["train"]
         ),
         preprocessors=preprocessors,
         output_features=features,
@@ -154,8 +156,9 @@ def _register_rank_lists(name, made, text, identifier) -> None:
 def register_token_lists(
     name: str, vocabulary: Vocabulary, lists: Mapping[str, np.ndarray]
 ) -> None:
-    """Add (or replace) `<name>_rank_lists` from the token arrays of the teach stage: what
-    RankListConverter makes of it is those arrays, in their order.
+    """Adds (or replaces) the task `<name>_rank_lists` from the token arrays of the teach stage.
+
+    RankListConverter turns its examples back into the same arrays, in the same order.
 
     lists: model features [n, ...] of `rank_lists.features`, memory mapped or not.
     """
@@ -194,11 +197,12 @@ def register_questions(
     questions: Sequence[tuple[str, np.ndarray]],
     known: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    """Add (or replace) task `name`, split `test`: queries to be answered, measured by
-    `answer_measures`.
+    """Adds (or replaces) the task `name` with a split `test` of queries to be answered.
 
-    questions: (text, identifiers of its positives int32 [n, T], the best first); the first is the
-    target. known: int32 [..., T] -> bool [...], whether these are identifiers.
+    Predictions are measured by `answer_measures`.
+
+    questions: (text, identifiers of its positives int32 [n, T], the best first); the first one is
+    the target. known: int32 [..., T] -> bool [...], whether these are identifiers.
     """
     text, identifier = _features(vocabulary)
     signature = {
@@ -231,8 +235,8 @@ def register_questions(
 
 
 def _answers(output: Sequence, length: int) -> np.ndarray:
-    """One sequence of tokens, or several of which the best is the last -> int32 [M, length], the
-    best first; sequences are cut behind EOS, and padded here."""
+    """One sequence of tokens, or several with the best as the last -> int32 [M, length], the best
+    first. The sequences end with EOS, and are padded here."""
     several = output if len(output) and np.ndim(output[0]) else [output]
     rows = np.zeros((len(several), length), np.int32)
     for row, tokens in zip(rows, reversed(several), strict=True):
@@ -247,8 +251,8 @@ def answer_measures(
 ) -> dict[str, float]:
     """Success@1, Success@10, RR@10 and the share of legal identifiers among all that were written.
 
-    targets: positives of each query int32 [n, T]; predictions int32 [M, T], the best first, rows of
-    0 where there was none; known: int32 [..., T] -> bool [...].
+    targets: for each query int32 [n, T], its positives. predictions: for each query int32 [M, T],
+    the best first, with rows of 0 where fewer were written. known: int32 [..., T] -> bool [...].
     """
     places, legal, written = [], 0, 0
     for positives, answers in zip(targets, predictions, strict=True):
@@ -257,11 +261,11 @@ def answer_measures(
         there = answers.any(-1)
         written += int(there.sum())
         legal += int(known(answers[there]).sum())
-    found = np.array(places)
+    ranks = np.array(places)
     return {
-        "Success@1": float((found < 1).mean()),
-        "Success@10": float((found < 10).mean()),
-        "RR@10": float(np.where(found < 10, 1 / (found + 1), 0.0).mean()),
+        "Success@1": float((ranks < 1).mean()),
+        "Success@10": float((ranks < 10).mean()),
+        "RR@10": float(np.where(ranks < 10, 1 / (ranks + 1), 0.0).mean()),
         "legal": legal / max(1, written),
     }
 
@@ -299,12 +303,12 @@ def _ranked(feature: seqio.Feature, rank: int) -> seqio.Feature:
 
 
 def _markers(vocabulary: Vocabulary) -> list[int]:
-    """Marker of each of VIEWS, 0 of those without one."""
+    """The marker of each of VIEWS, 0 where a view has none."""
     return [vocabulary.marker(v) if v in vocabulary.views else 0 for v in VIEWS]
 
 
 def _mark_view(vocabulary: Vocabulary):
-    """The marker of an example's view before its query."""
+    """A preprocessor that puts the marker of an example's view before its query."""
     known, marker = tf.constant(VIEWS), tf.constant(_markers(vocabulary))
 
     def mark(e):
@@ -315,7 +319,8 @@ def _mark_view(vocabulary: Vocabulary):
 
 
 def _each_view(vocabulary: Vocabulary):
-    """The query once with the marker of each of VIEWS: [3, n], cut and ended by EOS."""
+    """A preprocessor that repeats a query with the marker of each of VIEWS: [3, n], cut, with
+    EOS."""
     marker = tf.constant(_markers(vocabulary))[:, None]
 
     def each(ds: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
@@ -331,7 +336,7 @@ def _each_view(vocabulary: Vocabulary):
 
 
 def _tokenize_inputs(text: seqio.Feature):
-    """Only `inputs` is text here; the other features are tokens and scores already."""
+    """A preprocessor that tokenizes `inputs` alone; other features are tokens or scores already."""
 
     def tokenize(ds: tf.data.Dataset) -> tf.data.Dataset:
         return ds.map(lambda e: e | {"inputs": text.vocabulary.encode_tf(e["inputs"])})

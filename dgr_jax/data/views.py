@@ -1,14 +1,13 @@
 """Generation examples of several views. No TensorFlow here.
 
-A student that writes multiview identifiers learns, from every (query, passage) pair, to write the
-passage's title, spans of its text and its pseudo-queries, each asked for by a marker before the
-query: see dgr_jax.identifiers.multiview for the tokens.
+From every pair of a query and a passage, a student of multiview identifiers learns to write the
+passage's title, spans of its text and its pseudo-queries. A marker before the query tells which of
+the three it has to write; see dgr_jax.identifiers.multiview for the tokens.
 
     pairs = [(text, passage index, qid), ...]
     views = Views(vocabulary, title=titles, query=queries, body=Body(index.tokens, index.starts))
-    made = blocks(pairs, ViewMixture(), views, seed=0, counts=counts)
-    examples(made, store.pids)                  # dicts, for a SeqIO task
-    features(made, vocabulary, query_length)    # or arrays, as GenerationConverter makes them
+    drawn = blocks(pairs, ViewMixture(), views, seed=0, counts=counts)
+    examples(drawn, store.pids)                 # dicts, for a SeqIO task
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.data import examples as texts_of
 from dgr_jax.data.same_text import normalised
-from dgr_jax.data.vocabulary import UNK_ID, VIEWS, Vocabulary
+from dgr_jax.data.vocabulary import VIEWS, Vocabulary
+from dgr_jax.special_tokens import UNK_ID
 
-_BLOCK = 256  # pairs; what is drawn depends on it
-_SAMPLE = 1 << 23  # tokens that their rarity is measured on
+_BLOCK = 256  # pairs that are drawn for together; another size draws other identifiers
+_SAMPLE = 1 << 23  # the number of tokens from which rarities are computed
 
 
-class Table(Protocol):
-    """What is asked of an identifier table."""
+class IdentifierRows(Protocol):
+    """The parts of an identifier table that this module needs."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -43,12 +43,13 @@ class Table(Protocol):
 
 @dataclass(frozen=True)
 class ViewMixture:
-    """Examples of one (query, passage) pair, by view (MINDER, Li et al. 2023).
+    """How many examples one (query, passage) pair gives, by view (MINDER, Li et al. 2023).
 
-    titles: the passage's title, so many times. spans, pseudo_queries: so many different ones, or
-    all where there are fewer; 0 leaves a view out.
+    titles: how many times the passage's title is repeated; 0 leaves titles out.
+    spans, pseudo_queries: how many different ones are drawn, or all where there are fewer; 0 leaves
+      the view out.
     preference: a span that holds all of the query is e**preference times as likely as one that
-    shares nothing with it; 0: all are equally likely. See `SpanSampler`.
+      shares nothing with it; with 0 all are equally likely. See `SpanSampler`.
     """
 
     titles: int = 3
@@ -65,16 +66,16 @@ class ViewMixture:
             )
 
     def of(self, view: str) -> int:
-        """Examples of a view."""
+        """The number of examples of a view."""
         return dict(zip(VIEWS, (self.titles, self.spans, self.pseudo_queries), strict=True))[view]
 
 
 @dataclass(frozen=True)
 class Body:
-    """The tokens of all passages, as a suffix array holds them.
+    """The tokens of all passages, in the form in which a suffix array holds them.
 
     tokens: int [N + P], the passages one after another, each followed by a 0.
-    starts: int [P], position of each passage.
+    starts: int [P], the position in `tokens` where each passage begins.
     """
 
     tokens: np.ndarray
@@ -82,13 +83,14 @@ class Body:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [P]: tokens of each passage."""
+        """int64 [P]: number of tokens of each passage."""
         return np.diff(self.starts, append=len(self.tokens)).astype(np.int64) - 1
 
     def gather(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All tokens of passages int [n], one after another: int64 [S] each.
+        """All tokens of passages int [n], one after another, as three arrays int64 [S].
 
-        Which of the n it belongs to, its position in the passage, the token.
+        They hold, for each token, which of the n passages it belongs to, its position in the
+        passage, and the token itself.
         """
         lengths = self.lengths[passages]
         owner = np.repeat(np.arange(len(passages)), lengths)
@@ -97,33 +99,38 @@ class Body:
         return owner, offset, tokens.astype(np.int64)
 
     def rarity(self, vocab_size: int) -> np.ndarray:
-        """f64 [V]: log(1 + P / passages that hold a token), as inverse document frequency (Sparck
-        Jones 1972); a token of no passage counts as of one. Measured on passages of about 8M
-        tokens, evenly spread."""
+        """f64 [V]: log(1 + P / number of passages with a token), a form of inverse document
+        frequency (Sparck Jones 1972). A token in no passage counts as one in a single passage.
+
+        It is computed from passages with about 8M tokens, evenly spread over the corpus.
+        """
         step = -(-len(self.tokens) // _SAMPLE)
         chosen = np.arange(0, len(self.starts), step)
         owner, _, tokens = self.gather(chosen)
         held = np.sort(owner * vocab_size + tokens)  # np.unique takes thirty times as long
         held = held[np.diff(held, prepend=-1) > 0]
-        number = np.bincount(held % vocab_size, minlength=vocab_size)
-        return np.log1p(len(chosen) / np.maximum(number, 1))
+        holders = np.bincount(held % vocab_size, minlength=vocab_size)
+        return np.log1p(len(chosen) / np.maximum(holders, 1))
 
 
 @dataclass(frozen=True)
 class SpanSampler:
-    """Draws spans of a passage's text, rather those that share words with the query.
+    """Draws spans of a passage's text; spans that share words with the query are more likely.
 
     The chance of a span is proportional to exp(preference * share). share is the part of the query
-    that the span holds: the rarities of the different query tokens in the span, over those of all
-    tokens of the query, at most 1. Words are compared as tokens, so that scripts without spaces
-    have words too; a query also has the tokens of its lower-cased and of its capitalised form.
-    Unknown pieces are shared with nothing. That spans near the query are preferred is MINDER's
-    (Li et al. 2023, after SEAL, Bevilacqua et al. 2022); this weight is ours.
+    that the span holds: the sum of the rarities of the different query tokens in the span, divided
+    by the sum over all tokens of the query, at most 1. Words are compared as tokens, so that it
+    works for scripts without spaces too; the tokens of the query in lower case and with capital
+    initials count as query tokens. Unknown pieces count as shared with nothing. To prefer spans
+    near the query is MINDER's idea (Li et al. 2023, after SEAL, Bevilacqua et al. 2022); this
+    weight is ours.
 
-    body, span_tokens: spans have exactly so many tokens; a shorter passage is one span.
-    number: different spans of a passage; fewer where it has fewer, none where its text is blank.
-    rarity: f64 [V], see Body.rarity. opening: bool [V], tokens a span may begin with, the same as
-    for SuffixArray.constraint; None: all.
+    span_tokens: the number of tokens of a span; a shorter passage is a single span.
+    number: how many different spans to draw from a passage; it gives fewer where it has fewer, and
+      none where its text is blank.
+    rarity: f64 [V], see Body.rarity.
+    opening: bool [V], the tokens with which a span may begin, the same as for
+      SuffixArray.constraint; None allows all.
     """
 
     body: Body
@@ -137,8 +144,11 @@ class SpanSampler:
     def __call__(
         self, texts: Sequence[str], passages: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """texts: n queries; passages int [n]. -> which of the n int64 [S], ascending; tokens int32
-        [S, span_tokens], padded with 0 where the passage is shorter."""
+        """Draws spans for n queries and their passages int [n].
+
+        Returns which of the n a span belongs to, int64 [S], ascending; and its tokens, int32
+        [S, span_tokens], padded with 0 where the passage is shorter.
+        """
         pair, offset, log_weights = self.log_weights(texts, passages)
         drawn = draw(pair, log_weights, self.number, rng)
         pair, offset = pair[drawn], offset[drawn]
@@ -151,8 +161,8 @@ class SpanSampler:
     def log_weights(
         self, texts: Sequence[str], passages: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All spans that may be drawn: pair int64 [S], ascending; position of the first token
-        int64 [S]; preference * share f64 [S]."""
+        """All spans that may be drawn: which pair each belongs to, int64 [S], ascending; the
+        position of its first token, int64 [S]; preference * share, f64 [S]."""
         pair, offset, tokens = self.body.gather(passages)
         share = self._shares(texts, pair, offset, tokens)
         last = np.maximum(self.body.lengths[passages] - self.span_tokens, 0)
@@ -162,10 +172,10 @@ class SpanSampler:
         return pair[legal], offset[legal], self.preference * share[legal]
 
     def _shares(self, texts, pair, offset, tokens):
-        """Share of the query in the span that begins at each token, f64 [S].
+        """f64 [S]: for the span that begins at each token, the share of the query that it holds.
 
-        A query token at j counts in the spans that begin in (j - span_tokens, j] and after the
-        place of the same token before it, where that one counts.
+        A query token at j counts in the spans that begin in (j - span_tokens, j], but only in those
+        after the previous place of the same token, so that no span counts a token twice.
         """
         size = len(self.rarity)
         keys, totals = self._query_keys(texts)
@@ -182,8 +192,8 @@ class SpanSampler:
         return np.clip(np.cumsum(changes)[:-1] / totals[pair], 0.0, 1.0)
 
     def _query_keys(self, texts):
-        """Sorted query * V + token, int64 [.], of every form of each query; rarity of all tokens
-        of the query as it is written, f64 [n], 1 where it has none."""
+        """(query * V + token, int64 [.], sorted, for the tokens of all forms of each query; the
+        summed rarity of the query's tokens as it is written, f64 [n], 1 where it has none)."""
         keys, totals = [], np.ones(len(texts))
         for query, text in enumerate(texts):
             written = {token for token in self.encode(text) if token > UNK_ID}
@@ -196,25 +206,27 @@ class SpanSampler:
 
 
 def draw(
-    group: np.ndarray, log_weights: np.ndarray, number: int, rng: np.random.Generator
+    group: np.ndarray, log_weights: np.ndarray, most: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Ascending places of at most `number` entries of every group, drawn without replacement.
+    """The ascending places of at most `most` entries of every group, drawn without replacement.
 
-    group: int [S], ascending; log_weights f64 [S]: the chance of an entry is proportional to their
+    group: int [S], ascending. log_weights: f64 [S]; the chance of an entry is proportional to its
     exponential (Gumbel top-k, Kool et al. 2019; Efraimidis and Spirakis 2006).
     """
     order = np.lexsort((-(log_weights + rng.gumbel(size=len(group))), group))
     rank = np.arange(len(group)) - np.searchsorted(group, group)
-    return np.sort(order[rank < number])
+    return np.sort(order[rank < most])
 
 
 _Maker = Callable[[Sequence[str], np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 
-class Block(NamedTuple):
-    """Examples of n pairs: texts and qids of each, passages int64 [n]; and of each of E examples,
-    those of a pair together: pair int64 [E], view int64 [E] (a place in VIEWS), targets int32
-    [E, T], padded with 0."""
+class ExampleBlock(NamedTuple):
+    """The E examples of n pairs; examples of the same pair are neighbours.
+
+    Of each pair: texts, qids, and passages int64 [n]. Of each example: pair int64 [E], view int64
+    [E] (a place in VIEWS), and targets int32 [E, T], padded with 0.
+    """
 
     texts: Sequence[str]
     qids: Sequence[str]
@@ -226,35 +238,35 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """What the identifiers of examples are drawn from; a view that is None gives none.
+    """The sources of the identifiers of examples; a view whose source is None gives no example.
 
-    title, query: identifier tables; body: the tokens of the passages. span_tokens, opening: see
+    title, query: identifier tables. body: the tokens of the passages. span_tokens, opening: see
     SpanSampler.
     """
 
     vocabulary: Vocabulary
-    title: Table | None = None
-    query: Table | None = None
+    title: IdentifierRows | None = None
+    query: IdentifierRows | None = None
     body: Body | None = None
     span_tokens: int = 10
     opening: np.ndarray | None = None
 
     def _makers(self, mixture: ViewMixture) -> dict[str, _Maker]:
-        made: dict[str, _Maker] = {}
+        makers: dict[str, _Maker] = {}
         if self.title is not None and mixture.titles:
-            made["title"] = _Titles(self.title, mixture.titles)
+            makers["title"] = _Titles(self.title, mixture.titles)
         if self.body is not None and mixture.spans:
-            made["body"] = self.sampler(mixture)
+            makers["body"] = self.sampler(mixture)
         if self.query is not None and mixture.pseudo_queries:
-            made["query"] = _PseudoQueries(self.query, mixture.pseudo_queries)
-        if not made:
+            makers["query"] = _PseudoQueries(self.query, mixture.pseudo_queries)
+        if not makers:
             raise ValueError(
                 f"{mixture}: got no view that it asks for, expected a table of titles or "
                 "pseudo-queries, or the body"
             )
-        for view in made:
-            self.vocabulary.marker(view)  # refuses a vocabulary that has none
-        return made
+        for view in makers:
+            self.vocabulary.marker(view)  # raises ValueError where the vocabulary has none
+        return makers
 
     def sampler(self, mixture: ViewMixture) -> SpanSampler:
         """The sampler of body spans of a mixture."""
@@ -275,14 +287,14 @@ def blocks(
     *,
     seed: int | Sequence[int],
     counts: Counter,
-) -> Iterator[Block]:
-    """The examples of each pair, 256 pairs a block; the same for the same pairs and seed.
+) -> Iterator[ExampleBlock]:
+    """The examples of each pair, in blocks of 256 pairs; the same for the same pairs and seed.
 
     pairs: (text, passage index, qid).
-    counts, filled while the blocks are read: pairs; and for each view its examples, its
-    `pairs_without_<view>` and the `pairs_with_fewer_<view>` than the mixture asks for.
+    counts: filled while the blocks are read: `pairs`; and for each view the number of its examples,
+      `pairs_without_<view>`, and `pairs_with_fewer_<view>` than the mixture asks for.
 
-    Raises ValueError when the mixture asks for none of the views, or one has no marker.
+    Raises ValueError when the mixture asks for none of the views, or one of them has no marker.
     """
     return _blocks(pairs, mixture, views._makers(mixture), seed, counts)
 
@@ -293,42 +305,42 @@ def _blocks(pairs, mixture, makers, seed, counts):
     while held := list(itertools.islice(stream, _BLOCK)):
         texts, passages, qids = zip(*held, strict=True)
         passages = np.array(passages, np.int64)
-        made = {view: make(texts, passages, rng) for view, make in makers.items()}
+        drawn = {view: make(texts, passages, rng) for view, make in makers.items()}
         counts["pairs"] += len(held)
-        for view, (pair, _) in made.items():
-            number = np.bincount(pair, minlength=len(held))
-            few = (number > 0) & (number < mixture.of(view))
+        for view, (pair, _) in drawn.items():
+            examples_of = np.bincount(pair, minlength=len(held))
+            few = (examples_of > 0) & (examples_of < mixture.of(view))
             counts[view] += len(pair)
-            counts[f"pairs_without_{view}"] += int((number == 0).sum())
+            counts[f"pairs_without_{view}"] += int((examples_of == 0).sum())
             counts[f"pairs_with_fewer_{view}"] += int(few.sum())
-        yield _joined(texts, qids, passages, made)
+        yield _joined(texts, qids, passages, drawn)
 
 
-def _joined(texts, qids, passages, made) -> Block:
-    """One block of the (pair, targets) of each view."""
-    found, tokens = zip(*made.values(), strict=True)
+def _joined(texts, qids, passages, drawn) -> ExampleBlock:
+    """One block from the (pair, targets) that were drawn for each view."""
+    pairs, tokens = zip(*drawn.values(), strict=True)
     width = max(part.shape[1] for part in tokens)
-    pair = np.concatenate(found)
-    view = np.repeat([VIEWS.index(view) for view in made], list(map(len, found)))
+    pair = np.concatenate(pairs)
+    view = np.repeat([VIEWS.index(view) for view in drawn], list(map(len, pairs)))
     padded = [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in tokens]
     targets = np.concatenate(padded)
     order = np.argsort(pair, kind="stable")
-    return Block(texts, qids, passages, pair[order], view[order], targets[order])
+    return ExampleBlock(texts, qids, passages, pair[order], view[order], targets[order])
 
 
 class _ByPassage:
     """The rows of an identifier table by passage."""
 
-    def __init__(self, table: Table, number: int) -> None:
+    def __init__(self, table: IdentifierRows, count: int) -> None:
         rows = np.repeat(np.arange(len(table.tokens), dtype=np.int32), np.diff(table.offsets))
         self._rows = rows[np.argsort(table.passages, kind="stable")]
         sizes = np.bincount(table.passages, minlength=table.num_passages)
         self._offsets = np.append(0, np.cumsum(sizes))
         self._tokens = table.tokens
-        self._number = number
+        self._number = count
 
     def _of(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All rows of each passage: which passage int64 [S], ascending; row int32 [S]."""
+        """All rows of each passage: which of the passages, int64 [S], ascending; row int32 [S]."""
         first = self._offsets[passages]
         sizes = self._offsets[passages + 1] - first
         pair = np.repeat(np.arange(len(passages)), sizes)
@@ -352,12 +364,12 @@ class _PseudoQueries(_ByPassage):
         return pair[drawn], self._targets(rows[drawn])
 
 
-def examples(made: Iterable[Block], pids: Sequence[str]) -> Iterator[dict[str, Any]]:
+def examples(blocks: Iterable[ExampleBlock], pids: Sequence[str]) -> Iterator[dict[str, Any]]:
     """{inputs: str, view: str, targets: int32 [T'], qid: str, pid: str} of each example.
 
-    The inputs are without the marker of the view: it is a token, and no text becomes it.
+    The inputs lack the marker of the view, which is a token that no text can express.
     """
-    for block in made:
+    for block in blocks:
         lengths = (block.targets > 0).sum(axis=1)
         each = zip(block.pair, block.view, block.targets, lengths, strict=True)
         for pair, view, target, length in each:
@@ -375,12 +387,11 @@ def pseudo_queries(
 ) -> Iterator[tuple[int, str]]:
     """(passage index, text) of a pseudo-query file, without copies of the queries `copies_of`.
 
-    store: PassageStore. copies_of: test queries; a copy is a text that equals one of them when
-    both are `normalised`.
-    counts, filled while the stream is read: pseudo_queries (kept), copies_of_test_queries (left
-    out).
+    store: PassageStore. copies_of: test queries; a text is a copy if it equals one of them after
+    both are `normalised`. counts: filled while the stream is read: pseudo_queries (those kept) and
+    copies_of_test_queries (those left out).
 
-    What the file must hold, and what else is left out: see `examples.pseudo_queries`.
+    `examples.pseudo_queries` says what the file must hold, and what else is left out.
     """
     tests = frozenset(map(normalised, copies_of))
     for pair in texts_of.pseudo_queries(path, store, test_queries=tests, counts=counts):

@@ -1,14 +1,14 @@
 """One vocabulary: text pieces (SentencePiece), view markers, docid codes. No TensorFlow here.
 
-Token ids: 0 padding and start of a target, 1 end of sequence, 2 unknown, then text pieces. The
-blocks after them begin at multiples of 128, and the whole is rounded up to one. Docid codes begin
-at the next multiple after the text pieces (32,128 for the published T5 model, whose checkpoints
-hold that many rows). A vocabulary with views has a block of their markers there, and its docid
-codes begin 128 later. For the views of VIEWS and 1,000 text pieces:
+Token ids: 0 is padding and the start of a target, 1 the end of a sequence, 2 unknown; then come the
+text pieces. Each block of ids after them begins at a multiple of 128, and the size is rounded up to
+one. Docid codes begin at the first multiple after the text pieces (32,128 for the published T5
+model, whose checkpoints have that many rows). A vocabulary with views has a block of their markers
+there, and its docid codes begin 128 later. With the views of VIEWS and 1,000 text pieces:
 
     0 pad  1 eos  2 unk  3..999 text  1024 <title>  1025 <body>  1026 <query>  1152.. docid codes
 
-See dgr_jax.identifiers.multiview for where the markers stand.
+dgr_jax.identifiers.multiview says where markers are used.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.corpora import lines
 from dgr_jax.model_dir import kept
+from dgr_jax.special_tokens import EOS_ID, PAD_ID, UNK_ID
 
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 VIEWS = ("title", "body", "query")
 _MULTIPLE = 128
 
 
-def _round_up(n: int) -> int:
+def round_up(n: int) -> int:
+    """Rows of a block of the vocabulary that holds n tokens."""
     return -(-n // _MULTIPLE) * _MULTIPLE
 
 
@@ -39,13 +40,13 @@ def _round_up(n: int) -> int:
 class SentencePiece:
     """Where the text pieces come from.
 
-    path: a SentencePiece model (T5's `spiece.model`); blank trains one on the corpus.
-    size: pieces of a trained model; fewer where the corpus has fewer.
-    lowercase: fold case in a trained model, which small collections need.
-    extra_ids: unused ids after the pieces; 100 for the published T5 model.
-    max_sentences, max_characters: texts that a trained model sees, and their characters, at most;
-    where there are more, every second, fourth, eighth ... text. Training takes about 25 bytes of
-    memory a character.
+    path: a SentencePiece model (T5's `spiece.model`); if blank, one is trained on the corpus.
+    size: number of pieces of a trained model; it has fewer where the corpus has fewer.
+    lowercase: True folds case in a trained model, which small collections need.
+    extra_ids: number of unused ids after the pieces; 100 for the published T5 model.
+    max_sentences, max_characters: the most texts, and characters, from which a model is trained;
+      where the corpus has more, it is trained on every second, fourth, eighth ... text. Training
+      takes about 25 bytes of memory for each character.
     """
 
     path: str = ""
@@ -58,17 +59,17 @@ class SentencePiece:
     def __post_init__(self) -> None:
         ranges.check(
             self,
-            size=ranges.at_least(UNK_ID + 2),  # a piece beside those that every vocabulary has
+            size=ranges.at_least(UNK_ID + 2),  # at least one piece beside the three special ones
             extra_ids=ranges.at_least(0),
             max_sentences=ranges.at_least(1),
             max_characters=ranges.at_least(1),
         )
 
     def write(self, folder: Path, texts: Iterable[str]) -> Path:
-        """Copy or train the model into `folder`/spiece.model.
+        """Copies the model to `folder`/spiece.model, or trains it there.
 
-        Raises FileNotFoundError when `path` is not there, ValueError when it is no model, or
-        without any text.
+        Raises FileNotFoundError when there is no file at `path`, ValueError when it is no model, or
+        when there is no text to train on.
         """
         target = folder / "spiece.model"
         if not self.path:
@@ -120,7 +121,7 @@ class SentencePiece:
 
 
 def _processor_of(model: bytes):
-    """Raises RuntimeError or ValueError where the bytes are no SentencePiece model."""
+    """The processor of a model's bytes; RuntimeError or ValueError where they are no model."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -130,11 +131,11 @@ def _processor_of(model: bytes):
 
 
 def evenly(texts: Iterable[str], max_texts: int, max_characters: int) -> list[str]:
-    """All texts, or every second, fourth ... from the first on, so that they fit; read once."""
+    """All texts or, where these are too many, every second, fourth ... from the first on."""
     kept: list[str] = []
     characters, stride = 0, 1
-    for number, text in enumerate(texts):
-        if number % stride:
+    for place, text in enumerate(texts):
+        if place % stride:
             continue
         kept.append(text)
         characters += len(text)
@@ -155,7 +156,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 class Vocabulary:
     """A prepared vocabulary in `folder`: spiece.model and vocabulary.json.
 
-    views: those that have a marker, in the order of their ids.
+    views: the views that have a marker, in the order of their ids.
     """
 
     folder: Path
@@ -171,8 +172,11 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read what `save` wrote. Raises FileNotFoundError naming the file, kept.Damaged where it
-        or the model beside it is not as it was written."""
+        """Reads what `save` wrote.
+
+        Raises FileNotFoundError naming the file, kept.Damaged where it or the model beside it was
+        changed since it was written.
+        """
         path = folder / "vocabulary.json"
         if not path.is_file():
             raise FileNotFoundError(f"no vocabulary at {path}: run the prepare stage first")
@@ -190,26 +194,26 @@ class Vocabulary:
 
     @property
     def pieces(self) -> int:
-        """Text pieces, without the unused ids after them."""
+        """Number of text pieces, without the unused ids after them."""
         return self._processor.get_piece_size()
 
     @property
     def first_view_id(self) -> int:
         """Token id of the first view marker, where there is one."""
-        return _round_up(self.text_size)
+        return round_up(self.text_size)
 
     @property
     def first_code_id(self) -> int:
         """Token id of the first docid code."""
-        return self.first_view_id + _round_up(len(self.views))
+        return self.first_view_id + round_up(len(self.views))
 
     @property
     def size(self) -> int:
-        """Rows of the embedding table, V."""
-        return self.first_code_id + _round_up(self.num_code_tokens)
+        """Number of rows of the embedding table, V."""
+        return self.first_code_id + round_up(self.num_code_tokens)
 
     def marker(self, view: str) -> int:
-        """Token id that marks a view. Raises ValueError for one without a marker."""
+        """The token id that marks a view. Raises ValueError for a view without a marker."""
         if view not in self.views:
             raise ValueError(
                 f"view {view!r}: the vocabulary in {self.folder} has markers of {self.views}; "
@@ -238,14 +242,14 @@ class Vocabulary:
         return " ".join(filter(None, [*parts, self._processor.decode(run)]))
 
     def _name(self, token: int) -> str:
-        """What stands for a token that is no text piece."""
+        """The name of a token that is no text piece."""
         view = token - self.first_view_id
         return self.views[view] if 0 <= view < len(self.views) else f"{token - self.first_code_id}"
 
     def encode_inputs(self, texts: Sequence[str], length: int, *, view: str = "") -> np.ndarray:
         """Encoder inputs int32 [B, length]: cut to length - 1 pieces, ended by EOS, padded by 0.
 
-        view: its marker stands first, and counts as a piece; blank: none.
+        view: the view whose marker is put first, and counts as a piece; blank for no marker.
         """
         return self.inputs(self.encode_all(texts), length, view=view)
 
@@ -254,7 +258,7 @@ class Vocabulary:
         return self._processor.encode(list(texts))
 
     def inputs(self, texts: Sequence[Sequence[int]], length: int, *, view: str = "") -> np.ndarray:
-        """The same of token ids, as `encode_all` gives them."""
+        """Encoder inputs as those of `encode_inputs`, from token ids that `encode_all` gives."""
         first = [self.marker(view)] if view else []
         rows = np.zeros((len(texts), length), np.int32)
         for row, ids in zip(rows, texts, strict=True):
@@ -263,7 +267,7 @@ class Vocabulary:
         return rows
 
     def word_starts(self) -> np.ndarray:
-        """bool [V]: pieces that begin a word, for scripts that write spaces between words."""
+        """bool [V]: whether a piece begins a word, for scripts with spaces between words."""
         starts = np.zeros(self.size, bool)
         pieces = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
         starts[: len(pieces)] = [piece.startswith("\u2581") for piece in pieces]

@@ -1,6 +1,6 @@
-"""A folder of arrays: one .npy file each and a header that names their sha256.
+"""A folder of arrays: a .npy file for each, and a header with the sha256 of every file.
 
-Written so that an interrupted write leaves no header, and read back memory-mapped.
+The header is written last, so that an interrupted write leaves none. Arrays are read memory-mapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def save(
     version: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Writes arrays, and JSON settings into the header, which goes last."""
+    """Writes arrays and then the header, which holds JSON settings too."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "header.json").unlink(missing_ok=True)
@@ -33,7 +33,7 @@ def save(
         written = folder / f"{name}.tmp.npy"
         np.save(written, array)
         digests[name] = _digest(written)
-        written.replace(folder / f"{name}.npy")  # the old file may be mapped by these arrays
+        written.replace(folder / f"{name}.npy")  # these arrays may be a map of the old file
     header = {"format": kind, "version": version, **settings, "sha256": digests}
     (folder / "header.json").write_text(json.dumps(header, indent=1))
 
@@ -41,12 +41,12 @@ def save(
 def load(
     folder: str | pathlib.Path, *, kind: str, version: int, needed: Mapping[str, Iterable[str]]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, header), large arrays memory-mapped.
+    """(arrays, header), with large arrays memory-mapped.
 
-    needed: what parts of the header must name; those of "sha256" are the arrays.
+    needed: part of the header -> the names that it must have; those of "sha256" are the arrays.
 
-    Raises ValueError that names the file for a header that is missing, foreign, of another version
-    or incomplete, and for arrays that are missing or differ from what was written (kept.Damaged).
+    Raises ValueError naming the file, for a header that is missing, of another format or version,
+    or incomplete; and kept.Damaged, for arrays that are missing or were changed.
     """
     folder = pathlib.Path(folder)
     header = _read_header(folder / "header.json", kind, version, needed)
@@ -68,17 +68,17 @@ def _read_header(path, kind, version, needed):
     kept.opened(path)
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-        found = (header["format"], header["version"])
+        written_kind, written_version = header["format"], header["version"]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a folder of {kind}") from None
     except kept.UNREADABLE:
         raise kept.Damaged(
             path, f"is not a header of {kind}; expected JSON with a format and a version"
         ) from None
-    if found != (kind, version):
+    if (written_kind, written_version) != (kind, version):
         raise ValueError(
-            f"{path}: got {found[0]!r} version {found[1]}; expected {kind!r} version {version}: "
-            "build the index again"
+            f"{path}: got {written_kind!r} version {written_version}; expected {kind!r} version "
+            f"{version}: build the index again"
         )
     for part, names in needed.items():
         if missing := sorted(set(names) - set(header.get(part, ()))):

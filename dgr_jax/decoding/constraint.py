@@ -1,10 +1,10 @@
-"""What beam search asks of a set of legal token sequences.
+"""A set of legal token sequences, as beam search needs it.
 
-A state is a pytree of integer arrays with the leading axes of the beams.  -1 in every leaf is the
-dead state: nothing continues it.
+A state is a pytree of integer arrays with the leading axes of the beams. The dead state has -1 in
+every leaf, and no token continues it.
 
-The beams of a query are expanded together: what is asked for is the best of all their
-continuations, so no beam is ranked by itself and the scores are read once.
+The beams of a query are expanded together. Only the best of all their continuations are needed, so
+no beam is ranked by itself, and the scores are read once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ State = Any
 class Candidates(NamedTuple):
     """Legal continuations of the beams of each query, in no special order.
 
-    parent int32 [B, C]: the beam that is continued; token_ids int32 [B, C];
-    log_probs f32 [B, C]: prior + score, -inf in slots that hold nothing legal;
-    next_state: leaves [B, C, ...]; complete bool [B, C]: the sequence ends with this token.
-    Equal ones of one kind (complete or not) are ordered by parent, then token.
+    parent: int32 [B, C], the beam that is continued.
+    token_ids: int32 [B, C].
+    log_probs: f32 [B, C], prior + score, -inf in slots without a legal continuation.
+    next_state: leaves [B, C, ...].
+    complete: bool [B, C], whether the sequence ends with this token.
+    Equal log_probs of complete continuations are ordered by parent, then token; so are others.
     """
 
     parent: jax.Array
@@ -37,11 +39,12 @@ class Candidates(NamedTuple):
 
 
 class Completions(NamedTuple):
-    """What is left to write after states that have one continuation only.
+    """The remaining tokens after states that can be completed in a single way.
 
-    tokens int32 [B, M, W], 0 after the end; lengths int32 [B, M]: how many of them, 0 for dead
-    states, -1 where there are other continuations or more than W tokens are left;
-    state: leaves [B, M, ...], after the last token; dead where lengths is not above 0.
+    tokens: int32 [B, M, W], 0 after the end.
+    lengths: int32 [B, M], how many tokens remain; 0 for dead states, and -1 where there are other
+      continuations or more than W tokens remain.
+    state: leaves [B, M, ...], the state after the last token; dead where lengths is not above 0.
     """
 
     tokens: jax.Array
@@ -93,12 +96,12 @@ class Unconstrained:
 
     @property
     def fixed_length(self) -> int | None:
-        """max_length, unless a closing token may end a sequence earlier."""
+        """max_length, or None where a closing token may end a sequence earlier."""
         return self.max_length if self.eos_id is None else None
 
     @property
     def renormalise(self) -> bool:
-        """All tokens are legal: there is nothing to renormalise."""
+        """False: all tokens are legal, so that there is nothing to renormalise."""
         return False
 
     def init(self, batch_size: int) -> jax.Array:
@@ -125,54 +128,3 @@ class Unconstrained:
 
     def rows(self, state: jax.Array) -> jax.Array:
         return jnp.full(state.shape, -1, jnp.int32)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Atomic:
-    """One token a passage, for vocabularies beyond those of a trie: docid i is first_id + i.
-
-    allowed: bool [P]; the row id of a result is its docid.  Atomic.all(first_id, P) allows all.
-    """
-
-    allowed: jax.Array
-    first_id: int = dataclasses.field(metadata={"static": True})
-    renormalise: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @classmethod
-    def all(cls, first_id: int, num_passages: int, *, renormalise: bool = False) -> Atomic:
-        return cls(jnp.ones(num_passages, bool), first_id, renormalise)
-
-    @property
-    def max_length(self) -> int:
-        return 1
-
-    @property
-    def fixed_length(self) -> int:
-        return 1
-
-    def init(self, batch_size: int) -> jax.Array:
-        """The state is the docid written, or P before it."""
-        return jnp.full(batch_size, self.allowed.shape[0], jnp.int32)
-
-    def expand(
-        self, state: jax.Array, scores: jax.Array, prior: jax.Array, *, width: int
-    ) -> Candidates:
-        count = self.allowed.shape[0]
-        if scores.shape[-1] < self.first_id + count:
-            raise ValueError(
-                f"Atomic: scores of {scores.shape[-1]} tokens; expected at least "
-                f"{self.first_id + count}: {count} docids from {self.first_id} on"
-            )
-        legal = scores[..., self.first_id : self.first_id + count]
-        legal = jnp.where(self.allowed, legal, -jnp.inf)
-        prior = jnp.where(state == count, prior, -jnp.inf)
-        if self.renormalise:
-            prior -= jax.nn.logsumexp(legal.astype(jnp.float32), -1)
-        best, place = joint_top_k(legal, prior, min(width, legal[0].size))
-        parent, docid = place // count, place % count
-        valid = best > -jnp.inf
-        return Candidates(parent, docid + self.first_id, best, jnp.where(valid, docid, -1), valid)
-
-    def rows(self, state: jax.Array) -> jax.Array:
-        return jnp.where(state < self.allowed.shape[0], state, -1)

@@ -9,10 +9,10 @@ tokens (SEAL, Bevilacqua et al. 2022; views and pseudo-queries: MINDER, Li et al
     s   = sum of w_k * r_k over the identifiers that count, best first
 
 - l_k of a pseudo-query is first replaced by min(l_k + query_shift, query_cap).
-- Best first: by w_k descending; equal ones by l_k descending, then in the order given. Pseudo-
-  queries that reach the cap often have equal weights: the model's own order decides among them.
-- Tokens are counted as a set of token ids. They are covered by the better identifiers of the
-  same passage, of any view, that count.
+- "Best first" means by w_k descending, then by l_k descending, then in the order given. Pseudo-
+  queries that reach the cap often have equal weights, so that the model's own order decides.
+- The tokens of an identifier are a set of token ids. A token is covered when a better identifier of
+  the same passage, of any view, counts and holds it too.
 - A title or pseudo-query always counts. A body span counts when one of its occurrences in the
   passage overlaps no occurrence of a better body span that counts.
 
@@ -36,8 +36,8 @@ from dgr_jax import ranges
 VIEWS = ("title", "body", "query")
 TITLE, BODY, QUERY = range(3)
 
-_HIGHEST = -1e-6  # log-probabilities above are cut: log(1 - e^0) is not finite
-_LOWEST = -1e4  # and below, where every weight is 0: -inf has no useful gradient
+_HIGHEST = -1e-6  # higher log-probabilities are lowered to this, as log(1 - e^0) is not finite
+_LOWEST = -1e4  # lower ones are raised to this: all weights are 0 there, -inf has no gradient
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -45,13 +45,13 @@ _NEVER = jnp.iinfo(jnp.int32).max
 class Scoring:
     """Settings of passage scores; the defaults are the published ones.
 
-    exponent: of the log-odds ratio in w_k, above 0.
-    repetition: share of w_k that is lost when all tokens are covered, 0 to 1.
+    exponent: the exponent of the log-odds ratio in w_k, above 0.
+    repetition: the share of w_k that is lost when all tokens are covered, 0 to 1.
     smoothing: added to F_k and N, above 0.
-    query_shift: added to the log-probability of a pseudo-query,
-    query_cap: which is then at most this, below 0.
-    common: identifiers that occur more often nominate no passage.
-    max_passages: nominated passages a query that are scored.
+    query_shift: added to the log-probability of a pseudo-query.
+    query_cap: the highest log-probability of a pseudo-query after the shift, below 0.
+    common: an identifier that occurs more often than this nominates no passage.
+    max_passages: how many of the passages nominated for a query are scored.
 
     Raises ValueError for values outside of these ranges.
     """
@@ -78,18 +78,19 @@ class Scoring:
 
 
 class Identifiers(NamedTuple):
-    """The identifiers of passages. K identifiers of T tokens a passage, E occurrences.
+    """The identifiers of passages: each has K identifiers of T tokens, and E occurrences of them.
 
-    log_probs f32 [..., K]: of all tokens of the identifier given the query.
-    counts int32 [..., K]: occurrences in the corpus; of a title or pseudo-query: its passages.
+    log_probs f32 [..., K]: log-probability of all tokens of the identifier, given the query.
+    counts int32 [..., K]: occurrences in the corpus; for a title or pseudo-query, the number of
+      passages that have it.
     tokens int32 [..., K, T]: below 2^31 / K; 0 is padding, at any place.
     views int [..., K]: TITLE, BODY or QUERY.
-    mask bool [..., K]: True for those that are found in the passage; the others may hold
-      anything.
-    spans int32 [..., E]: the k in 0..K-1 of the body span of each occurrence, -1 for none;
-    starts int32 [..., E]: where in the passage it begins, in tokens of the passage.
-      Scores are exact when all occurrences of the body spans are listed, in any order. Of fewer,
-      the overlaps with those left out are not seen: a span without any overlaps nothing.
+    mask bool [..., K]: whether the passage holds the identifier; where it does not, the other
+      arrays may hold any value.
+    spans int32 [..., E]: the k in 0..K-1 of the body span of each occurrence, -1 at padding.
+    starts int32 [..., E]: the position in the passage where this occurrence begins, in tokens.
+      Scores are exact when all occurrences of the body spans are listed, in any order. Overlaps
+      with occurrences that are left out are not seen, and a span without any overlaps nothing.
     """
 
     log_probs: jax.Array
@@ -102,43 +103,45 @@ class Identifiers(NamedTuple):
 
 
 def passage_scores(
-    found: Identifiers,
+    identifiers: Identifiers,
     num_tokens: int | float | jax.Array,
     scoring: Scoring | None = None,
     *,
     special_ids: Sequence[int] = (1,),
 ) -> jax.Array:
-    """Score of each passage from the identifiers found in it; see the module.
+    """The score of each passage from the identifiers that it holds; see the module.
 
     Args:
-      found: see Identifiers; the leading axes [...] are those of the passages, [B, L] in training.
-      num_tokens: N, tokens of the corpus. Beyond int32 an argument of a jitted function must be a
-        float, for JAX's sake.
-      scoring: None: the published settings.
-      special_ids: token ids that belong to no text, as end of sequence and view markers: they
-        are neither counted nor covered, nor part of the length of a span.
+      identifiers: their leading axes [...] are those of the passages, [B, L] in training.
+      num_tokens: N, the number of tokens in the corpus. If it exceeds int32, a jitted function
+        needs it as a float.
+      scoring: None takes the published settings.
+      special_ids: token ids that belong to no text, such as the end of a sequence and view markers.
+        They are neither counted nor covered, and no part of the length of a span.
 
     Returns:
       f32 [...], 0 for a passage without identifiers. Finite, as is its gradient in log_probs, for
       all log-probabilities up to 0, -inf included; those of masked identifiers get exactly 0.
 
-    Time a passage: a sort of K * T and E steps over E occurrences; memory O(K * T + E).
+    Time for a passage: a sort of K * T and E steps over E occurrences; memory O(K * T + E).
     Raises ValueError for arrays whose shapes do not belong together.
     """
     scoring = Scoring() if scoring is None else scoring
-    _check(found)
-    tokens = found.tokens
+    _check(identifiers)
+    tokens = identifiers.tokens
     for special in special_ids:
         tokens = jnp.where(tokens == special, 0, tokens)
-    mask = found.mask & (tokens > 0).any(-1)
-    log_probs = jnp.where(mask, found.log_probs, -1.0)
-    weights = identifier_weights(log_probs, found.counts, found.views, num_tokens, scoring)
+    mask = identifiers.mask & (tokens > 0).any(-1)
+    log_probs = jnp.where(mask, identifiers.log_probs, -1.0)
+    weights = identifier_weights(
+        log_probs, identifiers.counts, identifiers.views, num_tokens, scoring
+    )
     shares = functools.partial(_shares, repetition=scoring.repetition)
     for _ in range(weights.ndim - 1):
         shares = jax.vmap(shares)
     constants = map(lax.stop_gradient, (weights, log_probs))
-    body = found.views == BODY
-    share = shares(*constants, tokens, body, mask, found.spans, found.starts)
+    body = identifiers.views == BODY
+    share = shares(*constants, tokens, body, mask, identifiers.spans, identifiers.starts)
     return jnp.sum(jnp.where(mask, weights * share, 0.0), -1)
 
 
@@ -159,7 +162,7 @@ def identifier_weights(
     log_probs = jnp.asarray(log_probs, jnp.float32)
     total = jnp.asarray(num_tokens, jnp.float32) + scoring.smoothing
     corpus = jnp.log((jnp.asarray(counts, jnp.float32) + scoring.smoothing) / total)
-    corpus = jnp.minimum(corpus, _HIGHEST)  # more counts than tokens: only in the tiniest corpora
+    corpus = jnp.minimum(corpus, _HIGHEST)  # only tiny corpora have more counts than tokens
     shifted = log_probs + scoring.query_shift
     shifted = jnp.where(shifted < scoring.query_cap, shifted, scoring.query_cap)
     model = jnp.where(views == QUERY, shifted, log_probs)
@@ -170,22 +173,22 @@ def identifier_weights(
 
 
 def occurrences(text: np.ndarray, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where spans occur in a text, on the host: all occurrences, overlapping ones too.
+    """All occurrences of spans in a text, overlapping ones too, found on the host.
 
-    text: int [S], passages separated by 0 if there are several; spans: int [K, T], each padded
-    on the right with 0. Returns (spans int32 [E], starts int32 [E]) as in Identifiers, by span,
-    then start; an empty span occurs nowhere.
+    text: int [S]; several passages are separated by 0. spans: int [K, T], each padded on the right
+    with 0. Returns (spans int32 [E], starts int32 [E]) as in Identifiers, ordered by span, then
+    start; an empty span does not occur.
     """
-    found = []
+    places = []
     for span in np.asarray(spans).tolist():
         span = [token for token in span if token > 0]
         ends = len(text) - len(span) + 1
         at = np.flatnonzero(text[: max(ends, 0)] == span[0]) if len(span) else np.zeros(0, int)
         for offset, token in enumerate(span[1:], start=1):
             at = at[text[at + offset] == token]
-        found.append(at)
-    owners = np.repeat(np.arange(len(found), dtype=np.int32), [len(at) for at in found])
-    return owners, np.concatenate([*found, np.zeros(0, int)]).astype(np.int32)
+        places.append(at)
+    owners = np.repeat(np.arange(len(places), dtype=np.int32), [len(at) for at in places])
+    return owners, np.concatenate([*places, np.zeros(0, int)]).astype(np.int32)
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
@@ -216,8 +219,11 @@ def _shares(weights, log_probs, tokens, body, mask, spans, starts, *, repetition
 
 
 def _without_overlaps(order, lengths, body, mask, spans, starts) -> jax.Array:
-    """bool [K]: identifiers that count. Their occurrences are gone through, best first: one that
-    overlaps none of a better identifier that counts makes its own count."""
+    """bool [K]: whether an identifier counts.
+
+    The occurrences are visited in the order of their identifiers, best first. An occurrence that
+    overlaps no occurrence of a better identifier that counts makes its own identifier count.
+    """
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
     owner = jnp.maximum(spans, 0)
     real = (spans >= 0) & (body & mask)[owner]
@@ -241,30 +247,30 @@ def _without_overlaps(order, lengths, body, mask, spans, starts) -> jax.Array:
 
 
 def _fresh_tokens(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(tokens of each row that no row before it has, all its tokens), as sets: int32 [K] each.
+    """(how many different tokens of a row no earlier row has, how many it has): int32 [K] each.
 
-    tokens: [K, T].  Sorted by token, then row, the first of equal tokens is the fresh one.
+    tokens: [K, T]. They are sorted by token, then row, so that the first of equal tokens is new.
     """
-    number = len(tokens)
-    row = jnp.arange(number, dtype=tokens.dtype)[:, None]
-    keys = jnp.sort((tokens * number + row).reshape(-1))  # one key: sorting it is quick
-    token, row = keys // number, keys % number
+    rows = len(tokens)
+    row = jnp.arange(rows, dtype=tokens.dtype)[:, None]
+    keys = jnp.sort((tokens * rows + row).reshape(-1))  # sorting a single key is quick
+    token, row = keys // rows, keys % rows
     new = lambda column: jnp.append(True, column[1:] != column[:-1])
     flags = (token > 0)[:, None] & jnp.stack([new(token), new(keys)], -1)
-    total = jnp.zeros((number, 2), jnp.int32).at[row].add(flags.astype(jnp.int32))
+    total = jnp.zeros((rows, 2), jnp.int32).at[row].add(flags.astype(jnp.int32))
     return total[:, 0], total[:, 1]
 
 
-def _check(found: Identifiers) -> None:
-    shape, occurring = found.log_probs.shape, found.spans.shape
+def _check(identifiers: Identifiers) -> None:
+    shape, occurring = identifiers.log_probs.shape, identifiers.spans.shape
     for name in ("counts", "views", "mask"):
-        if (got := getattr(found, name).shape) != shape:
+        if (got := getattr(identifiers, name).shape) != shape:
             raise ValueError(
                 f"passage_scores: {name} has shape {got}; expected {shape}, that of log_probs"
             )
-    if found.tokens.ndim != len(shape) + 1 or found.tokens.shape[:-1] != shape:
+    if identifiers.tokens.ndim != len(shape) + 1 or identifiers.tokens.shape[:-1] != shape:
         raise ValueError(
-            f"passage_scores: tokens have shape {found.tokens.shape}; expected {shape} and a "
+            f"passage_scores: tokens have shape {identifiers.tokens.shape}; expected {shape} and a "
             "length: those of log_probs, then the tokens"
         )
     if occurring[:-1] != shape[:-1] or len(occurring) != len(shape):
@@ -272,8 +278,8 @@ def _check(found: Identifiers) -> None:
             f"passage_scores: spans have shape {occurring}; expected {shape[:-1]} and a number of "
             "occurrences"
         )
-    if found.starts.shape != occurring:
+    if identifiers.starts.shape != occurring:
         raise ValueError(
-            f"passage_scores: starts have shape {found.starts.shape}; expected {occurring}, that "
-            "of spans"
+            f"passage_scores: starts have shape {identifiers.starts.shape}; expected {occurring}, "
+            "that of spans"
         )

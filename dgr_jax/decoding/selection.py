@@ -1,7 +1,7 @@
 """The k best of many scores: exact, ties to the smaller index, without sorting long rows.
 
-All keep the maximum of each block of entries, look only into the blocks with the largest maxima,
-and so read the scores once.
+Each function computes the maximum of every block of entries and then searches only the blocks with
+the largest maxima, so that the scores are read once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MOST_ENTRIES = (1 << 31) - (1 << 16)  # that int32 places tell apart, a padded block counted
+MOST_ENTRIES = (1 << 31) - (1 << 16)  # places are int32, and a padded block needs some of them
 
-_SHORT = 1024  # rows below this are left to lax.top_k,
-_FEW = 1 << 14  # and so are fewer entries than this in all: it is as fast
+_SHORT = 1024  # lax.top_k is used for shorter rows than this,
+_FEW = 1 << 14  # and for fewer entries than this altogether, as it is as fast
 
 
 def check_k(k: int) -> None:
-    """Raises ValueError for a k of which there can be no best: below 1, or no whole number."""
+    """Raises ValueError for a k that is below 1 or no whole number."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
         raise ValueError(f"k: got {k!r}, expected a whole number")
     if k < 1:
@@ -28,9 +28,9 @@ def check_k(k: int) -> None:
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """lax.top_k along the last axis: [..., n] -> [..., k], int32 [..., k].
 
-    Raises ValueError for rows longer than MOST_ENTRIES, as the other two do for those of a query.
-    Blocks are contiguous, so of equal maxima the earlier block also holds the smaller indices:
-    the k best values lie in the k best blocks.
+    Raises ValueError for rows longer than MOST_ENTRIES; the other two functions do so for the rows
+    of a query together. Blocks are contiguous, so that among equal maxima the earlier block also
+    holds the smaller indices, and the k best values lie in the k best blocks.
     """
     n = values.shape[-1]
     _check_entries(1, n)
@@ -44,15 +44,15 @@ def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     _, best = top_k(maxima, k)
     index = jnp.sort(best, -1)[..., None] * block + jnp.arange(block, dtype=jnp.int32)
     index = index.reshape(*best.shape[:-1], -1)
-    found, place = lax.top_k(jnp.take_along_axis(padded, index, -1), k)
-    return found, jnp.take_along_axis(index, place, -1)
+    largest, place = lax.top_k(jnp.take_along_axis(padded, index, -1), k)
+    return largest, jnp.take_along_axis(index, place, -1)
 
 
 def joint_top_k(values: jax.Array, prior: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest of values + prior over all rows of a query, without writing out the sums.
+    """The k largest of values + prior over all rows of a query, without an array of the sums.
 
     values: [B, M, n], any float dtype; prior f32 [B, M].
-    -> f32 [B, k] and int32 [B, k] places in the M * n entries.
+    Returns f32 [B, k] and int32 [B, k], places among the M * n entries.
     """
     batch, beams, n = values.shape
     _check_entries(beams, n)
@@ -67,8 +67,8 @@ def joint_top_k(values: jax.Array, prior: jax.Array, k: int) -> tuple[jax.Array,
     inside = blocks[query, row, best % (n // block)].astype(jnp.float32)
     inside += prior[query, row][..., None]
     index = best[..., None] * block + jnp.arange(block, dtype=jnp.int32)
-    found, place = lax.top_k(inside.reshape(batch, -1), k)
-    return found, jnp.take_along_axis(index.reshape(batch, -1), place, -1)
+    largest, place = lax.top_k(inside.reshape(batch, -1), k)
+    return largest, jnp.take_along_axis(index.reshape(batch, -1), place, -1)
 
 
 def masked_top_k(
@@ -78,10 +78,11 @@ def masked_top_k(
 
     values: [B, M, 32 * W], any float dtype; prior f32 [B, M]; bits uint32 [B, M, W]: bit p of
     word w stands for entry p * W + w, so that a plane of W entries is contiguous in memory.
-    -> f32 [B, k], -inf where there are fewer, and int32 [B, k] places in the M * 32 * W entries.
+    Returns f32 [B, k], -inf where there are fewer, and int32 [B, k], places among the M * 32 * W
+    entries.
 
-    A block is the 32 entries of a word.  A few more blocks and entries than k are looked into;
-    where even the last of them ties with the k-th, all entries are searched.
+    A block is the 32 entries of a word. A few more blocks and entries than k are searched; where
+    even the last of these ties with the k-th, all entries are searched.
     """
     batch, beams, words = bits.shape
     _check_entries(beams, 32 * words)
@@ -103,11 +104,11 @@ def masked_top_k(
     inside = inside[..., 0].astype(jnp.float32) + prior[query, row][..., None]
     place = (row * 32)[..., None] + jnp.arange(32, dtype=jnp.int32)
     place = (place * words + word[..., None]).reshape(batch, -1)
-    found, at = lax.top_k(inside.reshape(batch, -1), k + spare)
+    largest, at = lax.top_k(inside.reshape(batch, -1), k + spare)
     place = jnp.take_along_axis(place, at, -1)
-    negated, place = lax.sort((-found, place), num_keys=2)
+    negated, place = lax.sort((-largest, place), num_keys=2)
     kth = -negated[:, k - 1]
-    certain = (found.min(-1) < kth) & (tops.min(-1) < kth) | (kth == -jnp.inf)
+    certain = (largest.min(-1) < kth) & (tops.min(-1) < kth) | (kth == -jnp.inf)
     return lax.cond(certain.all(), lambda: (-negated[:, :k], place[:, :k]), search_all)
 
 
@@ -132,7 +133,7 @@ def _maxima(planes, bits):
 
 
 def _maxima_plane_by_plane(planes, bits):
-    """The same, four planes at a time: what vectorises on a CPU."""
+    """As `_maxima`, but four planes at a time, which CPUs can vectorise."""
 
     def add(i, maxima):
         for p in range(4):

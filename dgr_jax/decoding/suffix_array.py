@@ -1,4 +1,4 @@
-"""Every substring of a corpus: a suffix array, built on the host, saved, and put on a device.
+"""An index of all substrings of a corpus: a suffix array, built on the host and put on a device.
 
     index = suffix_array.build(passages, vocab_size=32_128)   # token ids of each passage
     index.save(folder); index = suffix_array.load(folder)     # memory-mapped
@@ -7,14 +7,14 @@
     constraint.counts(result.prefixes.state)                  # occurrences of every prefix
     index.locate(lo, hi, limit=1500)                          # passages that hold a span
 
-The passages lie one after another, each followed by token 0, which occurs nowhere else: so no
-substring crosses the border of a passage.  The suffixes that begin with the same tokens are
-neighbours in the sorted order: a substring is an interval [lo, hi) of it, and hi - lo is the
-number of times that it occurs.  See suffix_array_expand for the decoding step.
+The passages lie one after another, each followed by token 0, which occurs nowhere else, so that no
+substring crosses the border of a passage. Suffixes that begin with the same tokens are neighbours
+in the sorted order, so a substring is an interval [lo, hi) of it, and hi - lo is the number of its
+occurrences. See suffix_array_expand for the decoding step.
 
-Sorting (Manber and Myers 1993 for suffix arrays) is left to libdivsufsort.  It sorts bytes: a
-token is written as two or three of them, most significant first, so that the order of the bytes
-is the order of the tokens, and the suffixes that begin inside of a token are dropped.
+The sorting of suffix arrays (Manber and Myers 1993) is left to libdivsufsort, which sorts bytes. A
+token is written as two or three bytes, the most significant first, so that the order of the bytes
+is that of the tokens, and suffixes that begin inside a token are dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dgr_jax.decoding import array_folder, suffix_array_branches
-from dgr_jax.decoding.suffix_array_branches import Branches
+from dgr_jax.decoding.suffix_array_branches import SpanBranches
 from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
 from dgr_jax.model_dir import kept
 
@@ -35,7 +35,7 @@ _FORMAT = "dgr_jax.suffix_array"
 _VERSION = 1
 _MAX_VOCAB = 1 << 17
 _MAX_POSITIONS = (1 << 31) - 1  # positions are int32, on the host as on the device
-_CHUNK = 1 << 22  # entries that a pass over the corpus holds at a time
+_CHUNK = 1 << 22  # how many entries a pass over the corpus holds at a time
 _PASSAGES = 1 << 14
 
 
@@ -54,10 +54,10 @@ class SuffixArray:
     suffixes: np.ndarray
     first: np.ndarray
     starts: np.ndarray
-    branches: Branches
+    branches: SpanBranches
 
     def __len__(self) -> int:
-        """Tokens of the corpus, without separators."""
+        """Number of tokens of the corpus, without separators."""
         return len(self.suffixes)
 
     @property
@@ -70,7 +70,7 @@ class SuffixArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index, on disk as on the device."""
+        """Bytes of the index, the same on disk and on the device."""
         return sum(array.nbytes for array in self.arrays().values())
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -83,7 +83,7 @@ class SuffixArray:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The interval (lo, hi), int64 [...] each, of every span: hi - lo is its count.
 
-        spans: int [..., T]; lengths: int [...], None: T.  A span that does not occur has hi = lo.
+        spans: int [..., T]. lengths: int [...]; None for T. A span that does not occur has hi = lo.
         """
         spans = np.asarray(spans)
         lengths = np.full(spans.shape[:-1], spans.shape[-1]) if lengths is None else lengths
@@ -114,19 +114,19 @@ class SuffixArray:
         return lo
 
     def next_tokens(self, lo: int, hi: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens that continue a span of `depth` tokens, ascending, and how often each does.
+        """All tokens that follow a span of `depth` tokens, ascending, and how often each does so.
 
         Reads the whole interval.
         """
         counts = np.zeros(self.vocab_size, np.int64)
         for part in _parts(self.suffixes[lo:hi]):
-            tokens, number = np.unique(self.tokens[part + depth], return_counts=True)
-            counts[tokens] += number
-        found = np.flatnonzero(counts[1:]) + 1  # 0: the passage ends here
-        return found, counts[found]
+            tokens, times = np.unique(self.tokens[part + depth], return_counts=True)
+            counts[tokens] += times
+        following = np.flatnonzero(counts[1:]) + 1  # 0: the passage ends here
+        return following, counts[following]
 
     def locate(self, lo: int, hi: int, limit: int) -> np.ndarray:
-        """Passages that hold a span, int32, ascending: those of its first `limit` occurrences."""
+        """The passages of the first `limit` occurrences of a span, int32, ascending."""
         positions = np.asarray(self.suffixes[lo : min(hi, lo + limit)])
         return np.unique(np.searchsorted(self.starts, positions, side="right") - 1).astype(np.int32)
 
@@ -135,9 +135,9 @@ class SuffixArray:
     ) -> SubstringConstraint:
         """The arrays on the default device, as a Constraint for beam_search.
 
-        max_length: tokens of a complete span.  See SubstringConstraint for shorter ones.
-        opening: bool [V], tokens that a span may begin with (those that begin a word, say);
-          None: all.
+        max_length: number of tokens of a complete span; see SubstringConstraint for shorter ones.
+        opening: bool [V], the tokens with which a span may begin, such as those that begin a word;
+          None allows all.
 
         Raises ValueError for a max_length below 1 and an opening of another shape or type.
         """
@@ -158,18 +158,21 @@ class SuffixArray:
         return SubstringConstraint.put(arrays, self.branches, opens, max_length)
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes header.json and one .npy file an array; the header goes last."""
+        """Writes a .npy file for each array, and then header.json."""
         array_folder.save(folder, self.arrays(), kind=_FORMAT, version=_VERSION, settings={})
 
 
 def load(folder: str | pathlib.Path) -> SuffixArray:
-    """Opens a saved index, arrays memory-mapped; refuses foreign, newer and damaged files."""
-    fields = [field.name for field in dataclasses.fields(Branches)]
+    """Opens a saved index with memory-mapped arrays.
+
+    Raises ValueError for files of another format or version, and for damaged ones.
+    """
+    fields = [field.name for field in dataclasses.fields(SpanBranches)]
     own = [field.name for field in dataclasses.fields(SuffixArray) if field.name != "branches"]
     needed = {"sha256": [*own, *(f"branches_{name}" for name in fields)]}
     arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
     with kept.reading(pathlib.Path(folder) / "header.json"):
-        branches = Branches(**{name: arrays.pop(f"branches_{name}") for name in fields})
+        branches = SpanBranches(**{name: arrays.pop(f"branches_{name}") for name in fields})
         return SuffixArray(**arrays, branches=branches)
 
 
@@ -181,12 +184,12 @@ def build(
     passages: the token ids of each, 1 to vocab_size - 1, without padding; a stream is read once.
       Passages may be empty or equal.
     vocab_size: V, at most 2^17.
-    max_length: tokens of the spans to be decoded.  Longer ones can be, as exactly, but their last
-      steps may be slow.
+    max_length: number of tokens of the spans to be decoded. Longer spans can be decoded too, also
+      exactly, but their last steps may be slow.
 
     Time and memory: see planned_bytes.
-    Raises ValueError for tokens outside of the vocabulary or 0, for a corpus without tokens, and
-    for one of 2^31 tokens and passages or more.
+    Raises ValueError for the token 0 and tokens outside the vocabulary, for a corpus without
+    tokens, and for one with 2^31 or more tokens and passages.
     """
     if not 2 <= vocab_size <= _MAX_VOCAB:
         raise ValueError(
@@ -209,17 +212,18 @@ def build(
 
 
 def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[str, int]:
-    """Bytes of each array of an index, of all ("index"), and the most that `build` holds at once
-    ("build").  Nothing is allocated.
+    """The bytes of each array of an index, of all of them ("index"), and the most bytes that
+    `build` holds at once ("build"). Nothing is allocated.
 
-    The index, on disk and on the device: a token takes 2 bytes up to a vocabulary of 2^16 and 4
-    beyond, its suffix 4 (positions are below 2^31: more tokens are refused), a passage 4 and a
-    separator.  The lists of suffix_array_branches depend on the text: a sixteenth of the suffixes
-    and some KB are planned for.  700M tokens of 32,128 in 8.8M passages: 4.5 GB.
+    In the index, on disk and on the device, a token takes 2 bytes, or 4 where the vocabulary is
+    larger than 2^16; its suffix takes 4, as positions are below 2^31 (more tokens are refused); a
+    passage takes 4 and a separator. The lists of suffix_array_branches depend on the text; a
+    sixteenth of the suffixes and some KB are assumed. For 700M tokens of a vocabulary of 32,128 in
+    8.8M passages that is 4.5 GB.
 
-    Building sorts 2 or 3 bytes a token, for which libdivsufsort keeps 4 bytes a byte (8 from 2^31
-    bytes on: about 715M tokens beyond a vocabulary of 2^16), beside the tokens: 8.5 GB for the
-    same corpus; then the index is copied out.
+    Building sorts 2 or 3 bytes for each token, and for each of these bytes libdivsufsort needs 4
+    bytes (8 from 2^31 bytes on, which is about 715M tokens of a vocabulary larger than 2^16). With
+    the tokens that is 8.5 GB for the same corpus; then the index is copied out.
     """
     positions = num_tokens + num_passages
     if positions > _MAX_POSITIONS:
@@ -246,7 +250,7 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 
 
 def _token_bytes(vocab_size: int) -> int:
-    """Bytes of a token while sorting."""
+    """How many bytes a token has while it is sorted."""
     return 2 if vocab_size <= 1 << 16 else 3
 
 
@@ -267,7 +271,7 @@ def _concatenate(passages, vocab_size):
     if not blocks:
         raise ValueError("suffix_array.build: no passages; expected at least one")
     lengths = np.concatenate(lengths)
-    planned_bytes(int(lengths.sum()), len(lengths), vocab_size)  # refuses too many
+    planned_bytes(int(lengths.sum()), len(lengths), vocab_size)  # raises for too many tokens
     return np.concatenate(blocks), lengths
 
 
@@ -301,7 +305,7 @@ def _sorted_suffixes(tokens, width):
     order = divsufsort(written.reshape(-1))
     del written
     kept = 0
-    for part in _parts(order):  # in place: what is kept is never ahead of what is read
+    for part in _parts(order):  # in place, as kept entries are never written ahead of the reading
         part = part[part % width == 0] // width
         order[kept : kept + len(part)] = part
         kept += len(part)

@@ -1,8 +1,8 @@
-"""Lists of next tokens for the spans that occur often and go on in few ways.
+"""Lists of next tokens for spans that occur often but have few different next tokens.
 
-"the united states of" may occur fifty thousand times with forty different next tokens: too many
-suffixes to read and too few legal tokens to guess.  For such spans the first suffix of every
-continuation is written down when the index is built; all others need no list.
+"the united states of" may occur fifty thousand times with forty different next tokens. Those are
+too many suffixes to read, and too few legal tokens to find by trying. For such spans the first
+suffix of every continuation is listed when the index is built; other spans need no list.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import dataclasses
 
 import numpy as np
 
-OFTEN = 256  # spans that occur less often are read suffix by suffix
-MOST = 1024  # spans that go on in more ways are guessed quickly
-SAVING = 4  # a list is kept when it is so many times shorter than the interval
-_CHUNK = 1 << 22  # suffixes looked at together
+OFTEN = 256  # spans that occur less often have no list, as all their suffixes can be read
+MOST = 1024  # spans with more next tokens have no list, as trying tokens finds legal ones soon
+SAVING = 4  # a list is kept when it is this many times shorter than the interval
+_CHUNK = 1 << 22  # how many suffixes are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Branches:
-    """Axis letters: W spans with a list, C continuations.
+class SpanBranches:
+    """The lists of all spans that have one. Axis letters: W spans with a list, C continuations.
 
     lows int32 [W]: the first suffix of each span, ascending within a depth.
     levels int32 [L + 1]: spans of d tokens, 0 <= d < L, are [levels[d], levels[d + 1]).
@@ -33,35 +33,37 @@ class Branches:
     children: np.ndarray
 
 
-def find(tokens: np.ndarray, suffixes: np.ndarray, first: np.ndarray, max_length: int) -> Branches:
+def find(
+    tokens: np.ndarray, suffixes: np.ndarray, first: np.ndarray, max_length: int
+) -> SpanBranches:
     """The lists of all spans of 1 to max_length - 1 tokens; see SuffixArray for the arrays."""
     lows, sizes, children, levels = [], [], [], [0, 0]
     bounds = _often(first[:-1].astype(np.int64), first[1:].astype(np.int64))
     for depth in range(1, max_length):
-        found, following = [], []
+        lists, following = [], []
         for part in _groups(bounds):
             node, start, end = _continuations(tokens, suffixes, depth, *bounds[:, part])
-            found.append(_listed(node, start, bounds[:, part]))
+            lists.append(_listed(node, start, bounds[:, part]))
             following.append(_often(start, end))
-        lows += [low for low, _, _ in found]
-        sizes += [size for _, size, _ in found]
-        children += [child for _, _, child in found]
-        levels.append(levels[-1] + sum(len(low) for low, _, _ in found))
+        lows += [low for low, _, _ in lists]
+        sizes += [size for _, size, _ in lists]
+        children += [child for _, _, child in lists]
+        levels.append(levels[-1] + sum(len(low) for low, _, _ in lists))
         bounds = np.concatenate([np.zeros((2, 0), np.int64), *following], 1)
     joined = [np.concatenate([np.zeros(0, np.int32), *x]) for x in (lows, sizes, children)]
     ranges = np.append(0, np.cumsum(joined[1]))
     arrays = joined[0], np.array(levels), ranges, joined[2]
-    return Branches(*(array.astype(np.int32) for array in arrays))
+    return SpanBranches(*(array.astype(np.int32) for array in arrays))
 
 
 def _often(low, high):
-    """[2, W]: the intervals that are long."""
+    """[2, W]: the intervals of spans that occur often."""
     keep = high - low >= OFTEN
     return np.stack([low[keep], high[keep]])
 
 
 def _groups(bounds):
-    """Slices of intervals that are short enough together, or hold one."""
+    """Slices of intervals with at most `_CHUNK` suffixes together, or of a single longer one."""
     ends = np.cumsum(bounds[1] - bounds[0])
     at = 0
     while at < len(ends):
@@ -90,6 +92,6 @@ def _continuations(tokens, suffixes, depth, low, high):
 def _listed(node, start, bounds):
     """(first suffix, length, continuations) of the lists that are worth keeping."""
     low, high = bounds
-    number = np.bincount(node, minlength=len(low))
-    keep = (number <= MOST) & (number * SAVING <= high - low)
-    return low[keep].astype(np.int32), number[keep], start[keep[node]].astype(np.int32)
+    ways = np.bincount(node, minlength=len(low))
+    keep = (ways <= MOST) & (ways * SAVING <= high - low)
+    return low[keep].astype(np.int32), ways[keep], start[keep[node]].astype(np.int32)

@@ -1,19 +1,20 @@
 """Substrings of a corpus on the device: one step of constrained decoding.
 
-A state is the interval of suffixes that begin with the tokens written, and their number.  A token
-is legal when a suffix of the interval has it next.  There are two ways to the legal tokens, and
-each beam takes one of them:
+A state is the interval of suffixes that begin with the written tokens, and the number of these
+tokens. A token is legal when it comes next in a suffix of the interval. Legal tokens are found in
+one of two ways, for each beam:
 
-- enumerated: the next token of every suffix of the interval is read, or of those in its list
-  (suffix_array_branches).  The shortest of a query go this way, as many as fit a budget.
-- tested: tokens are taken in the order of their log-probabilities, a chunk at a time over all
-  tested beams of the query together, and looked up in the interval by binary search.
+- enumerated: the next token of every suffix in the interval is read, or of every suffix in its list
+  (suffix_array_branches). This is done for the shortest intervals of a query, as many as a budget
+  allows.
+- tested: tokens are looked up in the interval by binary search, in the order of their
+  log-probabilities, a chunk at a time over all tested beams of the query together.
 
-Why the result is that of reading every interval: let t be the total of the last token tested and
-w the `width`-th best total among the legal ones known, enumerated or tested.  Tested beams are
-left when w > t, or when no token remains.  Every token not tested has a total of at most t < w:
-it is not among the `width` best.  Equal totals are tested in the order of (beam, token), and the
-loop goes on while t = w, so they are ordered as if all were known.
+The result is the same as if every interval were read. Let t be the total of the last tested token,
+and w the `width`-th best total of the legal tokens known so far. Testing ends when w > t, or when
+no token remains. A token that was not tested then has a total of at most t < w and is not among
+the `width` best. Equal totals are tested in the order of (beam, token), and the loop goes on while
+t = w, so that they are ordered as if all were known.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ from jax import lax
 from dgr_jax.decoding import suffix_array_branches
 from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.selection import joint_top_k, top_k
-from dgr_jax.decoding.suffix_array_branches import Branches
+from dgr_jax.decoding.suffix_array_branches import SpanBranches
 
-_BUDGETS = (128, 1024, 8192)  # suffixes of a query that are read: branches of a switch
-_CHUNKS = (128, 512)  # tokens of a query that are tested first, and then at a time
+_BUDGETS = (128, 1024, 8192)  # how many suffixes of a query may be read, by branch of a switch
+_CHUNKS = (128, 512)  # how many tokens of a query are tested first, and in each later round
 _NEVER = jnp.iinfo(jnp.int32).max
 
-jax.tree_util.register_dataclass(Branches)
+jax.tree_util.register_dataclass(SpanBranches)
 
 
 class SpanState(NamedTuple):
-    """int32 each, of any one shape: the interval [lo, hi) of suffixes and the tokens written."""
+    """int32, all of one shape: the interval [lo, hi) of suffixes, and the number of tokens written
+    (depth)."""
 
     lo: jax.Array
     hi: jax.Array
@@ -48,16 +50,22 @@ class SpanState(NamedTuple):
 
 
 class _Ways(NamedTuple):
-    """How each beam [B, M] is enumerated: from `listed` on in the list of continuations, or -1;
-    number int32: suffixes read, 0 for tested beams."""
+    """How each beam is enumerated, int32 [B, M].
+
+    listed: where its list of continuations begins, -1 where it has none. reads: how many suffixes
+    are read, 0 for tested beams.
+    """
 
     listed: jax.Array
-    number: jax.Array
+    reads: jax.Array
 
 
-class _Found(NamedTuple):
-    """Legal tokens [B, C], best first: total f32, -inf in empty slots; place int32 in the M * V
-    entries of the scores; start int32: the first suffix that has the token next."""
+class _NextTokens(NamedTuple):
+    """Legal tokens [B, C], best first.
+
+    total: f32, -inf in empty slots. place: int32, the place among the M * V entries of the scores.
+    start: int32, the first suffix that has the token next.
+    """
 
     total: jax.Array
     place: jax.Array
@@ -65,9 +73,10 @@ class _Found(NamedTuple):
 
 
 class _Tested(NamedTuple):
-    """What the loop over chunks holds: the best found, and the last token tested [B]."""
+    """The state of the loop over chunks: the best tokens so far, and the total and the place of the
+    last tested token, [B]."""
 
-    found: _Found
+    best: _NextTokens
     total: jax.Array
     place: jax.Array
 
@@ -77,29 +86,33 @@ class _Tested(NamedTuple):
 class SubstringConstraint:
     """Spans of exactly `max_length` tokens of one passage, as a Constraint.
 
-    Shorter spans are prefixes: beam_search(record=True) returns all prefixes, and so those that
-    the end of a passage cuts short, with their states.  A passage of fewer tokens is found by
-    its prefixes alone.
+    Shorter spans are prefixes of these: beam_search(record=True) returns all prefixes with their
+    states, also those that the end of a passage cuts short. A passage with fewer tokens is found by
+    such prefixes alone.
 
     tokens, suffixes, first, starts, branches: see `suffix_array.SuffixArray`.
-    opens bool [V]: tokens a span begins with.
+    opens: bool [V], the tokens with which a span may begin.
     """
 
     tokens: jax.Array
     suffixes: jax.Array
     first: jax.Array
     starts: jax.Array
-    branches: Branches
+    branches: SpanBranches
     opens: jax.Array
     max_length: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def put(
-        cls, arrays: Sequence[np.ndarray], branches: Branches, opens: np.ndarray, max_length: int
+        cls,
+        arrays: Sequence[np.ndarray],
+        branches: SpanBranches,
+        opens: np.ndarray,
+        max_length: int,
     ) -> SubstringConstraint:
         """The arrays of an index on the default device: tokens, suffixes, first and starts."""
         filled = lambda array: jnp.asarray(array if len(array) else np.zeros(1, array.dtype))
-        branches = jax.tree.map(filled, branches)  # nothing can be read from empty arrays
+        branches = jax.tree.map(filled, branches)  # JAX cannot index an empty array
         return cls(*map(jnp.asarray, arrays), branches, jnp.asarray(opens), max_length)
 
     @property
@@ -108,7 +121,7 @@ class SubstringConstraint:
 
     @property
     def renormalise(self) -> bool:
-        """Never: it would need all legal tokens of every beam."""
+        """False, as it would need all legal tokens of every beam."""
         return False
 
     @property
@@ -121,7 +134,7 @@ class SubstringConstraint:
         return SpanState(zeros, jnp.full_like(zeros, len(self.suffixes)), zeros)
 
     def rows(self, state: SpanState) -> jax.Array:
-        """The first suffix of complete spans: equal spans have equal rows."""
+        """The first suffix of each complete span, so that equal spans have equal rows."""
         return jnp.where(state.depth == self.max_length, state.lo, -1)
 
     def counts(self, state: SpanState) -> jax.Array:
@@ -129,10 +142,8 @@ class SubstringConstraint:
         return jnp.maximum(state.hi - state.lo, 0)
 
     def find(self, spans: jax.Array, lengths: jax.Array) -> SpanState:
-        """The states of spans int32 [..., T] of int32 [...] tokens; dead where one does not occur.
-
-        Unlike decoding, this ignores `opens` and `max_length`.
-        """
+        """The states of spans int32 [..., T] with lengths int32 [...]; dead where one does not
+        occur. Unlike decoding, this ignores `opens` and `max_length`."""
         lo = jnp.zeros(lengths.shape, jnp.int32)
         state = SpanState(lo, jnp.full_like(lo, len(self.suffixes)), lo)
 
@@ -150,10 +161,8 @@ class SubstringConstraint:
         return jax.tree.map(lambda leaf: jnp.where(dead, -1, leaf), state)
 
     def locate(self, state: SpanState, *, limit: int) -> jax.Array:
-        """Passages that hold each span, int32 [..., limit], ascending, then -1.
-
-        Those of the first `limit` occurrences: all of them where counts(state) <= limit.
-        """
+        """The passages of each span's first `limit` occurrences, int32 [..., limit], ascending,
+        then -1. These are all its passages where counts(state) <= limit."""
         offset = jnp.arange(limit, dtype=jnp.int32)
         position = self.suffixes.at[state.lo[..., None] + offset].get(mode="clip")
         passage = jnp.searchsorted(self.starts, position, side="right").astype(jnp.int32) - 1
@@ -167,28 +176,28 @@ class SubstringConstraint:
     def expand(
         self, state: SpanState, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        """See Constraint.expand.  C = width: all candidates are complete, or none."""
+        """See Constraint.expand. C = width; either all candidates are complete, or none."""
         if scores.shape[-1] < len(self.opens):
             raise ValueError(
                 f"suffix_array: scores of {scores.shape[-1]} tokens; the index was built for a "
                 f"vocabulary of {len(self.opens)}: set suffix_array.build.vocab_size"
             )
         prior = jnp.where(state.depth >= 0, prior, -jnp.inf)
-        found = lax.cond(
+        best = lax.cond(
             jnp.max(state.depth) <= 0,
             lambda: self._first_step(scores, prior, width),
             lambda: self._later_step(state, scores, prior, width),
         )
-        found = lax.optimization_barrier(found)
-        size, valid = scores.shape[-1], found.total > -jnp.inf
-        parent, token = found.place // size, found.place % size
+        best = lax.optimization_barrier(best)
+        size, valid = scores.shape[-1], best.total > -jnp.inf
+        parent, token = best.place // size, best.place % size
         depth, hi = (jnp.take_along_axis(x, parent, -1) for x in (state.depth, state.hi))
-        end = self._search(found.start, hi, depth, token + 1)
-        following = SpanState(found.start, end, depth + 1)
+        end = self._search(best.start, hi, depth, token + 1)
+        following = SpanState(best.start, end, depth + 1)
         return Candidates(
             parent=parent,
             token_ids=jnp.where(valid, token, 0),
-            log_probs=found.total,
+            log_probs=best.total,
             next_state=jax.tree.map(lambda leaf: jnp.where(valid, leaf, -1), following),
             complete=valid & (depth + 1 == self.max_length),
         )
@@ -204,34 +213,37 @@ class SubstringConstraint:
         return _lower_bound(lo, hi, token, value)
 
     def _first_step(self, scores, prior, width):
-        """A table says which tokens occur and where."""
+        """The first tokens, for which the array `first` tells which occur and where."""
         size = scores.shape[-1]
         legal = jnp.pad(self.opens, (0, size - len(self.opens)))
         masked = jnp.where(legal, scores, -jnp.inf)
         total, place = joint_top_k(masked, prior, min(width, scores[0].size))
-        return _padded(_Found(total, place, self.first.at[place % size].get(mode="clip")), width)
+        return _padded(
+            _NextTokens(total, place, self.first.at[place % size].get(mode="clip")), width
+        )
 
     def _later_step(self, state, scores, prior, width):
         length = jnp.where(prior > -jnp.inf, state.hi - state.lo, 0)
         listed, length = self._list_of(state, length)
         read = _shortest(length, _BUDGETS[-1])
         ways = _Ways(listed, jnp.where(read, length, 0))
-        needed = jnp.max(ways.number.sum(-1))
+        needed = jnp.max(ways.reads.sum(-1))
         which = (needed > jnp.asarray(_BUDGETS[:-1], jnp.int32)).sum()
         branches = [
             lambda budget=budget: self._enumerated(state, ways, scores, prior, width, budget)
             for budget in _BUDGETS
         ]
-        found = lax.switch(which, branches)
+        best = lax.switch(which, branches)
         prior = jnp.where(read, -jnp.inf, prior)
         return lax.cond(
             (prior > -jnp.inf).any(),
-            lambda: self._tested(state, scores, prior, found, width),
-            lambda: found,
+            lambda: self._tested(state, scores, prior, best, width),
+            lambda: best,
         )
 
     def _list_of(self, state, length):
-        """(first entry of the beam's list or -1, suffixes to read: the list or all `length`)."""
+        """(first entry of the beam's list, or -1; how many suffixes to read: those of the list, or
+        all `length`)."""
         lows, levels, ranges = self.branches.lows, self.branches.levels, self.branches.ranges
         at, end = (
             levels.at[state.depth + i].get(mode="fill", fill_value=len(lows)) for i in (0, 1)
@@ -244,16 +256,16 @@ class SubstringConstraint:
         return jnp.where(has, start, -1), jnp.where(has, stop - start, length)
 
     def _enumerated(self, state, ways, scores, prior, width, budget):
-        """The best of the next tokens of the suffixes that each beam reads.
+        """The best next tokens of the suffixes that the beams read.
 
-        Those of all beams of a query lie in `budget` slots, beam after beam.
+        The suffixes of all beams of a query fill `budget` slots, beam after beam.
         """
-        ends = jnp.cumsum(ways.number, -1)
+        ends = jnp.cumsum(ways.reads, -1)
         slot = jnp.arange(budget, dtype=jnp.int32)
         beam = (slot[:, None] >= ends[:, None]).sum(-1)
         valid, beam = beam < ends.shape[1], jnp.minimum(beam, ends.shape[1] - 1)
         pick = lambda leaf: jnp.take_along_axis(leaf, beam, -1)
-        offset, listed = slot - pick(ends - ways.number), pick(ways.listed)
+        offset, listed = slot - pick(ends - ways.reads), pick(ways.listed)
         child = self.branches.children.at[listed + offset].get(mode="clip")
         suffix = jnp.where(listed >= 0, child, pick(state.lo) + offset)
         token = self._next(jnp.where(valid, suffix, 0), pick(state.depth))
@@ -262,45 +274,45 @@ class SubstringConstraint:
         place = beam * scores.shape[-1] + token
         total = jnp.take_along_axis(scores.reshape(len(scores), -1), place, -1)
         total = jnp.where(valid, total.astype(jnp.float32) + pick(prior), -jnp.inf)
-        # without the barrier each use would read again
+        # Without the barrier XLA would read the arrays again for each use.
         total, place, suffix = lax.optimization_barrier((total, place, suffix))
         total, slot = top_k(total, min(width, budget))
         place, suffix = (jnp.take_along_axis(x, slot, -1) for x in (place, suffix))
-        return _padded(_Found(total, place, suffix), width)
+        return _padded(_NextTokens(total, place, suffix), width)
 
-    def _tested(self, state, scores, prior, found, width):
-        """`found` and the best legal tokens of the beams whose prior is not -inf."""
+    def _tested(self, state, scores, prior, best, width):
+        """The best of the tokens `best` and the legal tokens of beams whose prior is not -inf."""
         _, beams, size = scores.shape
         entry = jnp.arange(beams * size, dtype=jnp.int32).reshape(beams, size)
 
-        def test(found, rest, number):
-            number = min(max(number, 2 * width), beams * size)
-            total, place = lax.optimization_barrier(joint_top_k(rest, prior, number))
+        def test(best, rest, count):
+            count = min(max(count, 2 * width), beams * size)
+            total, place = lax.optimization_barrier(joint_top_k(rest, prior, count))
             new = lax.optimization_barrier(self._legal(state, total, place, size))
-            return _Tested(_merged(found, new, width), total[:, -1], place[:, -1])
+            return _Tested(_merged(best, new, width), total[:, -1], place[:, -1])
 
         def unfinished(tested):
-            worst = tested.found.total[:, -1]
+            worst = tested.best.total[:, -1]
             return ((tested.total > -jnp.inf) & (tested.total >= worst)).any()
 
         def advance(tested):
-            # the barrier keeps what only this rare loop needs from being computed before it
+            # Without the barrier XLA would compute what only this rare loop needs before the loop.
             tested, logits = lax.optimization_barrier((tested, scores))
             totals = logits.astype(jnp.float32) + prior[..., None]
             last, at = tested.total[:, None, None], tested.place[:, None, None]
             left = (totals < last) | ((totals == last) & (entry > at))
             rest = lax.optimization_barrier(jnp.where(left, logits, -jnp.inf))
-            return test(tested.found, rest, _CHUNKS[1])
+            return test(tested.best, rest, _CHUNKS[1])
 
-        return lax.while_loop(unfinished, advance, test(found, scores, _CHUNKS[0])).found
+        return lax.while_loop(unfinished, advance, test(best, scores, _CHUNKS[0])).best
 
     def _legal(self, state, total, place, size):
-        """The tokens at these places, -inf where none of the beam's suffixes has it next."""
+        """The tokens at these places, with -inf where no suffix of the beam has the token next."""
         pick = lambda leaf: jnp.take_along_axis(leaf, place // size, -1)
         token, hi, depth = place % size, pick(state.hi), pick(state.depth)
         start = self._search(pick(state.lo), hi, depth, token)
         legal = (token > 0) & (start < hi) & (self._next(start, depth) == token)
-        return _Found(jnp.where(legal, total, -jnp.inf), place, start)
+        return _NextTokens(jnp.where(legal, total, -jnp.inf), place, start)
 
 
 def _lower_bound(lo, hi, wanted, value):
@@ -318,7 +330,7 @@ def _lower_bound(lo, hi, wanted, value):
 
 
 def _shortest(length, budget):
-    """bool [B, M]: the shortest intervals whose lengths [B, M] add up to at most the budget."""
+    """bool [B, M]: whether an interval is among the shortest ones that fit the budget together."""
     order = jnp.argsort(length, -1)
     ordered = jnp.minimum(jnp.take_along_axis(length, order, -1), budget + 1)
     fits = jnp.cumsum(ordered, -1) <= budget
@@ -326,14 +338,14 @@ def _shortest(length, budget):
 
 
 def _merged(a, b, width):
-    """The `width` best of both; equal ones ordered by place."""
+    """The `width` best tokens of both; equal ones are ordered by place."""
     total, place, start = (jnp.concatenate(pair, -1) for pair in zip(a, b, strict=True))
     negated, place, start = lax.sort((-total, place, start), num_keys=2)
-    return _Found(-negated[:, :width], place[:, :width], start[:, :width])
+    return _NextTokens(-negated[:, :width], place[:, :width], start[:, :width])
 
 
-def _padded(found, width):
-    """Slots that hold nothing added up to `width`."""
-    pad = [(0, 0), (0, width - found.place.shape[-1])]
-    total = jnp.pad(found.total, pad, constant_values=-jnp.inf)
-    return _Found(total, jnp.pad(found.place, pad), jnp.pad(found.start, pad))
+def _padded(tokens, width):
+    """The tokens with empty slots added up to `width`."""
+    pad = [(0, 0), (0, width - tokens.place.shape[-1])]
+    total = jnp.pad(tokens.total, pad, constant_values=-jnp.inf)
+    return _NextTokens(total, jnp.pad(tokens.place, pad), jnp.pad(tokens.start, pad))

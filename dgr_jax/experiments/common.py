@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.data.rules import DataRules
@@ -84,12 +84,10 @@ class Training:
         """How many lie on the disk at the end."""
         return self.keep_checkpoints + (self.keep == "best")
 
-    def check_shards(self, stage: str, shards: int) -> None:
-        """Raises ValueError where the data shards cannot share the batches of a stage."""
-        sizes = {"batch_size": self.batch_size}
-        if stage == "distill" or not self.batch_size:
-            sizes["list_batch_size"] = self.list_batch_size
-        for name, size in sizes.items():
+    def check_shards(self, stage: str, shards: int, *sizes: str) -> None:
+        """Raises ValueError where the data shards cannot share these batches of a stage."""
+        for name in sizes:
+            size = getattr(self, name)
             if size % (self.microbatches * shards):
                 raise ValueError(
                     f"{stage}: got Training.{name}={size}, expected a multiple of "
@@ -223,7 +221,7 @@ class Measured:
     def check_systems(self) -> None:
         """Raises ValueError for systems that have no name of their own, or are made of others than
         those that are trained."""
-        names = ["bm25", *self.systems, *self.stages]
+        names = ["bm25", *self.systems, *self.stages] if self.added else []
         for settings in self.added:
             if settings.name in names or not re.fullmatch(r"[\w-]+", settings.name):
                 raise ValueError(
@@ -238,24 +236,9 @@ class Measured:
             names.append(settings.name)
 
 
-class Stage(NamedTuple):
-    """settings: those of the experiment that a stage reads itself; upstream: the stages whose
-    output it reads."""
-
-    settings: tuple[str, ...]
-    upstream: tuple[str, ...]
-
-
-def with_start(stages: Mapping[str, Stage], initial: Any, first: str) -> dict[str, Stage]:
-    """The stages and, where embeddings start from the passages, the one that makes these, before
-    the one that trains first."""
-    made: dict[str, Stage] = {}
-    for name, stage in stages.items():
-        if name == first and isinstance(initial, Corpus):
-            made["start"] = Stage(("initial", "width"), ("prepare",))
-            stage = stage._replace(upstream=(*stage.upstream, "start"))
-        made[name] = stage
-    return made
+def start(initial: Any) -> tuple[str, ...]:
+    """The stage that makes embeddings of the passages, where a model starts from these."""
+    return ("start:STAGE",) if isinstance(initial, Corpus) else ()
 
 
 def texts(prepare: Any) -> tuple[Any, ...]:

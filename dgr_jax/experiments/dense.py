@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
-from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
     Evaluate,
     Measured,
-    Stage,
     Teach,
     Training,
     sizes,
+    start,
     texts,
-    with_start,
     with_vocabulary,
 )
+from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.models import initial
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
@@ -72,6 +71,10 @@ class DensePrepare(DataRules):
         )
         if unlabelled:
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
+
+    def without_labels(self) -> DensePrepare:
+        """The same, learning from passages and pseudo-queries."""
+        return dataclasses.replace(self, train_splits=())
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -171,6 +174,7 @@ class DenseExperiment(Measured):
       cut from its order are what is trained on, with Dense.teacher_loss; None: there is none.
     initial: where the towers start: Corpus, or Pretrained, a published T5 whose encoder they take;
       None: at random.
+    further: see `Experiment`.
     """
 
     model_dir: str
@@ -186,11 +190,13 @@ class DenseExperiment(Measured):
     mined: Negatives = field(default_factory=lambda: Negatives(source="own"))
     mesh: Mesh = Mesh()
     initial: Any = None
+    further: tuple[Stage, ...] = ()
 
     kind: ClassVar[str] = "dense"
     own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
 
     def __post_init__(self) -> None:
+        check_apart(self.prepare)
         initial.check("DenseExperiment.initial", self.initial)
         search = self.evaluate.search
         if not isinstance(search, DenseSearch):
@@ -278,20 +284,13 @@ class DenseExperiment(Measured):
         }
 
     @property
-    def stages(self) -> Mapping[str, Stage]:
+    def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
-        has_pool = self.negatives.source != "in_batch"
-        found = {"prepare": Stage(("collection", "prepare"), ())}
-        if has_pool:
-            found["negatives"] = Stage(("negatives",), ("prepare",))
-        if self.teach is not None:
-            found["teach"] = Stage(("teach",), ("negatives",))
-        found["dense"] = Stage(("model", "train", "lists", "initial"), (list(found)[-1],))
-        if self.refresh is not None:
-            found["mine"] = Stage(("mined",), ("dense",))
-            found["refresh"] = Stage(("refresh", "lists"), ("mine",))
-        found["evaluate"] = Stage(("evaluate",), self.systems)
-        return with_start(found, self.initial, "dense")
+        pool = () if self.negatives.source == "in_batch" else ("dense_negatives:STAGE",)
+        teach = () if self.teach is None else ("dense_teach:STAGE",)
+        refresh = () if self.refresh is None else ("dense_refresh:MINE", "dense_refresh:REFRESH")
+        trained = (*pool, *teach, *start(self.initial), "dense:STAGE", *refresh)
+        return listed("dense_prepare:STAGE", *trained, "evaluate:STAGE", *self.further)
 
 
 def _has_teacher_loss(training: Training | None) -> bool:

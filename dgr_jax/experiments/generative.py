@@ -9,26 +9,29 @@ from typing import Any, ClassVar
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
-from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
     Evaluate,
     Measured,
-    Stage,
     Teach,
     Training,
     sizes,
+    start,
     texts,
-    with_start,
     with_vocabulary,
 )
-from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.experiments.stage import Stage, listed
+from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models import initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Plan
+from dgr_jax.retrieval.system import SystemSettings
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,17 @@ class Prepare(DataRules):
     """Collection -> vocabulary, identifiers, trie, SeqIO tasks, token arrays.
 
     tasks: file in tasks/ that registers the SeqIO tasks, such as 'squad'.
-    identifiers: a scheme of `dgr_jax.identifiers`; with Multiview, a passage has many.
-    mixture: examples of each (text, passage) pair by view, of Multiview.
+    identifiers: a scheme of `dgr_jax.identifiers`; of several views, a passage has many.
+    mixture: examples of each (text, passage) pair by view, of a scheme of several views.
     train_split, test_splits: names of qrels of the collection. train_split='' learns without labels
       from passages and pseudo-queries, as is done where a collection lacks its split 'train' (see
-      `pipeline.without_labels`); then test_splits may be () too.
+      `stages.labels`); then test_splits may be () too.
     min_relevance: grade from which a judged passage is a positive.
     query_length: tokens of an encoder input, EOS counted.
     """
 
     tasks: str
-    identifiers: Any
+    identifiers: Scheme
     vocabulary: SentencePiece = SentencePiece()
     sources: Sources = Sources()
     mixture: ViewMixture = ViewMixture()
@@ -57,6 +60,12 @@ class Prepare(DataRules):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.identifiers, Scheme):
+            raise ValueError(
+                f"Prepare.identifiers: got {type(self.identifiers).__name__}, expected a scheme of "
+                "identifiers (dgr_jax.identifiers.scheme.Scheme), such as "
+                "IDENTIFIERS=@ResidualQuantization()"
+            )
         self.check_rules()
         if self.train_split and not self.test_splits:
             raise ValueError("Prepare.test_splits: got (), expected a split or more")
@@ -74,6 +83,10 @@ class Prepare(DataRules):
                     "Sources.pseudo_queries=0, expected a rate for one of them, such as 0.5"
                 )
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
+
+    def without_labels(self) -> Prepare:
+        """The same, learning from passages and pseudo-queries."""
+        return dataclasses.replace(self, train_split="")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -120,6 +133,9 @@ class Experiment(Measured):
     control: also train the generation objective alone for as many steps more as distillation
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, Corpus or Pretrained; None: at random.
+    further: stages of one's own; each runs after those that it reads.
+    plan: what scores all passages before a student writes, such as Lexical: the distilled student
+      with it is measured as `planned` beside the others. None: nothing.
     """
 
     model_dir: str
@@ -134,31 +150,40 @@ class Experiment(Measured):
     control: bool = True
     mesh: Mesh = Mesh()
     initial: Any = None
+    further: tuple[Stage, ...] = ()
+    plan: Plan | None = None
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
 
     def __post_init__(self) -> None:
+        check_apart(self.prepare)
         initial.check("Experiment.initial", self.initial)
-        many = isinstance(self.prepare.identifiers, Multiview)
-        if self.model.prefix_adaptive_layers and not getattr(
-            self.prepare.identifiers, "codes_by_position", False
-        ):
+        scheme = self.prepare.identifiers
+        if self.model.prefix_adaptive_layers and not scheme.codes_by_position:
             raise ValueError(
                 f"T5Config.prefix_adaptive_layers: got {self.model.prefix_adaptive_layers} with "
-                f"{type(self.prepare.identifiers).__name__} identifiers, expected 0, or codes that "
+                f"{type(scheme).__name__} identifiers, expected 0, or codes that "
                 "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
                 "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
             )
-        expected = MultiviewSearch if many else Search
+        expected = MultiviewSearch if scheme.views else Search
         for name in ("candidates", "evaluate"):
             search = getattr(self, name).search
             if not isinstance(search, expected):
                 raise ValueError(
                     f"{type(getattr(self, name)).__name__}.search: got {type(search).__name__}, "
                     f"expected @{expected.__name__}() with identifiers of "
-                    f"{type(self.prepare.identifiers).__name__} (Prepare.identifiers)"
+                    f"{type(scheme).__name__} (Prepare.identifiers)"
                 )
-        if many and not self.distill.batch_size:
+        if self.plan is not None:
+            if scheme.views:
+                raise ValueError(
+                    f"Experiment.plan: got {type(self.plan).__name__} with identifiers of "
+                    f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
+                    "has one (Prepare.identifiers)"
+                )
+            planned.check_search(self.plan, self.evaluate.search)
+        if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
@@ -183,7 +208,7 @@ class Experiment(Measured):
     @property
     def kind(self) -> str:
         """See Measured."""
-        return "multiview" if isinstance(self.prepare.identifiers, Multiview) else "docid"
+        return "multiview" if self.prepare.identifiers.views else "docid"
 
     @property
     def width(self) -> int:
@@ -194,6 +219,12 @@ class Experiment(Measured):
     def systems(self) -> tuple[str, ...]:
         """The stages that train what is measured, the best one last."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
+
+    @property
+    def added(self) -> tuple[SystemSettings, ...]:
+        """See Measured: at last `planned`, the best student with the plan."""
+        plan = () if self.plan is None else (planned.Planned("planned", self.plan),)
+        return (*self.evaluate.systems, *plan)
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of every student, with a vocabulary."""
@@ -224,31 +255,8 @@ class Experiment(Measured):
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
-        left_out = () if self.control else ("control",)
-        stages = {
-            name: Stage(settings, tuple(up for up in UPSTREAM[name] if up not in left_out))
-            for name, settings in SETTINGS.items()
-        }
-        return with_start(stages, self.initial, "generate")
-
-
-# Settings of Experiment that a stage reads itself, and the stages whose output it reads.
-SETTINGS = {
-    "prepare": ("collection", "prepare"),
-    "generate": ("model", "generate", "initial"),
-    "candidates": ("candidates",),
-    "teach": ("teach",),
-    "distill": ("distill",),
-    "control": ("distill", "generate"),
-    "evaluate": ("evaluate",),
-}
-UPSTREAM = {
-    "prepare": (),
-    "generate": ("prepare",),
-    "candidates": ("generate",),
-    "teach": ("candidates",),
-    "distill": ("teach",),
-    "control": ("generate",),
-    "evaluate": ("distill", "control"),
-}
-STAGES = tuple(SETTINGS)
+        control = ("student:CONTROL",) if self.control else ()
+        trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
+        return listed(
+            "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )

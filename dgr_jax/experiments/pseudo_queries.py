@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
-from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT
+from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, check_apart
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Stage, Training
+from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.sampling import Sampling
@@ -57,6 +58,7 @@ class PseudoQueries:
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
+        check_apart(self.prepare)
         self.generate.check_batches("Training", "batch_size")
         if self.generate.validate_every:
             raise ValueError(
@@ -72,8 +74,4 @@ class PseudoQueries:
     @property
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
-        return {
-            "prepare": Stage(("collection", "prepare"), ()),
-            "generate": Stage(("model", "generate"), ("prepare",)),
-            "sample": Stage(("sample",), ("generate",)),
-        }
+        return listed(*(f"pseudo_queries:{name}" for name in ("PREPARE", "GENERATE", "SAMPLE")))

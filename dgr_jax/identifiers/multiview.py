@@ -20,12 +20,10 @@ hold the rows of titles and of pseudo-queries as they are written here.  The suf
 text of each passage, [40, 41, 42, 43, 44, 45, 9], without marker, title or end of sequence: every
 prefix of a span is a span, and what it counts are occurrences in the text.
 
-    settings = Multiview()
-    titles, report = settings.title_table(store, encode=v.encode, marker=v.marker("title"))
-    queries, report = settings.query_table(pairs, num_passages=P, encode=..., marker=...)
-    counts = Counter()
-    index = suffix_array.build(settings.body_tokens(store, encode=..., counts=counts), ...)
-    coverage((titles, queries), body_lengths)
+    scheme, counts = Multiview(), Counter()
+    tables = scheme.build(Material(store, encode, marker=..., pseudo_queries=...))
+    index = suffix_array.build(scheme.text_tokens(material, counts), ...)
+    coverage(tables, body_lengths)
 """
 
 from __future__ import annotations
@@ -34,30 +32,33 @@ import functools
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.corpora import words
-from dgr_jax.identifiers.table import EOS_ID, FIRST_FREE_ID, IdentifierTable
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
+from dgr_jax.identifiers.scheme import (
+    QUERY_TOKENS,
+    TITLE_TOKENS,
+    TOKENS_A_WORD,
+    CorpusSize,
+    Material,
+    Scheme,
+    Sizes,
+    TableSizes,
+)
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.special_tokens import EOS_ID, UNK_ID
 
 _log = logging.getLogger(__name__)
 
 VIEWS = ("title", "body", "query")
-_UNK_ID = FIRST_FREE_ID - 1
-
-Encode = Callable[[str], Sequence[int]]
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Multiview:
+class Multiview(Scheme):
     """Which views name the passages, and how long their identifiers are.
 
     views: some of 'title', 'body' and 'query'.
@@ -79,67 +80,61 @@ class Multiview:
         lengths = ("title_tokens", "span_tokens", "query_tokens")
         ranges.check(self, **dict.fromkeys(lengths, ranges.at_least(1)))
 
-    def title_table(
-        self, store: PassageStore, *, encode: Encode, marker: int
-    ) -> tuple[IdentifierTable, Report]:
-        """Rows int32 [U, <= title_tokens + 2]: marker, tokens of the title, EOS; and a report.
+    def build(self, material: Material) -> list[IdentifierTable]:
+        """The tables of titles and of pseudo-queries, where these are views."""
+        make = {"title": self._titles, "query": self._queries}
+        return [table(material) for view, table in make.items() if view in self.views]
+
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """A title of its own for every passage, and all of its pseudo-queries, at most."""
+        rows, tables = corpus.passages, []
+        if "title" in self.views:
+            tables.append(TableSizes.of_text(rows, self.title_tokens, TITLE_TOKENS, "title"))
+        if "query" in self.views:
+            rows *= corpus.pseudo_queries
+            tables.append(TableSizes.of_text(rows, self.query_tokens, QUERY_TOKENS, "query"))
+        if "body" not in self.views:
+            return Sizes(tuple(tables))
+        tokens = round(corpus.passages * corpus.words * TOKENS_A_WORD)
+        return Sizes(tuple(tables), text_tokens=tokens, span_tokens=self.span_tokens)
+
+    def _titles(self, material: Material) -> IdentifierTable:
+        """Rows int32 [U, <= title_tokens + 2]: marker, tokens of the title, EOS.
 
         Passages of equal titles share a row, also where titles differ after the cut. A passage
         whose title has no token has no row: see `_table` for what is reported.
 
         Raises ValueError when no passage has a title.
         """
-        encode = functools.lru_cache(maxsize=65_536)(encode)
-        made = _table(
-            ((index, passage.title) for index, passage in enumerate(store)),
-            view="title",
-            limit=self.title_tokens,
-            num_passages=len(store),
-            encode=encode,
-            marker=marker,
-        )
-        if made is None:
+        store = material.store
+        encode = functools.lru_cache(maxsize=65_536)(material.encode)
+        titles = ((index, passage.title) for index, passage in enumerate(store))
+        table = _table(material._replace(encode=encode), "title", titles, self.title_tokens)
+        if table is None:
             raise ValueError(
                 f"Multiview.views: got {self.views}, but none of {len(store):,} passages has a "
                 "title; expected one or more: leave 'title' out"
             )
-        return made
+        return table
 
-    def query_table(
-        self,
-        pseudo_queries: Iterable[tuple[int, str]],
-        *,
-        num_passages: int,
-        encode: Encode,
-        marker: int,
-    ) -> tuple[IdentifierTable, Report]:
-        """Rows int32 [U, <= query_tokens + 2]: marker, tokens of the query, EOS; and a report.
+    def _queries(self, material: Material) -> IdentifierTable:
+        """Rows int32 [U, <= query_tokens + 2]: marker, tokens of the query, EOS.
 
-        pseudo_queries: (passage index, text) in any order, any number of a passage; repeated ones
-        of a passage count once. Passages without one have no row. Memory: rows of at most
-        4 * (query_tokens + 2) bytes a pseudo-query, about three times over while they are sorted.
+        Pseudo-queries come in any order, any number of a passage; repeated ones of a passage count
+        once. Passages without one have no row. Memory: rows of at most 4 * (query_tokens + 2) bytes
+        a pseudo-query, about three times over while they are sorted.
 
-        Raises ValueError when there is no pseudo-query, or a passage index is not below
-        num_passages.
+        Raises ValueError when there is no pseudo-query, or a passage index is not one of the store.
         """
-        made = _table(
-            pseudo_queries,
-            view="query",
-            limit=self.query_tokens,
-            num_passages=num_passages,
-            encode=encode,
-            marker=marker,
-        )
-        if made is None:
+        table = _table(material, "query", material.pseudo_queries(), self.query_tokens)
+        if table is None:
             raise ValueError(
                 f"Multiview.views: got {self.views}, but no passage has a pseudo-query; expected "
                 "one or more: give a file of them (Sources.pseudo_query_path), or leave 'query' out"
             )
-        return made
+        return table
 
-    def body_tokens(
-        self, store: PassageStore, *, encode: Encode, counts: Counter
-    ) -> Iterator[np.ndarray]:
+    def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:
         """The tokens of each passage's text, int32 [n], in corpus order; n is 0 for a text that
         shows nothing.
 
@@ -147,11 +142,11 @@ class Multiview:
         counts, filled while the stream is read: tokens, unknown_tokens, passages_without_body,
         passages_shorter_than_a_span, longest.
         """
-        for passage in store:
+        for passage in material.store:
             seen = words.visible(passage.text)
-            tokens = np.asarray(encode(passage.text) if seen else (), np.int32)
+            tokens = np.asarray(material.encode(passage.text) if seen else (), np.int32)
             counts["tokens"] += len(tokens)
-            counts["unknown_tokens"] += int(np.count_nonzero(tokens == _UNK_ID))
+            counts["unknown_tokens"] += int(np.count_nonzero(tokens == UNK_ID))
             counts["passages_without_body"] += not len(tokens)
             counts["passages_shorter_than_a_span"] += 0 < len(tokens) < self.span_tokens
             counts["longest"] = max(counts["longest"], len(tokens))
@@ -186,42 +181,38 @@ def coverage(
 
 
 def _table(
-    named: Iterable[tuple[int, str]],
-    *,
-    view: str,
-    limit: int,
-    num_passages: int,
-    encode: Encode,
-    marker: int,
-) -> tuple[IdentifierTable, Report] | None:
-    """The table of (passage index, text), and its report; None where no text has a token.
+    material: Material, view: str, named: Iterable[tuple[int, str]], limit: int
+) -> IdentifierTable | None:
+    """The table of (passage index, text); None where no text has a token.
 
-    The report adds to IdentifierTable.report: blank (texts without a token, or of characters that
-    nobody sees, left out), cut (texts longer than `limit` tokens), with_unknown (texts that hold a
-    piece the vocabulary lacks: they are kept, but texts that differ in such pieces alone share a
-    row).
+    Its counts: blank (texts without a token, or of characters that nobody sees, left out), cut
+    (texts longer than `limit` tokens), with_unknown (texts that hold a piece the vocabulary lacks:
+    they are kept, but texts that differ in such pieces alone share a row).
     """
     tokens, lengths, owners = array("i"), array("i"), array("i")
     counts = dict.fromkeys(("blank", "cut", "with_unknown"), 0)
     for passage, text in named:
-        ids = encode(text.strip()) if words.visible(text) else ()
+        ids = material.encode(text.strip()) if words.visible(text) else ()
         if not len(ids):
             counts["blank"] += 1
             continue
         counts["cut"] += len(ids) > limit
         ids = ids[:limit]
-        counts["with_unknown"] += _UNK_ID in ids
+        counts["with_unknown"] += UNK_ID in ids
         tokens.extend(ids)
         lengths.append(len(ids))
         owners.append(passage)
     if not lengths:
         return None
-    rows = _rows(np.frombuffer(tokens, np.int32), np.frombuffer(lengths, np.int32), marker)
+    marker, num_passages = material.marker(view), len(material.store)
     table = IdentifierTable.from_rows(
-        rows, view=view, passages=np.frombuffer(owners, np.int32), num_passages=num_passages
+        _rows(np.frombuffer(tokens, np.int32), np.frombuffer(lengths, np.int32), marker),
+        view=view,
+        passages=np.frombuffer(owners, np.int32),
+        num_passages=num_passages,
+        counts=counts,
     )
-    report = table.report() | counts
-    if without := report["passages_without_identifier"]:
+    if without := table.report()["passages_without_identifier"]:
         _log.warning("%d of %d passages have no %s", without, num_passages, view)
     if unknown := counts["with_unknown"]:
         _log.warning(
@@ -229,7 +220,7 @@ def _table(
             "differ in such characters alone share an identifier",
             *(unknown, len(lengths), view),
         )
-    return table, report
+    return table
 
 
 def _rows(tokens: np.ndarray, lengths: np.ndarray, marker: int) -> np.ndarray:

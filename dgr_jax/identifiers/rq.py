@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ _GROWN = 3  # larger choices that are tried, at most
 
 
 @dataclass(frozen=True)
-class ResidualQuantization:
+class ResidualQuantization(Scheme):
     """k-means codes level by level, collision-free by a last tie code.
 
     Level l clusters the residuals of level l-1 into `codebook_size` codes (RIPOR, Zeng et al. 2024,
@@ -41,7 +39,7 @@ class ResidualQuantization:
     in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
     """
 
-    codes_by_position: ClassVar[bool] = True  # a code of another level is another token
+    codes_by_position = True  # a code of another level is another token
 
     num_codes: int | None = None
     codebook_size: int | None = None
@@ -60,14 +58,7 @@ class ResidualQuantization:
             full_batch=ranges.at_least(0),
         )
 
-    def build(
-        self,
-        store: PassageStore,
-        *,
-        encode: Callable[[str], list[int]],
-        first_code_id: int,
-        seed: int,
-    ) -> IdentifierTable:
+    def build(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, num_codes + 1]: first_code_id + level * codebook_size + code.
 
         The tie codes follow the last level: as many tokens as the largest group has passages.
@@ -77,11 +68,10 @@ class ResidualQuantization:
         What is not set of the number and the size of codes is `sized` by the number of passages; it
         grows where less than 95% of them have codes of their own, as with passages much alike.
         """
-        del encode
-        vectors = self.embeddings.embed(store, seed)
+        vectors = self.embeddings.embed(material.store, material.seed)
         chosen, codes, distinct = self, np.zeros((0, 0), np.int32), 0
         for sized in self._choices(len(vectors)):
-            found = sized._codes(vectors, seed)
+            found = sized._codes(vectors, material.seed)
             number, own = _distinct(found)
             if number <= distinct:
                 break
@@ -93,7 +83,15 @@ class ResidualQuantization:
             )
             if own >= _WANTED * len(codes):
                 break
-        return chosen._table(codes, first_code_id)
+        return [chosen._table(codes, material.first_code_id)]
+
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """Codes used evenly; a code for ties where there is no room for twice the passages."""
+        sized, passages = self.sized(corpus.passages), corpus.passages
+        levels = (sized.codebook_size,) * sized.num_codes
+        if math.prod(levels) < 2 * passages:
+            levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
+        return Sizes((TableSizes(passages, levels),), codes=sum(levels))
 
     def sized(self, num_passages: int) -> ResidualQuantization:
         """These settings with the number and the size of codes that so many passages need.

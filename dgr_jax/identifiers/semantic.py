@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.identifiers import kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
-from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.special_tokens import EOS_ID
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KMeansTree:
+class KMeansTree(Scheme):
     """Hierarchical k-means (Tay et al. 2022, semantically structured identifiers).
 
     A cluster of more than `leaf_size` passages is split into at most `branching` clusters; in a
@@ -31,7 +29,7 @@ class KMeansTree:
 
     # A cluster of another level is another token. The places in leaves of different depth share
     # theirs, but no code follows them, and the prefix before one tells its position.
-    codes_by_position: ClassVar[bool] = True
+    codes_by_position = True
 
     branching: int = 10
     leaf_size: int = 100
@@ -48,20 +46,13 @@ class KMeansTree:
             full_batch=ranges.at_least(0),
         )
 
-    def build(
-        self,
-        store: PassageStore,
-        *,
-        encode: Callable[[str], list[int]],
-        first_code_id: int,
-        seed: int,
-    ) -> IdentifierTable:
+    def build(self, material: Material) -> list[IdentifierTable]:
         """Rows of at most depth + 2 tokens: clusters, place in the leaf, EOS where lengths differ.
 
         The cluster at level l is first_code_id + l * branching + cluster; the places in the leaf
         follow the deepest level, in one block for leaves of all levels.
         """
-        del encode
+        store, seed, first_code_id = material.store, material.seed, material.first_code_id
         levels, depths, places = self.cluster(self.embeddings.embed(store, seed), seed)
         if not levels and len(store) > 1:
             _log.warning(
@@ -80,7 +71,17 @@ class KMeansTree:
             rows[passage, depths + 1] = EOS_ID
         num_code_tokens = first_place - first_code_id + int(places.max()) + 1
         table = IdentifierTable.from_rows(rows, view="semantic", num_code_tokens=num_code_tokens)
-        return table.require_docids()
+        return [table.require_docids()]
+
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """The tree of clusters of one size and, as those of k-means differ, a level more of two."""
+        leaf_size = min(self.leaf_size, corpus.passages)
+        splits = math.ceil(math.log(corpus.passages / leaf_size) / math.log(self.branching))
+        uneven = splits > 1 or splits == 1 and 3 * corpus.passages > leaf_size * self.branching
+        levels = (self.branching,) * (splits + (splits > 1)) + (leaf_size,)
+        mean = splits + 1 + uneven
+        table = TableSizes(corpus.passages, levels, closing=uneven, mean_length=mean)
+        return Sizes((table,), codes=sum(levels))
 
     def cluster(
         self, vectors: np.ndarray, seed: int

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
 
 
 @dataclass(frozen=True)
-class NaiveString:
+class NaiveString(Scheme):
     """The passage index in decimal, zero-padded to one width (Tay et al. 2022, naive strings).
 
     One code token a digit, the same ten at every position; pids of the corpus do not enter.
@@ -28,24 +24,26 @@ class NaiveString:
     def codes_by_position(self) -> bool:
         return self.by_position
 
-    def build(
-        self,
-        store: PassageStore,
-        *,
-        encode: Callable[[str], list[int]],
-        first_code_id: int,
-        seed: int,
-    ) -> IdentifierTable:
+    def build(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, digits of P-1]: first_code_id + digit, the highest digit first; by
         position first_code_id + 10 * position + digit."""
-        del encode, seed
-        if len(store) == 0:
+        count = len(material.store)
+        if count == 0:
             raise ValueError("the corpus has no passages to number")
-        width = len(str(len(store) - 1))
+        width, alphabets = self._digits(count)
         powers = 10 ** np.arange(width - 1, -1, -1)
-        digits = np.arange(len(store))[:, None] // powers % 10
-        alphabets = width if self.by_position else 1
-        first = first_code_id + 10 * (np.arange(width) % alphabets)
+        digits = np.arange(count)[:, None] // powers % 10
+        first = material.first_code_id + 10 * (np.arange(width) % alphabets)
         rows = (first + digits).astype(np.int32)
         table = IdentifierTable.from_rows(rows, view="string", num_code_tokens=10 * alphabets)
-        return table.require_docids()
+        return [table.require_docids()]
+
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """Ten choices a digit."""
+        width, alphabets = self._digits(corpus.passages)
+        return Sizes((TableSizes(corpus.passages, (10,) * width),), codes=10 * alphabets)
+
+    def _digits(self, count: int) -> tuple[int, int]:
+        """(digits of every number, alphabets of ten codes)."""
+        width = len(str(count - 1))
+        return width, width if self.by_position else 1

@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 
 from dgr_jax.model_dir import kept
-
-PAD_ID = 0
-EOS_ID = 1
-UNK_ID = 2
-FIRST_FREE_ID = UNK_ID + 1
+from dgr_jax.special_tokens import EOS_ID, PAD_ID
 
 _FORMAT = "dgr_jax identifier table"
 _VERSION = 1

@@ -5,25 +5,29 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.corpora import words
-from dgr_jax.identifiers.table import EOS_ID, UNK_ID, IdentifierTable
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
+from dgr_jax.identifiers.scheme import (
+    TITLE_TOKENS,
+    CorpusSize,
+    Material,
+    Scheme,
+    Sizes,
+    TableSizes,
+)
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.special_tokens import EOS_ID, UNK_ID
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Title:
+class Title(Scheme):
     """The first `max_tokens` tokens of the title, then EOS; of the text where there is no title, or
     one of characters that nobody sees or that have no token."""
 
@@ -32,14 +36,7 @@ class Title:
     def __post_init__(self) -> None:
         ranges.check(self, max_tokens=ranges.at_least(1))
 
-    def build(
-        self,
-        store: PassageStore,
-        *,
-        encode: Callable[[str], list[int]],
-        first_code_id: int,
-        seed: int,
-    ) -> IdentifierTable:
+    def build(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, <= max_tokens + 1] in the text vocabulary; nothing is drawn.
 
         A passage whose title and text show nothing has no row: an identifier of no token would be
@@ -49,7 +46,7 @@ class Title:
 
         Raises ValueError when no passage has a row.
         """
-        del first_code_id, seed
+        store, encode = material.store, material.encode
         if len(store) == 0:
             raise ValueError("the corpus has no passages to take titles from")
         tokens_of = lru_cache(maxsize=65_536)(
@@ -74,9 +71,14 @@ class Title:
                 "vocabulary has a token; expected one or more: look at the collection, or take "
                 "other identifiers (IDENTIFIERS)"
             )
-        return IdentifierTable.from_rows(
+        table = IdentifierTable.from_rows(
             rows[named], view="title", passages=named, num_passages=len(store), counts=counts
         )
+        return [table]
+
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """A title of its own for every passage, at most."""
+        return Sizes((TableSizes.of_text(corpus.passages, self.max_tokens, TITLE_TOKENS),))
 
     def _beginning(self, text: str) -> str:
         """Words enough for `max_tokens` tokens: one that is seen has at least one."""

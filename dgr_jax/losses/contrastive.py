@@ -19,15 +19,15 @@ scores, and pulls them there; sum_marg_lh is content with one, and lifts most th
 strongest already; lse_pair lifts most the weakest, as it asks that every positive stands above
 every negative.
 
-What holds for all of them:
+For all of them:
 
 - Scores may have any float type and are cast to float32. They must be finite where the mask is set,
   and may be anything, NaN and infinities included, where it is not. The loss and its gradient are
   finite as long as the differences of s fit into float32.
 - A masked passage contributes exactly 0 to the loss and to the gradient.
 - A query without a positive, or without a negative, gives 0 and a zero gradient.
-- The order of the passages changes nothing but which positive is the first.
-- `key` is read by rand1_lh alone.
+- The order of the passages decides only which positive is the first.
+- Only rand1_lh reads `key`.
 
 Settings are Python numbers, checked at trace time.
 """
@@ -43,7 +43,7 @@ from dgr_jax import ranges
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
-SETTINGS = {"temperature": ranges.above(0)}  # what the settings of all losses may be, by name
+SETTINGS = {"temperature": ranges.above(0)}  # the range of every loss's setting, by its name
 
 
 def single_lh(
@@ -56,7 +56,7 @@ def single_lh(
 ) -> jax.Array:
     """Softmax cross entropy of the first positive (as DPR, Karpukhin et al. 2020).
 
-    The other positives are left out, as if they were not in the batch.
+    The query's other positives are left out, as if they were not in the batch.
 
     Args:
       scores, positive_mask, mask: [B, N], see the module.
@@ -81,8 +81,8 @@ def rand1_lh(
 
     Args:
       scores, positive_mask, mask: [B, N], see the module.
-      key: of jax.random; the same key draws the same positives. The key of a training step is new
-        at each step and the same in a resumed run: so each epoch draws anew, reproducibly.
+      key: a key of jax.random; the same key draws the same positives. Training gives every step
+        another key, and a resumed run the same ones, so that each epoch draws anew, reproducibly.
       temperature: divides the scores.
 
     Returns:
@@ -106,11 +106,11 @@ def joint_lh(
     temperature: float = 1.0,
     per_positive: bool = False,
 ) -> jax.Array:
-    """-log of the likelihood that |P| draws from the softmax are the positives, each once.
+    """-log of the likelihood that |P| draws from the softmax give each positive once.
 
         |P| * LSE_{N and P}(s) - sum over P of s
 
-    It is at least |P| * log |P|, where all positives have equal scores, far above the negatives.
+    It is least, |P| * log |P|, where all positives have equal scores, far above the negatives.
 
     Args:
       scores, positive_mask, mask: [B, N], see the module.
@@ -161,7 +161,7 @@ def lse_pair(
     *,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """A smooth maximum over all pairs of how far a negative stands above a positive, at least 0.
+    """A smooth maximum of 0 and s_n - s_p, over all pairs of a negative n and a positive p.
 
         softplus(LSE_N(s) + LSE_P(-s)) = log(1 + sum over n, p of exp(s_n - s_p))
 
@@ -183,7 +183,7 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
 
 
 def _clean(scores, positive_mask, mask, temperature):
-    """(float32 scores / temperature below the highest, 0 where masked; positives; negatives)."""
+    """(float32 scores / temperature less the highest, 0 where masked; positives; negatives)."""
     if not scores.shape == positive_mask.shape == mask.shape:
         raise ValueError(
             "scores, positive_mask and mask must have one shape [B, N]; got "
@@ -193,14 +193,14 @@ def _clean(scores, positive_mask, mask, temperature):
         raise ValueError(f"temperature must be above 0; got {temperature!r}")
     mask, positive = mask.astype(bool), positive_mask.astype(bool)
     s = jnp.where(mask, scores.astype(jnp.float32), 0.0) / temperature
-    # No loss changes with a common shift. Of large scores, a sum of exponentials would lose the
-    # logarithm to rounding.
+    # A common shift of all scores changes no loss. Without it, rounding would make the logarithm of
+    # a sum of exponentials of large scores useless.
     highest = jax.lax.stop_gradient(jnp.max(jnp.where(mask, s, _LOWEST), -1, keepdims=True))
     return jnp.where(mask, s - highest, 0.0), mask & positive, mask & ~positive
 
 
 def _of_one(s, chosen, negative):
-    """Cross entropy of the chosen passage among it and the negatives."""
+    """Cross entropy of the chosen passage, in the softmax over it and the negatives."""
     score = jnp.sum(jnp.where(chosen, s, 0.0), -1)
     return _usable(jax.nn.softplus(_lse(s, negative) - score), chosen, negative)
 
@@ -212,4 +212,5 @@ def _lse(s, chosen):
 
 
 def _usable(loss, positive, negative):
+    """The loss, 0 for a query without a positive or without a negative."""
     return jnp.where(jnp.any(positive, -1) & jnp.any(negative, -1), loss, 0.0)

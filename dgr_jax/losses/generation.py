@@ -1,9 +1,9 @@
 """Losses of generated tokens, computed in float32 from logits of any float type.
 
-The vocabulary axis V is the large one. It is only ever read by reductions, which XLA fuses with
-the cast or comparison that feeds them, so that under jit neither a one-hot array nor a float32 copy
-of the logits exists. The target is picked by a reduction and not by a gather: logits sharded along
-V then need a sum over devices only.
+The vocabulary axis V is the large one. Only reductions read it, which XLA fuses with the cast or
+comparison before them, so that under jit neither a one-hot array nor a float32 copy of the logits
+exists. The target's logit is selected by a reduction and not by a gather, so that logits sharded
+along V need no more than a sum over devices.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def cross_entropy(
 
     The smoothed target gives 1 - label_smoothing to the right token and the rest in equal parts to
     the V - 1 others, as in T5 (Raffel et al. 2020; Szegedy et al. 2016). The entropy of that target
-    is subtracted, so that a perfect prediction costs 0. z_loss * log(Z)^2 is added for every token,
-    Z being the softmax's normaliser; T5's value is 1e-4.
+    is subtracted, so that the loss of a perfect prediction is 0. z_loss * log(Z)^2 is added for
+    every token, where Z is the softmax's normaliser; T5's z_loss is 1e-4.
 
     Args:
       logits: float [..., V], finite.
       targets: int [...], token ids.
-      weights: f32 [...], 0 where padding.
+      weights: f32 [...], 0 at padding.
       label_smoothing: in [0, 1).
       z_loss: 0 turns it off.
 

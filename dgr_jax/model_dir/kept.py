@@ -1,10 +1,10 @@
-"""What is kept is what was written: sizes and hashes of files, compared when they are opened.
+"""Whether files are as they were written: sizes and hashes, compared when a file is opened.
 
-A folder that was made whole has a list of its files: `files_made` in the stage.json of a stage, or
-a files_made.json of its own (a checkpoint, the runs of a system). Sizes are compared at every
-opening and contents once: a file whose size and times of change are those of an earlier look is not
-read again. What was looked at is remembered in the process and, where it is large and MODEL_DIR can
-be written, in MODEL_DIR/checked.json. A file that no list names is opened as it is.
+A finished folder has a list of its files: `files_made` in the stage.json of a stage, or a
+files_made.json of its own (a checkpoint, the runs of a system). Sizes are compared at every opening
+and contents once: a file with the size and the times of change of an earlier check is not read
+again. Checks are remembered in the process and, for large files where MODEL_DIR can be written, in
+MODEL_DIR/checked.json. A file that no list names is opened without a check.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RECORD, KEY = "stage.json", "files_made"
 MANIFEST = "files_made.json"
 MEMORY = "checked.json"
-# Of a stage: what is added later, and what nothing of ours reads once the stage is done.
+# Files of a stage that no list names: they are added later, or nothing reads them once it is done.
 APART = (RECORD, "runs", "tfds", "tensorboard")
 UNFINISHED = (
     "*.partial*",
@@ -42,11 +42,11 @@ UNFINISHED = (
     "*checkpoint-tmp*",
     ".nfs*",
 )
-LARGE = 1 << 20  # bytes from which a look is remembered in MODEL_DIR
-HUGE = 4 << 30  # bytes from which a look takes so long that it is said
-_JUST_CHANGED = 100_000_000  # nanoseconds in which another change may get the same time
+LARGE = 1 << 20  # bytes from which the check of a file is remembered in MODEL_DIR
+HUGE = 4 << 30  # bytes from which a check takes so long that it is logged
+_JUST_CHANGED = 100_000_000  # nanoseconds within which two changes may get the same time
 
-# What reading a file of the wrong contents raises.
+# The errors that reading a file with wrong contents raises.
 UNREADABLE = (
     ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
     zipfile.BadZipFile, zlib.error, struct.error,
@@ -57,7 +57,7 @@ _Look = tuple[int, int, int, str]  # bytes, times of change of contents and of s
 
 
 class Damaged(ValueError):
-    """A file is not as it was written. what: the message without the advice."""
+    """A file was changed since it was written. what: the message without the advice."""
 
     def __init__(self, path: str | os.PathLike, problem: str) -> None:
         self.path = Path(path)
@@ -67,7 +67,7 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True)
 class _List:
-    """What a list says of the files of its folder."""
+    """A list of the files of its folder."""
 
     file: Path
     entries: Listed
@@ -84,15 +84,15 @@ _process = {"reads contents": True}
 
 
 def leave_contents_to_others() -> None:
-    """This process compares sizes alone: one of several reads the contents for all."""
+    """From now on this process compares sizes alone: another process reads the contents for all."""
     _process["reads contents"] = False
 
 
 def sign(folder: str | os.PathLike, skip: Sequence[str] = APART) -> Listed:
-    """Relative name -> bytes and sha256 of every file in a folder that was made whole.
+    """Relative name -> bytes and sha256 of every file in a finished folder.
 
-    skip: names in the folder itself that are left out; unfinished files are everywhere. Of a folder
-    with a manifest of its own, the manifest alone is named: it stands for the rest.
+    skip: names in the folder itself that are left out. Unfinished files are left out everywhere. A
+    sub-folder with a manifest of its own is represented by the manifest alone.
     """
     folder = Path(folder)
     return {
@@ -126,12 +126,12 @@ def _digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Gives a folder that is whole a list of its own."""
+    """Gives a finished folder a list of its own."""
     _write_json(folder / MANIFEST, {KEY: sign(folder, skip=())})
 
 
 def adopt(written: Path, path: Path) -> None:
-    """Gives a new file its name, once the manifest of its folder says what is in it."""
+    """Gives a new file its final name, after adding it to the manifest of the folder."""
     manifest = path.parent / MANIFEST
     try:
         entries = _read_list(manifest) or {}
@@ -148,13 +148,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def opened(path: str | os.PathLike) -> Path:
-    """The path of a file that is as it was written, as far as a list says. Raises Damaged."""
+    """The path of a file; raises Damaged where a list names it and it was changed since then."""
     is_listed(path)
     return Path(path)
 
 
 def is_listed(path: str | os.PathLike) -> bool:
-    """Whether a list names the file, which then is as it was written. Raises Damaged otherwise."""
+    """Whether a list names the file; raises Damaged where it does and the file was changed."""
     path = Path(path)
     listed, name = _list_above(path)
     if listed is None or name not in listed.entries:
@@ -165,7 +165,7 @@ def is_listed(path: str | os.PathLike) -> bool:
 
 
 def whole(folder: str | os.PathLike) -> None:
-    """Raises Damaged for the first file in a folder, or below, that is not as its list says."""
+    """Raises Damaged for the first file in a folder, or below it, that its list does not match."""
     folder = Path(folder)
     with _memory(folder) as looks:
         _compare_all(folder, looks)
@@ -187,7 +187,7 @@ def _compare_all(folder: Path, looks: list[str]) -> None:
 
 
 def listed_in(folder: str | os.PathLike) -> list[str]:
-    """Names, relative to a folder, of the files in it that a list above names."""
+    """Names, relative to a folder, of the files in it that the nearest list above names."""
     folder = Path(folder)
     listed, name = _list_above(folder / "any")
     if listed is None:
@@ -197,10 +197,10 @@ def listed_in(folder: str | os.PathLike) -> list[str]:
 
 
 def clear(folder: Path) -> None:
-    """Takes away what a damaged stage has made, so that it is made again.
+    """Removes the output of a damaged stage, so that it is made again.
 
-    Whole checkpoints stay, with the metrics of their run: training goes on from them. The others
-    are set aside. Files that the stage did not make stay.
+    Undamaged checkpoints stay, with the metrics of their run, and training goes on from them. The
+    damaged ones are renamed. Files that the stage did not make stay.
     """
     stays: set[str] = set()
     for name in listed_in(folder):
@@ -228,7 +228,8 @@ def _remove(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Names a damaged folder <name>.damaged, or .damaged.2 ..., where it is there; -> its place."""
+    """Renames a damaged folder, if it exists, to <name>.damaged, or .damaged.2 ... where that name
+    is taken; returns the new path."""
     aside, count = folder.with_name(f"{folder.name}.damaged"), 1
     while aside.exists():
         count += 1
@@ -240,7 +241,7 @@ def set_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike) -> Iterator[Path]:
-    """The file, opened; what reading it raises because of what is in it becomes Damaged."""
+    """A context with the checked path of a file; in it, errors of wrong contents become Damaged."""
     path = opened(path)
     try:
         yield path
@@ -258,7 +259,7 @@ def reading(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
-    """What a JSON file holds. Raises Damaged where it is no JSON, or not of this kind."""
+    """The value in a JSON file. Raises Damaged where it is no JSON, or of another type."""
     with reading(path) as file:
         value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, kind):
@@ -279,13 +280,13 @@ def _list_above(path: Path) -> tuple[_List | None, str]:
                 continue
             if entries is not None:
                 return _List(file, entries), path.relative_to(parent).as_posix()
-            return None, ""  # a stage that is not done, or older than lists
+            return None, ""  # a stage that is not done, or that was made before there were lists
     return None, ""
 
 
 def _read_list(file: Path) -> Listed | None:
-    """The entries of a list; None of a stage without one. Raises Damaged for a manifest that is
-    none."""
+    """The entries of a list; None for a stage without one. Raises Damaged for an unreadable
+    manifest."""
     status = file.stat()
     mark = (status.st_size, status.st_mtime_ns, status.st_ino)
     if file in _lists and _lists[file][0] == mark:
@@ -308,13 +309,15 @@ def _read_list(file: Path) -> Listed | None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is of a file in the folder of its list: what is listed may be removed."""
+    """Whether a name stays in the folder of its list, for `clear` removes what is listed."""
     return not os.path.isabs(name) and ".." not in Path(name).parts
 
 
 def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
-    """The file's name where its contents were read. Raises Damaged where it is not as it was
-    written, by its entry in a list."""
+    """Compares a file with its entry in a list; returns its name if the contents were read.
+
+    Raises Damaged where the two differ.
+    """
     size, sha256 = written.get("bytes"), written.get("sha256")
     try:
         status = path.stat()
@@ -342,12 +345,12 @@ def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
 
 
 def _stage_of(path: Path) -> Path | None:
-    """The folder of the stage of a file; None of a file elsewhere."""
+    """The folder of the stage that a file belongs to; None for a file of no stage."""
     return next((parent for parent in path.parents if (parent / RECORD).is_file()), None)
 
 
 def _model_dir_of(path: Path) -> Path | None:
-    """The MODEL_DIR of a file of a stage; None of a file elsewhere."""
+    """The MODEL_DIR of a file; None for a file of no stage."""
     stage = _stage_of(path)
     if stage is None:
         return None
@@ -355,7 +358,7 @@ def _model_dir_of(path: Path) -> Path | None:
 
 
 def _advice(path: Path) -> str:
-    """How a file of a MODEL_DIR is made again."""
+    """The end of a message, which says how to make a file of a MODEL_DIR again."""
     folder, stage = _model_dir_of(path), _stage_of(path)
     if folder is None or stage is None:
         return ""
@@ -363,14 +366,15 @@ def _advice(path: Path) -> str:
     with contextlib.suppress(OSError):
         if re.search(rb"^PseudoQueries\.model_dir", (folder / "config.gin").read_bytes(), re.M):
             command = "pseudo_queries"
-    # Nobody notices damage in a stage without a list, which is older than lists.
+    # Without a list, which older stages lack, the command would not notice the damage by itself.
     before = "" if _read_list(stage / RECORD) is not None else f"Remove {stage}, then "
     return f". {before}`python -m dgr_jax.{command} --model_dir={folder}` makes it again"
 
 
 @contextlib.contextmanager
 def _memory(folder: Path) -> Iterator[list[str]]:
-    """Knows what other processes have looked at, and keeps for them the names put into the list."""
+    """A context with a list for the names of checked files; reads the checks that other processes
+    remembered in MODEL_DIR, and adds those of large files in the list."""
     place = _model_dir_of(folder / "any")
     if place is not None and place not in _remembered:
         _remembered.add(place)
@@ -388,7 +392,7 @@ def _memory(folder: Path) -> Iterator[list[str]]:
 
 
 def _remembered_in(place: Path) -> dict[str, _Look]:
-    """The looks that MODEL_DIR/checked.json holds; none where it cannot be read."""
+    """The checks that MODEL_DIR/checked.json holds; none where it cannot be read."""
     try:
         looks = json.loads((place / MEMORY).read_text(encoding="utf-8"))
         return {name: (int(a), int(b), int(c), str(d)) for name, (a, b, c, d) in looks.items()}

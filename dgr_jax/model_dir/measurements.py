@@ -1,4 +1,4 @@
-"""What was measured of a finished run, kept beside it."""
+"""Files of measurements, kept beside the run that they are of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """What was measured of a finished run, {} where there is nothing that can be read."""
+    """The measurements in a file; {} where it is missing or cannot be read."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -18,7 +18,7 @@ def read_kept(path: Path) -> dict[str, Any]:
 
 
 def write_kept(path: Path, measured: Mapping[str, Any]) -> None:
-    """Keeps what was measured beside the run; a file appears whole or not at all."""
+    """Writes measurements to a file, which appears whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(measured, indent=1), encoding="utf-8")
     partial.replace(path)

@@ -1,7 +1,7 @@
-"""What the stages of a MODEL_DIR say of themselves: stage.json in the folder of each.
+"""The records of a MODEL_DIR's stages: stage.json in the folder of each.
 
-A stage that is made again with other settings leaves its last whole version in MODEL_DIR/previous,
-where readers find it meanwhile.
+While a stage is made again with other settings, its last finished version lies in
+MODEL_DIR/previous, where readers find it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dgr_jax.settings import fingerprint
 
 RECORD = "stage.json"
 PREVIOUS = "previous"
-SWAP = ".swap"  # after the name of a stage in PREVIOUS, while two versions change places
-STUDENT = "student.json"  # what a reader needs to know of a trained model, beside its checkpoints
+SWAP = ".swap"  # ends the name of a stage in PREVIOUS while two versions change places
+STUDENT = "student.json"  # beside a trained model's checkpoints: what a reader needs to know of it
 
-_SWAPPING = 1.0  # seconds within which a writer that makes room has put a folder in its place
+_SWAPPING = 1.0  # seconds within which a writer has exchanged two versions of a stage
 _PAUSE = 0.05
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """stage.json of a folder, {} when it has none or an unreadable one."""
+    """The contents of a folder's stage.json; {} when there is none or it cannot be read."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -35,14 +35,14 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(folder: Path, **values: Any) -> None:
-    """Replace stage.json whole."""
+    """Replaces stage.json as a whole."""
     temporary = folder / f"{RECORD}.partial"
     temporary.write_text(json.dumps(values, indent=1, sort_keys=True), encoding="utf-8")
     temporary.replace(folder / RECORD)
 
 
 def is_made_from(record: dict[str, Any], settings: Any) -> bool:
-    """Whether a stage, finished or not, is one of these settings."""
+    """Whether a stage, finished or not, was made from these settings."""
     if not record:
         return False
     asked = as_recorded(settings, record.get("settings"))
@@ -50,14 +50,17 @@ def is_made_from(record: dict[str, Any], settings: Any) -> bool:
 
 
 def is_done(folder: Path, settings: Any) -> bool:
-    """Whether the folder holds the finished output of these settings."""
+    """Whether the folder holds a finished stage that was made from these settings."""
     record = read_record(folder)
     return record.get("status") == "done" and is_made_from(record, settings)
 
 
 def as_recorded(settings: Any, recorded: Any) -> Any:
-    """The settings without signatures of files that were not yet signed when the stage was made,
-    and with losses by their full names, where these were recorded."""
+    """The settings in the form in which an older stage may have recorded them.
+
+    They lack the signatures of files that were not yet signed when the stage was made, and name
+    losses by their full names, where the record does.
+    """
     if isinstance(settings, list) and isinstance(recorded, list) and len(settings) == len(recorded):
         return [as_recorded(*pair) for pair in zip(settings, recorded, strict=True)]
     if isinstance(settings, str) and str(recorded).startswith("dgr_jax.losses."):
@@ -78,13 +81,15 @@ def as_recorded(settings: Any, recorded: Any) -> Any:
 
 
 def are_same(old: Any, new: Any) -> bool:
-    """Whether two stages are of the same settings, as far as both have signed their files."""
+    """Whether two stages have the same settings; files count that both have signed."""
     return fingerprint(as_recorded(old, new)) == fingerprint(as_recorded(new, old))
 
 
 def changed_settings(old: Any, new: Any) -> list[str]:
-    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'; of files,
-    those that both have signed."""
+    """Names of the settings that differ, as paths such as 'prepare.sources.labelled'.
+
+    Of files, only those count that both have signed.
+    """
     return _changed(as_recorded(old, new), as_recorded(new, old))
 
 
@@ -102,7 +107,8 @@ def _changed(old: Any, new: Any, at: str = "") -> list[str]:
 class Answering:
     """A trained student and the prepare stage that it was trained on.
 
-    aside: they are not those of the newest settings, or another student would be better; why.
+    aside: the reason why they are not those of the newest settings, or why a better student does
+      not answer; blank where there is none.
     """
 
     student: Path
@@ -117,11 +123,12 @@ class Answering:
 
 
 def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
-    """The first of these systems, best first, that is whole, with the prepare stage that it was
-    trained on: in MODEL_DIR or, while one of them is made again, in MODEL_DIR/previous.
+    """The first of these systems, best first, that is trained, with the prepare stage that it was
+    trained on.
 
-    Raises FileNotFoundError where none is trained, ValueError where the identifiers that they were
-    trained on are not there any more; both say what is being made.
+    Both are looked for in MODEL_DIR and, while one of them is made again, in MODEL_DIR/previous.
+    Raises FileNotFoundError where none is trained, and ValueError where the identifiers that they
+    were trained on do not exist any more; both messages name a process that writes meanwhile.
     """
     deadline = time.monotonic() + _SWAPPING
     while True:
@@ -129,7 +136,7 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
         for name in systems:
             if answer := _whole(model_dir, name, systems, strangers):
                 return answer
-        # A writer that makes room for a stage moves two folders, one after the other.
+        # A writer that exchanges two versions of a stage moves two folders, one after the other.
         if not (writer := writer_lock.holder(model_dir)) or time.monotonic() > deadline:
             break
         time.sleep(_PAUSE)
@@ -145,7 +152,7 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
 
 
 def _stranger(student: Path, prepared: Path, command: str) -> str:
-    """Why a student does not answer, and what mends it."""
+    """A message on why a student cannot answer, and which command mends it."""
     record = read_record(prepared)
     was = _prepare_settings(read_record(student).get("settings"))
     if record.get("status") != "done" and are_same(record.get("settings"), was):
@@ -159,8 +166,8 @@ def _stranger(student: Path, prepared: Path, command: str) -> str:
 def _whole(
     model_dir: Path, name: str, systems: Sequence[str], strangers: list[Path]
 ) -> Answering | None:
-    """The newest whole version of a system whose prepare stage is there; versions whose prepare
-    stage is not are added to `strangers`."""
+    """The newest finished version of a system whose prepare stage exists; versions whose prepare
+    stage does not are added to `strangers`."""
     for student in _versions(model_dir, name):
         record = read_record(student)
         if not (student / STUDENT).is_file() or record.get("status", "done") != "done":
@@ -175,7 +182,7 @@ def _whole(
 
 
 def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:
-    """Where a stage, and what it was before, may lie."""
+    """The folders that may hold a stage or an earlier version of it."""
     aside = model_dir / PREVIOUS
     return model_dir / stage, aside / stage, aside / f"{stage}{SWAP}"
 
@@ -184,7 +191,7 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
     """The folder with the prepare stage that a stage was made from."""
     settings = _prepare_settings(record.get("settings"))
     folders = _versions(model_dir, "prepare")
-    if settings is None:  # made without a pipeline, which compares nothing
+    if settings is None:  # made without a pipeline, so that there is nothing to compare
         return folders[0]
     for folder in folders:
         prepared = read_record(folder)
@@ -194,8 +201,10 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
 
 
 def _prepare_settings(settings: Any) -> dict[str, Any] | None:
-    """What the prepare stage before a stage was asked to do; settings hold those of all stages
-    before them, each under its name."""
+    """The settings of the prepare stage within those of a later stage.
+
+    A stage's settings hold those of all stages before it, each under its name.
+    """
     if not isinstance(settings, dict):
         return None
     own = settings.get("prepare")
@@ -208,7 +217,7 @@ def _prepare_settings(settings: Any) -> dict[str, Any] | None:
 def _aside(
     model_dir: Path, name: str, systems: Sequence[str], student: Path, prepared: Path
 ) -> str:
-    """Why this student is not the one that a user would expect, blank where it is."""
+    """The reason why this student is not the one that a user would expect; blank where it is."""
     reasons = []
     if name != systems[0]:
         reasons.append(f"{name} answers, as {systems[0]} is not trained yet")
@@ -226,7 +235,8 @@ def _aside(
 
 
 def _differences(student: Path, prepared: Path) -> str:
-    """Names of the settings that differ between what a student was trained on and what is there."""
+    """Names of up to three settings in which the prepare stage that a student was trained on
+    differs from the one in a folder, in brackets; blank where none does."""
     was = _prepare_settings(read_record(student).get("settings"))
     now = read_record(prepared).get("settings")
     names = changed_settings(was, now) if was and now else []

@@ -1,4 +1,4 @@
-"""Versions of what makes results: kept with what was made, compared when it is used again."""
+"""Versions of the libraries behind a result: kept with it, and compared when it is used again."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def here() -> dict[str, str]:
 
 
 def changes(before: Mapping[str, str]) -> list[str]:
-    """What has another version now than before, such as "jax 0.9 (now 0.10)"; what is absent now
-    took no part."""
+    """The libraries whose version is another now than before, such as "jax 0.9 (now 0.10)".
+
+    A library that is not installed now has no part in what comes, and is left out.
+    """
     now = here()
     return [
         f"{name} {version} (now {now[name]})"

@@ -1,8 +1,9 @@
-"""One writer at a time in a MODEL_DIR; readers wait for nobody.
+"""One writer at a time in a MODEL_DIR; readers do not wait.
 
-The writer holds a record lock (fcntl) on `.lock` in the folder, which the system takes back when
-the process ends, however it ends: a lock of a dead writer is no lock. NFS passes such locks on to
-its server; a file system that cannot lock is named in a warning. The file says who holds it.
+The writer holds a record lock (fcntl) on the file `.lock` in the folder, which says who holds it.
+The operating system frees the lock when the process ends, however it ends, so that a dead writer
+blocks nobody. NFS passes such locks on to its server; on a file system without locks a warning says
+so.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from typing import IO
 logger = logging.getLogger(__name__)
 
 FILE = ".lock"
-PATIENCE = 1.0  # seconds that a writer waits for a lock, such as one that a reader looks at
+PATIENCE = 1.0  # seconds that a writer waits for a lock; a reader may hold it for a moment
 _PAUSE = 0.05
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # of a folder that cannot be written
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a folder that cannot be written
 _HELD_BY_OTHERS = (errno.EAGAIN, errno.EACCES)
 
-# Closing any descriptor of a file gives up the locks that this process has on it: while a file is
-# held, nothing else here opens it.
+# Closing any descriptor of a file frees all locks that the process has on it. So while a lock file
+# is held, this module does not open it a second time.
 _held: dict[Path, IO[str] | None] = {}
-_new: set[Path] = set()  # those of them that were made for the lock
+_new: set[Path] = set()  # the held folders that were created for the lock
 
 
 class Locked(ValueError):
@@ -40,10 +41,10 @@ class Locked(ValueError):
 
 
 def take(folder: str | Path) -> None:
-    """Makes this process the only writer of a folder, which is made, until `release` or its end.
+    """Makes this process the only writer of a folder until `release` or the end of the process.
 
-    Nothing happens where it is already, or where the folder cannot be written anyway.
-    Raises Locked naming the process that holds it.
+    The folder is created if it is absent. Nothing happens where this process is the writer already,
+    or where the folder cannot be written anyway. Raises Locked naming the process that holds it.
     """
     place = Path(folder).resolve()
     if place in _held:
@@ -66,8 +67,10 @@ def take(folder: str | Path) -> None:
 
 
 def release(folder: str | Path) -> None:
-    """Lets other processes write; nothing happens where this one does not hold the folder. A folder
-    that `take` made goes again if nothing was written into it."""
+    """Lets other processes write again; nothing happens where this one does not hold the folder.
+
+    A folder that `take` created is removed if nothing was written into it.
+    """
     place = Path(folder).resolve()
     file = _held.pop(place, None)
     if file is not None:
@@ -82,7 +85,7 @@ def release(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """`take` a folder, or go on with what this process has taken; it is released afterwards."""
+    """A context in which this process holds a folder, which is released afterwards."""
     take(folder)
     try:
         yield
@@ -91,8 +94,10 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def holder(folder: str | Path) -> str:
-    """Who writes into the folder now, such as "process 12 on host since ... (command)"; blank where
-    nobody does, or where that cannot be told."""
+    """The process that writes into the folder, such as "process 12 on host since ... (command)".
+
+    Blank where none does, or where that cannot be found out.
+    """
     place = Path(folder).resolve()
     if place in _held:
         return "this process"
@@ -106,10 +111,10 @@ def holder(folder: str | Path) -> str:
 
 
 def _locked(place: Path) -> IO[str] | None:
-    """The lock's file, locked; None where its file system has no locks.
+    """The lock file, opened and locked; None where its file system has no locks.
 
-    A writer removes the file before it gives up the lock, so what is locked may be a file that is
-    not in the folder any more: then the one that is there is asked for.
+    A writer removes the file before it frees the lock. So the locked file may not be in the folder
+    any more, and then the lock of the file that is there is tried.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -143,9 +148,9 @@ def _locked(place: Path) -> IO[str] | None:
 
 
 def _take_over(place: Path) -> None:
-    """Removes what a dead writer of another user has left, a file that this one may not write into.
+    """Removes the lock file of a dead writer of another user, which this user may not write into.
 
-    Raises Locked where that writer lives, or where that cannot be told.
+    Raises Locked where that writer lives, or where that cannot be found out.
     """
     lock, writer = place / FILE, holder(place)
     if not writer and os.access(lock, os.R_OK):
@@ -156,7 +161,11 @@ def _take_over(place: Path) -> None:
 
 
 def _locked_by(place: Path, writer: str) -> Locked:
-    """Of a host that is gone, some file servers keep the locks."""
+    """The error for a locked folder.
+
+    Some file servers keep the lock of a host that is gone, so for a writer on another host the
+    message says which file to remove.
+    """
     here = f" on {socket.gethostname()} since " in writer
     gone = "" if here else f"; if it has ended, remove {place / FILE}"
     return Locked(
@@ -174,7 +183,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _try(file: IO[str], *, shared: bool = False) -> bool:
-    """Whether the lock of an open file could be had. Raises OSError where there are no locks."""
+    """Whether the lock of an open file was obtained. Raises OSError where there are no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -189,7 +198,7 @@ def _try(file: IO[str], *, shared: bool = False) -> bool:
 
 
 def _try_region(file: IO[str]) -> bool:
-    """The same with the locks of Windows, on a byte behind what the file says."""
+    """`_try` with the locks of Windows, on a byte beyond the text of the file."""
     import msvcrt
 
     file.seek(1 << 20)
@@ -213,9 +222,7 @@ def _this_process() -> dict[str, str | int]:
 
 def _described(text: str) -> str:
     try:
-        told = json.loads(text)
-        return (
-            f"process {told['process']} on {told['host']} since {told['since']} ({told['command']})"
-        )
+        it = json.loads(text)
+        return f"process {it['process']} on {it['host']} since {it['since']} ({it['command']})"
     except (ValueError, KeyError, TypeError):
         return "another process"

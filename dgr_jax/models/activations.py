@@ -1,4 +1,4 @@
-"""How what goes from layer to layer is cut over the devices that share a model."""
+"""How the activations between layers are divided over the devices that share a model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 
 def cut(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """x, with a constraint that cuts each dimension as the rules in force say of its logical axis.
+    """x, constrained so that each dimension is divided as the rules say for its logical axis.
 
-    The mesh is the one in force in JAX (`jax.sharding.use_abstract_mesh`, or that of a `shard_map`
-    around), the rules are those of `nn.logical_axis_rules`; without rules, nothing is constrained.
-    A dimension stays whole over mesh axes that a `shard_map` has cut already, and where the mesh
-    axes do not divide it, as with parameters.
+    The mesh is JAX's current one (that of `jax.sharding.use_abstract_mesh`, or of an enclosing
+    `shard_map`), the rules those of `nn.logical_axis_rules`; without rules, x has no constraint.
+    A dimension is not divided over mesh axes over which a `shard_map` has divided it already, nor
+    where its size is no multiple of theirs, which holds for parameters too.
 
-    axes: the logical axis of each dimension; None: whole on every device.
+    axes: the logical axis of each dimension; None for one that is whole on every device.
     """
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
     if not rules:

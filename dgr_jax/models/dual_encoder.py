@@ -1,10 +1,10 @@
-"""A dual encoder on T5's encoder: queries and passages become vectors, a score is their product.
+"""A dual encoder on T5's encoder: queries and passages become vectors, whose product is the score.
 
 Axis letters: B texts, Q their length, D model width, d vector width.
 
-Names of the parameters: a tower's encoder and embedding are those of `t5.Transformer`, so that the
-weights of any T5 fit (see `start_from`). A shared tower stands under "shared", separate ones under
-"query" and "passage":
+A tower's encoder and embedding have the parameter names of `t5.Transformer`, so that the weights of
+any T5 fit (see `start_from`). The parameters of a shared tower are under "shared", those of
+separate towers under "query" and "passage":
 
     shared/t5/token_embedder/embedding  shared/t5/encoder/...  shared/projection/kernel [D, d]
 """
@@ -32,11 +32,11 @@ NARROWEST, WIDEST = 16, 1024
 class DualEncoderConfig:
     """Shape of a dual encoder.
 
-    t5: sizes of the encoder, that of the student it is compared with; its decoder is not built.
-    shared: one tower for queries and passages; False: two of the same shape.
-    pooling: 'mean' over the tokens of a text, or its 'first' token.
-    projection: width d of the vectors, 16 to 1024, by a learned matrix; 0: the model's width.
-    similarity: 'dot' product, or 'cosine'.
+    t5: sizes of the encoder, usually those of the student it is compared with; no decoder is built.
+    shared: True: one tower for queries and passages; False: two towers of the same shape.
+    pooling: a text's vector is the 'mean' over its tokens, or that of its 'first' token.
+    projection: a learned matrix makes vectors of this width d, 16 to 1024; 0 leaves the model's.
+    similarity: the score is the 'dot' product of the vectors, or their 'cosine'.
     temperature: divides the scores, in training and in search (small for 'cosine': about 0.02).
     """
 
@@ -75,10 +75,10 @@ class Tower(nn.Module):
     def setup(self) -> None:
         self.t5 = Transformer(self.config.t5)
         if self.config.projection:
-            self.projection = layers.Dense(self.config.projection, ("embed", "kv"))
+            self.projection = layers.Projection(self.config.projection, ("embed", "kv"))
 
     def __call__(self, tokens: jax.Array, deterministic: bool) -> jax.Array:
-        """int32 [B, Q] -> f32 [B, d]; a text without tokens has the vector 0 unless 'first'."""
+        """int32 [B, Q] -> f32 [B, d]; by 'mean' pooling a text without tokens has the vector 0."""
         encoded = self.t5.encode(tokens, deterministic)
         x = _pool(encoded.astype(jnp.float32), tokens > 0, self.config.pooling)
         if self.config.projection:
@@ -97,14 +97,15 @@ def _pool(encoded: jax.Array, valid: jax.Array, pooling: str) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1; the vector 0, of an empty text, stays and has a finite gradient."""
+    """The vectors scaled to length 1; the vector 0, of an empty text, stays, with a finite
+    gradient."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-12))
 
 
 class DualEncoder(nn.Module):
     """Score of a query and a passage: the dot product of their vectors.
 
-    The vector of a query carries the temperature, so that training and any search by inner product
+    A query's vector is divided by the temperature, so that training and any search by inner product
     have the same scores.
     """
 
@@ -142,7 +143,7 @@ def scores(queries: jax.Array, passages: jax.Array) -> jax.Array:
 def start_from(params: Mapping[str, Any], t5_params: Mapping[str, Any]) -> dict[str, Any]:
     """`params` of a DualEncoder with the embedding and encoder of a T5 in each of its towers.
 
-    t5_params: as `pretrained.read_hf` gives them, or a student's; a decoder in it is not used.
+    t5_params: those of `pretrained.read_hf` or of a student; a decoder among them is not used.
     The projections stay as they are. Raises ValueError where a name or a shape does not fit.
     """
     taken = {name: t5_params[name] for name in ("token_embedder", "encoder") if name in t5_params}
@@ -157,7 +158,7 @@ def start_from(params: Mapping[str, Any], t5_params: Mapping[str, Any]) -> dict[
 
 
 def _differences(expected: Any, got: Any) -> list[str]:
-    """What is missing, left over or of another shape."""
+    """A line for every leaf that is missing, left over or of another shape."""
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
         for leaves in (jax.tree_util.tree_leaves_with_path(tree) for tree in (expected, got))

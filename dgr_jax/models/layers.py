@@ -39,11 +39,11 @@ class RMSNorm(nn.Module):
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, F] -> [..., F], whose gradients are products of matrices too.
+    """x [..., I] @ kernel [I, F] -> [..., F], with gradients that are plain products of matrices.
 
-    The kernel's gradient, by JAX's own rule, is a product over all leading axes that is transposed
-    afterwards. XLA for CPUs then copies its operands transposed, and computes again in these copies
-    what made them: norms, dropout, activations.
+    JAX's own rule makes the kernel's gradient a product over all leading axes, transposed
+    afterwards. XLA for CPUs then makes transposed copies of its operands, for which it computes
+    the norms, dropout and activations before them a second time.
     """
     return jnp.dot(x, kernel)
 
@@ -61,7 +61,7 @@ def _product_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Ar
 product.defvjp(_product_forward, _product_backward)
 
 
-class Dense(nn.Module):
+class Projection(nn.Module):
     """x [..., I] @ kernel [I, F] -> [..., F], no bias; the kernel is float32, cast to dtype."""
 
     features: int
@@ -89,11 +89,11 @@ class MlpBlock(nn.Module):
         hidden = None
         for i, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{i}"
-            y = Dense(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
+            y = Projection(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
             y = y if activation == "linear" else getattr(nn, activation)(y)
             hidden = y if hidden is None else hidden * y
         hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
+        return Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
 def relative_buckets(
@@ -146,7 +146,7 @@ class RelativePositionBias(nn.Module):
 
 
 def _scaled_init(head_dim: int) -> Callable:
-    """T5 has no 1/sqrt(d) in its attention: the scale is in the query kernel's initial values."""
+    """T5's attention has no factor 1/sqrt(d); the query kernel's initial values hold it instead."""
 
     def init(key, shape, dtype=jnp.float32):
         return default_init(key, shape, dtype) / math.sqrt(head_dim)
@@ -157,8 +157,9 @@ def _scaled_init(head_dim: int) -> Callable:
 class Attention(nn.Module):
     """Projections and products of T5 attention: H heads of K = head_dim, D = emb_dim.
 
-    `__call__` takes keys and values with the leading axes of the queries; `shared` takes one set
-    of keys and values a query, [B, S, H, K], for all its R targets, and never repeats it.
+    `__call__` takes keys and values with the leading axes of the queries. `shared` takes one set of
+    keys and values for each query, [B, S, H, K], and uses it for all R targets without repeating
+    it.
     """
 
     num_heads: int
@@ -169,12 +170,12 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         project = functools.partial(
-            Dense, self.num_heads * self.head_dim, ("embed", "joined_kv"), self.dtype
+            Projection, self.num_heads * self.head_dim, ("embed", "joined_kv"), self.dtype
         )
         self.query = project(kernel_init=_scaled_init(self.head_dim))
         self.key = project()
         self.value = project()
-        self.out = Dense(self.emb_dim, ("joined_kv", "embed"), self.dtype)
+        self.out = Projection(self.emb_dim, ("joined_kv", "embed"), self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
     def _heads(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Parameters of layers one by one, and stacked as a scan over layers holds them."""
+"""Parameters of layers one by one, and stacked as a scan over layers needs them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 LAYERS = "layers"  # name of a scanned stack, and logical axis of the layers in its parameters
-LAYERS_AXIS = 1  # where that axis stands in every parameter of the stack, as in t5x
+LAYERS_AXIS = 1  # the place of that axis in every parameter of the stack, as in t5x
 
 
 def stack_layers(params: Any) -> Any:
-    """Parameters of a Transformer -> those of the same one with scan_layers.
+    """The parameters of a Transformer -> those of the same Transformer with scan_layers.
 
     encoder/layers_0/mlp/wo/kernel [F, D], encoder/layers_1/... -> encoder/layers/mlp/wo/kernel
     [F, layers, D]; norm scales [D] -> [D, layers]. Works on NumPy and JAX arrays, without boxes.
@@ -37,18 +37,17 @@ def _stacked(stack: str, part: Any) -> Any:
 
 
 def unstack_layers(params: Any) -> Any:
-    """Parameters of a Transformer with scan_layers -> those of the same one without; the way back
-    of `stack_layers`."""
+    """The inverse of `stack_layers`: parameters with scan_layers -> those without."""
     return {name: _unstacked(part) for name, part in params.items()}
 
 
 def _unstacked(part: Any) -> Any:
     if LAYERS not in part:
         return part
-    number = jax.tree.leaves(part[LAYERS])[0].shape[LAYERS_AXIS]
+    count = jax.tree.leaves(part[LAYERS])[0].shape[LAYERS_AXIS]
     take = lambda i: jax.tree.map(lambda leaf: leaf.take(i, axis=LAYERS_AXIS), part[LAYERS])
     rest = {name: leaf for name, leaf in part.items() if name != LAYERS}
-    return rest | {f"{LAYERS}_{i}": take(i) for i in range(number)}
+    return rest | {f"{LAYERS}_{i}": take(i) for i in range(count)}
 
 
 def _array_module(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of t5x (Roberts et al. 2022): its own layout and orbax's, here or in a bucket.
+"""Checkpoints of t5x (Roberts et al. 2022): its own layout and orbax's, local or in a bucket.
 
 A run's folder holds a folder `checkpoint_<step>` for each save. In t5x's own layout that holds a
 msgpack file `checkpoint`, of the tree
@@ -6,9 +6,9 @@ msgpack file `checkpoint`, of the tree
     {"version": 3, "optimizer": {"target": parameters,
                                  "state": {"step": n, "param_states": Adafactor's moments}}}
 
-in which an array of any size is a spec of tensorstore (driver zarr, gzip) whose path is relative to
-the folder. In orbax's layout the inner tree is its item `state`. Both are read and written here as
-flat dicts of arrays by name ("target/encoder/layers_0/mlp/wo/kernel").
+in which a large array is replaced by a spec of tensorstore (driver zarr, gzip) whose path is
+relative to the folder. In orbax's layout the inner tree is its item `state`. Both are read and
+written here as flat dicts of arrays by name ("target/encoder/layers_0/mlp/wo/kernel").
 
 The layers are named one by one ("encoder/layers_0/..."), or are scanned: stacked along axis 1 under
 one name ("encoder/encoder/..."), each with its own table of relative positions.
@@ -27,7 +27,6 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
@@ -37,12 +36,11 @@ Arrays = Mapping[str, np.ndarray]
 VERSION = 3
 LAYOUTS = ("t5x", "orbax")
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)")  # t5x's name of a step, and ours
-_ITEMS = ("", "state", "default", "params")  # where the tree may lie in a step's folder
-_PLACEHOLDER = "PLACEHOLDER://"  # of orbax before 2023: the rest is the array's folder
+_ITEMS = ("", "state", "default", "params")  # the folders of a step that may hold the tree
+_PLACEHOLDER = "PLACEHOLDER://"  # orbax before 2023 put this before the name of an array's folder
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 _CHUNK_BYTES = 64 * 2**20
-_LEAST_FACTORED = 128
-_STACKED = re.compile(r"(encoder|decoder)/(?:\1|layers)/(.+)")
+STACKED = re.compile(r"(encoder|decoder)/(?:\1|layers)/(.+)")
 _LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
 _BIAS = "relpos_bias/rel_embedding"
 
@@ -52,7 +50,7 @@ def find(source: str | Path, step: int | None = None) -> epath.Path:
 
     source: the folder of a run (its newest step, or `step`), of a step, or the file `checkpoint`.
 
-    Raises FileNotFoundError where there is none, with the steps that there are.
+    Raises FileNotFoundError where there is none; the message lists the existing steps.
     """
     folder = epath.Path(source)
     if folder.name == "checkpoint" and _item(folder.parent):
@@ -62,13 +60,13 @@ def find(source: str | Path, step: int | None = None) -> epath.Path:
     steps = _steps(folder)
     if not steps or (step is not None and step not in steps):
         wanted = "a checkpoint" if step is None else f"step {step}"
-        found = f"found steps {sorted(steps)}" if steps else "found none"
-        raise FileNotFoundError(f"{folder}: expected {wanted} of t5x or orbax; {found}")
+        existing = f"found steps {sorted(steps)}" if steps else "found none"
+        raise FileNotFoundError(f"{folder}: expected {wanted} of t5x or orbax; {existing}")
     return steps[max(steps) if step is None else step]
 
 
 def is_checkpoint(source: str | Path) -> bool:
-    """Whether `find` would find one."""
+    """Whether `find` finds a checkpoint."""
     folder = epath.Path(source)
     return bool(_item(folder) or _item(folder.parent) or _steps(folder))
 
@@ -81,7 +79,7 @@ def _steps(folder: epath.Path) -> dict[int, epath.Path]:
 
 
 def _item(folder: epath.Path) -> tuple[str, epath.Path] | None:
-    """(layout, folder of the tree) of a step's folder; None where it holds no checkpoint."""
+    """(layout, folder that holds the tree) of a step's folder; None where it is no checkpoint."""
     for name in _ITEMS:
         inside = folder / name if name else folder
         if (inside / "_METADATA").exists():
@@ -94,12 +92,12 @@ def _item(folder: epath.Path) -> tuple[str, epath.Path] | None:
 def read(source: str | Path, *, step: int | None = None, part: str = "target") -> dict[str, Any]:
     """The arrays below `part` of the tree, by name without it: "encoder/encoder_norm/scale" ...
 
-    source: as `find`; local, or a bucket (gs://, s3://). A tree without `target` (one of
-      parameters alone) is taken whole.
+    source: as that of `find`; local, or in a bucket (gs://, s3://). A tree without `target` is one
+      of parameters alone, and is taken whole.
     part: "target", or "state".
 
-    Raises FileNotFoundError as `find`, ValueError for a file of another format and with the names
-    of all arrays that cannot be read.
+    Raises FileNotFoundError as `find`, and ValueError for a file of another format and for arrays
+    that cannot be read, all of which it names.
     """
     folder = find(source, step)
     layout, inside = _item(folder)
@@ -113,7 +111,7 @@ def read(source: str | Path, *, step: int | None = None, part: str = "target") -
 
 
 def _unpacked(folder: epath.Path) -> dict[str, Any]:
-    """The tree of the file `checkpoint`; arrays outside it are specs."""
+    """The tree in the file `checkpoint`, in which specs stand for arrays outside the file."""
     path = folder / "checkpoint"
     content = path.read_bytes()
     if content.startswith(b"model_checkpoint_path"):
@@ -122,7 +120,7 @@ def _unpacked(folder: epath.Path) -> dict[str, Any]:
         )
     try:
         tree = flax.serialization.msgpack_restore(content)
-    except Exception as error:  # msgpack has no common class for what damage it finds
+    except Exception as error:  # msgpack has no common class for its errors
         raise ValueError(
             f"{path}: {len(content)} bytes that are no whole msgpack file "
             f"({type(error).__name__}): cut short, or of another format"
@@ -137,7 +135,7 @@ def _is_spec(_: Any, node: Any) -> bool:
 
 
 def _read_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of the file `checkpoint`: those outside it are read, all at once."""
+    """The leaves of the file `checkpoint` as arrays; those outside the file are read at once."""
     places = {name: place for name, leaf in leaves.items() if (place := _place(leaf))}
     opened = {name: _open(folder / place) for name, place in places.items()}
     arrays, faults = {}, []
@@ -157,10 +155,11 @@ def _read_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any
 
 
 def _place(leaf: Any) -> str | None:
-    """The folder, relative to the checkpoint's, of an array outside the file; None inside it."""
+    """The folder, relative to the checkpoint's, of an array outside the file `checkpoint`; None for
+    a leaf inside the file."""
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         return leaf.removeprefix(_PLACEHOLDER)
-    if isinstance(leaf, dict):  # the path stands beside the store in files of 2021
+    if isinstance(leaf, dict):  # files of 2021 have the path beside the store, not in it
         return (leaf["kvstore"].get("path") or leaf["path"]).strip("/")
     return None
 
@@ -180,7 +179,7 @@ def _first_line(error: Exception) -> str:
 def _open(path: epath.Path, **more: Any) -> ts.Future:
     spec = {"driver": "zarr", "kvstore": kvstore(path), **more}
     if not more:
-        spec["fill_missing_data_reads"] = False  # a lost file is no array of zeros
+        spec["fill_missing_data_reads"] = False  # a missing file must not be read as zeros
     return ts.open(spec, create=bool(more), open=True)
 
 
@@ -219,12 +218,12 @@ def write(
     *,
     layout: str = "t5x",
 ) -> epath.Path:
-    """Writes folder/checkpoint_<step>, that t5x restores; returns it.
+    """Writes folder/checkpoint_<step>, which t5x can restore, and returns its path.
 
-    target: parameters; states: Adafactor's moments (`fresh_moments` for a start), both by name.
-    layout: of LAYOUTS.
+    target: the parameters by name. states: Adafactor's moments by name, those of
+      `t5x_adafactor.fresh_moments` where training has not begun. layout: one of LAYOUTS.
 
-    Raises ValueError for another layout, FileExistsError where the step is there.
+    Raises ValueError for another layout, FileExistsError where the step exists already.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: got {layout!r}, expected one of {list(LAYOUTS)}")
@@ -247,13 +246,14 @@ def write(
     tree = nested(_write_arrays(place, leaves))
     tree.setdefault("state", {})["step"] = np.int32(step)
     content = {"optimizer": tree, "version": VERSION}
-    # Last: without this file the folder is no checkpoint.
+    # This file is written last: without it the folder is no checkpoint.
     (place / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(content))
     return final if bucket else place.rename(final)
 
 
 def _write_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves of the file `checkpoint`: parameters and full moments become specs."""
+    """The leaves for the file `checkpoint`. Parameters and moments that are not factored are
+    written beside it, and specs take their place."""
     specs, written = {}, []
     for name, array in leaves.items():
         if not name.startswith("target/") and (not name.endswith("/v") or array.shape == (1,)):
@@ -267,7 +267,7 @@ def _write_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, An
         }
         opened = _open(folder / place, dtype=array.dtype.name, metadata=metadata)
         written.append(opened.result().write(array))
-        # A bucket's name is put in by the reader, so that the folder can be moved.
+        # A reader puts in the name of its bucket, so that the folder can be moved.
         driver = kvstore(folder)["driver"]
         store = {"driver": driver, "path": place + "/"}
         store |= {} if driver == "file" else {"bucket": "t5x-dummy-bucket"}
@@ -283,91 +283,20 @@ def _write_arrays(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, An
 
 
 def _chunks(array: np.ndarray) -> list[int]:
-    """Whole arrays, or as many rows as fit into a chunk."""
+    """The shape of an array's chunks: the whole array, or as many rows as fit into a chunk."""
     if not array.ndim:
         return []
     row = max(1, array.nbytes // max(1, array.shape[0]))
     return [max(1, min(array.shape[0], _CHUNK_BYTES // row)), *array.shape[1:]]
 
 
-# The optimizer.
-
-
-def fresh_moments(target: Arrays) -> dict[str, np.ndarray]:
-    """Adafactor's moments at its first step, as t5x shapes them, for parameters by name.
-
-    A matrix whose both sides are 128 or more is factored along its two axes; of scanned kernels
-    every layer is, whatever its size, into rows along the model's width and columns.
-    """
-    flat = {}
-    for name, array in target.items():
-        moments = dict.fromkeys(("m", "v", "v_row", "v_col"), (1,))
-        axes = _factored(name, array.shape)
-        if axes:
-            row, column = axes
-            moments["v_row"] = tuple(np.delete(array.shape, column))
-            moments["v_col"] = tuple(np.delete(array.shape, row))
-        else:
-            moments["v"] = array.shape
-        flat |= {f"{name}/{k}": np.zeros(shape, np.float32) for k, shape in moments.items()}
-    return flat
-
-
-def _factored(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(row, column) axes of a factored second moment; None of a full one."""
-    if len(shape) == 3 and name.endswith("kernel"):
-        return (2, 0) if name.endswith(("out/kernel", "wo/kernel")) else (0, 2)
-    if len(shape) != 2 or _STACKED.fullmatch(name) or min(shape) < _LEAST_FACTORED:
-        return None
-    smaller, larger = np.argsort(shape, stable=True)
-    return int(smaller), int(larger)
-
-
-def moments_of(opt_state: Any) -> dict[str, np.ndarray]:
-    """Adafactor's moments of an optax state, by the names of parameters that are not scanned."""
-    flat = {}
-    for kind in ("v", "v_row", "v_col"):
-        tree = optax.tree_utils.tree_get(opt_state, kind)
-        if tree is None:
-            raise ValueError("opt_state: got a state without Adafactor's moments, expected them")
-        named = flax.traverse_util.flatten_dict(tree, sep="/")
-        flat |= {f"{name}/{kind}": np.asarray(leaf, np.float32) for name, leaf in named.items()}
-        flat |= {f"{name}/m": np.zeros(1, np.float32) for name in named}
-    return flat
-
-
-def read_adafactor(source: str | Path, *, step: int | None = None) -> optax.FactoredState:
-    """Adafactor's state of a checkpoint whose layers are not scanned, as optax keeps it.
-
-    Raises ValueError where there is none, where it has momentum, and where layers are scanned.
-    """
-    flat, folder = read(source, step=step, part="state"), find(source, step)
-    if "step" not in flat or not any(name.endswith("/v_row") for name in flat):
-        raise ValueError(f"{folder}: found no state of Adafactor: state/param_states/.../v_row")
-    prefix, kinds = "param_states/", {"v": {}, "v_row": {}, "v_col": {}, "m": {}}
-    for name, leaf in flat.items():
-        if name.startswith(prefix):
-            name, _, kind = name.removeprefix(prefix).rpartition("/")
-            kinds.setdefault(kind, {})[name] = leaf
-    if any(np.size(leaf) > 1 for leaf in kinds["m"].values()):
-        raise ValueError(f"{folder}: got a state with momentum, expected none (beta1 None)")
-    if any(_STACKED.fullmatch(name) for name in kinds["v"]):
-        raise ValueError(f"{folder}: got moments of scanned layers, expected layers one by one")
-    nested = functools.partial(flax.traverse_util.unflatten_dict, sep="/")
-    v_row, v_col, v = (nested(kinds[kind]) for kind in ("v_row", "v_col", "v"))
-    return optax.FactoredState(np.int32(flat["step"]), v_row, v_col, v)
-
-
-# The layers.
-
-
 def scanned(params: Arrays) -> dict[str, np.ndarray]:
-    """Layers one by one -> as t5x scans them: encoder/layers_<i>/x -> encoder/encoder/x, axis 1.
+    """Stacks layers as t5x scans them, along axis 1: encoder/layers_<i>/x -> encoder/encoder/x.
 
     A kernel [I, F] becomes [I, layers, F], a norm's scale [D] becomes [D, layers]. The relative
     positions of a stack, [H, buckets], are repeated for every layer: [H, layers, buckets].
 
-    Raises ValueError with the layers that a name lacks.
+    Raises ValueError where a parameter is missing in some layers, which it names.
     """
     stacked, layers = {}, {}
     for name, array in params.items():
@@ -392,15 +321,15 @@ def scanned(params: Arrays) -> dict[str, np.ndarray]:
 
 
 def unscanned(params: Arrays) -> dict[str, np.ndarray]:
-    """The inverse of `scanned`; what is not scanned stays.
+    """The inverse of `scanned`; layers that are not scanned stay as they are.
 
-    Layers stacked as encoder/layers/x, without relative positions of their own, are taken too.
+    Layers may also be stacked as encoder/layers/x, without relative positions of their own.
 
     Raises ValueError where the relative positions differ between layers, as uMT5's do.
     """
     single = {}
     for name, array in params.items():
-        if match := _STACKED.fullmatch(name):
+        if match := STACKED.fullmatch(name):
             stack, rest = match.groups()
             layers = np.moveaxis(np.asarray(array), 1, 0)
             single |= {f"{stack}/layers_{i}/{rest}": layer for i, layer in enumerate(layers)}
@@ -410,7 +339,7 @@ def unscanned(params: Arrays) -> dict[str, np.ndarray]:
 
 
 def _one_bias(params: Arrays) -> dict[str, np.ndarray]:
-    """Tables of relative positions that every layer has become the stack's one."""
+    """Where every layer has a table of relative positions, makes of them one table of the stack."""
     shared = dict(params)
     for name, array in params.items():
         match = _LAYER.fullmatch(name)

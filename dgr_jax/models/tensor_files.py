@@ -1,7 +1,8 @@
 """Files of named arrays in the safetensors format, read and written with numpy alone.
 
-A file is: the header's length (uint64, little-endian); the header, JSON: name -> dtype, shape and
-[begin, end) of its bytes after the header; the bytes. bfloat16 is ml_dtypes' (a part of jax).
+A file holds the header's length (uint64, little-endian); then the header, JSON that maps each name
+to its dtype, its shape and the range [begin, end) of its bytes after the header; then these bytes.
+bfloat16 is that of ml_dtypes, which comes with jax.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _INDEX = "model.safetensors.index.json"
 def read_file(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of one file, memory-mapped and read-only.
 
-    Raises ValueError, naming the file, for one that is cut short, is of another format, or holds a
+    Raises ValueError, naming the file, where it is cut short, is of another format, or holds a
     dtype that numpy cannot read.
     """
     path = Path(path)
@@ -84,7 +85,7 @@ def _array(path: Path, name: str, entry: Any, data: np.ndarray) -> np.ndarray:
 
 
 def write_file(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes one file, sorted by name; it gets its name when it is whole."""
+    """Writes one file, its arrays sorted by name; the file gets its name when it is whole."""
     path, header, begin = Path(path), {"__metadata__": {"format": "pt"}}, 0
     for name, array in sorted(arrays.items()):
         end = begin + array.nbytes
@@ -103,10 +104,10 @@ def write_file(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_folder(folder: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of model.safetensors, or of the shards that its index names.
+    """All arrays of model.safetensors, or of the shards that the folder's index names.
 
-    Raises FileNotFoundError where neither is there or a shard is missing, ValueError where index
-    and shards disagree.
+    Raises FileNotFoundError where there is neither file nor index and where a shard is missing,
+    ValueError where index and shards disagree.
     """
     folder = Path(folder)
     if (folder / "model.safetensors").is_file():
@@ -140,7 +141,7 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _other(folder: Path) -> str:
-    """What to do about a folder without a safetensors file."""
+    """A sentence that says what a folder without a safetensors file holds, or how to convert it."""
     if not (folder / "pytorch_model.bin").is_file():
         return f"it holds {sorted(path.name for path in folder.iterdir())[:10]}"
     return (
@@ -152,7 +153,10 @@ def _other(folder: Path) -> str:
 def write_folder(
     folder: str | Path, arrays: Mapping[str, np.ndarray], *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """model.safetensors, or shards of at most max_shard_bytes (or of one array) and their index."""
+    """Writes model.safetensors, or several shards and their index.
+
+    A shard has at most max_shard_bytes, or holds a single array that is larger.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(arrays, max_shard_bytes)

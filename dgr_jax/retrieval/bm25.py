@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -60,6 +60,10 @@ class Bm25:
         """The algorithm of PyStemmer that makes the stems; "" where words stay as they stand."""
         return self.language if self.stemmer == SNOWBALL else self.stemmer
 
+    def reader(self) -> Callable[[str], Iterable[str]]:
+        """What finds the words of a query: text -> words."""
+        return _words(self)
+
     def fit(self, store: PassageStore) -> Bm25Index:
         """Indexes title and text of every passage."""
         if len(store) == 0:
@@ -81,6 +85,16 @@ class Bm25:
 WORDS = Bm25(stemmer="")
 
 
+class Postings(NamedTuple):
+    """Word w of `words` adds impacts[i] to passage passages[i], for i from starts[w] on, below
+    starts[w + 1]."""
+
+    words: list[str]
+    starts: np.ndarray
+    passages: np.ndarray
+    impacts: np.ndarray
+
+
 class Bm25Index:
     """A corpus indexed by `Bm25.fit`."""
 
@@ -91,7 +105,15 @@ class Bm25Index:
         self._vocabulary = vocabulary
         self._pids = pids
         self.settings = settings
-        self._words = _words(settings)
+        self._words = settings.reader()
+
+    def postings(self) -> Postings:
+        """What its scores are made of."""
+        if self._model is None:
+            return Postings([], np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, "f4"))
+        of = self._model.scores
+        words = list(self._vocabulary)[: len(of["indptr"]) - 1]  # bm25s adds a blank one
+        return Postings(words, of["indptr"], of["indices"], of["data"])
 
     def scores(self, text: str) -> np.ndarray:
         """f32 [P]: the score of every passage; 0 where it has no word of the query."""

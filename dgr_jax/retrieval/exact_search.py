@@ -2,18 +2,18 @@
 
 Axis letters: B queries, d width, P passages, k passages wanted, R rows of a block, n devices.
 
-A block of vectors is cut over all devices of the mesh. Each device multiplies its rows with the
-queries, a chunk at a time, and keeps a running top k; the devices' lists are merged at the end, all
-in one compiled step. Vectors that fit stay on the devices. Others, such as a memory-mapped file of
-any size, pass through in blocks: while one is searched, the next is read and sent.
+A block of vectors is divided over all devices of the mesh. Each device multiplies its rows with the
+queries, a chunk at a time, and keeps a running top k. The devices' lists are merged at the end; all
+of this is one compiled step. Vectors that fit stay on the devices. Others, such as a memory-mapped
+file of any size, pass through in blocks: while one is searched, the next is read and sent.
 
-Equal scores go to the lower passage index, at every step: what is compared lies in the order of the
-passages, or is a sorted list of earlier passages before one of later ones.
+Among equal scores the lower passage index comes first. That holds at every step, as passages are
+compared in their order, or a sorted list of earlier passages is put before one of later ones.
 
-What is multiplied:
+The numbers that are multiplied, by the setting `storage`:
 
     float32   queries and vectors as they are, in full float32 on every device
-    bfloat16  both rounded to bfloat16; sums in float32
+    bfloat16  both rounded to bfloat16, with sums in float32
     int8      a vector v as round(127 * v / m) * (m / 127), m = max |v|; queries as for bfloat16
 """
 
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 Found = tuple[np.ndarray, np.ndarray]
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-_FEW = 2048  # scores; so many are sorted as they are
-_GROUP = 64  # the longest group; chunks are multiples of it
-_ROWS = PartitionSpec(partitioning.AXES)  # cut over all devices, whatever axes they form
+_FEW = 2048  # rows with at most this many scores are sorted as they are
+_GROUP = 64  # the longest group of neighbours; the size of a chunk is a multiple of it
+_ROWS = PartitionSpec(partitioning.AXES)  # divided over all devices, whatever axes they form
 _WHOLE = PartitionSpec()
 
 
@@ -55,9 +55,10 @@ class ExactSearch:
     """Settings of exact search.
 
     storage: 'float32', 'bfloat16' or 'int8'; see the module.
-    batch_size: queries searched together; fewer are padded to a power of two.
-    chunk, max_scores: vectors, and scores of vectors and queries, that a device computes at once.
-    max_device_bytes: vectors that take more of a device are streamed, in blocks of half of it.
+    batch_size: how many queries are searched together; fewer are padded to a power of two.
+    chunk, max_scores: the most vectors, and the most scores, that a device computes at once.
+    max_device_bytes: vectors that would take more bytes of a device are streamed, in blocks of half
+      this size.
     """
 
     storage: str = "float32"
@@ -76,17 +77,19 @@ class ExactSearch:
         ranges.check(self, **dict.fromkeys(counts, ranges.at_least(1)))
 
     def row_bytes(self, dim: int) -> int:
-        """Bytes of a stored vector, its scale counted."""
+        """Bytes of a stored vector, with its scale."""
         return dim * BYTES[self.storage] + 4 * (self.storage == "int8")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How vectors lie on the devices.
+class BlockPlan:
+    """How vectors are divided over blocks, devices and chunks.
 
-    blocks: parts of the corpus, each with `rows` on each device, in equal `chunks` (a power of two)
-      for a whole batch of queries.
-    device_bytes: of a device; of two blocks where they are streamed.
+    blocks: number of parts of the corpus.
+    rows: how many rows of a block each device holds.
+    chunks: into how many equal parts these rows are cut for a whole batch of queries, a power of
+      two.
+    device_bytes: bytes that vectors take on a device, those of two blocks where they are streamed.
     """
 
     blocks: int
@@ -95,7 +98,7 @@ class Plan:
     device_bytes: int
 
     @classmethod
-    def of(cls, passages: int, dim: int, settings: ExactSearch, devices: int) -> Plan:
+    def of(cls, passages: int, dim: int, settings: ExactSearch, devices: int) -> BlockPlan:
         row_bytes = settings.row_bytes(dim)
         blocks, rows = 1, -(-passages // devices)
         if rows * row_bytes > settings.max_device_bytes:
@@ -108,14 +111,14 @@ class Plan:
 
 
 def _chunks(rows: int, settings: ExactSearch, batch_size: int) -> int:
-    """Into how many parts `rows` are cut for so many queries, a power of two."""
+    """Into how many parts `rows` are cut for a batch of queries, a power of two."""
     most = min(settings.chunk, max(_GROUP, settings.max_scores // batch_size))
     return _power_of_two(-(-rows // most))
 
 
-def _power_of_two(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()
+def _power_of_two(least: int) -> int:
+    """The lowest power of two that is at least `least`."""
+    return 1 << (least - 1).bit_length()
 
 
 class Block(NamedTuple):
@@ -132,7 +135,7 @@ class Block(NamedTuple):
 
 
 def open_vectors(path: str | Path) -> np.ndarray:
-    """A .npy file of f32 or f16 [P, d], memory-mapped. ValueError where it holds something else."""
+    """A .npy file with f32 or f16 [P, d], memory-mapped; ValueError for any other array."""
     with kept.reading(path) as file:
         vectors = np.load(file, mmap_mode="r", allow_pickle=False)
     _check_vectors(vectors, str(path))
@@ -143,12 +146,13 @@ class Index:
     """Passage vectors, ready to be searched.
 
     Args:
-      vectors: f32 or f16 [P, d], in memory or memory-mapped, finite; read once, or where they are
-        streamed once a search. Of several processes, each reads what its devices hold.
-      mesh: vectors are cut over all its devices; None: one device.
+      vectors: f32 or f16 [P, d], in memory or memory-mapped, finite. They are read once, or once
+        for each search where they are streamed. With several processes, each reads the rows of its
+        devices.
+      mesh: vectors are divided over all its devices; None takes one device.
       hidden: rows that are never found, ascending.
 
-    Raises ValueError for vectors of another kind, or more than int32 counts.
+    Raises ValueError for vectors of another dtype or shape, and for too many to count in int32.
     """
 
     def __init__(
@@ -164,7 +168,7 @@ class Index:
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
-        self.plan = Plan.of(*vectors.shape, settings, self.mesh.size)
+        self.plan = BlockPlan.of(*vectors.shape, settings, self.mesh.size)
         self._vectors, self._resident = vectors, None
         if self.plan.blocks == 1:
             self._resident, self._vectors = self._block(0), None
@@ -189,7 +193,7 @@ class Index:
     def search(self, queries: np.ndarray, k: int) -> Found:
         """f32 [n, d] -> passage index int32 and score f32 [n, k], best first, ties by index.
 
-        Where there are fewer passages than k, free places hold -1 and -inf.
+        Where there are fewer passages than k, the remaining places hold -1 and -inf.
         Raises ValueError for queries of another width, or k below 1.
         """
         queries = np.asarray(queries, np.float32)
@@ -201,13 +205,13 @@ class Index:
         check_k(k)
         passages = np.full((len(queries), k), -1, np.int32)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        found = min(k, self.num_passages)
+        filled = min(k, self.num_passages)
         size = min(self.settings.batch_size, _power_of_two(len(queries)))
         starts = range(0, len(queries), size)
-        for start, best in zip(starts, self._best(queries, starts, size, found), strict=True):
+        for start, best in zip(starts, self._best(queries, starts, size, filled), strict=True):
             rows = slice(start, min(start + size, len(queries)))
             for whole, part in zip((scores, passages), best, strict=True):
-                whole[rows, :found] = np.asarray(part)[: rows.stop - start]
+                whole[rows, :filled] = np.asarray(part)[: rows.stop - start]
         return passages, scores
 
     def _best(self, queries: np.ndarray, starts: range, size: int, k: int) -> list[Any]:
@@ -217,7 +221,7 @@ class Index:
         nothing = np.full((size, k), -np.inf, np.float32), np.full((size, k), -1, np.int32)
         best = [jax.device_put(nothing, partitioning.replicated(self.mesh)) for _ in starts]
         for block in self._blocks():
-            jax.block_until_ready(best)  # of the block before: only two are on the devices
+            jax.block_until_ready(best)  # ends the block before, so that devices hold only two
             for batch, start in enumerate(starts):
                 rows = queries[start : start + size]
                 padded = np.pad(rows, [(0, size - len(rows)), (0, 0)])
@@ -230,10 +234,10 @@ class Index:
         else:
             yield from map(self._block, range(self.plan.blocks))
 
-    def _block(self, number: int) -> Block:
+    def _block(self, place: int) -> Block:
         """Reads rows and sends them to the devices that hold them."""
         size = self.plan.rows * self.mesh.size
-        first = min(number * size, self.num_passages)
+        first = min(place * size, self.num_passages)
         sharding = NamedSharding(self.mesh, _ROWS)
         places = sharding.addressable_devices_indices_map((size, self.dim))
         parts = []
@@ -266,7 +270,7 @@ def _check_vectors(vectors: np.ndarray, where: str) -> None:
 
 
 def _stored(vectors: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
-    """f32 [R, d] -> as they are stored, and their scales f32 [R]."""
+    """f32 [R, d] -> (the vectors as they are stored, their scales f32 [R])."""
     ones = np.ones(len(vectors), np.float32)
     if storage == "float32":
         return vectors, ones
@@ -280,9 +284,9 @@ def _stored(vectors: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=32)
 def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
-    """(block, queries f32 [B, d], scores f32 [B, k], passages int32 [B, k]) -> the last two, with
-    the passages of the block among them."""
-    # The products of bfloat16 are exact in float32, which CPUs multiply faster.
+    """The compiled step (block, queries f32 [B, d], scores f32 [B, k], passages int32 [B, k]) ->
+    (scores, passages) of the k best after the block is searched too."""
+    # Products of bfloat16 numbers are exact in float32, which CPUs multiply faster.
     cpu = mesh.devices.flat[0].platform == "cpu"
     dtype = jnp.float32 if cpu or storage == "float32" else jnp.bfloat16
 
@@ -316,9 +320,9 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
     def step(block: Block, queries: jax.Array, *best: jax.Array) -> tuple[jax.Array, jax.Array]:
         if storage != "float32":
             queries = queries.astype(jnp.bfloat16)
-        found = searched(block, queries.astype(dtype))
-        found = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), found)
-        scores, passages = _merge(best, found)
+        best_of_devices = searched(block, queries.astype(dtype))
+        best_of_devices = jax.tree.map(lambda x: x.reshape(x.shape[0], -1), best_of_devices)
+        scores, passages = _merge(best, best_of_devices)
         return scores, jnp.where(scores > -jnp.inf, passages, -1)
 
     return jax.jit(step, out_shardings=partitioning.replicated(mesh))
@@ -327,8 +331,8 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
 def abstract_step(
     mesh: jax.sharding.Mesh, settings: ExactSearch, passages: int, dim: int, k: int
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The compiled step of a whole batch of queries, and its arguments without memory."""
-    plan = Plan.of(passages, dim, settings, mesh.size)
+    """The compiled step for a whole batch of queries, and its arguments as shapes without data."""
+    plan = BlockPlan.of(passages, dim, settings, mesh.size)
     array = lambda shape, dtype, spec=_WHOLE: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, spec)
     )
@@ -357,8 +361,8 @@ def _products(queries: jax.Array, vectors: jax.Array, scales: Any, dtype: Any) -
 
 
 def _merge(best: Any, more: Any) -> tuple[jax.Array, jax.Array]:
-    """The top k of two sorted lists of (scores, passages), [B, k] and [B, m]; of equal scores, the
-    first list's come first."""
+    """The top k of two sorted lists of (scores, passages), [B, k] and [B, m]; among equal scores,
+    those of the first list come first."""
     scores, passages = (jnp.concatenate(pair, 1) for pair in zip(best, more, strict=True))
     scores, places = jax.lax.top_k(scores, best[0].shape[1])
     return scores, jnp.take_along_axis(passages, places, 1)

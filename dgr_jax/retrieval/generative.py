@@ -23,13 +23,14 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
-from dgr_jax.identifiers.table import EOS_ID, IdentifierTable
+from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
+from dgr_jax.special_tokens import EOS_ID
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_expand import TrieConstraint
@@ -108,38 +109,50 @@ def decode_fn(
     record: with all prefixes that were searched.
     rules: by which the devices that share parameters cut activations.
     """
-    model = Transformer(config)
 
     def decode(params: Any, constraint: Any, tokens: jax.Array) -> BeamResult:
-        apply = functools.partial(model.apply, {"params": _cast_kernels(params, config.dtype)})
-        encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
-        cache = apply(encoded, num_beams, length, method="init_cache")
-
-        def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
-            return apply(last, cache, position, cross, tokens, method="step")
-
-        def score(
-            inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array
-        ) -> jax.Array:
-            x = apply(inputs, cache, position, cross, tokens, method="ahead")
-            return score_by_token(functools.partial(apply, method="logits"), x, targets)
-
-        return beam_search(
-            step,
-            constraint,
-            cache,
-            batch_size=tokens.shape[0],
-            num_beams=num_beams,
-            max_length=length,
-            record=record,
-            score_fn=score,
-        )
+        return written(config, params, constraint, tokens, num_beams, length, record=record)
 
     if mesh is None:
         return jax.jit(decode)
     on_shards = partitioning.on_batch_shards(decode, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+def written(
+    config: T5Config,
+    params: Any,
+    constraint: Any,
+    tokens: jax.Array,
+    num_beams: int,
+    length: int,
+    **settings: Any,
+) -> BeamResult:
+    """Identifiers that a student writes for queries int32 [B, Q]: beam_search with its settings."""
+    apply = functools.partial(
+        Transformer(config).apply, {"params": _cast_kernels(params, config.dtype)}
+    )
+    encoded = apply(tokens, method="encode")
+    cross = apply(encoded, method="cross")
+    cache = apply(encoded, num_beams, length, method="init_cache")
+
+    def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
+        return apply(last, cache, position, cross, tokens, method="step")
+
+    def score(inputs: jax.Array, targets: jax.Array, cache: Any, position: jax.Array) -> jax.Array:
+        x = apply(inputs, cache, position, cross, tokens, method="ahead")
+        return score_by_token(functools.partial(apply, method="logits"), x, targets)
+
+    return beam_search(
+        step,
+        constraint,
+        cache,
+        batch_size=tokens.shape[0],
+        num_beams=num_beams,
+        max_length=length,
+        score_fn=score,
+        **settings,
+    )
 
 
 def _cast_kernels(params: Any, dtype: str) -> Any:
@@ -178,7 +191,21 @@ def rank_passages(
     keep = np.arange(len(owners)) if allowed is None else np.flatnonzero(allowed[owners])
     _, once = np.unique(query[keep] * table.num_passages + owners[keep], return_index=True)
     keep = keep[np.sort(once)]
-    query, owners, values = query[keep], owners[keep], values[keep]
+    return cut(query[keep], owners[keep], values[keep], (len(rows), depth), pid_of)
+
+
+def cut(
+    query: np.ndarray,
+    owners: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    pid_of: PidOf | None,
+) -> Found:
+    """The best passages of each query, index int32 and score f32 of `shape`: (queries, depth).
+
+    query, owners, values: query, passage and score [n], by query, then best first.
+    """
+    depth = shape[1]
     if pid_of is not None:
         # Of equal scores that begin within the depth, all are ordered before they are cut.
         groups = ranking.groups(query, values)
@@ -187,7 +214,7 @@ def rank_passages(
         owners = owners[ranking.in_order(groups, owners, pid_of)]
     place = np.arange(len(query)) - np.searchsorted(query, query)
     query, owners, values, place = (x[place < depth] for x in (query, owners, values, place))
-    passages, scores = _nothing(len(rows), depth)
+    passages, scores = _nothing(*shape)
     passages[query, place] = owners
     scores[query, place] = values
     return passages, scores
@@ -338,14 +365,18 @@ class Decoder(TrainedSystem):
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
         size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
-            found = _nothing(len(tokens), self.search.depth)
+            found = self._nothing(len(tokens))
             lengths = self._lengths(tokens)
             planned = list(batches(lengths, self.search.shapes, size))
             if not planned:
                 yield _Batch(found, lengths, None, last=True)
             for number, (length, places) in enumerate(planned, start=1):
-                result = self._start(tokens[places, :length], (size, length))
+                result = self._start(tokens, places, (size, length))
                 yield _Batch(found, places, result, last=number == len(planned))
+
+    def _nothing(self, queries: int) -> Found:
+        """What `_rank` writes into."""
+        return _nothing(queries, self.search.depth)
 
     def _lengths(self, tokens: np.ndarray) -> np.ndarray:
         lengths = (tokens > 0).sum(1)
@@ -356,8 +387,8 @@ class Decoder(TrainedSystem):
             )
         return lengths
 
-    def _start(self, tokens: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        placed = partitioning.place_padded(tokens, shape, self.mesh)
+    def _start(self, tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> BeamResult:
+        placed = partitioning.place_padded(tokens[places], shape, self.mesh)
         return self._decode(self.params, self._constraint, placed)
 
     def _rank(self, batch: _Batch) -> None:

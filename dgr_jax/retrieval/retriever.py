@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
+from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.system import Opening, System, SystemHit
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class Retriever:
         """Open a MODEL_DIR.
 
         system: one that the experiment trains, such as 'distill', or that it measures beside, such
-          as 'bm25'; None: the best trained one that is finished.
+          as 'bm25' or 'planned'; None: 'planned', where the experiment was evaluated with a plan,
+          otherwise the best trained one that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
         settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
           the experiment, such as num_beams; of a system that no stage trains, its own and those of
@@ -107,8 +109,7 @@ class Retriever:
         """The retriever of a system and the prepare stage that it was trained on."""
         students = {n: kinds.read_student(a.student) for n, a in sources.trained.items()}
         untrained = kinds.settings_of(sources.said) if sources.said else None
-        names = [f.name for f in fields(untrained) if f.name != "name"] if untrained else []
-        own = {name: getattr(untrained, name) for name in names}
+        own = untrained.given() if untrained else {}
         usual = _OF_ALL | own if untrained else {}
         for student in students.values():
             usual |= student.search
@@ -135,7 +136,7 @@ class Retriever:
         depth = settings.get("depth", sources.said["depth"])
         opening = Opening(prepared, store, depth, devices, rules, trained)
         given = {k: v for k, v in settings.items() if k in own}
-        return cls(replace(untrained, **given).open(opening), vocabulary, store)
+        return cls(untrained.replaced(**given).open(opening), vocabulary, store)
 
     def restrict(self, passages: Iterable[str] | Callable[[Passage], bool]) -> Retriever:
         """A retriever that finds only some passages of those that this one finds; the model stays
@@ -194,6 +195,16 @@ class Retriever:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
         found = self._found(list(queries.values()))
         return scored_passages(list(queries), *found, self.store.pids)
+
+    def rerank(
+        self,
+        queries: Mapping[str, str],
+        run: Mapping[str, Sequence[ScoredPassage]],
+        *,
+        weight: float | None = None,
+    ) -> dict[str, list[ScoredPassage]]:
+        """The passages of a run in the order of the student, see `reranking.rerank`."""
+        return rerank(self.decoder, self.vocabulary, self.store, queries, run, weight)
 
     def _found(self, texts: Sequence[str]) -> Found:
         blocks = (

@@ -15,20 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import partitioning, ranges
-from dgr_jax.data.vocabulary import EOS_ID, UNK_ID
 from dgr_jax.decoding.beam_search import BeamResult, sample
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.special_tokens import EOS_ID, UNK_ID
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Settings of sampling.
 
-    number: samples of a passage. top_k: every token is drawn from so many of the most likely ones
-    (Fan et al. 2018). temperature: divides the log-probabilities before drawing.
-    batch_size: passages sampled together, rounded up to the data shards of the mesh.
+    number: how many samples to draw for a passage. top_k: every token is drawn from this many of
+    the most likely ones (Fan et al. 2018). temperature: divides the log-probabilities before
+    drawing. batch_size: how many passages are sampled together, rounded up to a multiple of the
+    mesh's data shards.
     """
 
     number: int = 10
@@ -60,8 +61,8 @@ def sample_fn(
 
     A passage is encoded once; its cross-attention keys and values are shared by all samples. Only
     text pieces, ids above UNK and below `text_size`, and EOS are written.
-    mesh: each data shard draws for its own rows, with random numbers of its own. Every device gets
-    the whole result.
+    mesh: each data shard draws for its own rows, with its own random numbers. Every device gets the
+    whole result.
     """
     model = Transformer(config)
     ids = np.arange(config.vocab_size)
@@ -96,7 +97,7 @@ class Sampler:
     """Parameters and settings ready to sample queries of token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
-    length: tokens of a query, EOS counted. text_size: of the vocabulary.
+    length: number of tokens of a query, with EOS. text_size: that of the vocabulary.
     """
 
     config: T5Config
@@ -108,12 +109,12 @@ class Sampler:
     rules: partitioning.Rules = partitioning.RULES
 
     def sequences(self, blocks: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
-        """The samples of each block of passages, int32 [n, S, T], padded with 0 after EOS; all 0
-        where one has not ended after T tokens.
+        """The samples of each block of passages, int32 [n, S, T], padded with 0 after EOS; a sample
+        that has not ended after T tokens is all 0.
 
-        blocks: (number of the first passage, tokens int32 [n, Q]), all of the same Q. What is drawn
-        depends on that number, the settings and the mesh, and not on the blocks before. The next
-        batch, of the next block too, is on the device while the reader uses the one before.
+        blocks: (index of the first passage, tokens int32 [n, Q]), with the same Q in all blocks.
+        The samples depend on that index, the settings and the mesh, and not on earlier blocks.
+        While the reader uses a batch, the device works on the next one, also of the next block.
         """
         held: list[np.ndarray] = []
         for tokens, count, last in one_behind(self._started(blocks)):
@@ -125,7 +126,8 @@ class Sampler:
     def _started(
         self, blocks: Iterable[tuple[int, np.ndarray]]
     ) -> Iterator[tuple[jax.Array, int, bool]]:
-        """(samples on their way, number of passages, whether the block ends) of every batch."""
+        """(samples, perhaps still being computed; number of passages; whether the block ends) of
+        every batch."""
         size = partitioning.shared_rows(self.settings.batch_size, self.mesh)
         compiled = replace(self.settings, seed=0)  # the seed comes with the key
         draw = sample_fn(self.config, compiled, self.length, self.text_size, self.mesh, self.rules)

@@ -6,7 +6,7 @@ Axis letters: n queries, P passages, D passages that are found for a query.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -184,7 +184,8 @@ class Opening:
     """What a system that no stage trains is made of.
 
     prepared: folder of the prepare stage; store: its passages; depth: passages of a query in a run;
-    system: name -> a trained system of the same experiment.
+    system: name -> a trained system of the same experiment; keep: whether what is made of the
+    passages is kept in `prepared`.
     """
 
     prepared: Path
@@ -193,6 +194,7 @@ class Opening:
     mesh: jax.sharding.Mesh
     rules: partitioning.Rules
     system: Callable[[str], System]
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,14 @@ class SystemSettings:
     def asked(self, search: Any) -> tuple[Any, ...]:
         """What of itself, and of the settings of a search, its runs depend on; its name apart."""
         return search, self
+
+    def given(self) -> dict[str, Any]:
+        """Name -> value of the settings that whoever opens it may give."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
+
+    def replaced(self, **settings: Any) -> Self:
+        """The same with some of `given` replaced."""
+        return replace(self, **settings)
 
     def open(self, opening: Opening) -> System:
         """The system, ready to be asked."""

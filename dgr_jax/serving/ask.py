@@ -45,16 +45,21 @@ def answer(args: argparse.Namespace) -> None:
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
-        run = retriever.run(queries)
+        if args.rerank:
+            given = trec.run_in_memory(trec.runs(args.rerank))
+            ranked = retriever.rerank(queries, given)
+            run = {qid: passages[: args.k] for qid, passages in ranked.items()}
+        else:
+            run = retriever.run(queries)
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
         trec.write_run(args.output, lists, tag="dgr_jax")
         logger.info("wrote the passages of %d queries to %s", len(run), args.output)
 
 
 def _written(query: str) -> str:
-    """A question of the command line, whatever the locale makes of its bytes, which are UTF-8.
+    """A question of the command line, decoded as UTF-8 whatever the locale is.
 
-    Raises ValueError where they are not, and for a blank question.
+    Raises ValueError for other bytes, and for a blank question.
     """
     if not query.strip():
         raise ValueError("--query: got a blank question")
@@ -67,12 +72,13 @@ def _written(query: str) -> str:
 _LIMITS = {
     "num_beams": "the beams (--num_beams)",
     "passages": "all of them",
+    "planned": "the passages that are planned (Lexical.planned)",
     "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
 }
 
 
 def _check_k(k: int, limits: Mapping[str, int]) -> None:
-    """Raises ValueError naming what keeps a query from finding k passages."""
+    """Raises ValueError naming the limit that keeps a query from finding k passages."""
     name = min(limits, key=limits.__getitem__)
     if k > limits[name]:
         raise ValueError(
@@ -101,7 +107,7 @@ def _report_speed(retriever: Retriever, queries: list[str], output: str | None) 
     for row in (report["alone"], report["batched"]):
         numbers = (row["queries_per_second"], *row["latency_ms"].values())
         cells = (str(row["batch_size"]), str(row["queries"]))
-        table.add_row(*cells, *(f"{number:.1f}" for number in numbers))
+        table.add_row(*cells, *(f"{value:.1f}" for value in numbers))
     console.print(table)
     if output:
         with lines.writing(output) as handle:
@@ -112,23 +118,23 @@ def _report_speed(retriever: Retriever, queries: list[str], output: str | None) 
 def read_queries(path: str) -> dict[str, str]:
     """qid -> text of a TSV (qid, text) or a BEIR queries.jsonl; also a pipe, such as /dev/stdin.
 
-    Raises ValueError naming file and line for a missing column, a qid that comes again or that no
-    run can hold, a blank text, an empty file.
+    Raises ValueError naming file and line for a missing column, a repeated qid, a qid that no run
+    can hold, a blank text and an empty file.
     """
     where = lines.place(path)
     if not where.exists() or where.is_dir():
         raise FileNotFoundError(f"--queries={path}: no such file; expected a TSV of qid and text")
     queries: dict[str, str] = {}
     with files.rereadable(where):
-        for number, qid, text in _records(where):
+        for line, qid, text in _records(where):
             if qid.split() != [qid]:
-                raise lines.error(where, number, f"the query id {lines.shown(qid)}", checks.ID)
-            qid = checks.checked_id(qid, where, number, "query")
-            found, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
+                raise lines.error(where, line, f"the query id {lines.shown(qid)}", checks.ID)
+            qid = checks.checked_id(qid, where, line, "query")
+            got, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
             if not text.strip():
-                found, expected = f"a blank text of qid {lines.shown(qid)}", "a question"
+                got, expected = f"a blank text of qid {lines.shown(qid)}", "a question"
             if qid in queries or not text.strip():
-                raise lines.error(where, number, found, expected)
+                raise lines.error(where, line, got, expected)
             queries[qid] = text
     if not queries:
         raise ValueError(f"--queries={path}: the file has no query; expected qid, tab, text")
@@ -136,20 +142,21 @@ def read_queries(path: str) -> dict[str, str]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, str, str]]:
-    """(line, qid, text) of each query; JSON lines are known by the name or by their first brace."""
+    """(line, qid, text) of each query. A file holds JSON lines if its name ends in .jsonl or its
+    text begins with a brace."""
     first = next((text.lstrip() for _, text in lines.read(path) if text.strip()), "")
     if path.name.removesuffix(".gz").endswith(".jsonl") or first.startswith("{"):
-        for number, record in lines.json_objects(path, "_id, text"):
-            qid = checks.id_field(record, "_id", path, number, "query")
-            yield number, qid, checks.text_field(record, "text", path, number)
+        for line, record in lines.json_objects(path, "_id, text"):
+            qid = checks.id_field(record, "_id", path, line, "query")
+            yield line, qid, checks.text_field(record, "text", path, line)
         return
-    for number, line in lines.read(path):
-        qid, tab, text = line.partition("\t")
-        if not line.strip():
+    for line, text_of_line in lines.read(path):
+        qid, tab, text = text_of_line.partition("\t")
+        if not text_of_line.strip():
             continue
         if not tab:
-            raise lines.error(path, number, repr(line[:60]), "two columns: qid, tab, text")
-        yield number, qid, text
+            raise lines.error(path, line, repr(text_of_line[:60]), "two columns: qid, tab, text")
+        yield line, qid, text
 
 
 def _print(retriever: Retriever, queries: list[str], k: int) -> None:
@@ -165,7 +172,7 @@ def _print(retriever: Retriever, queries: list[str], k: int) -> None:
 
 
 def _print_hit(console: Console, hit: Hit) -> None:
-    """Rank, title or else pid, pid, score and identifier; then the beginning of the text."""
+    """Prints rank, title, pid, score and identifier, and then the beginning of the text."""
     title, pid = display.cell(hit.title.strip(), "cyan"), display.cell(hit.pid, "dim")
     named = (title, " ", pid) if title.plain else (display.cell(hit.pid, "cyan"),)
     rest = display.cell(f"  {hit.score:.3f}  {hit.identifier}".rstrip(), "dim")

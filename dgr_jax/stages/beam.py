@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from dgr_jax.data.examples import Part
+from dgr_jax.experiments.stage import Stage
+from dgr_jax.stages import prepare
 from dgr_jax.stages.generation_data import Work
 
 logger = logging.getLogger(__name__)
@@ -20,6 +24,22 @@ def check() -> None:
         raise ImportError(
             "--beam_options needs the extra 'dgr_jax[beam]': pip install 'dgr_jax[beam]'"
         ) from None
+
+
+def everywhere(options: str) -> Callable[[Stage], Stage]:
+    """For `pipeline.run`: the stage prepare writes its examples by `write_parts`."""
+    make = partial(prepare.prepare, everywhere=partial(write_parts, options=options))
+
+    def changed(stage: Stage) -> Stage:
+        if stage is not prepare.STAGE:
+            raise ValueError(
+                "--beam_options: got a dense retriever, expected an experiment that writes "
+                "identifiers: workers make its examples, and a dense retriever has none"
+            )
+        check()
+        return dataclasses.replace(stage, make=make)
+
+    return changed
 
 
 def write_parts(work: Work, parts: Iterable[Part], options: str = "") -> None:

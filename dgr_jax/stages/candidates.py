@@ -13,12 +13,14 @@ import numpy as np
 
 from dgr_jax import processes
 from dgr_jax.experiments.generative import Candidates, Experiment
+from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK
 from dgr_jax.stages import judged
 from dgr_jax.stages.generation_data import source_pairs
 from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.student import GENERATE
 from dgr_jax.stages.systems import open_system
 from dgr_jax.training.arrays import write_arrays
 
@@ -41,7 +43,7 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     search = experiment.candidates.search
     if asked.own:
         search = search.deeper()
-    student = open_system(experiment, "generate", made, search)
+    student = open_system(experiment, GENERATE.name, made, search)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not _is_whole(part)]
     missing = processes.agree(missing)  # what others see may be of a moment ago
@@ -147,3 +149,8 @@ def _drawn(count: int, settings: Candidates) -> np.ndarray:
         return np.arange(count)
     rng = np.random.default_rng(settings.seed)
     return np.sort(rng.choice(count, settings.max_queries, replace=False))
+
+
+STAGE = Stage(
+    "candidates", candidates, settings=fields("candidates"), upstream=after(GENERATE.name)
+)

@@ -16,10 +16,15 @@ from dgr_jax import display, evaluation, plots, processes
 from dgr_jax.corpora.types import Query
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.stage import Stage
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import kinds
+from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.retrieval.system import System
 from dgr_jax.stages import judged, kept_runs
-from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.dense_prepare import one_process
+from dgr_jax.stages.measures import check_measures
+from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import open_system
 from dgr_jax.training import metrics, validation
 
@@ -260,3 +265,30 @@ def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
     for stage in stages:
         if choice := validation.readable(Path(experiment.model_dir) / stage):
             yield f"{stage}: {choice}"
+
+
+def _settings(experiment: Experiment | DenseExperiment) -> dict[str, Any]:
+    """Without a plan where there is none, so that older stages stay."""
+    plan = getattr(experiment, "plan", None)
+    return {"evaluate": experiment.evaluate} | ({} if plan is None else {"plan": plan})
+
+
+def _upstream(experiment: Experiment | DenseExperiment) -> tuple[str, ...]:
+    """The stages of what is measured; `generate` comes before the others anyway."""
+    return tuple(system for system in experiment.systems if system != "generate")
+
+
+def _check(experiment: Experiment | DenseExperiment) -> None:
+    """Raises ValueError where measures cannot be taken, or the prepared corpus is too small for the
+    plan."""
+    if isinstance(experiment, DenseExperiment):
+        one_process(experiment)
+    check_measures(experiment)
+    report = Path(experiment.model_dir) / PREPARE / "report.json"
+    plan = getattr(experiment, "plan", None)
+    if plan is not None and report.is_file():
+        with kept.reading(report):
+            check_corpus(plan, kept.read_json(report)["passages"])
+
+
+STAGE = Stage("evaluate", evaluate, settings=_settings, upstream=_upstream, check=_check)

@@ -1,7 +1,7 @@
 """What the prepare stage makes of an identifier scheme: vocabulary, identifiers, their indexes.
 
-Two kinds: docids, one identifier table and its trie; and identifiers of several views (Multiview),
-a table and a trie of titles and of pseudo-queries, and a suffix array of the text.
+A scheme without views leaves one identifier table and its trie; one with views a table and a trie
+of titles and of pseudo-queries, and a suffix array of the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array, trie
 from dgr_jax.experiments.generative import Prepare
 from dgr_jax.identifiers import multiview
-from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.identifiers.scheme import Material, Scheme
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 
@@ -49,26 +49,78 @@ class Identified:
 
 
 def reopened(settings: Prepare, folder: Path, passages: PassageStore) -> Identified:
-    """The same from what `docids` or `views` wrote, without its report."""
+    """The same from what `build` wrote, without its report."""
     vocabulary = Vocabulary.load(folder)
     if vocabulary.views:
         return _of_views(settings, folder, passages, vocabulary, {})
     return _of_docids(passages, vocabulary, IdentifierTable.load(folder / "identifiers"), {})
 
 
-def docids(settings: Prepare, folder: Path, passages: PassageStore) -> Identified:
-    """Identifier table and trie of one identifier a passage."""
-    vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
-    table = settings.identifiers.build(
-        passages,
-        encode=vocabulary.encode,
-        first_code_id=vocabulary.first_code_id,
-        seed=settings.seed,
+def build(
+    settings: Prepare, folder: Path, passages: PassageStore, test_queries: Iterable[Query]
+) -> Identified:
+    """Writes the vocabulary, identifier tables and their tries; of several views also the suffix
+    array of their text, and what their indexes need to know.
+
+    test_queries: no pseudo-query may copy them.
+    """
+    scheme, copies = settings.identifiers, Counter()
+    vocabulary = Vocabulary.create(
+        folder, extra_ids=settings.vocabulary.extra_ids, views=scheme.views
     )
-    vocabulary = replace(vocabulary, num_code_tokens=table.num_code_tokens)
+    material = Material(
+        passages,
+        vocabulary.encode,
+        vocabulary.first_code_id,
+        vocabulary.marker,
+        lambda: _pseudo_queries(settings, passages, test_queries, copies),
+        settings.seed,
+    )
+    tables = scheme.build(material)
+    codes = sum(table.num_code_tokens for table in tables)
+    vocabulary = replace(vocabulary, num_code_tokens=codes)
     vocabulary.save()
-    _save(table, folder, "", vocabulary)
-    return _of_docids(passages, vocabulary, table, table.report())
+    for table in tables:
+        _save(table, folder, table.view if scheme.views else "", vocabulary)
+    if not scheme.views:
+        (table,) = tables
+        return _of_docids(passages, vocabulary, table, table.report())
+    report = {table.view: table.report() for table in tables}
+    if "query" in report:
+        report["query"] |= copies
+    report["body"], lengths = _text(scheme, material, folder, vocabulary)
+    report["named_passages"] = multiview.coverage(tables, lengths)
+    made = _of_views(settings, folder, passages, vocabulary, report)
+    report["drawn"] = made.drawn
+    return made
+
+
+def _text(
+    scheme: Scheme, material: Material, folder: Path, vocabulary: Vocabulary
+) -> tuple[Counter, np.ndarray | None]:
+    """Writes the suffix array of the text whose spans are identifiers, and views.json; -> counts
+    for the report, and the tokens of each passage int [P], None without such a view."""
+    counts: Counter = Counter()
+    stream, lengths, anywhere = scheme.text_tokens(material, counts), None, False
+    span_tokens = scheme.span_tokens
+    if "body" in scheme.views:
+        text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=span_tokens)
+        text.save(folder / "text")
+        share = float(vocabulary.word_starts()[text.tokens].sum() / max(1, len(text)))
+        anywhere = share < _ENOUGH_WORDS
+        counts |= {
+            "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
+        }  # fmt: skip
+        lengths = Body(text.tokens, text.starts).lengths
+    else:
+        deque(stream, maxlen=0)  # its tokens are counted
+    ViewIndexes.describe(
+        folder,
+        span_tokens=span_tokens,
+        spans_begin_anywhere=anywhere,
+        num_tokens=counts["tokens"],
+    )
+    return counts, lengths
 
 
 def _of_docids(
@@ -76,57 +128,6 @@ def _of_docids(
 ) -> Identified:
     make = lambda pairs, part=0: examples.of_docids(pairs, passages, table)
     return Identified(vocabulary, table.tokens.shape[1], make, report)
-
-
-def views(
-    settings: Prepare, folder: Path, passages: PassageStore, test_queries: Iterable[Query]
-) -> Identified:
-    """Tables, tries and suffix array of identifiers of several views."""
-    scheme: Multiview = settings.identifiers
-    vocabulary = Vocabulary.create(
-        folder, extra_ids=settings.vocabulary.extra_ids, views=scheme.views
-    )
-    vocabulary.save()
-    encode, tables, report = vocabulary.encode, [], {}
-    if "title" in scheme.views:
-        marker = vocabulary.marker("title")
-        table, report["title"] = scheme.title_table(passages, encode=encode, marker=marker)
-        tables.append(table)
-    if "query" in scheme.views:
-        counts: Counter = Counter()
-        written = _pseudo_queries(settings, passages, test_queries, counts)
-        table, found = scheme.query_table(
-            written, num_passages=len(passages), encode=encode, marker=vocabulary.marker("query")
-        )
-        tables.append(table)
-        report["query"] = found | counts
-    for table in tables:
-        _save(table, folder, table.view, vocabulary)
-    counts = Counter()
-    stream = scheme.body_tokens(passages, encode=encode, counts=counts)
-    body, anywhere = None, False
-    if "body" in scheme.views:
-        text = suffix_array.build(stream, vocab_size=vocabulary.size, max_length=scheme.span_tokens)
-        text.save(folder / "text")
-        share = float(vocabulary.word_starts()[text.tokens].sum() / max(1, len(text)))
-        anywhere = share < _ENOUGH_WORDS
-        counts |= {
-            "begin_a_word": round(share, 4), "spans_begin_anywhere": anywhere, "bytes": text.nbytes,
-        }  # fmt: skip
-        body = Body(text.tokens, text.starts).lengths
-    else:
-        deque(stream, maxlen=0)  # its tokens are counted
-    report["body"] = counts
-    report["named_passages"] = multiview.coverage(tables, body)
-    ViewIndexes.describe(
-        folder,
-        span_tokens=scheme.span_tokens,
-        spans_begin_anywhere=anywhere,
-        num_tokens=counts["tokens"],
-    )
-    made = _of_views(settings, folder, passages, vocabulary, report)
-    report["drawn"] = made.drawn
-    return made
 
 
 def _of_views(

@@ -9,9 +9,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dgr_jax import shipped
 from dgr_jax.corpora import store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import examples, loading
@@ -20,12 +22,14 @@ from dgr_jax.data.rules import measured_splits
 from dgr_jax.data.task_files import _task_path, task_file
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.experiments.generative import Experiment, Prepare
-from dgr_jax.identifiers.multiview import Multiview
+from dgr_jax.experiments.stage import Stage, fields
+from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.stages import generation_data, identifiers, judged
 from dgr_jax.stages.generation_data import Opened, Work
 from dgr_jax.stages.identifiers import Identified
+from dgr_jax.stages.inputs import check_collection, of_collection
 from dgr_jax.stages.judged import Judged
-from dgr_jax.stages.prepared import cut, write_report
+from dgr_jax.stages.prepared import PREPARE, cut, write_report
 from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)
@@ -43,13 +47,11 @@ def prepare(
     """
     settings = experiment.prepare
     passages, found = read(experiment, folder)
+    if experiment.plan is not None:
+        check_corpus(experiment.plan, len(passages))
     with _part("identifiers"):
-        if isinstance(settings.identifiers, Multiview):
-            made = identifiers.views(
-                settings, folder, passages, found.asked(measured_splits(settings))
-            )
-        else:
-            made = identifiers.docids(settings, folder, passages)
+        asked = found.asked(measured_splits(settings))
+        made = identifiers.build(settings, folder, passages, asked)
     train = settings.train_split
     opened = Opened(
         passages,
@@ -134,7 +136,9 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
         from dgr_jax.data.feature_converters import GenerationConverter
 
     rates = settings.sources.rates()
-    task_file(settings.tasks).register(tasks.Prepared(folder / "tfds", made.vocabulary, rates))
+    task_file(settings.tasks).register(
+        tasks.PreparedExamples(folder / "tfds", made.vocabulary, rates)
+    )
     lengths = {"inputs": settings.query_length, "targets": made.length}
     for source in rates:
         task, written = f"{settings.tasks}_{source}", folder / "arrays" / source
@@ -158,3 +162,20 @@ def without_tasks(settings: Prepare | DensePrepare) -> bool:
             *(reason, path),
         )
     return bool(reason)
+
+
+def reads(experiment: Experiment | DenseExperiment) -> dict[str, Any]:
+    """The files of the collection and of the settings, and the one that registers its tasks."""
+    file = shipped.resources("tasks") / f"{experiment.prepare.tasks}.py"
+    registered = {f"tasks/{file.name}": str(file)} if file.is_file() else {}
+    return of_collection(experiment) | registered
+
+
+STAGE = Stage(
+    PREPARE,
+    prepare,
+    settings=fields("collection", "prepare"),
+    reads=reads,
+    check=check_collection,
+    alone=True,
+)

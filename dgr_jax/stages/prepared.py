@@ -25,6 +25,8 @@ from dgr_jax.stages import judged
 
 logger = logging.getLogger(__name__)
 
+PREPARE = "prepare"  # the stage that leaves this
+
 
 def write_report(folder: Path, report: dict[str, Any], settings: Prepare | DensePrepare) -> None:
     """Writes report.json and says what is in it."""
@@ -43,7 +45,7 @@ class Prepared:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Prepared:
-        folder = Path(model_dir) / "prepare"
+        folder = Path(model_dir) / PREPARE
         return cls(folder, PassageStore(folder / "passages"), Vocabulary.load(folder))
 
     @cached_property
@@ -76,8 +78,7 @@ def export(experiment: Experiment | DenseExperiment, target: str) -> None:
 
     There every later stage runs without TensorFlow and without the collection.
     """
-    origin = Path(experiment.model_dir) / "prepare"
-    folder = Path(target) / "prepare"
+    origin, folder = Path(experiment.model_dir) / PREPARE, Path(target) / PREPARE
     if read_record(folder):
         raise ValueError(f"--export={target}: there is an experiment already ({folder / RECORD})")
     with writer_lock.held(experiment.model_dir), writer_lock.held(target):

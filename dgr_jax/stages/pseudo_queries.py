@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +25,13 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
 from dgr_jax.experiments.common import with_vocabulary
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
+from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir.kept import Damaged, entry, read_json
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.sampling import Sampler
-from dgr_jax.stages.training_run import train
+from dgr_jax.stages.inputs import check_collection, of_collection
+from dgr_jax.stages.training_run import check_batches, train
 from dgr_jax.training import arrays
 from dgr_jax.training.source import ArraySource
 
@@ -61,7 +63,7 @@ class Prepared:
 
     @classmethod
     def of(cls, experiment: PseudoQueries) -> Prepared:
-        return cls(Path(experiment.model_dir) / "prepare")
+        return cls(Path(experiment.model_dir) / PREPARE.name)
 
 
 def prepare(experiment: PseudoQueries, folder: Path) -> None:
@@ -150,10 +152,15 @@ def _features(
 
 def generate(experiment: PseudoQueries, folder: Path) -> None:
     """Learn to write the query of a passage."""
-    settings, made = experiment.generate, Prepared.of(experiment)
-    model = Transformer(with_vocabulary(experiment.model, made.vocabulary.size))
-    source = ArraySource(made.folder / "pairs", settings.batch_size, settings.seed)
-    train(experiment, folder, "generate", settings, model, source)
+    vocabulary = Prepared.of(experiment).vocabulary
+    model = Transformer(with_vocabulary(experiment.model, vocabulary.size))
+    train(experiment, folder, folder.name, experiment.generate, model, batches(experiment))
+
+
+def batches(experiment: PseudoQueries) -> ArraySource:
+    """What the stage `generate` learns from, step by step."""
+    pairs, settings = Prepared.of(experiment).folder / "pairs", experiment.generate
+    return ArraySource(pairs, settings.batch_size, settings.seed)
 
 
 def sample(experiment: PseudoQueries, folder: Path) -> None:
@@ -183,7 +190,7 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
 def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
     config = with_vocabulary(experiment.model, made.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
-    folder = made.folder.parent / "generate"
+    folder = made.folder.parent / GENERATE.name
     params = trained.params(folder, Transformer(config), mesh, experiment.mesh.rules)
     length, text_size = experiment.prepare.query_length, made.vocabulary.text_size
     return Sampler(
@@ -290,8 +297,20 @@ def _report(folder: Path, report: dict[str, Any]) -> None:
     logger.info("%s: %s", folder.name, listed(report))
 
 
-MAKERS: dict[str, Callable[[PseudoQueries, Path], None]] = {
-    "prepare": prepare,
-    "generate": generate,
-    "sample": sample,
-}
+PREPARE = Stage(
+    "prepare",
+    prepare,
+    settings=fields("collection", "prepare"),
+    reads=of_collection,
+    check=check_collection,
+    alone=True,
+)
+GENERATE = Stage(
+    "generate",
+    generate,
+    settings=fields("model", "generate"),
+    upstream=after(PREPARE.name),
+    check=lambda e: check_batches(e, "generate", e.generate, "batch_size"),
+    batches=batches,
+)
+SAMPLE = Stage("sample", sample, settings=fields("sample"), upstream=after(GENERATE.name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.models import corpus_start
 from dgr_jax.models.initial import Corpus
-from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.training import hash_random
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,15 @@ def counted(
             logger.info("start: counted %s of %s passages", f"{done:,}", f"{len(chosen):,}")
 
 
+def after_start(*stages: str) -> Callable[[Any], tuple[str, ...]]:
+    """These stages before one that trains first, and this one where there is any."""
+    return lambda e: (*stages, STAGE.name) if STAGE.name in e.stages else stages
+
+
 def parameters(experiment: Experiment | DenseExperiment, model: Any, seed: int) -> Any:
     """Those that a model starts from at random with this seed, but for the embeddings of stage
     start; on the experiment's mesh."""
-    folder = Path(experiment.model_dir) / "start"
+    folder = Path(experiment.model_dir) / STAGE.name
     tokens, rows = (_load(folder / f"{name}.npy") for name in ("tokens", "rows"))
     mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
 
@@ -101,3 +107,12 @@ def parameters(experiment: Experiment | DenseExperiment, model: Any, seed: int) 
 def _load(file: Path) -> np.ndarray:
     with kept.reading(file) as opened:
         return np.load(opened, allow_pickle=False)
+
+
+STAGE = Stage(
+    "start",
+    start,
+    settings=fields("initial", "width"),
+    upstream=after(PREPARE),
+    alone=True,
+)

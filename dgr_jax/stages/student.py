@@ -1,4 +1,4 @@
-"""Stages generate, control and distill: training runs of the student."""
+"""Stages generate and control: the student learns to write identifiers."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
-from dgr_jax.model_dir import kept
+from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.kinds import write_student
-from dgr_jax.stages import validation
-from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.start import parameters as corpus_params
+from dgr_jax.settings import describe
+from dgr_jax.stages import start, validation
+from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import assembled, params
-from dgr_jax.stages.training_run import Later, _Together, train
-from dgr_jax.training import packing
-from dgr_jax.training.source import ArraySource, MixtureSource, Source
+from dgr_jax.stages.training_run import Later, check_batches, train, validated
+from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
 
 
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
-    start = None
+    initial = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
         config = experiment.sized(vocabulary.size)
-        if "start" in experiment.stages:
-            start = corpus_params(experiment, Transformer(config), experiment.generate.seed)
+        if start.STAGE.name in experiment.stages:
+            seed = experiment.generate.seed
+            initial = start.parameters(experiment, Transformer(config), seed)
         else:
-            start = initial_params(experiment, config, vocabulary)
-    _train(experiment, folder, "generate", experiment.generate, start)
+            initial = initial_params(experiment, config, vocabulary)
+    source = mixture(experiment, experiment.generate)
+    train_student(experiment, folder, experiment.generate, source, initial)
 
 
 def initial_params(
@@ -57,14 +58,9 @@ def initial_params(
 def control(experiment: Experiment, folder: Path) -> None:
     """Generation alone, from the checkpoint of distillation and on as many examples: the same ones
     where those are the mixture's."""
-    start = params(experiment, "generate", Prepared.load(experiment.model_dir))
-    _train(experiment, folder, "control", _control(experiment), start)
-
-
-def distill(experiment: Experiment, folder: Path) -> None:
-    """Rank lists and generation examples, from the generation student."""
-    start = params(experiment, "generate", Prepared.load(experiment.model_dir))
-    _train(experiment, folder, "distill", experiment.distill, start)
+    settings = _control(experiment)
+    source = later(experiment, settings)
+    train_student(experiment, folder, settings, source, generated(experiment))
 
 
 def _control(experiment: Experiment) -> Training:
@@ -75,35 +71,22 @@ def _control(experiment: Experiment) -> Training:
     )
 
 
-def batches(experiment: Experiment, stage: str) -> Source:
-    """What a training stage learns from, step by step."""
-    if stage == "generate":
-        return _mixture(experiment, experiment.generate)
-    before = experiment.generate.steps
-    if stage == "control":
-        return Later(_mixture(experiment, _control(experiment)), before)
-    settings = experiment.distill
-    parts = {"rank_list": _rank_lists(experiment, settings)}
-    if settings.batch_size:
-        parts["generation"] = Later(_mixture(experiment, settings), before)
-    return _Together(parts)
+def _control_settings(experiment: Experiment) -> dict[str, Any]:
+    """The steps of distillation, without what only its rank lists need."""
+    settings = describe(_control(experiment))
+    for name in ("objective", "list_batch_size"):
+        del settings[name]
+    return {"distill": settings, "generate": experiment.generate}
 
 
-def _rank_lists(experiment: Experiment, settings: Training) -> Source:
-    folder = Path(experiment.model_dir) / "teach"
-    lists = ArraySource(folder / "rank_lists", settings.list_batch_size, settings.seed)
-    if "identifier_views" not in lists.features:
-        return lists
-    tokens, views = (lists.features[f"identifier_{name}"] for name in ("tokens", "views"))
-    with kept.reading(folder / "report.json"):
-        counted = int(kept.read_json(folder / "report.json")["keys"].get("packed_rows", 0))
-    # The teach stage of an older version did not count them.
-    rows = counted or packing.rows_needed(tokens, views)
-    return packing.PackedLists(lists, tokens.shape[1:], rows)
+def generated(experiment: Experiment) -> Any:
+    """Parameters of the student that has learned to generate."""
+    return params(experiment, GENERATE.name, Prepared.load(experiment.model_dir))
 
 
-def _mixture(experiment: Experiment, settings: Training) -> MixtureSource:
-    arrays = Path(experiment.model_dir) / "prepare" / "arrays"
+def mixture(experiment: Experiment, settings: Training) -> Source:
+    """The examples of the generation objective."""
+    arrays = Path(experiment.model_dir) / PREPARE / "arrays"
     rates = experiment.prepare.sources.rates()
     return MixtureSource(
         {name: (arrays / name, rate) for name, rate in rates.items()},
@@ -112,19 +95,39 @@ def _mixture(experiment: Experiment, settings: Training) -> MixtureSource:
     )
 
 
-def _train(
-    experiment: Experiment,
-    folder: Path,
-    name: str,
-    settings: Training,
-    start: Any,
+def later(experiment: Experiment, settings: Training) -> Source:
+    """The same, from where the student has left them that has learned to generate."""
+    return Later(mixture(experiment, settings), experiment.generate.steps)
+
+
+def train_student(
+    experiment: Experiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
+    """One training run, which leaves what `Retriever.load` needs."""
     made = Prepared.load(experiment.model_dir)
     config = experiment.sized(made.vocabulary.size)
     opened = lambda params, search: assembled(experiment, folder, params, search, made)
-    validated = validation.of(experiment, settings, made, validation.reopened(opened))
-    source = batches(experiment, name)
-    train(experiment, folder, name, settings, Transformer(config), source, start, validated)
+    measured = validation.of(experiment, settings, made, validation.reopened(opened))
+    model = Transformer(config)
+    train(experiment, folder, folder.name, settings, model, source, initial, measured)
     if processes.first():
         systems = experiment.systems
         write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
+
+
+GENERATE = Stage(
+    "generate",
+    generate,
+    settings=validated(fields("model", "generate", "initial"), "generate"),
+    upstream=start.after_start(PREPARE),
+    check=lambda e: check_batches(e, "generate", e.generate, "batch_size"),
+    batches=lambda e: mixture(e, e.generate),
+)
+CONTROL = Stage(
+    "control",
+    control,
+    settings=validated(_control_settings, "distill", "generate"),
+    upstream=after(GENERATE.name),
+    check=lambda e: check_batches(e, "control", _control(e), "batch_size"),
+    batches=lambda e: later(e, _control(e)),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, processes
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.retrieval import kinds, trained
@@ -55,5 +55,7 @@ def open_system(
     if name not in untrained:
         return opened(name)
     mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
-    opening = Opening(made.folder, made.store, search.depth, mesh, rules, opened)
+    opening = Opening(
+        made.folder, made.store, search.depth, mesh, rules, opened, keep=processes.first()
+    )
     return untrained[name].open(opening).by_pid(made.store.pid_of)

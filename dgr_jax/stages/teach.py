@@ -16,12 +16,15 @@ from dgr_jax.data import rank_lists
 from dgr_jax.display import listed
 from dgr_jax.experiments.common import Teach
 from dgr_jax.experiments.generative import Experiment
+from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval.multiview.keys import Keyed
+from dgr_jax.stages import candidates as retrieved
 from dgr_jax.stages.candidates import training_queries
+from dgr_jax.stages.inputs import named_by
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.teaching.list_recipes import RankLists
-from dgr_jax.teaching.teachers import Coverage
+from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays, packing
 
 logger = logging.getLogger(__name__)
@@ -124,7 +127,7 @@ class CandidateLists(Mapping[str, list[str]]):
 
     @classmethod
     def load(cls, experiment: Experiment, made: Prepared) -> CandidateLists:
-        folder = Path(experiment.model_dir) / "candidates"
+        folder = Path(experiment.model_dir) / retrieved.STAGE.name
         qids = kept.read_json(folder / "qids.json", list)
         return cls(qids, _candidates(folder), made.store.pids)
 
@@ -165,7 +168,7 @@ def _view_features(
     counts: Counter, experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same of identifiers of several views, with the keys of the candidates."""
-    indexes, folder = made.indexes, Path(experiment.model_dir) / "candidates"
+    indexes, folder = made.indexes, Path(experiment.model_dir) / retrieved.STAGE.name
     keyed = Keyed(
         arrays.read_arrays(folder / "keys"), _candidates(folder), indexes.text, indexes.tables,
         indexes.views, experiment.teach.seed,
@@ -204,3 +207,13 @@ def readable(teacher: dict[str, dict[str, float]], lists: dict[str, int]) -> Ite
     yield f"{lists['lists']:,} rank lists of {lists['queries']:,} queries" + (
         f"; left out: {left_out}" if left_out else ""
     )
+
+
+STAGE = Stage(
+    "teach",
+    teach,
+    settings=fields("teach"),
+    upstream=after(retrieved.STAGE.name),
+    reads=named_by("teach"),
+    alone=True,
+)

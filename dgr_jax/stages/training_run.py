@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
@@ -15,6 +18,8 @@ from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
+
+Settings = Callable[[Any], Mapping[str, Any]]  # see `Stage.settings`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,26 @@ class _Together:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
         return {k: s.batch(step, process_index, process_count) for k, s in self.sources.items()}
+
+
+def validated(settings: Settings, *trained: str) -> Settings:
+    """Those of a training stage and, where one of its `trained` asks for it, the search for the
+    questions that are held out."""
+
+    def of(experiment: Any) -> Mapping[str, Any]:
+        own = settings(experiment)
+        if not any(getattr(experiment, name).validate_every for name in trained):
+            return own
+        return {**own, "validation_search": experiment.evaluate.validation_search}
+
+    return of
+
+
+def check_batches(experiment: Any, stage: str, settings: Training, *sizes: str) -> None:
+    """Raises ValueError where the devices that are here cannot share these batches of a stage."""
+    mesh = partitioning.mesh_sizes(experiment.mesh, jax.device_count())
+    shards = math.prod(mesh[axis] for axis in partitioning.BATCH_AXES)
+    settings.check_shards(stage, shards, *sizes)
 
 
 def train(

@@ -24,7 +24,7 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.study import Study
 from dgr_jax.model_dir import records, writer_lock
 from dgr_jax.settings import fingerprint
-from dgr_jax.stages import pipeline
+from dgr_jax.stages import evaluate, pipeline
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Grid:
         """The runs of each point of the grid that is finished under every seed."""
         for _, group in itertools.groupby(self.runs, key=lambda run: run.labels):
             runs = list(group)
-            if all(self.state(run)["evaluate"][0] for run in runs):
+            if all(self.state(run)[evaluate.STAGE.name][0] for run in runs):
                 yield runs
 
 

@@ -76,14 +76,17 @@ def show(grid: Grid) -> None:
 
 def _stages(grid: Grid) -> Iterator[_Planned]:
     """Every stage, once, with the first run that needs it."""
-    seen = set()
+    seen, corpora = set(), {}
     for run in grid.runs:
         experiment = grid.experiment(run)
-        flops = costs.expected_flops(experiment)
-        trained = {name for system in experiment.systems for name in experiment.training(system)}
+        collection = repr((experiment.collection, experiment.prepare.sources))
+        if collection not in corpora:
+            corpora[collection] = costs.planned_corpus(experiment)
+        flops = costs.expected_flops(experiment, corpora[collection])
+        trains = {name for name, stage in experiment.stages.items() if stage.batches}
         for stage, settings in pipeline.settings_of(experiment).items():
             kept = grid.kept_in(stage, settings)
             if kept not in seen:
                 seen.add(kept)
                 done = records.is_done(kept, settings)
-                yield _Planned(run, stage, kept, stage in trained, flops.get(stage), done)
+                yield _Planned(run, stage, kept, stage in trains, flops.get(stage), done)

@@ -33,8 +33,9 @@ def rows(grid: Grid) -> list[Row]:
             asked = (
                 fingerprint(describe(experiment.evaluate)) if trained else _asked(grid, group[0])
             )
-            untrained = (system,) if system in experiment.untrained else ()
-            made_of = (asked, *untrained, *(state[name][1] for name in trained for state in states))
+            untrained = experiment.untrained.get(system)
+            beside = () if untrained is None else (fingerprint(describe(untrained)),)
+            made_of = (asked, *beside, *(state[name][1] for name in trained for state in states))
             named = {**labels, "system": system}
             if made_of in rows:
                 rows[made_of].again.append(named)
@@ -67,14 +68,15 @@ def _row(grid: Grid, labels: dict[str, str], runs: Sequence[Run]) -> Row:
 
 def _costs(grid: Grid, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
     """What `dgr_jax.analysis.costs` measures, once: it is kept beside the runs."""
-    if not experiment.made_of(system) or not (grid.study.costs or grid.study.drift):
+    drift = grid.study.drift if system in experiment.systems else ""
+    if not experiment.made_of(system) or not (grid.study.costs or drift):
         return {}
     path = folder / "evaluate" / f"costs-{system}.json"
-    asked = {"split": grid.study.split, "drift": grid.study.drift}
+    asked = {"split": grid.study.split, "drift": drift}
     kept = read_kept(path)
     if kept.get("asked") != asked:
         logger.info("study: costs of %s, %s", folder.name, system)
-        found = costs.measure(experiment, system, grid.study.split, grid.study.drift)
+        found = costs.measure(experiment, system, grid.study.split, drift)
         kept = {"asked": asked, "found": found}
         write_kept(path, kept)
     found = kept["found"]

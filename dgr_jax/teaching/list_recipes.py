@@ -15,7 +15,7 @@ from dgr_jax.corpora.types import ScoredPassage
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
-    from dgr_jax.teaching.teachers import Candidates, Qrels, Ranked
+    from dgr_jax.teaching.teacher import Candidates, Qrels, Ranked
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,9 @@ class RankLists:
     """n rank lists of at most L passages, in the teacher's order (best first).
 
     query_rows: int32 [n], places in the sequence of qids. passages: int32 [n, L], passage
-    indices, -1 for free places. teacher_scores: f32 [n, L], 0 at free places. positives: int32
-    [n], the column of the generation target. report: counts of what was made and left out.
+    indices, -1 where a list is shorter. teacher_scores: f32 [n, L], 0 where a list is shorter.
+    positives: int32 [n], the column of the generation target. report: counts of the lists that were
+    made, and of the queries that were left out, by reason.
     """
 
     query_rows: np.ndarray
@@ -41,10 +42,10 @@ class RankLists:
 
 @dataclass(frozen=True)
 class TopM:
-    """The plain recipe: the first `size` passages of the teacher's list as it is.
+    """The plain recipe: a list is the first `size` passages in the teacher's order.
 
-    The best positive (the highest grade, then the teacher's order) takes the last place where it
-    is not among them. Shorter lists are padded; a list of one passage is left out.
+    If the best positive (by grade, then by the teacher's order) is not among them, it takes the
+    last place. Shorter lists are padded; a list of one passage is left out.
     """
 
     size: int = 5
@@ -68,29 +69,29 @@ class TopM:
         ranked: (qid, its list) of every query, in any order.
         """
         del candidates, seed
-        made = _Builder(self.size, store, qids)
+        builder = _Builder(self.size, store, qids)
         for qid, listed in ranked:
-            best = made.best_positive(listed, qrels.get(qid, {}), min_relevance)
+            best = builder.best_positive(listed, qrels.get(qid, {}), min_relevance)
             if best is None:
                 continue
             if len(listed) < 2:
-                made.count("too_few_negatives")
+                builder.count("too_few_negatives")
                 continue
             top = list(listed[: self.size])
             if best not in top:
                 top[-1] = best
-            made.add(qid, top, best)
-        return made.arrays()
+            builder.add(qid, top, best)
+        return builder.arrays()
 
 
 @dataclass(frozen=True)
 class TwoLists:
-    """The published recipe (DGR, Li et al. 2024): two lists a query with the same negatives.
+    """The published recipe (DGR, Li et al. 2024): two lists for each query with the same negatives.
 
-    List A holds the best positive, list B a random one (the same, where there is no other), each
-    with `negatives` passages that are not positive: the student's first, the others drawn from the
-    student's first `depth`. Passages stand in the teacher's order; negatives that the teacher has
-    not scored cannot be drawn.
+    List A holds the best positive, list B a random one (the same where there is no other). Both
+    hold the same `negatives` passages that are not positive: the student's best, and others drawn
+    from the student's first `depth`. Passages are in the teacher's order; negatives that the
+    teacher has not scored cannot be drawn.
     """
 
     negatives: int = 4
@@ -116,10 +117,10 @@ class TwoLists:
         ranked: (qid, its list) of every query, in any order. candidates: the student's, best first.
         Draws depend on the seed and the qid alone, so a query gets the same lists in any company.
         """
-        made = _Builder(self.negatives + 1, store, qids)
+        builder = _Builder(self.negatives + 1, store, qids)
         for qid, listed in ranked:
             grades = qrels.get(qid, {})
-            best = made.best_positive(listed, grades, min_relevance)
+            best = builder.best_positive(listed, grades, min_relevance)
             if best is None:
                 continue
             rng = np.random.default_rng([seed, zlib.crc32(qid.encode())])
@@ -130,15 +131,15 @@ class TwoLists:
                 if pid in place and grades.get(pid, 0) < min_relevance
             ]
             if len(eligible) < self.negatives:
-                made.count("too_few_negatives")
+                builder.count("too_few_negatives")
                 continue
             drawn = rng.choice(len(eligible) - 1, self.negatives - 1, replace=False) + 1
             negatives = [eligible[0], *(eligible[i] for i in drawn)]
             others = [i for i, p in enumerate(listed) if grades.get(p.pid, 0) >= min_relevance]
             for positive in (place[best.pid], int(rng.choice(others))):
                 chosen = [listed[i] for i in sorted([positive, *negatives])]
-                made.add(qid, chosen, listed[positive])
-        return made.arrays()
+                builder.add(qid, chosen, listed[positive])
+        return builder.arrays()
 
 
 class _Builder:
@@ -155,7 +156,10 @@ class _Builder:
     def best_positive(
         self, listed: Sequence[ScoredPassage], grades: Mapping[str, int], min_relevance: int
     ) -> ScoredPassage | None:
-        """The highest grade, then the teacher's order; None is counted."""
+        """The positive with the highest grade, the first of these in the teacher's order.
+
+        None where there is none, which is counted.
+        """
         positives = [p for p in listed if grades.get(p.pid, 0) >= min_relevance]
         if positives:
             return max(positives, key=lambda p: grades[p.pid])

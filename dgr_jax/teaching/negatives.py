@@ -1,4 +1,4 @@
-"""Negatives for training: from a run, such as BM25's or the retriever's own last one, or random.
+"""Negatives for training, from a run (that of BM25, or the retriever's own last one) or random.
 
 Axis letters: n queries, R positives of a query.
 """
@@ -19,20 +19,23 @@ def mine(
     skip: int = 0,
     seed: int | Sequence[int] = 0,
 ) -> np.ndarray:
-    """Draws `count` negatives a query, without repeats, each candidate with the same chance.
+    """Draws `count` negatives for each query, without repeats, each candidate with the same chance.
 
-    Where a query has fewer candidates that are not positive, random passages of the corpus fill up.
-    So candidates of width 0 give random negatives, and `count` candidates all of them.
+    Where a query has fewer candidates that are not positive, random passages of the corpus are
+    added. So candidates of width 0 give random negatives, and exactly `count` usable candidates are
+    all taken.
 
     Args:
-      candidates: int [n, depth], passage indices of a run, best first; -1: free place. A deep run
+      candidates: int [n, depth], passage indices of a run, best first, -1 at padding. A deep run
         gives easy negatives, a shallow one hard and sometimes false ones.
-      positives: int [n, R], all passages known to be relevant, none of which is drawn; -1: free.
+      positives: int [n, R], all passages known to be relevant, none of which is drawn; -1 at
+        padding.
       num_passages: size of the corpus.
-      skip: leave out so many of the best candidates that are not positive, often unjudged answers.
-      seed: another one for another draw, such as a refresh; a query's draw depends on its row too.
+      skip: how many of the best candidates that are not positive to leave out, as they are often
+        unjudged answers.
+      seed: another seed gives another draw; a query's draw depends on its row too.
 
-    Returns int32 [n, count], those from the run first, in its order; -1 where the corpus has no
+    Returns int32 [n, count]: negatives from the run first, in its order; -1 where the corpus has no
     more. Raises ValueError for a passage index that the corpus does not have.
     """
     candidates, positives = _checked(candidates, positives, num_passages)
@@ -44,16 +47,16 @@ def mine(
         usable &= candidates != column[:, None]
     usable &= np.cumsum(usable, axis=1) > skip
     draws = np.where(usable, rng.random(candidates.shape), 1.0)
-    chosen = usable & (draws.argsort(axis=1).argsort(axis=1) < count)  # those drawn lowest
+    chosen = usable & (draws.argsort(axis=1).argsort(axis=1) < count)  # those with the lowest draws
     negatives = np.full((len(candidates), count), -1, np.int32)
     rows, columns = np.nonzero(chosen)
     places = (np.cumsum(chosen, axis=1) - 1)[rows, columns]
     negatives[rows, places] = candidates[rows, columns]
     for row in np.flatnonzero((negatives < 0).any(axis=1)):
-        found = int(chosen[row].sum())
-        taken = {*positives[row].tolist(), *negatives[row, :found].tolist()}
-        more = _others(taken, count - found, num_passages, rng)
-        negatives[row, found : found + len(more)] = more
+        from_run = int(chosen[row].sum())
+        taken = {*positives[row].tolist(), *negatives[row, :from_run].tolist()}
+        more = _others(taken, count - from_run, num_passages, rng)
+        negatives[row, from_run : from_run + len(more)] = more
     return negatives
 
 
@@ -62,12 +65,12 @@ def _others(taken: set[int], count: int, num_passages: int, rng: np.random.Gener
     taken = taken - {-1}
     if num_passages < 4 * (len(taken) + count):
         return [p for p in rng.permutation(num_passages).tolist() if p not in taken][:count]
-    found: dict[int, None] = {}
-    while len(found) < count:
+    drawn: dict[int, None] = {}
+    while len(drawn) < count:
         passage = int(rng.integers(num_passages))
         if passage not in taken:
-            found[passage] = None
-    return list(found)
+            drawn[passage] = None
+    return list(drawn)
 
 
 def _checked(

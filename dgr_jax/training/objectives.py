@@ -19,12 +19,11 @@ from dgr_jax import ranges
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
+from dgr_jax.special_tokens import EOS_ID, PAD_ID
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array, Metrics]]
-
-PAD_ID, EOS_ID = 0, 1
 
 
 class Objective(Protocol):

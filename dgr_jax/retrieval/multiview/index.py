@@ -1,27 +1,27 @@
 """Queries -> passages, from identifiers of several views: titles, body spans, pseudo-queries.
 
     index = MultiviewIndex(text, {"title": titles, "query": pseudo_queries})
-    found = index.rank([
+    results = index.rank([
         written_spans(spans_result),                              # beam_search(record=True)
         written_rows("title", titles_result, trie.table_rows(titles_result.rows), titles),
         written_rows("query", queries_result, ...),
     ])
-    found[0].passages, found[0].scores                            # of the first query, best first
-    found[0].identifiers(40)                                      # what its passages were found by
+    results[0].passages, results[0].scores                        # of the first query, best first
+    results[0].identifiers(40)                                    # by which its passages were found
 
-After SEAL (Bevilacqua et al. 2022) and MINDER (Li et al. 2023). For each query:
+The method is that of SEAL (Bevilacqua et al. 2022) and MINDER (Li et al. 2023). For each query:
 
-1. Identifiers of weight 0 are left out: they add nothing, and cover nothing that counts.
-2. Those that occur at most Scoring.common times nominate the passages that hold them.
-3. Of more than Scoring.max_passages nominated, those stay whose nominating identifiers could add
-   most: the sum of the best weight at each place of the passage where a span begins, and of the
-   weights of its titles and pseudo-queries. Ties stay as in `ranking`.
-4. All identifiers are looked for in the passages that stay, and passage_scoring scores them.
+1. Identifiers of weight 0 are left out, as they add nothing to a score.
+2. Identifiers that occur at most Scoring.common times nominate the passages that hold them.
+3. Where more than Scoring.max_passages are nominated, those stay to which their identifiers could
+   add most. The bound is a sum over the places of the passage where spans begin, of the best weight
+   there, plus the weights of its titles and pseudo-queries. Ties are broken as in `ranking`.
+4. All identifiers are looked up in the passages that stay, and passage_scoring scores them.
 
-The host finds where identifiers occur; weights and scores come from the one function on the device,
-in shapes of a few sizes, so that it is not compiled again for every query.
+The host finds where identifiers occur. Weights and scores come from one function on the device,
+whose inputs are padded to a few sizes, so that it is not compiled again for every query.
 
-Axis letters: B queries, M identifiers a view, K identifiers a query, T tokens, P passages.
+Axis letters: B queries, M identifiers of a view, K identifiers of a query, T tokens, P passages.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ from dgr_jax.decoding.passage_scoring import BODY, VIEWS, Identifiers, Scoring
 from dgr_jax.decoding.suffix_array import SuffixArray
 from dgr_jax.identifiers.table import IdentifierTable
 
-_FEWEST = 64, 128  # identifiers and occurrences a passage that are padded to, at least
+_FEWEST = 64, 128  # the smallest padded numbers of identifiers and of occurrences of a passage
 
 
 class Written(NamedTuple):
-    """What beam search wrote in one view, on the host.
+    """The identifiers that beam search wrote in one view, on the host.
 
-    view: of VIEWS; tokens int32 [B, M, T], 0 is padding; log_probs f32 [B, M], -inf for none;
-    lo, hi int64 [B, M]: where it occurs: suffixes of the text, or entries of table.passages.
+    view: one of VIEWS. tokens: int32 [B, M, T], 0 at padding. log_probs: f32 [B, M], -inf where
+    there is no identifier. lo, hi: int64 [B, M], the interval of its occurrences among the suffixes
+    of the text or the entries of table.passages.
     """
 
     view: str
@@ -60,7 +61,7 @@ class Written(NamedTuple):
 
 
 def written_spans(result: BeamResult) -> Written:
-    """All prefixes that a search under a SubstringConstraint went through, as body spans.
+    """All prefixes that a search under a SubstringConstraint kept, as body spans.
 
     Raises ValueError for a search that did not record them.
     """
@@ -77,9 +78,9 @@ def written_spans(result: BeamResult) -> Written:
 def written_rows(
     view: str, result: BeamResult, rows: np.ndarray, table: IdentifierTable
 ) -> Written:
-    """The rows of a table that a search under its trie ended with; rows int [B, M], -1 for none.
+    """The rows of a table that a search under its trie gave; rows int [B, M], -1 for none.
 
-    They count as often as they have passages.
+    The count of a row is the number of its passages.
     """
     rows = np.asarray(rows)
     known, at = rows >= 0, np.maximum(rows, 0)
@@ -100,7 +101,11 @@ class _Query(NamedTuple):
 
 
 class _Places(NamedTuple):
-    """Occurrences, int [n] each: owner, the identifier; passage; start in it (0 for no span)."""
+    """Occurrences, int [n] each.
+
+    owner: which identifier occurs. passage: where it occurs. start: the position in the passage, 0
+    where the identifier is no span.
+    """
 
     owner: np.ndarray
     passage: np.ndarray
@@ -108,8 +113,11 @@ class _Places(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """Identifiers by passage: members int32 [P, K'], best first, then -1; spans (places in
-    `members`) and starts int32 [P, E] as in Identifiers."""
+    """Identifiers by passage.
+
+    members: int32 [P, K'], identifiers of the query, best first, then -1. spans, starts: int32
+    [P, E] as in Identifiers, where spans are places in `members`.
+    """
 
     members: np.ndarray
     spans: np.ndarray
@@ -118,10 +126,7 @@ class _Packed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scored:
-    """Passages of one query, best first; ties as in `ranking`.
-
-    passages int32 [n]; scores f32 [n].
-    """
+    """The passages int32 [n] of one query and their scores f32 [n], in the order of `ranking`."""
 
     passages: np.ndarray
     scores: np.ndarray
@@ -129,10 +134,8 @@ class Scored:
     packed: _Packed
 
     def identifiers(self, limit: int) -> Identifiers:
-        """The `limit` identifiers of most weight that each passage holds, numpy [n, limit, ...].
-
-        Their occurrences are complete: E is the most that any passage has.
-        """
+        """The `limit` identifiers with the highest weights that each passage holds, as numpy arrays
+        [n, limit, ...]. All their occurrences are listed; E is the most that any passage has."""
         members, spans, starts = self.packed
         members = members[:, :limit]
         members = np.pad(members, ((0, 0), (0, limit - members.shape[1])), constant_values=-1)
@@ -144,26 +147,27 @@ class Scored:
         return _gather(self.query[:4], _Packed(members, spans[:, :used], starts[:, :used]))
 
 
-def best(found: Sequence[Scored], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Passage indices int32 and scores f32 [B, depth], best first; free places -1 and -inf."""
-    passages = np.full((len(found), depth), -1, np.int32)
-    scores = np.full((len(found), depth), -np.inf, np.float32)
-    for query, one in enumerate(found):
-        number = min(depth, len(one.passages))
-        passages[query, :number] = one.passages[:number]
-        scores[query, :number] = one.scores[:number]
+def best(results: Sequence[Scored], depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Passage indices int32 and scores f32 [B, depth], best first, then -1 and -inf."""
+    passages = np.full((len(results), depth), -1, np.int32)
+    scores = np.full((len(results), depth), -np.inf, np.float32)
+    for query, result in enumerate(results):
+        count = min(depth, len(result.passages))
+        passages[query, :count] = result.passages[:count]
+        scores[query, :count] = result.scores[:count]
     return passages, scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MultiviewIndex:
-    """Where identifiers occur, and what they are worth.
+    """Where identifiers occur, and how passages are scored by them.
 
     text: index of the passages, None where no body spans are searched; tables: titles and
     pseudo-queries by view, over the same passages. num_tokens: of the corpus; None: of the text.
     special_ids: token ids that belong to no text, see passage_scores.
-    allowed: bool [P], passages that may be returned; None: all. Counts are of all passages.
-    pid_of: passage index -> pid: ties are ordered by pid; None: by passage index.
+    allowed: bool [P], the passages that may be returned; None allows all. Counts are those of all
+    passages in either case.
+    pid_of: passage index -> pid, by which ties are ordered; None orders them by passage index.
 
     Raises ValueError for an unknown view and for tables or masks of another number of passages.
     """
@@ -206,10 +210,10 @@ class MultiviewIndex:
         return next(iter(indexes)).num_passages
 
     def rank(self, written: Sequence[Written]) -> list[Scored]:
-        """The passages of each of B queries that `written` leads to; none where it leads nowhere.
+        """The passages that hold identifiers of each of B queries; none where no passage does.
 
-        written: the views, in any order; no identifier of a view twice for a query. Where weight
-          and log-probability are equal, titles stand before body spans before pseudo-queries.
+        written: the views, in any order; a view has no identifier twice for a query. Among equal
+          weights and log-probabilities, titles come before body spans before pseudo-queries.
         Raises ValueError for a view that has no table, and without any view.
         """
         waiting = []
@@ -220,7 +224,7 @@ class MultiviewIndex:
             packed = _pack(query, places, nominated, self.scoring.max_passages)
             scores = self._scores(query, packed) if len(nominated) else np.zeros(0, np.float32)
             waiting.append((nominated, scores, query, packed))
-        return [_ranked(*one, self.pid_of) for one in waiting]
+        return [_ranked(*parts, self.pid_of) for parts in waiting]
 
     def _queries(self, written: Sequence[Written]) -> list[_Query]:
         if not written:
@@ -253,17 +257,17 @@ class MultiviewIndex:
         ]
 
     def _entries(self, query: _Query, k: int) -> np.ndarray:
-        """Where the k-th identifier occurs: positions in the text, or passages of a table."""
+        """Where the k-th identifier occurs: positions in the text, or passages of its table."""
         view, part = query.views[k], slice(query.lo[k], query.lo[k] + query.counts[k])
         entries = self.text.suffixes if view == BODY else self.tables[VIEWS[view]].passages
         return np.asarray(entries[part])
 
     def _rare(self, query: _Query) -> _Places:
-        """All occurrences of the identifiers that nominate, in allowed passages."""
+        """All occurrences, in allowed passages, of the identifiers that nominate passages."""
         rare = np.flatnonzero(query.counts <= self.scoring.common)
-        found = [self._entries(query, k) for k in rare]
-        owner = np.repeat(rare, [len(entries) for entries in found])
-        entry = np.concatenate([*found, np.zeros(0, np.int32)]).astype(np.int32)
+        entries_of = [self._entries(query, k) for k in rare]
+        owner = np.repeat(rare, [len(entries) for entries in entries_of])
+        entry = np.concatenate([*entries_of, np.zeros(0, np.int32)]).astype(np.int32)
         body = query.views[owner] == BODY
         passage, start = entry.copy(), np.zeros_like(entry)
         if body.any():
@@ -274,12 +278,12 @@ class MultiviewIndex:
         return _Places(owner[keep], passage[keep], start[keep])
 
     def _nominated(self, query: _Query, places: _Places) -> tuple[_Places, np.ndarray]:
-        """(the occurrences in the passages that stay, these passages, ascending)."""
+        """(the occurrences in the passages that stay, the passages that stay, ascending)."""
         passages, of_passage = np.unique(places.passage, return_inverse=True)
         most = self.scoring.max_passages
         if len(passages) <= most:
             return places, passages
-        # one of each place where spans begin; owners are sorted, so the first is the best
+        # One span counts for each place where spans begin: the best, as owners are sorted.
         begin = np.where(query.views[places.owner] == BODY, places.start, -1 - places.owner)
         key = of_passage * (np.ptp(begin) + 1) + begin - begin.min()
         _, once = np.unique(key, return_index=True)
@@ -289,17 +293,17 @@ class MultiviewIndex:
         return _Places(*(leaf[keep] for leaf in places)), passages[stay]
 
     def _common(self, query: _Query, nominated: np.ndarray) -> _Places:
-        """The occurrences in these passages of the identifiers that nominate none."""
+        """The occurrences, in the nominated passages, of the identifiers that nominate none."""
         common = np.flatnonzero(query.counts > self.scoring.common)
         spans = common[query.views[common] == BODY]
-        found = [self._spans_in(query, spans, nominated)] if len(spans) else []
+        places = [self._spans_in(query, spans, nominated)] if len(spans) else []
         for k in common[query.views[common] != BODY]:
             passage = nominated[np.isin(nominated, self._entries(query, k))]
-            found.append(_Places(np.full(len(passage), k), passage, np.zeros(len(passage), int)))
-        return _joined(found)
+            places.append(_Places(np.full(len(passage), k), passage, np.zeros(len(passage), int)))
+        return _joined(places)
 
     def _spans_in(self, query: _Query, spans: np.ndarray, nominated: np.ndarray) -> _Places:
-        """Occurrences of body spans, read from the text of the passages."""
+        """The occurrences of body spans, found in the text of the passages."""
         tokens, starts = self.text.tokens, self.text.starts
         begins, following = starts[nominated], np.minimum(nominated + 1, len(starts) - 1)
         ends = np.where(nominated < following, starts[following], len(tokens))  # a 0 is the last
@@ -313,7 +317,7 @@ class MultiviewIndex:
         return _Places(spans[owner], nominated[row], start - offsets[row])
 
     def _scores(self, query: _Query, packed: _Packed) -> jax.Array:
-        """f32 [max_passages], on its way."""
+        """f32 [max_passages], which the device may still be computing."""
         size = _size(len(query.lo), _FEWEST[0])
         grow = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
         return _score(
@@ -330,12 +334,15 @@ _weigh = jax.jit(passage_scoring.identifier_weights, static_argnames="scoring")
 
 @functools.partial(jax.jit, static_argnames=("scoring", "special_ids"))
 def _score(leaves, packed, num_tokens, *, scoring, special_ids) -> jax.Array:
-    found = _gather(leaves, packed)
-    return passage_scoring.passage_scores(found, num_tokens, scoring, special_ids=special_ids)
+    identifiers = _gather(leaves, packed)
+    return passage_scoring.passage_scores(identifiers, num_tokens, scoring, special_ids=special_ids)
 
 
 def _gather(leaves: Sequence, packed: _Packed) -> Identifiers:
-    """Identifiers of each passage, on the host or the device; leaves: the first four of a query."""
+    """The identifiers of each passage, on the host or the device.
+
+    leaves: the first four arrays of a `_Query`.
+    """
     at = packed.members.clip(0)
     of_passages = (leaf[at] for leaf in leaves)
     return Identifiers(*of_passages, packed.members >= 0, packed.spans, packed.starts)
@@ -347,11 +354,11 @@ def _joined(parts: Sequence[_Places]) -> _Places:
 
 
 def _pack(query: _Query, places: _Places, passages: np.ndarray, rows: int) -> _Packed:
-    """Places by passage, padded to `rows` passages and to sizes that recur."""
-    number = max(1, len(query.lo))
+    """The occurrences by passage, padded to `rows` passages and to one of a few sizes."""
+    width = max(1, len(query.lo))
     row = np.searchsorted(passages, places.passage)
-    pairs, of_pair = np.unique(row * number + places.owner, return_inverse=True)
-    pair_row, owner = pairs // number, pairs % number
+    pairs, of_pair = np.unique(row * width + places.owner, return_inverse=True)
+    pair_row, owner = pairs // width, pairs % width
     slot = np.arange(len(pairs)) - np.searchsorted(pair_row, pair_row)
     members = np.full((rows, _size(slot.max(initial=0) + 1, _FEWEST[0])), -1, np.int32)
     members[pair_row, slot] = owner
@@ -365,9 +372,9 @@ def _pack(query: _Query, places: _Places, passages: np.ndarray, rows: int) -> _P
     return _Packed(members, spans, starts)
 
 
-def _size(number: int, fewest: int) -> int:
-    """The power of two that holds `number`, at least `fewest`."""
-    return max(fewest, 1 << (int(number) - 1).bit_length())
+def _size(needed: int, fewest: int) -> int:
+    """The lowest power of two that is at least `needed` and `fewest`."""
+    return max(fewest, 1 << (int(needed) - 1).bit_length())
 
 
 def _ranked(
@@ -380,7 +387,7 @@ def _ranked(
 
 
 def _order(scores: np.ndarray, passages: np.ndarray, pid_of: PidOf | None) -> np.ndarray:
-    """Places int [n], best first, of passages that are ascending."""
+    """int [n]: the places of ascending passages, best first."""
     order = np.argsort(-scores, kind="stable")
     if pid_of is None:
         return order

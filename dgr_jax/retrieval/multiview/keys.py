@@ -1,13 +1,13 @@
 """Keys: the identifiers by which a student found its candidates, kept for distillation.
 
-    block = keys(found, depth=200, limit=40, size=decoder.most_identifiers)   # candidates stage
-    named = Keyed(...).of(query_rows, texts, passages)                        # teach stage
+    block = keys(results, depth=200, limit=40, identifiers=..., length=...)   # candidates stage
+    named = Keyed(...).of(query_rows, texts, passages, counts)                # teach stage
 
-A rank list may hold passages that the student has not found, such as a positive that it missed.
-They get keys as generation examples get targets: the title, pseudo-queries, and spans of the text
-near the query.
+A rank list may hold passages that the student did not find, such as a positive that it missed.
+Their keys are drawn as the targets of generation examples are: the title, pseudo-queries, and spans
+of the text near the query.
 
-Axis letters: L rank list, K identifiers a passage, T tokens, U identifiers a query, D depth.
+Axis letters: L rank list, K identifiers of a passage, T tokens, U identifiers of a query, D depth.
 """
 
 from __future__ import annotations
@@ -30,37 +30,39 @@ from dgr_jax.retrieval.multiview.index import Scored
 Keys = dict[str, np.ndarray]
 
 
-def keys(found: Sequence[Scored], *, depth: int, limit: int, identifiers: int, length: int) -> Keys:
+def keys(
+    results: Sequence[Scored], *, depth: int, limit: int, identifiers: int, length: int
+) -> Keys:
     """The best `limit` identifiers of each of the best `depth` passages of n queries.
 
-    members int16 [n, D, K]: places among the identifiers of the query, best first, -1 for none;
-    tokens int32 [n, U, T], views int8 [n, U], counts int32 [n, U] of these. U = identifiers, the
-    most that a query can write; T = length.
+    members: int16 [n, D, K], places among the identifiers of the query, best first, -1 for none.
+    tokens int32 [n, U, T], views int8 [n, U] and counts int32 [n, U] describe these identifiers.
+    U = identifiers, the most that a query can write; T = length.
     """
-    made = {
-        "members": np.full((len(found), depth, limit), -1, np.int16),
-        "tokens": np.zeros((len(found), identifiers, length), np.int32),
-        "views": np.zeros((len(found), identifiers), np.int8),
-        "counts": np.zeros((len(found), identifiers), np.int32),
+    kept = {
+        "members": np.full((len(results), depth, limit), -1, np.int16),
+        "tokens": np.zeros((len(results), identifiers, length), np.int32),
+        "views": np.zeros((len(results), identifiers), np.int8),
+        "counts": np.zeros((len(results), identifiers), np.int32),
     }
-    for i, one in enumerate(found):
-        members = one.packed.members[: min(depth, len(one.passages)), :limit]
-        made["members"][i, : len(members), : members.shape[1]] = members
-        number = len(one.query.counts)
-        tokens = one.query.tokens[:, :length]  # what follows is padding of the search
-        made["tokens"][i, :number, : tokens.shape[1]] = tokens
-        made["views"][i, :number] = one.query.views
-        made["counts"][i, :number] = one.query.counts
-    return made
+    for i, result in enumerate(results):
+        members = result.packed.members[: min(depth, len(result.passages)), :limit]
+        kept["members"][i, : len(members), : members.shape[1]] = members
+        count = len(result.query.counts)
+        tokens = result.query.tokens[:, :length]  # the search pads them further
+        kept["tokens"][i, :count, : tokens.shape[1]] = tokens
+        kept["views"][i, :count] = result.query.views
+        kept["counts"][i, :count] = result.query.counts
+    return kept
 
 
 @dataclass(frozen=True, eq=False)
 class Keyed:
     """Rank lists with the keys of their passages.
 
-    found: what `keys` made of the queries, in their order; passages int32 [n, D], the candidates.
-    text, tables: where identifiers occur, see MultiviewIndex. views: what keys of passages that
-    the student has not found are drawn from, by `seed`.
+    found: the keys of the queries, in their order. passages: int32 [n, D], the candidates.
+    text, tables: where identifiers occur, see MultiviewIndex. views: the source of the keys of
+    passages that the student did not find; `seed` decides which are drawn.
     """
 
     found: Keys
@@ -77,15 +79,16 @@ class Keyed:
         passages: np.ndarray,
         counts: Counter,
     ) -> ViewIdentifiers:
-        """The identifiers of the passages int32 [n, L] (-1: free place) of n lists.
+        """The identifiers of the passages of n lists, int32 [n, L], -1 where a list is shorter.
 
-        query_rows int32 [n]: places of their queries among the candidates; texts: the queries.
-        counts, added to: passages; passages_without_keys, drawn ones; passages_without_identifier.
+        query_rows: int32 [n], places of their queries among the candidates. texts: the queries.
+        counts: it is increased by the number of `passages`, of `passages_without_keys` (whose keys
+        are drawn) and of `passages_without_identifier`.
         """
-        number, width = passages.shape
+        lists, width = passages.shape
         limit, length = self.found["members"].shape[2], self.found["tokens"].shape[2]
-        tokens = np.zeros((number, width, limit, length), np.int32)
-        views, occurring = np.zeros((2, number, width, limit), np.int32)
+        tokens = np.zeros((lists, width, limit, length), np.int32)
+        views, occurring = np.zeros((2, lists, width, limit), np.int32)
         missing = []
         for i, row in enumerate(query_rows):
             place = {int(p): d for d, p in enumerate(self.passages[row]) if p >= 0}
@@ -110,29 +113,30 @@ class Keyed:
         )
 
     def _draw(self, missing, texts, passages, filled) -> None:
-        """Writes keys of the passages at `missing` places into (tokens, views, counts)."""
+        """Draws keys for the passages at the `missing` places and writes them into `filled`, the
+        arrays (tokens, views, counts)."""
         if not missing:
             return
         tokens, views, counts = filled
         limit, length = tokens.shape[2:]
         mixture = ViewMixture(titles=1, spans=max(1, limit // 2), pseudo_queries=limit // 4)
         pairs = [(texts[i], int(passages[i, j]), "") for i, j in missing]
-        made = examples.blocks(pairs, mixture, self.views, seed=self.seed, counts=Counter())
+        blocks = examples.blocks(pairs, mixture, self.views, seed=self.seed, counts=Counter())
         start = 0
-        for block in made:
+        for block in blocks:
             targets = block.targets[:, :length]
             targets = np.pad(targets, ((0, 0), (0, length - targets.shape[1])))
-            found = self._counts(targets, block.view)
+            occurring = self._counts(targets, block.view)
             place = np.arange(len(block.pair)) - np.searchsorted(block.pair, block.pair)
             keep = place < limit
             at = np.array(missing[start : start + len(block.texts)])[block.pair[keep]]
             where = (*at.T, place[keep])
             tokens[where], views[where] = targets[keep], block.view[keep]
-            counts[where] = found[keep]
+            counts[where] = occurring[keep]
             start += len(block.texts)
 
     def _counts(self, tokens: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """int32 [S]: how often identifiers [S, T] occur."""
+        """int32 [S]: how often each of the identifiers [S, T] occurs."""
         counts = np.zeros(len(tokens), np.int32)
         for view in np.unique(views):
             own = np.flatnonzero(views == view)
@@ -147,13 +151,11 @@ class Keyed:
         return counts
 
     def _occurrences(self, passages, tokens, views) -> tuple[np.ndarray, np.ndarray]:
-        """Occurrences of body spans, int32 [n, L, 2 K] each: 1 + the k of each, and its start.
-
-        Of more than 2 K in a passage, the later ones of the same spans are left out.
-        """
-        number, width, limit, _ = tokens.shape
-        spans, starts = np.zeros((2, number, width, 2 * limit), np.int32)
-        for i, j in itertools.product(range(number), range(width)):
+        """The occurrences of body spans, int32 [n, L, 2 K] each: 1 + the k of the span, and where
+        it begins. Where a passage has more than 2 K, the later ones of each span are left out."""
+        lists, width, limit, _ = tokens.shape
+        spans, starts = np.zeros((2, lists, width, 2 * limit), np.int32)
+        for i, j in itertools.product(range(lists), range(width)):
             body = np.flatnonzero((views[i, j] == BODY) & tokens[i, j].any(1))
             if passages[i, j] < 0 or not len(body):
                 continue

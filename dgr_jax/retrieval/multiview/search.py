@@ -1,8 +1,8 @@
 """A student that writes identifiers of several views: queries -> passages.
 
-Each view is asked for with its marker before the query, and searched under its own constraint: the
-trie of titles, the trie of pseudo-queries, all substrings of the text.  What is found in all of
-them names and scores the passages, see dgr_jax.retrieval.multiview.index.
+A view is chosen by its marker before the query, and searched under its own constraint: the trie of
+titles, the trie of pseudo-queries, or all substrings of the text. The identifiers of all views
+together determine the passages and their scores, see dgr_jax.retrieval.multiview.index.
 
 Axis letters: B queries, Q query length, M beams.
 """
@@ -24,7 +24,6 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
-from dgr_jax.identifiers.table import EOS_ID
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
@@ -40,6 +39,7 @@ from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
+from dgr_jax.special_tokens import EOS_ID
 
 _KEYED = 32  # queries whose findings are held, before their keys are cut
 
@@ -48,13 +48,15 @@ _KEYED = 32  # queries whose findings are held, before their keys are cut
 class MultiviewSearch:
     """Settings of retrieval with identifiers of several views.
 
-    num_beams: identifiers kept a view; of body spans, all prefixes of so many.
-    batch_size: queries decoded together, rounded up to the data shards of the mesh; the last batch
-      is padded. A query asked alone is decoded alone.
-    depth: passages a query in a run.
-    query_length: tokens of a query, the marker of the view and EOS counted; longer ones are cut.
-    scoring: what identifiers are worth.
-    The published numbers (MINDER, Li et al. 2023) are the defaults.
+    The defaults are the published numbers (MINDER, Li et al. 2023).
+
+    num_beams: how many identifiers are kept in each view; of body spans, all their prefixes too.
+    batch_size: how many queries are decoded together, rounded up to a multiple of the mesh's data
+      shards; the last batch is padded. A query asked alone is decoded alone.
+    depth: how many passages a query has in a run.
+    query_length: number of tokens of a query, with the marker of the view and EOS; longer queries
+      are cut.
+    scoring: how passages are scored by their identifiers.
     """
 
     num_beams: int = 15
@@ -84,9 +86,9 @@ class MultiviewDecoder(TrainedSystem):
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
     index: text, tables and scoring; its text is not searched where 'body' has no marker.
-    tries: built from the rows of the tables, in their order, by view.
-    markers: the token that asks for a view; only these views are searched.
-    span_tokens, opening: of body spans, see SuffixArray.constraint.
+    tries: view -> the trie of its table's rows, in their order.
+    markers: view -> the token that stands for it; only these views are searched.
+    span_tokens, opening: settings of body spans, see SuffixArray.constraint.
     """
 
     config: T5Config
@@ -138,11 +140,11 @@ class MultiviewDecoder(TrainedSystem):
         for view in self.markers:
             if view == "body":
                 length = self.span_tokens
-                made = self.index.text.constraint(max_length=length, opening=self.opening)
+                constraint = self.index.text.constraint(max_length=length, opening=self.opening)
             else:
-                made = self.tries[view].constraint()
+                constraint = self.tries[view].constraint()
                 length = self.tries[view].layout.max_length
-            constraints[view] = partitioning.place(made, partitioning.replicated(self.mesh))
+            constraints[view] = partitioning.place(constraint, partitioning.replicated(self.mesh))
             lengths[view] = length
         self._constraints = constraints
         self._decode = {
@@ -156,12 +158,12 @@ class MultiviewDecoder(TrainedSystem):
 
     @property
     def query_length(self) -> int:
-        """Tokens of a query without marker, EOS counted."""
+        """Number of tokens of a query, with EOS and without a marker."""
         return self.search.query_length - 1
 
     @property
     def index_bytes(self) -> int:
-        """Of what a search reads beside the parameters: the suffix array, tries and tables."""
+        """Bytes that a search reads beside the parameters: the suffix array, tries and tables."""
         text = 0 if self.index.text is None else self.index.text.nbytes
         tables = [self.index.tables[view] for view in self.tries]
         owned = sum(table.offsets.nbytes + table.passages.nbytes for table in tables)
@@ -176,13 +178,13 @@ class MultiviewDecoder(TrainedSystem):
 
     @property
     def identifier_length(self) -> int:
-        """Tokens of the longest identifier."""
+        """Number of tokens of the longest identifier."""
         spans = [self.span_tokens] * (self.index.text is not None)
         return max([*spans, *(table.tokens.shape[1] for table in self.index.tables.values())])
 
     @property
     def most_identifiers(self) -> int:
-        """Identifiers that a query can write at most."""
+        """The most identifiers that a query can write."""
         beams = self.search.num_beams
         return sum(beams * (self.span_tokens if v == "body" else 1) for v in self.markers)
 
@@ -224,9 +226,9 @@ class MultiviewDecoder(TrainedSystem):
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System: the tokens are those of the identifier of most weight."""
         size = 1 if len(tokens) == 1 else self.search.batch_size
-        for found in self._scored([tokens], size):
-            best_of = found.query.tokens[found.packed.members[: self.search.depth, 0]]
-            rows = zip(found.passages.tolist(), found.scores.tolist(), best_of, strict=False)
+        for result in self._scored([tokens], size):
+            best_of = result.query.tokens[result.packed.members[: self.search.depth, 0]]
+            rows = zip(result.passages.tolist(), result.scores.tolist(), best_of, strict=False)
             yield [SystemHit(*row) for row in rows]
 
     def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
@@ -234,8 +236,10 @@ class MultiviewDecoder(TrainedSystem):
         counted, blocks = itertools.tee(blocks)
         scored = self._scored(blocks, self.search.batch_size)
         for block in counted:
-            found = (best([one], self.search.depth) for one in itertools.islice(scored, len(block)))
-            passages, scores = zip(*found, strict=True) if len(block) else ([], [])
+            ranked = (
+                best([result], self.search.depth) for result in itertools.islice(scored, len(block))
+            )
+            passages, scores = zip(*ranked, strict=True) if len(block) else ([], [])
             nothing = np.zeros((0, self.search.depth), np.float32)
             yield (
                 np.concatenate([nothing.astype(np.int32), *passages]),
@@ -283,14 +287,14 @@ class MultiviewDecoder(TrainedSystem):
                 "MultiviewSearch.query_length without the marker of the view"
             )
         padded = np.zeros((size, self.search.query_length), np.int32)
-        padded[:, :2] = self.markers[view], EOS_ID  # of the rows that no query fills
+        padded[:, :2] = self.markers[view], EOS_ID  # for the rows that no query fills
         width = min(tokens.shape[1], self.query_length)
         padded[: len(tokens), 1 : width + 1] = tokens[:, :width]
         placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
         return self._decode[view](self.params, self._constraints[view], placed)
 
     def _written(self, count: int, results: Mapping[str, BeamResult]) -> list[Written]:
-        """What `count` queries wrote in each view, on the host."""
+        """The identifiers that `count` queries wrote in each view, on the host."""
         written = []
         for view, result in jax.device_get(dict(results)).items():
             result = jax.tree.map(lambda leaf: leaf[:count], result)

@@ -1,9 +1,9 @@
-"""The indexes of identifiers of several views, as the prepare stage leaves them in a folder:
+"""The indexes of identifiers of several views, which the prepare stage writes into a folder:
 
 identifiers/title  identifiers/query   tables
 trie/title         trie/query          their tries
 text                                   the suffix array of all passages
-views.json                             how spans are cut
+views.json                             the length of spans and where they may begin
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _FILE = "views.json"
 class ViewIndexes:
     """Identifiers of several views.
 
-    tables and tries by view, 'title' and 'query'; text: of all passages, titles left out, None
-    without the body view. num_tokens: of the corpus, titles left out.
-    span_tokens and opening: of body spans, see SuffixArray.constraint.
+    tables, tries: by view, 'title' and 'query'. text: the suffix array of all passages without
+    titles; None without the body view. num_tokens: tokens of the corpus, without titles.
+    span_tokens, opening: settings of body spans, see SuffixArray.constraint.
     """
 
     tables: dict[str, IdentifierTable]
@@ -71,7 +71,7 @@ class ViewIndexes:
 
     @property
     def views(self) -> Views:
-        """What generation examples are drawn from."""
+        """The sources from which generation examples are drawn."""
         body = None if self.text is None else Body(self.text.tokens, self.text.starts)
         return Views(
             self.vocabulary,
@@ -84,6 +84,6 @@ class ViewIndexes:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest identifier."""
+        """Number of tokens of the longest identifier."""
         spans = [self.span_tokens] * (self.text is not None)
         return max([*spans, *(table.tokens.shape[1] for table in self.tables.values())])

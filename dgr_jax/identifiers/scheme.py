@@ -1,0 +1,132 @@
+"""The contract of identifier schemes: how passages get identifiers, and how large that becomes.
+
+A further scheme is one file with a frozen dataclass that subclasses `Scheme`, and its name in
+`dgr_jax.config.configurables`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dgr_jax.corpora.store import PassageStore
+    from dgr_jax.identifiers.table import IdentifierTable
+
+# Of English text and T5's vocabulary, where nothing is counted.
+TOKENS_A_WORD = 1.35
+TEXT_CHOICES = 2000  # tokens that may stand at a position of a text
+TITLE_TOKENS, QUERY_TOKENS = 6, 10  # of a title and of a query, on average
+
+
+class CorpusSize(NamedTuple):
+    """Numbers that are not in the settings: passages, words of each, training queries,
+    pseudo-queries a passage, and positives of the training queries (0: one each)."""
+
+    passages: int
+    words: float
+    queries: int
+    pseudo_queries: float
+    positives: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Training queries, each with one of its positives."""
+        return self.positives or self.queries
+
+
+@dataclass(frozen=True)
+class TableSizes:
+    """An identifier table before it is made.
+
+    rows: identifiers. levels: how many tokens may stand at each position. closing: whether the end
+    of sequence follows. mean_length: tokens of an identifier on average; None: all are as long.
+    """
+
+    rows: int
+    levels: tuple[int, ...]
+    closing: bool = False
+    view: str = ""
+    mean_length: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest identifier."""
+        return len(self.levels) + self.closing
+
+    @classmethod
+    def of_text(cls, rows: float, most: int, mean: int, view: str = "") -> TableSizes:
+        """Of texts cut to `most` tokens, `mean` on average; of a view, after its marker."""
+        marker = (1,) if view else ()
+        levels, mean_length = (*marker, *[TEXT_CHOICES] * most), len(marker) + min(most, mean) + 1
+        return cls(round(rows), levels, closing=True, view=view, mean_length=mean_length)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a scheme would make of a corpus, estimated before there is anything.
+
+    tables: one, or one a view. codes: docid codes in the vocabulary. text_tokens: of the text whose
+    spans, of span_tokens, are identifiers.
+    """
+
+    tables: tuple[TableSizes, ...]
+    codes: int = 0
+    text_tokens: int = 0
+    span_tokens: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest identifier."""
+        return max([self.span_tokens, *(table.length for table in self.tables)])
+
+
+class Material(NamedTuple):
+    """What identifiers are made of.
+
+    store: the passages. encode: a text -> its tokens. first_code_id: the token of the first docid
+    code. marker: a view -> the token that marks it. pseudo_queries: called once -> (passage index,
+    text) of each. seed: of everything that is drawn.
+    """
+
+    store: PassageStore
+    encode: Callable[[str], list[int]]
+    first_code_id: int = 0
+    marker: Callable[[str], int] = lambda view: 0
+    pseudo_queries: Callable[[], Iterable[tuple[int, str]]] = tuple
+    seed: int = 0
+
+
+class Scheme(abc.ABC):
+    """How passages get identifiers. Subclasses are frozen dataclasses; their fields are settings.
+
+    views: those that have a marker in the vocabulary, some of 'title', 'body' and 'query'; a
+      passage then has many identifiers. (): it has one.
+    span_tokens: tokens of an identifier of the view 'body', a span of the text.
+    """
+
+    views: tuple[str, ...] = ()
+    span_tokens: int = 0
+
+    @property
+    def codes_by_position(self) -> bool:
+        """Whether a code at another position is another token."""
+        return False
+
+    @abc.abstractmethod
+    def build(self, material: Material) -> list[IdentifierTable]:
+        """The identifiers of all passages: one table, or one of each view that has a table."""
+
+    @abc.abstractmethod
+    def sizes(self, corpus: CorpusSize) -> Sizes:
+        """What `build` would make of a corpus of this size: all that is planned follows from it."""
+
+    def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:
+        """int32 [n], the tokens of each passage whose spans are identifiers; `counts` is filled
+        while they are read. For schemes of several views alone."""
+        raise NotImplementedError

@@ -1,0 +1,338 @@
+"""A plan and a student together: plan score + weight * log p(identifier) of the planned passages.
+
+Axis letters: B queries, Q query length, n planned passages, T identifier length, P passages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgr_jax import partitioning
+from dgr_jax.corpora.ranking import PidOf
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.decoding.beam_search import BeamResult, score_by_token
+from dgr_jax.decoding.guide import PlannedRows
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
+from dgr_jax.retrieval.system import Opening, SystemHit, SystemSettings
+
+
+@dataclass(frozen=True)
+class PlannedQueries:
+    """tokens int32 [B, Q], and the planned passages of each query."""
+
+    tokens: np.ndarray
+    planned: PlannedPassages
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class _Scored(NamedTuple):
+    """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from
+    the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
+    a search of all passages finds; None: all queries have enough planned passages."""
+
+    passages: np.ndarray
+    scores: np.ndarray
+    log_probs: jax.Array | None
+    beside: BeamResult | None
+
+
+@functools.lru_cache(maxsize=8)
+def score_fn(
+    config: T5Config, mesh: jax.sharding.Mesh, rules: partitioning.Rules = partitioning.RULES
+) -> Callable[[Any, tuple[jax.Array, jax.Array, jax.Array]], jax.Array]:
+    """The compiled scores of all planned identifiers, from one pass of the decoder: (params,
+    (queries int32 [B, Q], identifiers int32 [B, n, T], f32 [B, n])) -> log p(identifier | query)
+    f32 [B, n], -inf for blank rows. The last argument is that of `guided_fn`, and not used."""
+
+    def score(params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tokens, rows, _ = batch
+        apply = functools.partial(Transformer(config).apply, {"params": params})
+        encoded = apply(tokens, method="encode")
+        inputs = jnp.pad(rows[..., :-1], ((0, 0), (0, 0), (1, 0)))
+        x = apply(encoded, tokens, inputs, method="decode")
+        log_probs = score_by_token(functools.partial(apply, method="logits"), x, rows)
+        total = jnp.where(rows > 0, log_probs, 0.0).sum(-1)
+        return jnp.where(rows[..., 0] > 0, total, -jnp.inf)
+
+    return _compiled(score, mesh, rules)
+
+
+@functools.lru_cache(maxsize=8)
+def guided_fn(
+    config: T5Config,
+    num_beams: int,
+    fixed: bool,
+    mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules = partitioning.RULES,
+) -> Callable[[Any, tuple[jax.Array, jax.Array, jax.Array]], jax.Array]:
+    """The compiled search: (params, (queries int32 [B, Q], identifiers int32 [B, n, T], sorted,
+    their bonus f32 [B, n])) -> log p(identifier | query) f32 [B, n], -inf where no beam wrote it.
+
+    fixed: whether all identifiers have T tokens.
+    """
+
+    def decode(params: Any, batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tokens, rows, bonus = batch
+        guide = PlannedRows.of(rows, bonus, fixed=fixed)
+        result = written(config, params, guide, tokens, num_beams, rows.shape[-1], guide=guide)
+        return guide.log_probs(result)
+
+    return _compiled(decode, mesh, rules)
+
+
+def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:
+    on_shards = partitioning.on_batch_shards(function, mesh, whole=1, rules=rules)
+    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+
+
+@dataclass
+class PlannedDecoder(Decoder):
+    """A student that answers for the passages that a plan names.
+
+    The trie is not used: the planned identifiers of a query are what may be written. Only where a
+    query has fewer planned passages than asked for, does `student` (None: nobody) search all of
+    them too: what it finds beside has the plan score 0. planner: None where queries are planned
+    already.
+    """
+
+    scores_all: ClassVar[bool] = False
+
+    plan: Plan = field(kw_only=True)
+    planner: Planner | None = field(kw_only=True)
+    student: Decoder | None = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        check(self.plan, self.search, self.table.num_passages)
+        layout = self.index.layout
+        fixed = layout.ends == "fixed"
+        if self.plan.ranked_by == "beams":
+            settings = (self.plan.num_beams, fixed, self.mesh, self.rules)
+            self._score = guided_fn(self.config, *settings)
+        else:
+            self._score = score_fn(self.config, self.mesh, self.rules)
+
+    @classmethod
+    def of(cls, student: Decoder, plan: Plan, planner: Planner | None) -> PlannedDecoder:
+        """A student with a plan."""
+        own = {f.name: getattr(student, f.name) for f in fields(student)}
+        own["search"] = replace(student.search, num_beams=plan.num_beams)
+        student = replace(student, search=own["search"])
+        return cls(**own, plan=plan, planner=planner, student=student)
+
+    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
+        """See Decoder.restrict."""
+        student = self.student.restrict(passage_mask)
+        return replace(self, index=student.index, allowed=student.allowed, student=student)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of what a search reads beside the parameters: the plan, and the identifiers."""
+        table = self.table
+        return self.planner.nbytes + table.tokens.nbytes + table.passages.nbytes
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """See Decoder.limits."""
+        return {"planned": self.plan.planned, "depth": self.search.depth}
+
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
+        """Queries as `passages` takes them: planned already."""
+        planned = self.planner.best(texts, self.plan.planned, self.allowed)
+        return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def passages(self, queries: PlannedQueries) -> Found:
+        """Passage index int32 and score f32 [B, depth]; see `ranked`."""
+        return super().passages(queries)[:2]
+
+    def passages_of_blocks(self, blocks: Iterable[PlannedQueries]) -> Iterator[Found]:
+        """See Decoder.passages_of_blocks."""
+        return (found[:2] for found in super().passages_of_blocks(blocks))
+
+    def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
+        """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
+        the identifier, -inf where it was not written."""
+        for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
+            plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+            yield [
+                SystemHit(
+                    i,
+                    score,
+                    self.table.tokens[self._rows[i]],
+                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
+                )
+                for i, score, log_prob in zip(
+                    passages.tolist(), *(part.tolist() for part in parts), strict=True
+                )
+                if i >= 0
+            ]
+
+    def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
+        """Beside passages and scores, log-probabilities."""
+        passages, scores = super()._nothing(queries)
+        return passages, scores, scores.copy()
+
+    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
+        return super()._lengths(queries.tokens)
+
+    def _start(
+        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
+    ) -> _Scored:
+        passages, scores = (part[places] for part in queries.planned)
+        if self.plan.ranked_by == "plan":
+            return _Scored(passages, scores, None, None)
+        short = self.student is not None and (passages < 0).any()
+        beside = self.student._start(queries.tokens, places, shape) if short else None
+        rows = np.where(passages >= 0, self._rows[np.maximum(passages, 0)], -1)
+        order = np.argsort(rows, axis=1, kind="stable")
+        passages, scores, rows = (
+            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
+        )
+        size, length = shape[0], self.index.layout.max_length
+        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
+        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
+        known = np.where(rows[..., None] >= 0, self.table.tokens[np.maximum(rows, 0)], 0)
+        identifiers[: len(places), :, : known.shape[2]] = known
+        bonus[: len(places)] = scores / np.float32(self.plan.weight)
+        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
+        rows = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
+        return _Scored(passages, scores, self._score(self.params, (tokens, *rows)), beside)
+
+    def _rank(self, batch: Any) -> None:
+        if batch.result is None:
+            return
+        passages, scores, log_probs, beside = batch.result
+        count, weight = len(passages), self.plan.weight
+        if log_probs is None:
+            totals, log_probs = scores, np.full_like(scores, -np.inf)
+        elif beside is None:
+            log_probs = np.asarray(log_probs)[:count]
+            totals = summed(scores, log_probs, weight)
+        else:
+            log_probs = np.asarray(log_probs)[:count]
+            more, values = self._beside(beside, (passages < 0).any(1))
+            log_probs, new = joined(passages, log_probs, more, values)
+            totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
+            passages = np.concatenate([passages, more], 1)
+            log_probs = np.concatenate([log_probs, new], 1)
+        found = ranked(passages, totals, self.search.depth, self.pid_of)
+        place = (found[0][:, :, None] == passages[:, None, :]).argmax(-1)
+        parts = (*found, np.take_along_axis(log_probs, place, 1))
+        for whole, part in zip(batch.found, parts, strict=True):
+            whole[batch.places] = part
+
+    def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
+        """Passages and log-probabilities [B, M] that the student found for the queries that are
+        `short` of planned passages, bool [B]; none for the others."""
+        rows = self.student._found(result, len(short))
+        rows = np.where(short[:, None], rows, -1)
+        log_probs = np.asarray(result.log_probs)[: len(short)]
+        return rank_passages(rows, log_probs, self.table, self.search.num_beams, self.allowed)
+
+
+@dataclass(frozen=True)
+class Planned(SystemSettings):
+    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`."""
+
+    plan: Lexical
+
+    preferred: ClassVar[bool] = True
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """See SystemSettings."""
+        return ("distill",)
+
+    def asked(self, search: Any) -> tuple[Any, ...]:
+        """See SystemSettings."""
+        return search, self.plan
+
+    def given(self) -> dict[str, Any]:
+        """See SystemSettings: the settings of the plan."""
+        return {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
+
+    def replaced(self, **settings: Any) -> Planned:
+        """See SystemSettings."""
+        return replace(self, plan=replace(self.plan, **settings))
+
+    def open(self, opening: Opening) -> PlannedDecoder:
+        """See SystemSettings."""
+        plans = opening.prepared / "plans"
+        planner = self.plan.planner(opening.store, plans, keep=opening.keep)
+        return PlannedDecoder.of(opening.system("distill"), self.plan, planner)
+
+
+def joined(
+    passages: np.ndarray, log_probs: np.ndarray, more: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of planned passages [B, n], with those that another search has written of
+    them; and those of its other passages [B, M], -inf for planned ones.
+
+    more, values: passages and log-probabilities of the other search [B, M], -1 and -inf: none.
+    """
+    same = more[:, :, None] == passages[:, None, :]
+    written = np.where(same, values[:, :, None], -np.inf).max(1).astype(np.float32)
+    new = np.where(same.any(2), -np.inf, values).astype(np.float32)
+    return np.where(log_probs > -np.inf, log_probs, written), new
+
+
+def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarray:
+    """Plan score + weight * log-probability of planned passages, f32 [B, n] each.
+
+    Those without a log-probability (-inf), which no beam wrote, come after all others: their plan
+    scores are shifted, so that the best is as much below the last of the others as one less in
+    log-probability would be.
+    """
+    totals = scores + np.float32(weight) * log_probs
+    written, planned = log_probs > -np.inf, scores > -np.inf
+    last = np.min(totals, axis=1, where=written, initial=np.inf, keepdims=True)
+    best = np.max(scores, axis=1, where=planned & ~written, initial=-np.inf, keepdims=True)
+    shift = np.where(np.isfinite(last) & np.isfinite(best), last - best - np.float32(weight), 0)
+    return np.where(written, totals, scores + shift.astype(np.float32))
+
+
+def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: PidOf | None) -> Found:
+    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders
+    them."""
+    scores = np.where(passages >= 0, scores, -np.inf).astype(np.float32)
+    order = np.lexsort((passages, -scores))
+    passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
+    query, place = np.nonzero(scores > -np.inf)
+    return cut(query, passages[query, place], scores[query, place], (len(passages), depth), pid_of)
+
+
+def check(plan: Plan, search: Search, num_passages: int) -> None:
+    """Raises ValueError where a plan does not fit the search, or the corpus."""
+    check_search(plan, search)
+    check_corpus(plan, num_passages)
+
+
+def check_corpus(plan: Plan, num_passages: int) -> None:
+    """Raises ValueError where a corpus has fewer passages than are planned."""
+    if plan.planned > num_passages:
+        raise ValueError(
+            f"{type(plan).__name__}.planned: got {plan.planned}, expected at most "
+            f"{num_passages:,}, the passages of the corpus"
+        )
+
+
+def check_search(plan: Plan, search: Search) -> None:
+    """Raises ValueError where a student cannot search so with a plan."""
+    for setting, expected in (("renormalise", False), ("constrained", True)):
+        if getattr(search, setting) != expected:
+            raise ValueError(
+                f"Search.{setting}: got {not expected} with a plan ({type(plan).__name__}), "
+                f"expected {expected}: only identifiers of planned passages are written, and their "
+                "log-probabilities are over the whole vocabulary"
+            )

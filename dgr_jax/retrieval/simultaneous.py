@@ -1,0 +1,221 @@
+"""Plans: scores of all passages from one pass over a query, before a student writes anything.
+
+The n best passages of a plan are the planned passages of a query: the only ones whose identifiers
+the student may write, or whose identifiers it scores (see `retrieval.planned`).
+
+Axis letters: B queries, P passages, n planned passages of a query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dgr_jax import ranges
+from dgr_jax.decoding import array_folder
+from dgr_jax.model_dir import kept
+from dgr_jax.retrieval.bm25 import Bm25, Postings
+from dgr_jax.settings import fingerprint
+
+if TYPE_CHECKING:
+    from dgr_jax.corpora.store import PassageStore
+
+logger = logging.getLogger(__name__)
+
+RANKED_BY = ("beams", "identifiers", "plan")
+
+_RARE = 8  # a word is common that stands in more than one of so many passages
+
+_FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
+
+
+class PlannedPassages(NamedTuple):
+    """passages int32 [B, n], best first, and their plan scores f32 [B, n]; -1 and -inf where fewer
+    are planned."""
+
+    passages: np.ndarray
+    scores: np.ndarray
+
+
+class Planner(Protocol):
+    """A plan of a corpus, ready to score its passages."""
+
+    nbytes: int
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """f32 [B, P]: the plan score of every passage."""
+
+    def best(
+        self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None
+    ) -> PlannedPassages:
+        """The `count` best passages of each query, equal ones in the order of the corpus; among
+        those allowed, bool [P]."""
+
+
+class Plan(Protocol):
+    """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are."""
+
+    planned: int
+    ranked_by: str
+    num_beams: int
+    weight: float
+
+    def planner(
+        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
+    ) -> Planner:
+        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
+
+        Raises ValueError for a kept one of another corpus.
+        """
+
+
+@dataclass(frozen=True)
+class Lexical:
+    """A plan by the words that passages share with the query: BM25. There is nothing to train.
+
+    planned: passages that are planned for each query, at most: those that share a word with it.
+      Where there are fewer, the student searches all passages too, and the others count 0 here.
+    ranked_by: what they are ranked by:
+      'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
+        writes that the plan guides; the other ones come after these, in the order of the plan;
+      'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
+      'plan': the plan score alone, without the student.
+    num_beams: identifiers that are written. With as many as are planned, all are.
+    weight: of the log-probability. The default is a number that held-out training questions of two
+      small collections agreed on (.2 to .3 on SQuAD, .1 to .2 on the embedded one, where .05 to .7
+      differ by .015 RR@10); it is not fitted to others.
+    bm25: what words are, and what they count.
+    """
+
+    planned: int = 100
+    ranked_by: str = "beams"
+    num_beams: int = 10
+    weight: float = 0.2
+    bm25: Bm25 = Bm25()
+
+    def __post_init__(self) -> None:
+        ranges.check(
+            self,
+            planned=ranges.at_least(1),
+            ranked_by=ranges.one_of(*RANKED_BY),
+            num_beams=ranges.at_least(1),
+            weight=ranges.above(0),
+        )
+        if self.ranked_by == "beams" and self.num_beams > self.planned:
+            raise ValueError(
+                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.planned}, "
+                "Lexical.planned: beams write identifiers of planned passages alone"
+            )
+
+    def planner(
+        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
+    ) -> LexicalPlanner:
+        """See Plan."""
+        own = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
+        pids = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
+        corpus = {"passages": len(store), "pids": pids}
+        postings = _load(own, corpus) if own else None
+        if postings is None:
+            postings = self.bm25.fit(store).postings()
+            if own and keep:
+                _save(own, postings, corpus)
+        return LexicalPlanner(self.bm25, postings, len(store))
+
+
+class LexicalPlanner:
+    """The words of a corpus, and what each adds to the scores of passages.
+
+    What a word adds is kept by passage (postings); that of words in more than every eighth passage
+    as one number for each passage too, which is added several times as fast.
+    """
+
+    def __init__(self, bm25: Bm25, postings: Postings, num_passages: int) -> None:
+        self._postings, self._num_passages = postings, num_passages
+        self._words_of = bm25.reader()
+        self._word = {word: i for i, word in enumerate(postings.words)}
+        common = np.flatnonzero(np.diff(postings.starts) > num_passages / _RARE)
+        self._common = {i: np.zeros(num_passages, np.float32) for i in common.tolist()}
+        for i, row in self._common.items():
+            part = slice(postings.starts[i], postings.starts[i + 1])
+            row[postings.passages[part]] = postings.impacts[part]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what a search reads."""
+        postings = self._postings
+        arrays = [*postings[1:], *self._common.values()]
+        return sum(array.nbytes for array in arrays) + sum(map(len, postings.words))
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """See Planner; 0 for passages without a word of the query."""
+        scores = np.zeros((len(texts), self._num_passages), np.float32)
+        for row, text in zip(scores, texts, strict=True):
+            self._add(text, row)
+        return scores
+
+    def best(
+        self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None
+    ) -> PlannedPassages:
+        """See Planner."""
+        passages = np.full((len(texts), count), -1, np.int32)
+        best = np.full((len(texts), count), -np.inf, np.float32)
+        scores = np.zeros(self._num_passages, np.float32)
+        for place, text in enumerate(texts):
+            self._add(text, scores)
+            chosen = _largest(scores if allowed is None else scores * allowed, count)
+            passages[place, : len(chosen)] = chosen
+            best[place, : len(chosen)] = scores[chosen]
+            scores[:] = 0
+        return PlannedPassages(passages, best)
+
+    def _add(self, text: str, scores: np.ndarray) -> None:
+        """Adds to scores f32 [P] what the words of a text count."""
+        _, starts, passages, impacts = self._postings
+        for word in self._words_of(text):
+            i = self._word.get(word)
+            if i in self._common:
+                scores += self._common[i]
+            elif i is not None:
+                part = slice(starts[i], starts[i + 1])
+                np.add.at(scores, passages[part], impacts[part])
+
+
+def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
+    words = np.frombuffer("\n".join(postings.words).encode(), np.uint8)
+    arrays = postings._asdict() | {"words": words}
+    array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings={"corpus": corpus})
+
+
+def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
+    """None where nothing whole is there."""
+    if not (folder / "header.json").is_file():
+        return None
+    needed = {"corpus": corpus, "sha256": Postings._fields}
+    try:
+        arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
+    except kept.Damaged as damage:
+        logger.warning("%s; the plan is made again", damage.what)
+        return None
+    if header["corpus"] != corpus:
+        raise ValueError(
+            f"{folder}: is the plan of another corpus: got one of "
+            f"{header['corpus']['passages']:,} passages, expected the {corpus['passages']:,} that "
+            "are prepared; remove the folder to make it again"
+        )
+    words = arrays.pop("words").tobytes().decode()
+    return Postings(words=words.split("\n") if words else [], **arrays)
+
+
+def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest scores above 0, largest first, equal ones in their order."""
+    least = np.float32(0)
+    if count < len(scores):
+        least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    places = np.flatnonzero((scores >= least) & (scores > 0))
+    return places[np.argsort(-scores[places], kind="stable")[:count]]

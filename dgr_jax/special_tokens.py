@@ -1,0 +1,5 @@
+"""Token ids that every vocabulary has, before the pieces of its text."""
+
+PAD_ID = 0  # padding, and the start of a target
+EOS_ID = 1  # end of sequence
+UNK_ID = 2  # a character that the vocabulary lacks

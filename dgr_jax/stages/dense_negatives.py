@@ -1,0 +1,120 @@
+"""Stage negatives: pools of passages to draw the negatives of each query from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dgr_jax.experiments.dense import DenseExperiment, Negatives
+from dgr_jax.experiments.stage import Stage, after, fields
+from dgr_jax.model_dir import kept
+from dgr_jax.retrieval.batching import BLOCK
+from dgr_jax.stages.dense_prepare import (
+    LABELLED,
+    QIDS,
+    one_process,
+    qids_of,
+    queries_of,
+    sources,
+)
+from dgr_jax.stages.judged import self_hits
+from dgr_jax.stages.prepared import PREPARE, Prepared
+from dgr_jax.teaching import negatives as teaching
+
+logger = logging.getLogger(__name__)
+
+Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passages int [n, depth]
+
+
+def negatives(experiment: DenseExperiment, folder: Path) -> None:
+    """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
+    settings = experiment.negatives
+    made = Prepared.load(experiment.model_dir)
+    own = own_passages(experiment, made)
+    write_pools(experiment, folder, settings, finder(settings, made, deeper=bool(own)), own)
+
+
+def own_passages(experiment: DenseExperiment, made: Prepared) -> dict[str, np.ndarray]:
+    """Source -> int32 [n, 1], the passage that a query itself is and must not find, -1 for most; {}
+    where there is none."""
+    report = kept.read_json(made.folder / "report.json")
+    counted = report.get("queries_that_are_passages", {})
+    if "inputs_cut" in report and not counted.keys() & set(experiment.prepare.train_splits):
+        return {}  # an older report has neither
+    qids = kept.read_json(made.folder / QIDS)
+    found = {}
+    for source in sources(experiment):
+        rows = found[source] = np.full(
+            (len(queries_of(experiment, source)["query"]), 1), -1, np.int32
+        )
+        if not source.startswith(LABELLED):
+            continue
+        named = qids_of(experiment, source, qids)
+        qrels = made.qrels(source.removeprefix(LABELLED))
+        own = self_hits(experiment.prepare, named, made.store, qrels)
+        rows[:, 0] = [made.store.index_of(qid) if qid in own else -1 for qid in named]
+    return found if any((rows >= 0).any() for rows in found.values()) else {}
+
+
+def finder(settings: Negatives, made: Prepared, *, deeper: bool = False) -> Find:
+    """deeper: by a passage, as the query's own may be found and is left out."""
+    if settings.source == "random":
+        return lambda tokens: np.zeros((len(tokens), 0), np.int32)
+    index = settings.bm25.fit(made.store)
+
+    def find(tokens: np.ndarray) -> np.ndarray:
+        """What BM25 finds for the queries as the encoder reads them."""
+        depth = settings.skip + settings.depth + deeper
+        found = np.full((len(tokens), depth), -1, np.int32)
+        for row, ids in zip(found, tokens, strict=True):
+            scores = index.scores(made.vocabulary.decode(ids.tolist()))
+            best = index.best(scores, len(row))
+            row[: len(best)] = [made.store.index_of(passage.pid) for passage in best]
+        return found
+
+    return find
+
+
+def write_pools(
+    experiment: DenseExperiment,
+    folder: Path,
+    settings: Negatives,
+    find: Find,
+    own: Mapping[str, np.ndarray],
+) -> None:
+    """One pool a source, of queries in blocks; own: see `own_passages`."""
+    number = len(Prepared.load(experiment.model_dir).store)
+    for source in sources(experiment):
+        queries = queries_of(experiment, source)
+        others = queries["positives"]
+        if own:
+            others = np.hstack([others, own[source]])
+        pools = []
+        for start in range(0, len(queries["positives"]), BLOCK):
+            block = slice(start, start + BLOCK)
+            pools.append(
+                teaching.mine(
+                    find(np.asarray(queries["encoder_input_tokens"][block])),
+                    others[block],
+                    count=settings.depth,
+                    num_passages=number,
+                    skip=settings.skip,
+                    seed=[settings.seed, start],
+                )
+            )
+            logger.info("%s: %s, %d queries", folder.name, source, start + len(pools[-1]))
+        np.save(folder / f"{source}.npy", np.concatenate(pools))
+
+
+def pool_of(experiment: DenseExperiment, stage: str, source: str) -> np.ndarray:
+    """int32 [n, depth]: what `write_pools` wrote."""
+    with kept.reading(Path(experiment.model_dir) / stage / f"{source}.npy") as file:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+STAGE = Stage(
+    "negatives", negatives, settings=fields("negatives"), upstream=after(PREPARE), check=one_process
+)

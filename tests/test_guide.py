@@ -1,0 +1,198 @@
+"""Planned identifiers and their bonus, against lists of tuples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgr_jax.decoding.beam_search import beam_search
+from dgr_jax.decoding.guide import PlannedRows, PlannedState
+from tests.reference import decoding
+from tests.reference import guide as reference
+from tests.test_beam_search import compiled, model, score_fn, start, step_fn, tokens
+
+COUNT, LENGTH = 9, 5
+many = settings(max_examples=25, deadline=None)
+
+
+def planned(queries, fixed=False):
+    """PlannedRows of each query's [(row, plan score)], at most COUNT of LENGTH tokens."""
+    rows = np.zeros((len(queries), COUNT, LENGTH), np.int32)
+    bonus = np.full(rows.shape[:2], -np.inf, np.float32)
+    for query, pairs in enumerate(queries):
+        for i, (row, score) in enumerate(sorted(pairs)):
+            rows[query, i, : len(row)], bonus[query, i] = row, score
+    return PlannedRows.of(jnp.asarray(rows), jnp.asarray(bonus), fixed=fixed)
+
+
+@functools.partial(compiled, static_argnames=("beams", "fixed", "score"))
+def search(rows, bonus, beams, fixed, score=None):
+    guide = PlannedRows.of(rows, bonus, fixed=fixed)
+    result = beam_search(
+        step_fn, guide, start(2, beams), batch_size=2, num_beams=beams, guide=guide, score_fn=score
+    )
+    return result, guide.log_probs(result)
+
+
+def searched(queries, beams, fixed=False, score=None):
+    guide = planned(queries, fixed)
+    bonus = np.full((2, COUNT), -np.inf, np.float32)
+    for query, pairs in enumerate(queries):
+        bonus[query, : len(pairs)] = [score for _, score in sorted(pairs)]
+    result, log_probs = search(guide.tokens, jnp.asarray(bonus), beams, fixed, score)
+    return jax.tree.map(np.asarray, result), np.asarray(log_probs)
+
+
+def scores():
+    return st.integers(-48, 48).map(lambda n: n / 8)
+
+
+def plans(lengths):
+    """Of two queries: identifiers of which none begins another, some of several passages."""
+
+    def prefix_free(pairs):
+        kept = []
+        for row, score in pairs:
+            row = tuple(row)
+            others = {r for r, _ in kept if r != row}
+            if not any(r[: len(row)] == row or row[: len(r)] == r for r in others):
+                kept.append((row, score))
+        return kept
+
+    pair = st.tuples(lengths.flatmap(tokens), scores())
+    repeat = st.tuples(st.integers(0, 3), scores())
+    several = st.tuples(
+        st.lists(pair, max_size=COUNT - 2).map(prefix_free), st.lists(repeat, max_size=2)
+    )
+
+    def with_repeats(parts):
+        pairs, repeats = parts
+        return pairs + [(pairs[i][0], score) for i, score in repeats if i < len(pairs)]
+
+    query = several.map(with_repeats)
+    return st.lists(query, min_size=2, max_size=2)
+
+
+def check(queries, beams, result, log_probs):
+    for query, pairs in enumerate(queries):
+        expected = reference.guided_search(model, query, pairs, beams)
+        assert result.valid[query].tolist() == [i < len(expected) for i in range(beams)]
+        found = [tuple(t for t in row if t) for row in result.tokens[query][: len(expected)]]
+        assert found == [row for row, _ in expected]
+        by_row = dict(expected)
+        np.testing.assert_allclose(
+            result.log_probs[query][: len(expected)], [p for _, p in expected], atol=2e-4
+        )
+        best = [reference.bonus(pairs, row) for row, _ in expected]
+        np.testing.assert_allclose(result.bonus[query][: len(expected)], best, rtol=1e-6)
+        planned_rows = [row for row, _ in sorted(pairs)]
+        rows = [planned_rows[row] for row in result.rows[query][: len(expected)]]
+        assert rows == found
+        each = [by_row.get(row, -np.inf) for row in planned_rows]
+        np.testing.assert_allclose(log_probs[query][: len(pairs)], each, atol=2e-4)
+        assert (log_probs[query][len(pairs) :] == -np.inf).all()
+
+
+@pytest.mark.parametrize(("beams", "score"), [(2, None), (3, score_fn)])
+@many
+@given(queries=plans(st.integers(1, LENGTH)))
+def test_beams_are_chosen_by_log_probability_and_the_bonus_of_their_prefix(queries, beams, score):
+    check(queries, beams, *searched(queries, beams, score=score))
+
+
+@pytest.mark.parametrize("score", [None, score_fn])
+@many
+@given(queries=plans(st.just(LENGTH)))
+def test_identifiers_of_one_length(queries, score):
+    check(queries, 2, *searched(queries, 2, fixed=True, score=score))
+
+
+@many
+@given(queries=plans(st.integers(1, LENGTH)))
+def test_as_many_beams_as_planned_score_every_one_of_them(queries):
+    result, log_probs = searched(queries, COUNT)
+    for query, pairs in enumerate(queries):
+        legal = sorted({row for row, _ in pairs})
+        exact = dict(decoding.exhaustive(model, query, legal))
+        each = [exact[row] for row, _ in sorted(pairs)]
+        np.testing.assert_allclose(log_probs[query][: len(pairs)], each, atol=2e-4)
+        order = sorted(exact, key=lambda row: -exact[row] - reference.bonus(pairs, row))
+        found = [tuple(t for t in row if t) for row in result.tokens[query][: len(order)]]
+        assert found == order
+
+
+@many
+@given(queries=plans(st.integers(1, LENGTH)))
+def test_intervals_and_their_largest_bonus(queries):
+    guide = jax.tree.map(np.asarray, planned(queries))
+    for query, pairs in enumerate(queries):
+        pairs = sorted(pairs)
+        padded = [(*row, *[0] * (LENGTH - len(row))) for row, _ in pairs]
+        for depth in range(LENGTH + 1):
+            for i, row in enumerate(padded):
+                same = [j for j, other in enumerate(padded) if other[:depth] == row[:depth]]
+                assert guide.starts[query, depth, i] == same[0]
+                if depth:  # at depth 0 blank rows are among them
+                    largest = max(pairs[j][1] for j in same)
+                    assert guide.best[query, depth, same[0]] == largest
+
+
+def test_the_bonus_of_a_prefix_is_not_added_up():
+    """Two identifiers of equal log-probabilities: bonuses of 1 at each of five prefixes would let
+    the first win, were they added up; so would a bonus in the reported log-probability."""
+    flat = lambda tokens, cache, position: (jnp.zeros((*tokens.shape, 12)), cache)
+    guide = planned([[((2, 3, 4, 5, 6), 1.0), ((7, 7, 7, 7, 7), 1.5)]], fixed=True)
+    result = beam_search(flat, guide, {}, batch_size=1, num_beams=2, guide=guide)
+    assert result.tokens[0, 0].tolist() == [7] * 5
+    assert result.bonus[0].tolist() == [1.5, 1.0]
+    np.testing.assert_allclose(result.log_probs[0], [-5 * np.log(12)] * 2, rtol=1e-6)
+
+
+def test_a_bonus_saves_a_prefix_that_one_beam_would_drop():
+    likely, planned_best = (2, 2, 2, 2, 2), (9, 9, 9, 9, 9)
+    logits = jnp.zeros(12).at[2].set(3.0)
+    step = lambda tokens, cache, position: (jnp.broadcast_to(logits, (*tokens.shape, 12)), cache)
+    for score, expected in [(0.0, likely), (14.0, likely), (16.0, planned_best)]:
+        guide = planned([[(likely, 0.0), (planned_best, score)]], fixed=True)
+        result = beam_search(step, guide, {}, batch_size=1, num_beams=1, guide=guide)
+        # The first token decides: 3 against the bonus.
+        chosen = expected if score != 14.0 else planned_best
+        assert result.tokens[0, 0].tolist() == list(chosen)
+
+
+def test_without_a_bonus_planned_rows_are_a_constraint():
+    rows = [(2, 3), (2, 4, 4), (5,), (6, 6, 6, 6, 6)]
+    guide = planned([[(row, 3.0) for row in rows]] * 2)
+    result = beam_search(step_fn, guide, start(2, 2), batch_size=2, num_beams=2)
+    assert result.bonus is None
+    for query in range(2):
+        expected = decoding.beam_search(model, query, sorted(rows), 2)
+        found = [tuple(int(t) for t in row if t) for row in result.tokens[query]]
+        assert found == [row for row, _ in expected]
+
+
+def test_other_plans_of_one_shape_do_not_compile_again():
+    before = search._cache_size()
+    for seed in range(3):
+        drawn = np.random.default_rng(seed)
+        rows = sorted({tuple(map(int, row)) for row in drawn.integers(2, 12, (4, LENGTH))})
+        searched([[(row, float(drawn.normal())) for row in rows]] * 2, 4, fixed=True)
+    assert search._cache_size() == before + 1
+
+
+def test_a_query_with_nothing_planned_finds_nothing():
+    result, log_probs = searched([[], [((3, 4), 1.0)]], 2)
+    assert result.valid.tolist() == [[False, False], [True, False]]
+    assert (log_probs[0] == -np.inf).all()
+    assert np.isfinite(log_probs[1, 0])
+
+
+def test_states_of_rows():
+    guide = planned([[((2, 3), 1.0), ((2, 4), 2.0)]])
+    state = PlannedState(jnp.array([[0, -3, -1]]), jnp.array([[1, 2, -1]]))
+    assert guide.rows(state).tolist() == [[-1, 1, -1]]
+    assert guide.bonus(state)[0, :2].tolist() == [2.0, 2.0]

@@ -1,0 +1,318 @@
+"""A plan and a student together, against every planned identifier scored by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dgr_jax.corpora import store as stores
+from dgr_jax.corpora.types import Passage
+from dgr_jax.partitioning import Mesh
+from dgr_jax.retrieval import exhaustive
+from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
+from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
+from tests import students, toy
+
+COUNT, PLANNED = 40, 8
+QUERIES = students.queries(7)
+SEARCH = Search(num_beams=4, depth=6, batch_size=4, query_length=8)
+ROWS = {"rq": students.codes(COUNT, seed=3), "text": students.texts(COUNT, seed=3)}
+SHARED = np.repeat(students.codes(COUNT // 2, seed=4), 2, 0)  # two passages an identifier
+
+
+class Drawn:
+    """A planner whose scores are drawn."""
+
+    nbytes = 0
+
+    def __init__(self, count=COUNT, seed=0):
+        self._drawn = np.random.default_rng(seed).normal(size=(64, count)).astype(np.float32)
+
+    def best(self, texts, count, allowed=None):
+        scores = self._drawn[: len(texts)]
+        if allowed is not None:
+            scores = np.where(allowed, scores, -np.inf)
+        order = np.argsort(-scores, 1, kind="stable")[:, :count]
+        best = np.take_along_axis(scores, order, 1)
+        return PlannedPassages(np.where(best > -np.inf, order, -1).astype(np.int32), best)
+
+
+def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
+    student = students.decoder(rows, search, mesh=mesh, devices=devices)
+    return PlannedDecoder.of(student, plan, Drawn(len(rows)))
+
+
+def asked(decoder, queries=QUERIES):
+    planned = decoder.planner.best([""] * len(queries), decoder.plan.planned, decoder.allowed)
+    return PlannedQueries(queries, planned)
+
+
+def expected_hits(decoder, queries):
+    """[(passage, score)] of each query: plan score + weight * log p, of all that are planned."""
+    student = students.decoder(np.asarray(decoder.table.tokens), SEARCH)
+    log_probs = np.concatenate(list(exhaustive.identifier_log_probs(student, queries.tokens)))
+    rows = decoder.table.rows_of_passages()
+    for query, (passages, scores) in enumerate(zip(*queries.planned, strict=True)):
+        total = {
+            int(p): s + decoder.plan.weight * log_probs[query, rows[p]]
+            for p, s in zip(passages, scores, strict=True)
+            if p >= 0
+        }
+        yield sorted(total.items(), key=lambda item: (-item[1], item[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranked_by"),
+    [
+        ("rq", "identifiers"),
+        ("rq", "beams"),
+        pytest.param("text", "identifiers", marks=pytest.mark.slow),
+        ("text", "beams"),
+    ],
+)
+def test_plan_and_log_probability_are_added(kind, ranked_by):
+    """With as many beams as passages are planned, all of them are written."""
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
+    decoder = planned_decoder(ROWS[kind], plan)
+    queries = asked(decoder)
+    passages, scores = decoder.passages(queries)
+    for query, expected in enumerate(expected_hits(decoder, queries)):
+        expected = expected[: SEARCH.depth]
+        assert passages[query].tolist() == [p for p, _ in expected]
+        np.testing.assert_allclose(scores[query], [s for _, s in expected], atol=1e-4)
+    for query, hits in enumerate(decoder.hits(queries)):
+        plan_scores = dict(zip(*(part[query] for part in queries.planned), strict=True))
+        for hit in hits:
+            assert hit.parts["plan"] == plan_scores[hit.passage]
+            assert hit.score == pytest.approx(
+                hit.parts["plan"] + 0.5 * hit.parts["log_prob"], abs=1e-5
+            )
+            assert hit.parts["log_prob"] < 0
+            row = decoder.table.rows_of_passages()[hit.passage]
+            assert hit.tokens.tolist() == decoder.table.tokens[row].tolist()
+
+
+def test_few_beams_find_the_best_of_what_is_planned():
+    plan = Lexical(planned=PLANNED, ranked_by="beams", weight=0.5, num_beams=4)
+    decoder = planned_decoder(ROWS["rq"], plan)
+    queries = asked(decoder)
+    passages, scores = decoder.passages(queries)
+    for query, expected in enumerate(expected_hits(decoder, queries)):
+        exact = dict(expected)
+        found = passages[query].tolist()
+        np.testing.assert_allclose(scores[query][:4], [exact[p] for p in found[:4]], atol=1e-4)
+        # The others stand in the order of the plan, below all that were written.
+        left = [p for p in queries.planned.passages[query].tolist() if p not in found[:4]]
+        assert found[4:] == left[: SEARCH.depth - 4]
+        plan_scores = dict(zip(*(part[query] for part in queries.planned), strict=True))
+        assert scores[query][3] - scores[query][4] == pytest.approx(0.5, abs=1e-5)
+        assert scores[query][4] - scores[query][5] == pytest.approx(
+            plan_scores[found[4]] - plan_scores[found[5]], abs=1e-5
+        )
+    for hits in decoder.hits(queries):
+        assert [np.isfinite(hit.parts["log_prob"]) for hit in hits] == [True] * 4 + [False] * 2
+    assert decoder.most_passages == SEARCH.depth
+
+
+@pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
+def test_passages_of_one_identifier_keep_their_own_plan_scores(ranked_by):
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=PLANNED)
+    decoder = planned_decoder(SHARED, plan)
+    queries = asked(decoder)
+    passages, scores = decoder.passages(queries)
+    for query, expected in enumerate(expected_hits(decoder, queries)):
+        assert passages[query].tolist() == [p for p, _ in expected[: SEARCH.depth]]
+
+
+class Few(Drawn):
+    """Plans two passages of even queries, and none of odd ones."""
+
+    def best(self, texts, count, allowed=None):
+        passages, scores = super().best(texts, count, allowed)
+        there = np.arange(count) < 2 * (np.arange(len(texts)) % 2 == 0)[:, None]
+        return PlannedPassages(np.where(there, passages, -1), np.where(there, scores, -np.inf))
+
+
+@pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
+def test_where_few_are_planned_the_student_searches_all(ranked_by):
+    """Its passages count 0 in the plan."""
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=4)
+    decoder = planned_decoder(ROWS["rq"], plan)
+    decoder.planner = Few()
+    queries = asked(decoder)
+    student = students.decoder(ROWS["rq"], dataclasses.replace(SEARCH, depth=4))
+    alone, log_probs = student.passages(QUERIES)
+    passages, scores = decoder.passages(queries)
+    for query, expected in enumerate(expected_hits(decoder, queries)):
+        found = dict(zip(alone[query].tolist(), 0.5 * log_probs[query], strict=True))
+        expected = sorted((found | dict(expected)).items(), key=lambda item: -item[1])
+        expected = expected[: SEARCH.depth]
+        count = len(expected)
+        assert passages[query].tolist() == [p for p, _ in expected] + [-1] * (SEARCH.depth - count)
+        np.testing.assert_allclose(scores[query][:count], [s for _, s in expected], atol=1e-4)
+    for query, hits in enumerate(decoder.hits(queries)):
+        planned = set(queries.planned.passages[query].tolist())
+        assert all((hit.parts["plan"] == 0.0) == (hit.passage not in planned) for hit in hits)
+
+
+def test_the_plan_alone_asks_no_student():
+    plan = Lexical(planned=PLANNED, ranked_by="plan")
+    decoder = planned_decoder(ROWS["rq"], plan)
+    decoder.params = None
+    queries = asked(decoder)
+    passages, scores = decoder.passages(queries)
+    np.testing.assert_array_equal(passages, queries.planned.passages[:, : SEARCH.depth])
+    np.testing.assert_array_equal(scores, queries.planned.scores[:, : SEARCH.depth])
+    assert all(hit.parts["log_prob"] == -np.inf for hits in decoder.hits(queries) for hit in hits)
+
+
+@pytest.mark.parametrize("ranked_by", ["identifiers", "beams", "plan"])
+def test_only_allowed_passages_are_planned(ranked_by):
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, num_beams=4)
+    decoder = planned_decoder(ROWS["rq"], plan)
+    allowed = np.zeros(COUNT, bool)
+    allowed[[3, 5, 8]] = True
+    few = decoder.restrict(allowed)
+    passages, _ = few.passages(asked(few))
+    assert [sorted(row[row >= 0].tolist()) for row in passages] == [[3, 5, 8]] * len(QUERIES)
+    assert few._score is decoder._score
+
+
+def test_one_query_and_blocks_give_what_all_together_do():
+    plan = Lexical(planned=PLANNED, ranked_by="beams", num_beams=4)
+    decoder = planned_decoder(ROWS["rq"], plan)
+    queries = asked(decoder)
+    whole = decoder.passages(queries)
+    parts = [
+        PlannedQueries(queries.tokens[part], PlannedPassages(*(x[part] for x in queries.planned)))
+        for part in (slice(0, 1), slice(1, 7))
+    ]
+    passages, scores = map(np.concatenate, zip(*decoder.passages_of_blocks(parts), strict=True))
+    np.testing.assert_array_equal(passages, whole[0])
+    np.testing.assert_allclose(scores, whole[1], rtol=1e-6)
+    alone = decoder.passages(parts[0])
+    np.testing.assert_array_equal(alone[0], whole[0][:1])
+
+
+@pytest.mark.parametrize(
+    "ranked_by", [pytest.param("identifiers", marks=pytest.mark.slow), "beams"]
+)
+def test_the_same_passages_on_a_mesh(ranked_by):
+    toy.devices(4)
+    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, num_beams=4)
+    alone = planned_decoder(ROWS["rq"], plan)
+    shared = planned_decoder(ROWS["rq"], plan, Mesh(data=2, model=2), 4)
+    expected, found = alone.passages(asked(alone)), shared.passages(asked(shared))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "search", "message"),
+    [
+        (dict(planned=41), {}, "Lexical.planned: got 41, expected at most 40, the passages of"),
+        (dict(planned=10), dict(renormalise=True), "Search.renormalise: got True with a plan"),
+        (dict(planned=10), dict(constrained=False), "Search.constrained: got False with a plan"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(plan, search, message):
+    search = dataclasses.replace(SEARCH, **search)
+    with pytest.raises(ValueError, match=message):
+        planned_decoder(ROWS["rq"], Lexical(**plan), search=search)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
+        (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
+        (
+            dict(planned=5, num_beams=6),
+            "Lexical.num_beams: got 6, expected at most 5, Lexical.planned",
+        ),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Lexical(**settings)
+
+
+# plans of words
+
+TEXTS = ["bees dance a waggle dance", "ships sail", "the dance of ships", "mute swans", "swans"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return stored(tmp_path / "store", TEXTS)
+
+
+def stored(folder, texts):
+    passages = (Passage(pid=f"p{i}", title="", text=text) for i, text in enumerate(texts))
+    return stores.write(passages, folder)
+
+
+QUESTIONS = ["Do bees dance?", "a ship dance", "", "zebra", "dance dance"]
+
+
+def test_a_lexical_plan_is_bm25(store):
+    planner = Lexical(planned=3, num_beams=3).planner(store)
+    index = Bm25().fit(store)
+    np.testing.assert_array_equal(planner.scores(QUESTIONS), [*map(index.scores, QUESTIONS)])
+    passages, scores = planner.best(QUESTIONS, 3)
+    for query, text in enumerate(QUESTIONS):
+        best = index.best(index.scores(text), 3)
+        there = passages[query] >= 0
+        assert [f"p{i}" for i in passages[query][there]] == [hit.pid for hit in best]
+        assert scores[query][there].tolist() == [hit.score for hit in best]
+        assert (scores[query][~there] == -np.inf).all()
+
+
+def test_plans_of_allowed_passages_alone(store):
+    allowed = np.array([False, True, True, True, True])
+    passages, _ = Lexical(planned=3, num_beams=3).planner(store).best(["bees dance"], 3, allowed)
+    assert passages.tolist() == [[2, -1, -1]]
+
+
+def test_a_plan_is_kept_and_one_of_another_corpus_refused(store, tmp_path):
+    plan, folder = Lexical(planned=3, num_beams=3), tmp_path / "plans"
+    made = plan.planner(store, folder)
+    assert not folder.exists()
+    plan.planner(store, folder, keep=True)
+    opened = plan.planner(store, folder)
+    assert len(list(folder.iterdir())) == 1
+    assert opened._postings.words == made._postings.words
+    np.testing.assert_array_equal(opened.scores(QUESTIONS), made.scores(QUESTIONS))
+    assert opened.nbytes == made.nbytes > 0
+    other = stored(tmp_path / "other", TEXTS[:4])
+    message = "is the plan of another corpus: got one of 5 passages, expected the 4 that"
+    with pytest.raises(ValueError, match=message):
+        plan.planner(other, folder)
+    Lexical(planned=3, num_beams=3, bm25=Bm25(k1=2.0)).planner(other, folder, keep=True)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damaged", ["impacts.npy", "header.json"])
+def test_a_damaged_plan_is_made_again(store, tmp_path, caplog, damaged):
+    plan = Lexical(planned=3, num_beams=3)
+    made = plan.planner(store, tmp_path / "plans", keep=True)
+    (folder,) = (tmp_path / "plans").iterdir()
+    (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-9])
+    again = plan.planner(store, tmp_path / "plans", keep=True)
+    np.testing.assert_array_equal(again.scores(QUESTIONS), made.scores(QUESTIONS))
+    assert "the plan is made again" in caplog.text
+    caplog.clear()
+    plan.planner(store, tmp_path / "plans")
+    assert not caplog.text
+
+
+def test_a_corpus_without_words_plans_nothing(tmp_path):
+    plan = Lexical(planned=1, num_beams=1)
+    empty = stored(tmp_path / "store", ["", "?"])
+    plan.planner(empty, tmp_path / "plans", keep=True)
+    planner = plan.planner(empty, tmp_path / "plans")
+    assert planner.best(["bees"], 1).passages.tolist() == [[-1]]

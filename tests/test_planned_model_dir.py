@@ -1,0 +1,125 @@
+"""A finished experiment with a plan: what evaluates it, and what answers."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.retrieval import kinds
+from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.planned import Planned
+from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.retrieval.simultaneous import Lexical
+from tests.test_old_model_dir import KEPT
+
+QUESTIONS = ["Why do bees dance?", "Xyzzy?"]
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    with tarfile.open(KEPT) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "model"
+
+
+def test_a_student_with_a_plan_answers_with_it(model_dir):
+    with pytest.raises(ValueError, match="system: got 'planned', expected one of distill, "):
+        Retriever.load(model_dir, system="planned")
+    plan = Lexical(planned=20, num_beams=5, bm25=Bm25(k1=1.2))
+    kinds.write_untrained(model_dir, [Planned("planned", plan)], depth=5)
+    planned = Retriever.load(model_dir, depth=10)
+    assert planned.decoder.plan == plan
+    hits, nothing = planned.search(QUESTIONS, k=5)
+    assert len(hits) == len(nothing) == 5
+    for hit in hits + nothing:
+        assert list(hit.parts) == ["plan", "log_prob"]
+        total = hit.parts["plan"] + plan.weight * hit.parts["log_prob"]
+        assert hit.score == pytest.approx(total, abs=1e-4)
+        assert hit.identifier
+    assert hits[0].parts["plan"] > 0
+    assert all(hit.parts["plan"] == 0 for hit in nothing)  # no word of it is known
+    run = planned.run(dict(zip("ab", QUESTIONS, strict=True)))
+    assert [passage.pid for passage in run["a"]][:5] == [hit.pid for hit in hits]
+    with pytest.raises(ValueError, match="k: got 30, expected at most 20: set planned"):
+        Retriever.load(model_dir, depth=50).search(QUESTIONS, k=30)
+    student = Retriever.load(model_dir, system="distill", num_beams=5, depth=5)
+    assert not hasattr(student.decoder, "plan")
+    (_, alone) = student.search(QUESTIONS, k=5)
+    assert [hit.pid for hit in alone] == [hit.pid for hit in nothing]
+    assert alone[0].parts == {}
+    assert alone[0].score == pytest.approx(nothing[0].parts["log_prob"], abs=1e-4)
+
+
+def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
+    plan = Lexical(planned=20, num_beams=5)
+    kinds.write_untrained(model_dir, [Planned("planned", plan)], depth=5)
+    planned = Retriever.load(model_dir, planned=9, num_beams=3, weight=1.0, depth=4)
+    plan, search = planned.decoder.plan, planned.decoder.search
+    assert (plan.planned, plan.num_beams, plan.weight) == (9, 3, 1.0)
+    assert (search.num_beams, search.depth) == (3, 4)
+    with pytest.raises(ValueError, match="beam: the planned retriever of .* has no such setting"):
+        Retriever.load(model_dir, beam=3)
+    with pytest.raises(ValueError, match="Lexical.planned: got 9999, expected at most"):
+        Retriever.load(model_dir, planned=9999)
+    with pytest.raises(ValueError, match="planned: got 2.5, expected a whole number"):
+        Retriever.load(model_dir, planned=2.5)
+    kinds.write_untrained(model_dir, [], depth=5)
+    assert not hasattr(Retriever.load(model_dir).decoder, "plan")
+
+
+def test_a_run_is_ranked_by_whole_identifiers(model_dir):
+    """With as many beams as passages, the student alone ranks all of them."""
+    student = Retriever.load(model_dir, num_beams=240, depth=240)
+    queries = dict(zip("abc", [*QUESTIONS, "Who built it?"], strict=True))
+    whole = student.run(queries)
+    random = np.random.default_rng(0)
+    given = {
+        qid: [
+            ScoredPassage(passages[i].pid, -float(n)) for n, i in enumerate(random.permutation(9))
+        ]
+        for qid, passages in whole.items()
+        if qid != "c"
+    }
+    ranked = student.rerank(queries, given)
+    assert ranked["c"] == []
+    for qid in given:
+        assert [p.pid for p in ranked[qid]] == [p.pid for p in whole[qid][:9]]
+        np.testing.assert_allclose(
+            [p.score for p in ranked[qid]], [p.score for p in whole[qid][:9]], rtol=1e-4
+        )
+    summed = student.rerank(queries, given, weight=0.5)["a"]
+    alone = {p.pid: p.score for p in whole["a"]}
+    expected = {p.pid: p.score + 0.5 * alone[p.pid] for p in given["a"]}
+    assert [p.pid for p in summed] == sorted(expected, key=expected.get, reverse=True)
+    with pytest.raises(
+        ValueError, match="rerank: got passage 'x' for query 'a', expected passages"
+    ):
+        student.rerank(queries, {"a": [ScoredPassage("x", 1.0)]})
+    with pytest.raises(ValueError, match="rerank: the run has no passages for the 3 queries"):
+        student.rerank(queries, {"d": given["a"]})
+
+
+@pytest.mark.slow
+def test_evaluation_with_a_plan(model_dir, command):
+    plan = ("--gin.Experiment.plan=@Lexical()", "--gin.Lexical.planned=20")
+    command("dgr_jax.train", f"--model_dir={model_dir}", *plan)
+    metrics = json.loads((model_dir / "evaluate/metrics.json").read_text())
+    assert list(metrics) == ["bm25", "generate", "control", "distill", "planned"]
+    assert metrics["planned"]["test"]["RR@10"] > metrics["distill"]["test"]["RR@10"]
+    (kept,) = (model_dir / "prepare/plans").iterdir()
+    assert kept.name.startswith("lexical-")
+    assert Retriever.load(model_dir).decoder.plan == Lexical(planned=20)
+    refused = command(
+        "dgr_jax.train",
+        f"--model_dir={model_dir}",
+        plan[0],
+        "--gin.Lexical.planned=999",
+        check=False,
+    )
+    assert "Lexical.planned: got 999, expected at most" in refused.stderr
+    command("dgr_jax.train", f"--model_dir={model_dir}", "--gin.Experiment.plan=None")
+    assert not hasattr(Retriever.load(model_dir).decoder, "plan")
