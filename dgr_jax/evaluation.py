@@ -38,15 +38,9 @@ Run = Mapping[str, Sequence[ScoredPassage]]
 Qrels = Mapping[str, Mapping[str, int]]
 
 MEASURES = (
-    "Success@1",
-    "Success@5",
-    "Success@10",
-    "Success@20",
-    "Success@100",
-    "RR@10",
-    "nDCG@10",
-    "R@100",
-)
+    "Success@1", "Success@5", "Success@10", "Success@20", "Success@100",
+    "RR@10", "nDCG@10", "R@100",
+)  # fmt: skip
 ANSWER_MEASURES = ("AnswerHits@1", "AnswerHits@5", "AnswerHits@20", "AnswerHits@100")
 
 

@@ -53,7 +53,7 @@ from dgr_jax.data.feature_converters import TaskConverter
 Batch = Mapping[str, jax.Array]
 
 
-class Collection:
+class PreparedCollection:
     """A MODEL_DIR whose prepare stage is done; its SeqIO tasks are registered when it is opened.
 
     The tasks are those of its file in tasks/ (`squad_generation` and its parts), `squad_rank_lists`
@@ -130,17 +130,17 @@ class Collection:
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(model_dir: Path) -> Collection:
-    return Collection(model_dir)
+def _opened(model_dir: Path) -> PreparedCollection:
+    return PreparedCollection(model_dir)
 
 
-def collection(model_dir: str) -> Collection:
+def collection(model_dir: str) -> PreparedCollection:
     """The collection in a MODEL_DIR, opened once, for gin files to refer to."""
     return _opened(Path(model_dir).resolve())
 
 
 def task_feature_lengths(
-    prepared: Collection, rank_lists: bool = False
+    prepared: PreparedCollection, rank_lists: bool = False
 ) -> dict[str, int | tuple[int, ...]]:
     """TASK_FEATURE_LENGTHS of gin files."""
     return prepared.lengths(rank_lists=rank_lists)
@@ -178,7 +178,7 @@ class Student(t5x_models.BaseTransformerModel):
 
     def __init__(
         self,
-        prepared: Collection,
+        prepared: PreparedCollection,
         config: T5Config,
         optimizer_def: Any,
         objective: Generation | Distillation = Generation(),

@@ -46,6 +46,7 @@ TINY = (
     "--gin.LIST_BATCH_SIZE=4",
     "--gin.NUM_BEAMS=8",
     "--gin.DEPTH=8",
+    "--gin.PLAN=None",
     "--gin.SEARCH_BATCH_SIZE=8",
     "--gin.QUERY_LENGTH=12",
     "--gin.Candidates.max_queries=16",

@@ -65,7 +65,7 @@ def lowered_step(model, objective, batch, layout, **changes):
 
 
 def of_width(layout):
-    """How the width of what goes from layer to layer is cut."""
+    """How the width of activations between layers is divided."""
     return '{"model"}' if layout[1] == 2 else "{}"
 
 

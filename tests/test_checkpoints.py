@@ -204,7 +204,7 @@ def test_the_manifest_comes_while_training_goes_on(tmp_path, states):
 
 
 def test_a_checkpoint_without_a_manifest_is_read(tmp_path, states):
-    """As a process that was killed after the save and before the manifest leaves it."""
+    """The folder of a process that was killed after the save and before the manifest."""
     _save(tmp_path, states, [1, 2])
     (tmp_path / "2" / "files_made.json").unlink()
     with Checkpoints(tmp_path) as saved:
@@ -260,7 +260,7 @@ def test_of_a_finished_stage_the_last_checkpoint_is_not_replaced_by_an_older(tmp
 
 @pytest.mark.parametrize("damage", [_truncate, _remove_metadata])
 def test_unreadable_parameters_are_one_line(tmp_path, states, caplog, damage):
-    """Without a manifest that tells before."""
+    """Damage that no manifest tells of before it is read."""
     _save(tmp_path, states, [1])
     (tmp_path / "1" / "files_made.json").unlink()
     damage(tmp_path / "1")

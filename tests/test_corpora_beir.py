@@ -229,7 +229,7 @@ def test_other_encodings_are_refused(folder, encoding):
 
 
 def test_passages_that_are_kept_elsewhere_leave_no_empty_file(tmp_path):
-    """Folders of older versions have one: it is not read for queries and judgements."""
+    """Folders of older versions have a corpus; it is not read for queries and judgements."""
     queries, qrels = [Query("q", "who")], {"test": [Qrel("q", "p", 1)]}
     beir.write_beir(tmp_path / "new", None, queries, qrels)
     beir.write_beir(tmp_path / "old", (), queries, qrels)

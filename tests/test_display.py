@@ -1,4 +1,4 @@
-"""Nothing that others wrote is obeyed by a terminal, a table or a plot."""
+"""Text of others controls no terminal, table or plot."""
 
 from __future__ import annotations
 

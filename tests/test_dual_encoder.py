@@ -51,7 +51,7 @@ def _encode():
 
 
 def vectors(tower, tokens, config):
-    """Each text by itself, from what T5's encoder makes of it."""
+    """The vector of each text by itself, from the output of T5's encoder."""
     found = []
     encoded = np.asarray(_encode()(tower["t5"], tokens))
     for row, x in zip(tokens, encoded, strict=True):

@@ -62,7 +62,7 @@ def test_equal_to_brute_force(passages, k, chunk, most, axes, asked):
     ],
 )
 def test_hidden_rows_are_never_found(storage, most, devices):
-    """As if they were not there; where too few are left, free places are free."""
+    """Hidden rows are never found; where too few others exist, places stay empty."""
     vectors, queries = tied(500), tied(9, seed=1)
     hidden = np.flatnonzero(np.random.default_rng(2).random(500) < 0.3)
     left = np.setdiff1d(np.arange(500), hidden)
@@ -78,7 +78,7 @@ def test_hidden_rows_are_never_found(storage, most, devices):
 
 @pytest.mark.parametrize("size, k", [(6400, 3), (4160, 5), pytest.param(20000, 9, marks=slow)])
 def test_top_of_many(size, k):
-    """Groups leave nothing out: values tie everywhere, within groups and between them."""
+    """Groups lose no entry although values tie everywhere, within groups and between them."""
     values = np.random.default_rng(0).integers(0, size // 40, (16, size)).astype(np.float32)
     values[0] = 1.0
     values[1], values[2] = np.arange(size), -np.arange(size)

@@ -67,13 +67,13 @@ class Experiment:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """5 passages or 4 lines a part."""
+    """Parts of 5 passages or 4 lines."""
     monkeypatch.setattr(examples, "PASSAGES_A_PART", 5)
     monkeypatch.setattr(examples, "LINES_A_PART", 4)
 
 
 def one_after_the_other(work, parts):
-    """Stands for workers, that finish in another order."""
+    """Takes the place of workers, and finishes in another order."""
     for part in list(parts)[::-1]:
         work.write_part(part)
 

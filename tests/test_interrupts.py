@@ -119,7 +119,7 @@ def test_a_loop_saves_first():
 
 
 def test_two_signals_at_once_are_one_press():
-    """As of a terminal and of a parent process that hands it on."""
+    """Two signals, as when a terminal and a parent process both send one, count as one Ctrl-C."""
     done = run(LOOP.format(twice="press()"))
     assert done.returncode == 130 and done.stdout == "saved 3\n"
 
@@ -137,7 +137,7 @@ def test_a_press_in_the_last_moment_of_a_loop_is_not_lost():
 
 
 def test_early(tmp_path):
-    """While a command is still being imported."""
+    """Ctrl-C while a command is still being imported."""
     slow = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor i in range(10**9): pass\n"
     (tmp_path / "difflib.py").write_text(slow)  # that cli imports
     done = subprocess.run(
@@ -208,7 +208,7 @@ def wait_for(file: Path, text: str) -> None:
 
 
 def test_who_reads_no_more_is_told_no_more():
-    """As `| head -1`: no traceback, the status that a shell gives to SIGPIPE."""
+    """A pipe that is closed early, as by `| head -1`: no traceback, and the status of SIGPIPE."""
     code = "import sys\nfrom dgr_jax.config import cli\n"
     code += (
         "def command(_):\n    for i in range(100_000):\n        print('line', i)\ncli.main(command)"

@@ -39,7 +39,7 @@ def done(stage):
 
 
 def flip(path):
-    """Another content of the same size."""
+    """Gives a file other contents of the same size."""
     path.write_bytes(b"THE" + path.read_bytes()[3:])
 
 

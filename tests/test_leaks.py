@@ -239,9 +239,9 @@ def test_copies_of_test_queries_are_no_pseudo_queries(tmp_path, passages):
 
 
 class Experiment:
-    plan = None
-
     """8 passages; 4 queries to learn from and 4 to be tested on; a file that holds copies."""
+
+    plan = None
 
     def __init__(self, folder, **given):
         queries = [Query(f"q{i}", f"where is the {name} now") for i, name in enumerate(NAMES)]

@@ -31,7 +31,7 @@ each_loss = pytest.mark.parametrize("name", sorted(contrastive.LOSSES))
 
 @functools.cache
 def _compiled(which):
-    """All losses and gradients in one program, as compiling takes the time."""
+    """All losses and gradients in one program, as compiling takes most of the time."""
     bound = {
         name: functools.partial(loss, **OPTIONS[which].get(name, {}))
         for name, loss in contrastive.LOSSES.items()
@@ -62,7 +62,7 @@ def value_and_grad(name, scores, positive, mask, *, which=0):
 
 
 def lists(seed, batch=BATCH):
-    """Scores with garbage where masked, masks of every size, positives in and out of the mask."""
+    """Scores with arbitrary values where masked, and masks of every size."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(scale=rng.choice([0.1, 3.0, 40.0]), size=(batch, N)).astype(np.float32)
     mask = rng.random((batch, N)) < rng.random((batch, 1)) * 1.4
@@ -115,7 +115,7 @@ def test_gradients_are_those_of_differences(name):
 @each_loss
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_extreme_scores(name, dtype):
-    """Finite, and the right size: the loss of a far too low positive is its distance."""
+    """The loss is finite and of the right size: that of a positive far too low is its distance."""
     huge = 2.0**100
     scores = np.array(
         [[-huge, huge, huge], [huge, -huge, -huge], [huge, huge, huge], [1e4, -1e4, 0.0]],
@@ -135,7 +135,7 @@ def test_extreme_scores(name, dtype):
 
 @pytest.mark.parametrize("name", sorted(contrastive.LOSSES.keys() - {"joint_lh"}))
 def test_satisfied_to_the_last_digit(name):
-    """A small loss is itself, not the rounding of the large sums that it is the difference of."""
+    """A small loss is exact, although it is the difference of two large sums."""
     values, _ = value_and_grad(name, np.array([[1020.0, 1000.0]], np.float32), [[1, 0]], [[1, 1]])
     np.testing.assert_allclose(values, np.exp(-20.0), rtol=1e-4)
 

@@ -53,7 +53,7 @@ COMPILED = {}
 
 
 def lists(seed, batch=8, length=L):
-    """Lists with ties on both sides, masks of every size, and garbage where masked."""
+    """Lists with ties on both sides, masks of every size, and arbitrary values where masked."""
     rng = np.random.default_rng(seed)
     # Multiples of 1/4 are exact in binary: a hinge that is exactly 0 is so on both sides.
     grid = rng.choice([1, 4])

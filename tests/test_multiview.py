@@ -96,7 +96,7 @@ def cases(draw):
 
 
 def same(found, expected):
-    """Equal scores, and equal passages but where scores are equal to rounding."""
+    """Equal scores, and equal passages except where scores differ by rounding alone."""
     scores = [score for _, score in expected]
     np.testing.assert_allclose(found.scores, scores, rtol=1e-5, atol=1e-5)
     assert sorted(found.passages.tolist()) == sorted(p for p, _ in expected)
@@ -106,7 +106,7 @@ def same(found, expected):
 
 
 def clear_cut(bounds, most):
-    """No passage that stays by rounding only."""
+    """No passage is nominated by rounding alone."""
     ordered = sorted(bounds.values(), reverse=True)
     return len(ordered) <= most or ordered[most - 1] > ordered[most] * (1 + 1e-5)
 

@@ -279,7 +279,7 @@ def test_text_that_the_vocabulary_lacks_is_counted(tmp_path):
 
 
 def test_text_that_nobody_sees_names_no_passage(tmp_path, caplog):
-    """A joiner has a token, that of what the vocabulary lacks; as an identifier it would be found
+    """A joiner has the token of unknown characters; as an identifier it would be found
     for every query."""
     SentencePiece(size=60).write(tmp_path, ["bees make honey in the hive"] * 3)
     latin = Vocabulary.create(tmp_path, views=VIEWS)

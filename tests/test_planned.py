@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.partitioning import Mesh
@@ -316,3 +317,10 @@ def test_a_corpus_without_words_plans_nothing(tmp_path):
     plan.planner(empty, tmp_path / "plans", keep=True)
     planner = plan.planner(empty, tmp_path / "plans")
     assert planner.best(["bees"], 1).passages.tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "laptop"])
+def test_shipped_experiments_on_a_cpu_plan_by_words(name):
+    for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
+        args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
+        assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan

@@ -1,4 +1,4 @@
-"""What beam search finds at best where passages share prefixes."""
+"""The best recall of beam search where passages share prefixes."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def same(got, expected):
 
 
 def random_params(config):
-    """As init makes them: in boxes that name their axes."""
+    """Parameters in the form of init, in boxes that name their axes."""
     rng = np.random.default_rng(0)
     draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)  # noqa: E731
     return jax.tree.map(draw, _abstract(config))
@@ -169,7 +169,7 @@ def test_t5_1_1_by_name(tmp_path):
 
 
 def test_the_original_t5_has_one_projection_and_no_output_kernel(tmp_path):
-    """Its config says neither; its file may hold copies and a bias that nothing reads."""
+    """The first config leaves settings out; its file may hold copies and an unused bias."""
     arrays = random_arrays(gated=False)
     copies = {
         f"{stack}.embed_tokens.weight": arrays["shared.weight"] for stack in ("encoder", "decoder")

@@ -235,7 +235,7 @@ def test_four_stop_after_the_same_step(steps, number, status):
 
 
 def assert_named(run: Started, victim: int) -> None:
-    """The others of a process that was killed just now say so, soon."""
+    """The other processes soon say which one was killed."""
     killed, codes = time.monotonic(), run.codes()
     assert time.monotonic() - killed < 60
     for i, (code, said) in enumerate(zip(codes, run.said(), strict=True)):

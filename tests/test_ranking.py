@@ -95,7 +95,7 @@ def agree(run, path, measured_on):
 
 
 def judged(qids, pids):
-    """Two passages of each query, in no order of theirs."""
+    """Two passages of each query, in a random order."""
     drawn = random.Random(1)
     return {qid: dict.fromkeys(drawn.sample(pids, 2), 1) for qid in qids}
 
@@ -108,7 +108,7 @@ def shuffled_pids(count):
 
 @pytest.fixture
 def docids(tmp_path):
-    """depth -> a retriever of 60 passages, six of them to an identifier, in no order of pids."""
+    """depth -> a retriever of 60 passages, six for each identifier, in a random order of pids."""
     rows = np.repeat(students.codes(10), 6, axis=0)
     passages = store.write(
         map(Passage, shuffled_pids(60), itertools.repeat("text")), tmp_path / "s"
@@ -154,7 +154,7 @@ class Vectors:
 @pytest.mark.parametrize("settings", [{}, {"max_device_bytes": 1200}], ids=["at once", "streamed"])
 @pytest.mark.parametrize("depth", [1, 7, 40, 400])
 def test_dense(tmp_path, settings, depth):
-    """Ties that end in the spare places, beyond them, and nowhere."""
+    """Ties that end within the spare places, beyond them, and not at all."""
     drawn = np.random.default_rng(0)
     vectors = np.array([[1, 0], [0, 1], [1, 1]], np.float32)[
         drawn.choice(3, 300, p=(0.1, 0.2, 0.7))

@@ -17,7 +17,7 @@ def prepare_settings(seed: int) -> dict:
 
 
 def student_settings(seed: int) -> dict:
-    """Of distillation: those of every stage before it lie in each other."""
+    """The settings of distillation, which hold those of every earlier stage, nested."""
     generate = {"generate": {"steps": 5}, "prepare": prepare_settings(seed)}
     return {"distill": {"steps": 3}, "teach": {"candidates": {"generate": generate}}}
 

@@ -41,7 +41,7 @@ def test_scan_changes_no_logit():
 
 @functools.cache
 def gradient(config):
-    """Of a sum of squares, in the names of a student without scan."""
+    """The gradients of a sum of squares, under the names of a student without scan."""
     model, params = _model_and_params(config)
 
     def loss(params):

@@ -1,4 +1,4 @@
-"""Weights of others as the start of an experiment's student."""
+"""Published weights as the start of an experiment's student."""
 
 from __future__ import annotations
 

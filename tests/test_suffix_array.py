@@ -351,7 +351,7 @@ def search(constraint, *, num_beams=BEAMS, record=True):
 
 
 def constraint_of(passages, opening=None):
-    """Of one shape for all corpora, so that beam search compiles once."""
+    """Arrays of one shape for all corpora, so that beam search compiles once."""
     return padded(build(in_shape(passages))).constraint(max_length=LENGTH, opening=opening)
 
 

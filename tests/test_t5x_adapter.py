@@ -1,5 +1,5 @@
-"""The student as a model of t5x. Where t5x is not installed two classes stand for it here, and what
-needs its own training loop is skipped."""
+"""The student as a model of t5x. Where t5x is not installed, two classes take its place, and tests
+of its own training loop are skipped."""
 
 import dataclasses
 import functools
@@ -282,15 +282,15 @@ def test_published_weights_get_rows_for_the_codes(adapter, tiny_model_dir, prepa
 
 def test_what_is_no_prepared_collection_is_refused(adapter, prepared, tiny_model_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="^PREPARED: no prepared collection in .*; make on"):
-        adapter.Collection(tmp_path)
+        adapter.PreparedCollection(tmp_path)
     shutil.copytree(tiny_model_dir / "prepare", tmp_path / "prepare")
     with pytest.raises(FileNotFoundError, match="^PREPARED: no rank lists in .*dgr_jax.teach$"):
-        adapter.Collection(tmp_path).lengths(rank_lists=True)
+        adapter.PreparedCollection(tmp_path).lengths(rank_lists=True)
     several = dataclasses.replace(prepared.made, vocabulary=SimpleNamespace(views=("title",)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter.Prepared, "load", lambda _: several)
         with pytest.raises(ValueError, match="^PREPARED: .* has identifiers of several views; exp"):
-            adapter.Collection(tmp_path)
+            adapter.PreparedCollection(tmp_path)
 
 
 class _Names(config_parser.ParserDelegate):

@@ -30,7 +30,7 @@ def nested(arrays):
 
 
 def zarr(folder, array, *, rows=None):
-    """One array as zarr version 2 has it, cut into chunks of `rows` rows."""
+    """One array in the format of zarr version 2, cut into chunks of `rows` rows."""
     folder.mkdir(parents=True)
     rows = rows or len(array)
     dtype = "bfloat16" if array.dtype == ml_dtypes.bfloat16 else array.dtype.str
@@ -200,7 +200,7 @@ def test_orbax_and_its_older_form(tmp_path):
 
 
 def test_parameters_alone(tmp_path):
-    """A finished student of this library, where nothing is around the parameters."""
+    """A finished student of this library, whose checkpoint holds the parameters alone."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "20" / "params", unboxed(T5_1_1))
     config, params = pretrained.read(tmp_path)

@@ -25,7 +25,7 @@ from dgr_jax.teaching.teachers import (
 
 
 class ListStore(list):
-    """Passages in memory with the face of a PassageStore."""
+    """Passages in memory with the methods of a PassageStore."""
 
     @property
     def pids(self):
@@ -238,7 +238,7 @@ def test_vector_teacher_takes_dot_products(tmp_path):
 
 
 def test_fusion_adds_the_weighted_scores_of_passages_that_all_teachers_know(tmp_path):
-    """The run is in an order of its own, and knows less."""
+    """The run has another order, and knows fewer queries."""
     rows = [("q2", "d", 1, 4.0), ("q2", "a", 2, 3.0), ("q1", "b", 1, 2.0), ("q1", "a", 2, 1.0)]
     run = RunTeacher(write_run(tmp_path / "run.txt", rows))
     bm25 = Bm25Teacher(judged_first=False)

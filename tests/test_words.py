@@ -1,4 +1,4 @@
-"""Words of every script, and that those of English are what they always were."""
+"""Words of every script; those of English are the same as in earlier versions."""
 
 import re
 import string

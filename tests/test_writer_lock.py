@@ -1,4 +1,4 @@
-"""One writer in a MODEL_DIR: the second is told who the first is, a dead one is no writer."""
+"""One writer in a MODEL_DIR: a second one is told who it is, and a dead one does not count."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_dead_writer_is_no_writer(tmp_path, other):
 
 
 def test_of_another_host_it_is_said_how_its_lock_is_removed(tmp_path, other, monkeypatch):
-    """As of a server that does not notice when a host is gone."""
+    """A lock that a file server keeps although its host is gone."""
     with pytest.raises(writer_lock.Locked) as here:
         writer_lock.take(tmp_path / "model")
     assert "has ended" not in str(here.value)

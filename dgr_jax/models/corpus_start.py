@@ -1,7 +1,7 @@
-"""Token embeddings from what texts say: latent semantic analysis (Deerwester et al. 1990).
+"""Token embeddings from the texts of a corpus: latent semantic analysis (Deerwester et al. 1990).
 
-Two tokens that stand in the same sentences and passages get vectors that point the same way. Of the
-matrix A [tokens, texts], sparse and never dense, the leading singular vectors are found.
+Two tokens that occur in the same sentences and passages get vectors of a similar direction. These
+come from the leading singular vectors of a matrix A [tokens, texts], which is always kept sparse.
 
 Axis letters: m tokens that occur, n texts, k width of the embeddings.
 """
@@ -20,13 +20,13 @@ from threadpoolctl import threadpool_limits
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 32  # vectors that are multiplied together, at most
-_SPAN = 5  # directions searched for each one that is asked for
-_NOISE = 1e-5  # of the largest eigenvalue: what single precision cannot tell from 0
+_BLOCK = 32  # the most vectors that are multiplied together
+_SPAN = 5  # how many directions are searched for each one that is wanted
+_NOISE = 1e-5  # eigenvalues below this part of the largest are 0 but for rounding in float32
 
 
 def counted(texts: Sequence[Sequence[int]], size: int, *, binary: bool) -> scipy.sparse.csr_array:
-    """Tokens of each text f32 [texts, size]: 1 for those that occur, or log(1 + their number)."""
+    """f32 [texts, size]: log(1 + occurrences) of each token in each text, or 1 if `binary`."""
     starts = np.cumsum([0, *map(len, texts)])
     tokens = np.concatenate([np.asarray(text, np.int32) for text in texts] or [[]])
     ones = np.ones(len(tokens), np.float32)
@@ -41,16 +41,17 @@ def counted(texts: Sequence[Sequence[int]], size: int, *, binary: bool) -> scipy
 def embeddings(
     blocks: Sequence[scipy.sparse.csr_array], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [m], rows f32 [m, width]) of what `counted` made of all texts.
+    """(tokens int32 [m], their embeddings f32 [m, width]), from the counts of `counted`.
 
-    A = blocks, transposed and one beside the other, with each token's row times log((1 + n) / (1 +
-    texts that it occurs in)); A ~ U s V^T, width singular values; a row is U sqrt(s), scaled to the
-    length sqrt(width) that rows have which are drawn. Where A has fewer singular values, the last
-    columns are 0. Tokens that occur nowhere, or in every text, have no row.
+    A is the transposed blocks side by side, with each token's row multiplied by log((1 + n) / (1 +
+    number of texts with the token)). With A ~ U s V^T for `width` singular values, the embeddings
+    are the rows of U sqrt(s), scaled to the length sqrt(width) of random embeddings. Where A has
+    fewer singular values, the last columns are 0. Tokens that occur in no text, or in every text,
+    have no row.
     """
-    number = sum(block.shape[0] for block in blocks)
+    count = sum(block.shape[0] for block in blocks)
     seen = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
-    weights = np.log((1 + number) / (1 + seen)) * (seen > 0)
+    weights = np.log((1 + count) / (1 + seen)) * (seen > 0)
     tokens = np.flatnonzero(weights > 0)
     scale = weights[tokens, None].astype(np.float32)
 
@@ -63,8 +64,8 @@ def embeddings(
             total += block.T @ (block @ whole)
         return scale * total[tokens]
 
-    # Threads of matrix products wait for each other where other programs share the cores; with one
-    # the result does not depend on their number either.
+    # Where other programs share the cores, threads of matrix products wait for each other. With one
+    # thread the result does not depend on the number of cores either.
     with threadpool_limits(limits=1):
         values, vectors = _leading(products, len(tokens), width)
     rows = np.zeros((len(tokens), width), np.float32)
@@ -78,12 +79,12 @@ def embeddings(
 def _leading(
     products: Callable[[np.ndarray], np.ndarray], size: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(values f32 [k], vectors f32 [size, k]) of the k <= width largest eigenvalues of a matrix
-    that is symmetric, without negative ones, and known by its products.
+    """(values f32 [k], vectors f32 [size, k]) of the k <= width largest eigenvalues of a symmetric
+    matrix without negative eigenvalues, which is given by its products with vectors.
 
-    The matrix is looked at in the space that its powers make of random vectors (block Krylov
-    iteration, Musco & Musco 2015), which for as many products is much closer to all of them than
-    the usual randomized decomposition (benchmarks/RESULTS.md). A small matrix is taken whole.
+    The matrix is projected to the space that its powers span from random vectors (block Krylov
+    iteration, Musco & Musco 2015). For the same number of products, that is much more accurate than
+    the usual randomized decomposition (benchmarks/RESULTS.md). A small matrix is computed whole.
     """
     step = min(_BLOCK, -(-width // 4))
     span = -(-_SPAN * width // step) * step
@@ -101,8 +102,8 @@ def _leading(
 def _krylov(
     products: Callable[[np.ndarray], np.ndarray], size: int, span: int, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(orthonormal basis f32 [size, span], the matrix in it [span, span]: its upper triangle), from
-    `step` random vectors."""
+    """(an orthonormal basis f32 [size, span], the upper triangle [span, span] of the matrix in that
+    basis), from `step` random vectors."""
     basis = np.empty((size, span), np.float32)
     inner = np.zeros((span, span), np.float32)
     drawn = np.random.default_rng(0).normal(size=(size, step)).astype(np.float32)
@@ -112,7 +113,7 @@ def _krylov(
         before = basis[:, :stop]
         block = products(block)
         inner[:stop, stop - step : stop] = before.T @ block
-        for _ in range(2):  # rounding leaves something of what was there, the first time
+        for _ in range(2):  # after the first time, rounding leaves a part of the earlier directions
             block = np.linalg.qr(block - before @ (before.T @ block))[0]
         if stop // step % _SPAN == 0:
             logger.info("start: %d of %d directions", stop, span)
@@ -120,7 +121,7 @@ def _krylov(
 
 
 def put(params: Any, tokens: jax.Array, rows: jax.Array) -> Any:
-    """Parameters with these rows in each of their token embeddings; all others stay."""
+    """The parameters with these rows in each of their token embeddings; all others stay."""
 
     def changed(path: Any, leaf: jax.Array) -> jax.Array:
         is_embedding = jax.tree_util.keystr(path).endswith("['token_embedder']['embedding']")
