@@ -20,7 +20,7 @@ from dgr_jax import partitioning
 from dgr_jax.analysis.speed import device_name
 from dgr_jax.config import cli, gin_files
 from dgr_jax.models.t5 import Transformer
-from dgr_jax.stages import distill, systems
+from dgr_jax.stages import distill
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.step import init_state, make_train_step
 
@@ -40,7 +40,7 @@ def main() -> None:
     experiment = gin_files.load_experiment(*flags, keep=False)
     settings = experiment.distill
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
-    model = Transformer(systems.model_config(experiment, vocabulary.size))
+    model = Transformer(experiment.sized(vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     optimizer = settings.optimizer.transformation(settings.steps)
     source = distill.batches(experiment)

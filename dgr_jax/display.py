@@ -49,6 +49,12 @@ def cell(value: object, style: str = "") -> Text:
     return Text.assemble((harmless_line(str(value)), style))  # so that padding has no style
 
 
+def wide_console() -> Console:
+    """As wide as the terminal; as wide as any table where there is none, such as in a log."""
+    made = console()
+    return made if made.is_terminal else console(width=200)
+
+
 def console(**settings: Any) -> Console:
     """A rich console that takes every string for plain text.
 

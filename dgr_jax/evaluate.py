@@ -29,7 +29,7 @@ def command(argv: Sequence[str] | None) -> None:
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not (args.run and args.qrels):
         parser.error("--run and --qrels go together")
-    from dgr_jax.stages.evaluate import measure_runs
+    from dgr_jax.stages.measure_runs import measure_runs
 
     measure_runs(args.run, args.qrels, args.min_relevance)
 

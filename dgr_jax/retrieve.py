@@ -34,8 +34,8 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")
     parser.add_argument(
         "--system",
-        choices=("planned", "distill", "control", "generate", "refresh", "dense"),
-        help="which student, planned: distill with the plan; default: the first that is there",
+        help="which system that was trained or measured, such as distill, bm25 or planned (distill "
+        "with the plan); default: planned where there is one, or the best one that is trained",
     )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)

@@ -6,9 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
+import typing
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
 
 
 def fingerprint(settings: Any) -> str:
@@ -64,6 +68,18 @@ def _has_effect(setting: dataclasses.Field, settings: Any) -> bool:
     if marked == "unless default":
         return getattr(settings, setting.name) != setting.default
     return marked(settings) if callable(marked) else marked
+
+
+def restored(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings of a kind, from what dataclasses.asdict and JSON have made of them."""
+    hints = typing.get_type_hints(kind)
+
+    def of(hint: Any, value: Any) -> Any:
+        if isinstance(hint, type) and isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
+            return restored(hint, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: of(hints.get(name), value) for name, value in values.items()})
 
 
 def folders_of(value: Any) -> set[str]:

@@ -27,6 +27,7 @@ from flax.linen import partitioning as flax_partitioning
 from dgr_jax import partitioning
 from dgr_jax.data.task_files import task_file
 from dgr_jax.decoding import trie
+from dgr_jax.experiments.common import with_vocabulary
 from dgr_jax.losses import generation
 from dgr_jax.model_dir.records import read_record
 from dgr_jax.models import pretrained
@@ -34,7 +35,6 @@ from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import generative
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.training_run import with_vocabulary
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
 
@@ -71,12 +71,10 @@ class PreparedCollection:
             )
         self.settings: dict[str, Any] = settings
         self.made = Prepared.load(self.folder)
-        if (table := self.made.table) is None:
-            raise ValueError(
-                f"PREPARED: {self.folder} has identifiers of several views; expected one a "
-                "passage, such as Prepare.identifiers = @ResidualQuantization()"
-            )
-        self.table = table
+        try:
+            self.table = self.made.table
+        except ValueError as error:
+            raise ValueError(f"PREPARED: {error}") from error
         self.index = trie.load(self.made.folder / "trie")
         self._register()
 

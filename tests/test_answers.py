@@ -208,7 +208,7 @@ def test_answers_are_measured_beside_judgements(data, tmp_path, judged):
     }
     others = {name: dict.fromkeys(found, 0.0) for name, found in values.items()}
     systems = {"distill": {"test": values}, "bm25": {"test": others}}
-    compared = [c for _, c in _compare(systems, "test")]
+    compared = [c for _, c in _compare(systems, "test", experiment.pairs)]
     by_name = {c.measure: c for c in compared}
     assert (by_name["AnswerHits@2"].wins, by_name["AnswerHits@2"].p_value) == (1, 1.0)
     assert ("RR@10" in by_name) == judged

@@ -10,6 +10,7 @@ import pytest
 from dgr_jax.analysis import costs, drift
 from dgr_jax.capacity import formulas
 from dgr_jax.config import cli, gin_files
+from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
 from dgr_jax.retrieval.generative import Search
@@ -25,11 +26,11 @@ def test_chances_of_passages_are_those_of_their_identifiers():
     log_probs = np.random.default_rng(0).normal(-9, 3, (3, len(table))).astype(np.float32)
     owners = [table.passages_of(row).tolist() for row in range(len(table))]
     assert max(map(len, owners)) > 1
-    found = drift.of_identifiers(log_probs, table)
+    found = exhaustive.of_passages(log_probs, table)
     expected = [twin.of_identifiers(row, owners, len(ROWS)) for row in log_probs.tolist()]
     np.testing.assert_allclose(np.exp(found), expected, rtol=1e-6)
     allowed = np.arange(len(ROWS)) % 2 == 0
-    some = drift.of_identifiers(log_probs, table, allowed)
+    some = exhaustive.of_passages(log_probs, table, allowed)
     left = np.where(allowed, expected, 0)
     np.testing.assert_allclose(np.exp(some), left / left.sum(1, keepdims=True), rtol=1e-6)
 
@@ -78,7 +79,7 @@ def test_drift_of_vectors_is_that_of_the_softmax_of_their_scores(monkeypatch):
     one = Searcher(Vectors(None, None, None), Index(vectors), search)
     scores = asked.astype(np.float32) @ vectors.T
     chances = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
-    found = np.concatenate(list(drift.passage_log_probs(one, asked)))
+    found = np.concatenate(list(one.log_probs(asked)))
     np.testing.assert_allclose(np.exp(found), chances, rtol=1e-4)
     relevance = [drift.of_grades({i: 1, i + 9: 2}) for i in range(7)]
     expected = [
@@ -87,7 +88,7 @@ def test_drift_of_vectors_is_that_of_the_softmax_of_their_scores(monkeypatch):
     np.testing.assert_allclose(drift.measure(one, asked, relevance), expected, rtol=1e-4)
     without = dataclasses.replace(one, index=Index(vectors, hidden=[3]))
     chances[:, 3] = 0
-    found = np.exp(np.concatenate(list(drift.passage_log_probs(without, asked))))
+    found = np.exp(np.concatenate(list(without.log_probs(asked))))
     np.testing.assert_allclose(found, chances / chances.sum(1, keepdims=True), rtol=1e-4)
     small = Index(vectors, ExactSearch(storage="int8"))
     assert one.index_bytes == 30 * 4 * 4

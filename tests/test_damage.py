@@ -17,8 +17,9 @@ from dgr_jax.model_dir import kept
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import exact_search
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.kinds import write_student
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
-from dgr_jax.retrieval.retriever import Retriever, write_student
+from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.stages import pseudo_queries
 from dgr_jax.stages.candidates import _is_whole
 from dgr_jax.stages.prepared import export
@@ -132,7 +133,7 @@ def test_every_file_of_a_list_is_compared(prepared, tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_student_that_cannot_be_read(tmp_path, damage):
     (tmp_path / "generate").mkdir()
-    write_student(tmp_path / "generate", T5Config(vocab_size=8), Search())
+    write_student(tmp_path / "generate", "docid", T5Config(vocab_size=8), Search(), ("generate",))
     spoil(tmp_path / "generate" / "student.json", damage)
     with pytest.raises((ValueError, OSError), match=r"student\.json|no trained student") as error:
         Retriever.load(tmp_path)

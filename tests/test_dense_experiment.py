@@ -345,7 +345,7 @@ def test_pools_are_negatives_of_their_query(finished):
 def test_training_reads_what_was_judged_as_search_reads_it(finished):
     """SeqIO's tokens are those of the vocabulary; passages stand in the order of the corpus."""
     folder, _ = finished
-    made = Prepared.load(folder, identifiers=False)
+    made = Prepared.load(folder)
     qids = json.loads((folder / "prepare/qids.json").read_text())["labelled_llm"]
     read = read_arrays(folder / "prepare/arrays/labelled_llm")
     queries, judged = made.queries("llm"), made.qrels("llm")

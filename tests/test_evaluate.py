@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,11 +15,12 @@ from dgr_jax.analysis import beam_losses
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.experiments.common import Evaluate
-from dgr_jax.retrieval.batching import ReadsTokens
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.system import Opening, System
 from dgr_jax.settings import fingerprint
+from dgr_jax.stages import kept_runs
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split, search_of
 from dgr_jax.stages.evaluate import measure as measure_systems
 from tests import test_experiment
@@ -31,7 +31,7 @@ QUERIES = {f"q{i}": Query(f"q{i}", f"word{i % 4}") for i in range(BLOCK + 3)}
 SYSTEMS = ["generate", "control", "distill"]
 
 
-class Student(ReadsTokens):
+class Student(System):
     """Ranks the passage that a query was made of second; of the first passage it finds nothing."""
 
     query_length = 1
@@ -51,7 +51,7 @@ class Student(ReadsTokens):
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """settings -> (metrics of an evaluation, the systems that were searched)."""
-    monkeypatch.setattr(sys.modules[measure_systems.__module__], "BLOCK", BLOCK)
+    monkeypatch.setattr(kept_runs, "BLOCK", BLOCK)
     tokens = {query.text: i for i, query in enumerate(PASSAGES)}
     made = SimpleNamespace(
         store=store.write(PASSAGES, tmp_path / "passages"),
@@ -73,6 +73,9 @@ def measured(tmp_path, monkeypatch):
         def open_student(system):
             if system == failing:
                 raise OSError("lost")
+            if system == "bm25":
+                opening = Opening(tmp_path, made.store, found or depth, None, None, None)
+                return experiment.untrained[system].open(opening)
             opened.append(system)
             return Student(found or depth)
 

@@ -83,12 +83,44 @@ def test_top_of_many(size, k):
     values[0] = 1.0
     values[1], values[2] = np.arange(size), -np.arange(size)
     values[3, : size // 2] = -np.inf
-    count = size - 37
-    found, places = jax.jit(lambda x: exact_search._top(x, k, count))(values)
-    values = values[:, :count]
-    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    visible = (np.arange(size) < size - 37) & (np.arange(size) % 11 > 0)
+    found, places = jax.jit(lambda x, seen: exact_search._top(x, k, seen))(values, visible)
+    left = np.flatnonzero(visible)
+    order = left[np.argsort(-values[:, left], axis=1, kind="stable")[:, :k]]
     np.testing.assert_array_equal(places, order)
     np.testing.assert_array_equal(found, np.take_along_axis(values, order, 1))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_restricted_index_finds_what_is_left_and_compiles_nothing(streamed):
+    """Also of one that was restricted before; the whole index stays as it is."""
+    vectors, queries = tied(300), tied(4, seed=1)
+    settings = ExactSearch(chunk=64, **({"max_device_bytes": 4096} if streamed else {}))
+    index = Index(vectors, settings, hidden=[5])
+    index.search(queries, 7)
+    step = exact_search._step(index.mesh, "float32", *_chunks_and_k(index, len(queries), 7))
+    compiled = step._cache_size()
+    mask, second = np.arange(300) % 3 != 0, np.arange(300) % 2 == 0
+    for some, left in (
+        (index.restrict(mask), mask),
+        (index.restrict(mask).restrict(second), mask & second),
+    ):
+        left = left & (np.arange(300) != 5)
+        wanted, best = Index(vectors[left], settings).search(queries, 7)
+        found, scores = some.search(queries, 7)
+        np.testing.assert_array_equal(found, np.flatnonzero(left)[wanted])
+        np.testing.assert_allclose(scores, best, rtol=1e-6)
+    assert step._cache_size() == compiled
+    assert len(index.restrict(np.arange(300) < 2).search(queries, 7)[0]) == 4
+    few, scores = index.restrict(np.arange(300) < 2).search(queries, 7)
+    assert (few[:, 2:] == -1).all() and np.isneginf(scores[:, 2:]).all()
+    assert index.search(queries, 300)[0].max() == 299
+
+
+def _chunks_and_k(index, queries, k):
+    size = min(index.settings.batch_size, exact_search._power_of_two(queries))
+    chunks = min(index.plan.chunks, exact_search._chunks(index.plan.rows, index.settings, size))
+    return chunks, k
 
 
 def test_a_file_is_streamed_and_never_read_whole(tmp_path, caplog, monkeypatch):

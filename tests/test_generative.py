@@ -23,6 +23,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval.batching import batches
 from dgr_jax.retrieval.generative import Search, decode_fn, rank_passages
+from dgr_jax.retrieval.system import TrainedSystem
 from dgr_jax.serving import ask
 from dgr_jax.settings import describe
 from tests import students
@@ -292,7 +293,7 @@ def test_of_a_shared_identifier_only_the_allowed_passages_are_returned(decoder):
     [
         (np.ones(39, bool), "passage_mask must be bool of shape [40]; got bool of shape (39,)"),
         (np.ones(40), "passage_mask must be bool of shape [40]; got float64 of shape (40,)"),
-        (np.zeros(40, bool), "the mask leaves no identifier"),
+        (np.zeros(40, bool), "passage_mask leaves no passage"),
     ],
 )
 def test_masks_that_cannot_be(decoder, mask, message):
@@ -433,13 +434,16 @@ class Stopwatch:
 
     def __init__(self, batch_size):
         self.now, self.calls = 0.0, []
-        config = SimpleNamespace(dtype="float32")
         mesh = SimpleNamespace(devices=np.array(jax.devices()[:1]), shape={"data": 1})
-        table = IdentifierTable.from_rows(np.array([[3, 4], [5, 6]]), view="test")
-        self.decoder = SimpleNamespace(
-            search=Search(batch_size=batch_size, num_beams=2), config=config, mesh=mesh,
-            num_identifiers=len(table), identifier_length=2, params={"a": np.zeros((3, 4))},
+        student = SimpleNamespace(
+            search=Search(num_beams=2), config=SimpleNamespace(dtype="float32"),
+            params={"a": np.zeros((3, 4))},
         )  # fmt: skip
+        self.decoder = SimpleNamespace(
+            batch_size=batch_size,
+            mesh=mesh,
+            describe=lambda: TrainedSystem.described(student, 2, 3),
+        )
 
     def run(self, queries):
         self.calls.append(list(queries.values()))

@@ -314,15 +314,13 @@ def test_inputs_with_the_marker_of_a_view_have_a_token_less(tmp_path):
 
 
 def test_a_deeper_search_has_as_many_passages_as_were_asked_for():
-    assert self_hits.deeper(Search(num_beams=5, depth=5)) == Search(num_beams=6, depth=6)
-    assert self_hits.deeper(Search(num_beams=9, depth=5)) == Search(num_beams=9, depth=6)
-    assert self_hits.deeper(Search(num_beams=2, depth=5)) == Search(num_beams=3, depth=6)
-    assert self_hits.deeper(DenseSearch(depth=5)) == DenseSearch(depth=6)
+    assert Search(num_beams=5, depth=5).deeper() == Search(num_beams=6, depth=6)
+    assert Search(num_beams=9, depth=5).deeper() == Search(num_beams=9, depth=6)
+    assert Search(num_beams=2, depth=5).deeper() == Search(num_beams=3, depth=6)
+    assert DenseSearch(depth=5).deeper() == DenseSearch(depth=6)
     for most, grown in ((4, 5), (5, 6), (6, 6)):
         views = MultiviewSearch(depth=5, scoring=Scoring(max_passages=most))
-        assert self_hits.deeper(views) == MultiviewSearch(
-            depth=6, scoring=Scoring(max_passages=grown)
-        )
+        assert views.deeper() == MultiviewSearch(depth=6, scoring=Scoring(max_passages=grown))
     found = {
         "passages": np.array([[3, 1, 2], [3, 1, 2], [0, -1, -1], [3, 1, 2]]),
         "scores": np.array([[3.0, 2, 1], [3, 2, 1], [3, -np.inf, -np.inf], [3, 2, 1]]),
@@ -375,7 +373,7 @@ def test_candidates_lack_the_query_itself(tmp_path, passages, monkeypatch):
                 found = (tokens[:, :1] + np.arange(self.search.depth)) % 8
                 yield found, -np.arange(found.size, dtype=np.float32).reshape(found.shape)
 
-    def decoder(experiment, system, search, made):
+    def open_system(experiment, system, made, search):
         searches.append(search)
         return Student(search)
 
@@ -390,7 +388,7 @@ def test_candidates_lack_the_query_itself(tmp_path, passages, monkeypatch):
         qrels=lambda split: qrels,
     )
     monkeypatch.setattr(Prepared, "load", lambda *_: made)
-    monkeypatch.setattr(sys.modules[candidates.__module__], "decoder", decoder)
+    monkeypatch.setattr(sys.modules[candidates.__module__], "open_system", open_system)
     for rule, first in (("drop", 1), ("keep", 0)):
         folder = tmp_path / rule
         folder.mkdir()

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dgr_jax.stages.evaluate import measure_runs
+from dgr_jax.stages.measure_runs import measure_runs
 
 QRELS = "q1 0 a 1\nq2 0 b 1\nq3 0 c 1\n"
 RUN = "q1 Q0 a 1 3 t\nq1 Q0 x 2 2 t\nq2 Q0 y 1 3 t\nq2 Q0 b 2 2 t\nq3 Q0 c 1 1 t\nq3 Q0 z 2 0.5 t\n"

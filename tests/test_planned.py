@@ -15,7 +15,7 @@ from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
-from dgr_jax.retrieval.simultaneous import Lexical, Planned
+from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 from tests import students, toy
 
 COUNT, PLANNED = 40, 8
@@ -39,7 +39,7 @@ class Drawn:
             scores = np.where(allowed, scores, -np.inf)
         order = np.argsort(-scores, 1, kind="stable")[:, :count]
         best = np.take_along_axis(scores, order, 1)
-        return Planned(np.where(best > -np.inf, order, -1).astype(np.int32), best)
+        return PlannedPassages(np.where(best > -np.inf, order, -1).astype(np.int32), best)
 
 
 def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
@@ -88,9 +88,11 @@ def test_plan_and_log_probability_are_added(kind, ranked_by):
     for query, hits in enumerate(decoder.hits(queries)):
         plan_scores = dict(zip(*(part[query] for part in queries.planned), strict=True))
         for hit in hits:
-            assert hit.plan_score == plan_scores[hit.passage]
-            assert hit.score == pytest.approx(hit.plan_score + 0.5 * hit.log_prob, abs=1e-5)
-            assert hit.log_prob < 0
+            assert hit.parts["plan"] == plan_scores[hit.passage]
+            assert hit.score == pytest.approx(
+                hit.parts["plan"] + 0.5 * hit.parts["log_prob"], abs=1e-5
+            )
+            assert hit.parts["log_prob"] < 0
             row = decoder.table.rows_of_passages()[hit.passage]
             assert hit.tokens.tolist() == decoder.table.tokens[row].tolist()
 
@@ -113,7 +115,7 @@ def test_few_beams_find_the_best_of_what_is_planned():
             plan_scores[found[4]] - plan_scores[found[5]], abs=1e-5
         )
     for hits in decoder.hits(queries):
-        assert [np.isfinite(hit.log_prob) for hit in hits] == [True] * 4 + [False] * 2
+        assert [np.isfinite(hit.parts["log_prob"]) for hit in hits] == [True] * 4 + [False] * 2
     assert decoder.most_passages == SEARCH.depth
 
 
@@ -133,7 +135,7 @@ class Few(Drawn):
     def best(self, texts, count, allowed=None):
         passages, scores = super().best(texts, count, allowed)
         there = np.arange(count) < 2 * (np.arange(len(texts)) % 2 == 0)[:, None]
-        return Planned(np.where(there, passages, -1), np.where(there, scores, -np.inf))
+        return PlannedPassages(np.where(there, passages, -1), np.where(there, scores, -np.inf))
 
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
@@ -155,7 +157,7 @@ def test_where_few_are_planned_the_student_searches_all(ranked_by):
         np.testing.assert_allclose(scores[query][:count], [s for _, s in expected], atol=1e-4)
     for query, hits in enumerate(decoder.hits(queries)):
         planned = set(queries.planned.passages[query].tolist())
-        assert all((hit.plan_score == 0.0) == (hit.passage not in planned) for hit in hits)
+        assert all((hit.parts["plan"] == 0.0) == (hit.passage not in planned) for hit in hits)
 
 
 def test_the_plan_alone_asks_no_student():
@@ -166,7 +168,7 @@ def test_the_plan_alone_asks_no_student():
     passages, scores = decoder.passages(queries)
     np.testing.assert_array_equal(passages, queries.planned.passages[:, : SEARCH.depth])
     np.testing.assert_array_equal(scores, queries.planned.scores[:, : SEARCH.depth])
-    assert all(hit.log_prob == -np.inf for hits in decoder.hits(queries) for hit in hits)
+    assert all(hit.parts["log_prob"] == -np.inf for hits in decoder.hits(queries) for hit in hits)
 
 
 @pytest.mark.parametrize("ranked_by", ["identifiers", "beams", "plan"])
@@ -187,7 +189,7 @@ def test_one_query_and_blocks_give_what_all_together_do():
     queries = asked(decoder)
     whole = decoder.passages(queries)
     parts = [
-        PlannedQueries(queries.tokens[part], Planned(*(x[part] for x in queries.planned)))
+        PlannedQueries(queries.tokens[part], PlannedPassages(*(x[part] for x in queries.planned)))
         for part in (slice(0, 1), slice(1, 7))
     ]
     passages, scores = map(np.concatenate, zip(*decoder.passages_of_blocks(parts), strict=True))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dgr_jax.corpora.types import ScoredPassage
-from dgr_jax.retrieval import retriever
+from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.bm25 import Bm25
+from dgr_jax.retrieval.planned import Planned
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.simultaneous import Lexical
 from tests.test_old_model_dir import KEPT
@@ -26,19 +27,21 @@ def model_dir(tmp_path):
 
 
 def test_a_student_with_a_plan_answers_with_it(model_dir):
-    with pytest.raises(ValueError, match="/evaluate: has no plan.json, which the evaluation of an"):
+    with pytest.raises(ValueError, match="system: got 'planned', expected one of distill, "):
         Retriever.load(model_dir, system="planned")
     plan = Lexical(planned=20, num_beams=5, bm25=Bm25(k1=1.2))
-    retriever.write_plan(model_dir / "evaluate", plan)
+    kinds.write_untrained(model_dir, [Planned("planned", plan)], depth=5)
     planned = Retriever.load(model_dir, depth=10)
     assert planned.decoder.plan == plan
     hits, nothing = planned.search(QUESTIONS, k=5)
     assert len(hits) == len(nothing) == 5
     for hit in hits + nothing:
-        assert hit.score == pytest.approx(hit.plan_score + plan.weight * hit.log_prob, abs=1e-4)
+        assert list(hit.parts) == ["plan", "log_prob"]
+        total = hit.parts["plan"] + plan.weight * hit.parts["log_prob"]
+        assert hit.score == pytest.approx(total, abs=1e-4)
         assert hit.identifier
-    assert hits[0].plan_score > 0
-    assert all(hit.plan_score == 0 for hit in nothing)  # no word of it is known
+    assert hits[0].parts["plan"] > 0
+    assert all(hit.parts["plan"] == 0 for hit in nothing)  # no word of it is known
     run = planned.run(dict(zip("ab", QUESTIONS, strict=True)))
     assert [passage.pid for passage in run["a"]][:5] == [hit.pid for hit in hits]
     with pytest.raises(ValueError, match="k: got 30, expected at most 20: set planned"):
@@ -47,23 +50,24 @@ def test_a_student_with_a_plan_answers_with_it(model_dir):
     assert not hasattr(student.decoder, "plan")
     (_, alone) = student.search(QUESTIONS, k=5)
     assert [hit.pid for hit in alone] == [hit.pid for hit in nothing]
-    assert alone[0].plan_score is None
-    assert alone[0].score == pytest.approx(nothing[0].log_prob, abs=1e-4)
+    assert alone[0].parts == {}
+    assert alone[0].score == pytest.approx(nothing[0].parts["log_prob"], abs=1e-4)
 
 
 def test_settings_of_the_plan_are_those_of_the_retriever(model_dir):
-    retriever.write_plan(model_dir / "evaluate", Lexical(planned=20, num_beams=5))
+    plan = Lexical(planned=20, num_beams=5)
+    kinds.write_untrained(model_dir, [Planned("planned", plan)], depth=5)
     planned = Retriever.load(model_dir, planned=9, num_beams=3, weight=1.0, depth=4)
     plan, search = planned.decoder.plan, planned.decoder.search
     assert (plan.planned, plan.num_beams, plan.weight) == (9, 3, 1.0)
     assert (search.num_beams, search.depth) == (3, 4)
-    with pytest.raises(ValueError, match="beam: the distill retriever of .* has no such setting"):
+    with pytest.raises(ValueError, match="beam: the planned retriever of .* has no such setting"):
         Retriever.load(model_dir, beam=3)
     with pytest.raises(ValueError, match="Lexical.planned: got 9999, expected at most"):
         Retriever.load(model_dir, planned=9999)
     with pytest.raises(ValueError, match="planned: got 2.5, expected a whole number"):
         Retriever.load(model_dir, planned=2.5)
-    (model_dir / "evaluate/plan.json").unlink()
+    kinds.write_untrained(model_dir, [], depth=5)
     assert not hasattr(Retriever.load(model_dir).decoder, "plan")
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from dgr_jax.model_dir import records, writer_lock
-from dgr_jax.retrieval.retriever import SYSTEMS as ALL
+from dgr_jax.retrieval import kinds
 from dgr_jax.settings import fingerprint
-
-SYSTEMS = ALL[1:]  # `planned` is one of them with a plan
 
 
 def prepare_settings(seed: int) -> dict:
@@ -38,10 +37,12 @@ class ModelDir:
 
     def student(self, name, seed, **status):
         self.write(name, student_settings(seed), **status)
-        (self.folder / name / records.STUDENT).write_text("{}")
+        model = {"t5": {}} if name == "dense" else {}
+        said = json.dumps({"model": model, "search": {}})  # as version 0.1 wrote it
+        (self.folder / name / records.STUDENT).write_text(said)
 
     def answering(self, *systems):
-        answer = records.answering(self.folder, systems or SYSTEMS)
+        answer = records.answering(self.folder, systems or kinds.best_first(self.folder))
         names = (
             path.relative_to(self.folder).as_posix() for path in (answer.student, answer.prepared)
         )
@@ -146,17 +147,17 @@ def test_nothing_trained_says_who_is_at_it(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"no trained student in .*distill/student.json"
     ) as e:
-        records.answering(tmp_path, SYSTEMS)
+        records.answering(tmp_path, kinds.best_first(tmp_path))
     assert "being written" not in str(e.value)
     with (
         writer_lock.held(tmp_path),
         pytest.raises(FileNotFoundError, match="MODEL_DIR is being written by this process"),
     ):
-        records.answering(tmp_path, SYSTEMS)
+        records.answering(tmp_path, kinds.best_first(tmp_path))
 
 
 def test_a_change_while_it_is_read_is_seen(made):
-    answer = records.answering(made.folder, SYSTEMS)
+    answer = records.answering(made.folder, kinds.best_first(made.folder))
     assert answer.unchanged
     made.prepare(0, status="running")
     assert not answer.unchanged

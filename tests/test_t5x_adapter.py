@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +286,7 @@ def test_what_is_no_prepared_collection_is_refused(adapter, prepared, tiny_model
     shutil.copytree(tiny_model_dir / "prepare", tmp_path / "prepare")
     with pytest.raises(FileNotFoundError, match="^PREPARED: no rank lists in .*dgr_jax.teach$"):
         adapter.PreparedCollection(tmp_path).lengths(rank_lists=True)
-    several = dataclasses.replace(prepared.made, table=None)
+    several = dataclasses.replace(prepared.made, vocabulary=SimpleNamespace(views=("title",)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter.Prepared, "load", lambda _: several)
         with pytest.raises(ValueError, match="^PREPARED: .* has identifiers of several views; exp"):

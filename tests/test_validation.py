@@ -21,6 +21,7 @@ from dgr_jax.model_dir import records
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.sampling import Sampling
+from dgr_jax.retrieval.system import System
 from dgr_jax.settings import describe
 from dgr_jax.stages import validation as searches
 from dgr_jax.stages.evaluate import _choices
@@ -114,16 +115,13 @@ PASSAGES = [Passage(f"p{i}", f"word{i}") for i in range(4)]
 QUERIES = {"q0": Query("q0", "0"), "q1": Query("q1", "1"), "p2": Query("p2", "2")}
 
 
-class System:
+class Found(System):
     """Finds all passages, from that of the query's number and the parameters on."""
 
     query_length = 1
 
     def __init__(self, params, depth):
         self.params, self.depth = params, depth
-
-    def by_pid(self, pid_of):
-        return self
 
     def passages_of_blocks(self, blocks):
         for tokens in blocks:
@@ -150,7 +148,7 @@ def test_the_measure_is_that_of_evaluation(tmp_path, monkeypatch, self_hits):
             "validation": {"q0": {"p0": 2, "p1": 1}, "q1": {"p2": 2}, "p2": {"p3": 2}}
         }.__getitem__,
     )  # fmt: skip
-    opened = lambda params, search: System(params, search.depth)
+    opened = lambda params, search: Found(params, search.depth)
     found = searches.of(experiment, VALIDATED, made, opened)
     assert (found.questions, found.every, found.keep, found.patience) == (3, 5, "last", 0)
     of_p2 = 1 if self_hits == "drop" else 1 / 2  # its own passage stands before the answer
@@ -163,7 +161,7 @@ def test_an_index_is_placed_once():
     made = []
 
     def assembled(params, search):
-        made.append(System(params, search))
+        made.append(Found(params, search))
         return made[-1]
 
     opened = searches.reopened(assembled)
@@ -214,7 +212,7 @@ FOLD = ("--gin.Training.validate_every=2", "--gin.Training.keep=best")
 def _checked(folder, system, min_relevance=2):
     """The report of a training run, whose value is that of its student as everybody opens it."""
     report = json.loads((folder / system / validation.REPORT).read_text())
-    made = Prepared.load(folder, identifiers=False)
+    made = Prepared.load(folder)
     retriever = Retriever.load(folder, system=system)
     queries, qrels = made.queries("validation"), made.qrels("validation")
     assert not {q.text for q in queries.values()} & {

@@ -218,7 +218,7 @@ def test_restricted_search_finds_allowed_passages_alone(made, decoder):
     allowed = np.array([False, True, False, False, True])
     passages, _ = decoder.restrict(allowed).passages(tokens)
     assert set(passages[passages >= 0].tolist()) <= {1, 4} and (passages[:, 0] >= 0).all()
-    with pytest.raises(ValueError, match="allowed must be bool of shape"):
+    with pytest.raises(ValueError, match="passage_mask must be bool of shape"):
         decoder.restrict(np.ones(3, bool))
 
 

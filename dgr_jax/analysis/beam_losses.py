@@ -9,12 +9,12 @@ from typing import Any
 
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir.measurements import read_kept, write_kept
-from dgr_jax.retrieval import exhaustive
+from dgr_jax.retrieval import exhaustive, kinds
 from dgr_jax.retrieval.exhaustive import Lost
 from dgr_jax.retrieval.prefix_ceiling import SPREAD
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
-from dgr_jax.stages.systems import decoder
+from dgr_jax.stages.systems import open_system
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ def measure(
     Raises ValueError for an experiment with several identifiers a passage.
     """
     made, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
-    if made.table is None:
+    if not kinds.TRAINED[experiment.kind].scores_all:
         raise ValueError(
-            "Study.beams: got an experiment of several views, whose spans cannot all be scored; "
-            "expected one identifier a passage (Prepare.identifiers)"
+            f"Study.beams: got a {experiment.kind} student, whose identifiers cannot all be "
+            "scored; expected one identifier a passage (Prepare.identifiers)"
         )
     split = split or first_test_split(experiment)
     judged, least = made.qrels(split), experiment.evaluate.min_relevance
@@ -77,8 +77,8 @@ def measure(
         if right := [made.store.index_of(pid) for pid, grade in graded if grade >= least]:
             texts.append(query.text)
             positives.append(right)
-    student = decoder(experiment, system, search, made)
-    tokens = made.vocabulary.encode_inputs(texts, student.query_length)
+    student: Any = open_system(experiment, system, made)
+    tokens = student.encode(made.vocabulary, texts)
     k = min(TOP, search.depth)
     yield from exhaustive.recall_lost(
         student, tokens, beams, k=k, positives=positives, spread=spread

@@ -21,11 +21,11 @@ from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.retriever import Retriever
-from dgr_jax.stages import dense, systems, training_run
+from dgr_jax.retrieval.system import System
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.systems import open_system
 
 QUERIES = 200  # at most, that are timed, and whose drift is measured
 
@@ -37,14 +37,12 @@ UNCOUNTED = (
 
 COLUMNS = ("training PFLOP", "index MB", "ms a query", "ms a query, batched", "drift")
 
-Student = Any  # a Decoder, MultiviewDecoder or Searcher
-
 
 def measure(
     experiment: Experiment | DenseExperiment, system: str, split: str = "", relevance: str = ""
 ) -> dict[str, float]:
     """COLUMNS by name: 'ms a query' is the median of one at a time; 'drift' in nats, only with
-    `relevance`, see `retrieval.drift`.
+    `relevance`, see `analysis.drift`.
 
     PFLOP: 1e15 products and sums of the matrices, forward and backward, of all training stages of
     the system, from the shapes of their batches; of a teacher, none. Times are those of the device
@@ -54,16 +52,16 @@ def measure(
 
     Raises ValueError for drift of identifiers of several views, or a run of none of the queries.
     """
-    made = Prepared.load(experiment.model_dir, identifiers=isinstance(experiment, Experiment))
+    made = Prepared.load(experiment.model_dir)
     split = split or first_test_split(experiment)
     asked = {q: query.text for q, query in chosen_queries(experiment, made, split).items()}
-    student = opened(experiment, system, made)
+    opened = open_system(experiment, system, made)
     timed = speed.measure(
-        Retriever(student, made.vocabulary, made.store), list(_spaced(asked).values())
+        Retriever(opened, made.vocabulary, made.store), list(_spaced(asked).values())
     )
     numbers = (
         training_flops(experiment, system) / 1e15,
-        student.index_bytes / 1e6,
+        opened.index_bytes / 1e6,
         timed["alone"]["latency_ms"]["p50"],
         1000 / timed["batched"]["queries_per_second"],
     )
@@ -71,23 +69,19 @@ def measure(
     if relevance:
         known = _relevance(experiment, made, split, relevance)
         texts = _spaced({qid: text for qid, text in asked.items() if qid in known})
-        found["drift"] = _drift(student, made, texts, known)
+        found["drift"] = _drift(opened, made, texts, known)
     return found
 
 
-def opened(experiment: Experiment | DenseExperiment, system: str, made: Prepared) -> Student:
-    """A finished system of any kind, ready to retrieve."""
-    if isinstance(experiment, DenseExperiment):
-        return dense.searcher(experiment, system, experiment.evaluate.search)
-    return systems.decoder(experiment, system, experiment.evaluate.search, made)
-
-
 def training_flops(experiment: Experiment | DenseExperiment, system: str) -> float:
-    """FLOPs of all training stages of a system, whose data is there."""
-    config = _config(experiment)
+    """FLOPs of all training stages of a system, or of those that it is made of, whose data is
+    there."""
+    config = experiment.network(Prepared.load(experiment.model_dir).vocabulary.size)
+    made_of = experiment.made_of(system)
+    stages = {k: v for name in made_of for k, v in experiment.training(name).items()}
     return sum(
-        settings.steps * step_flops(config, _first_batch(experiment, stage))
-        for stage, settings in experiment.training(system).items()
+        settings.steps * step_flops(config, experiment.stages[stage].batches(experiment).batch(0))
+        for stage, settings in stages.items()
     )
 
 
@@ -121,17 +115,6 @@ def planned_corpus(experiment: Experiment | DenseExperiment) -> CorpusSize:
     otherwise as in other plans."""
     size = getattr(experiment.collection, "size", 0)
     return TAKEN._replace(passages=size) if size else corpus_of(experiment)[0]
-
-
-def _config(experiment: Experiment | DenseExperiment) -> T5Config:
-    made = Prepared.load(experiment.model_dir, identifiers=False)
-    model = experiment.model
-    sizes = model.t5 if isinstance(experiment, DenseExperiment) else model
-    return training_run.with_vocabulary(sizes, made.vocabulary.size)
-
-
-def _first_batch(experiment: Experiment | DenseExperiment, stage: str) -> Mapping[str, Any]:
-    return experiment.stages[stage].batches(experiment).batch(0)
 
 
 def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
@@ -186,17 +169,17 @@ def _relevance(
 
 
 def _drift(
-    student: Student, made: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
+    system: System, made: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
 ) -> float:
     if not texts:
         raise ValueError("Study.drift: got the relevance of none of the queries, expected some")
-    if isinstance(student, MultiviewDecoder):
+    if not system.scores_all:
         raise ValueError(
-            "Study.drift: got identifiers of several views, whose spans cannot all be scored; "
+            f"Study.drift: got a {type(system).__name__}, which cannot score all passages; "
             "expected one identifier a passage (Prepare.identifiers), or a dense retriever"
         )
-    tokens = made.vocabulary.encode_inputs(list(texts.values()), student.query_length)
-    return float(drift.measure(student, tokens, [known[qid] for qid in texts]).mean())
+    queries = system.encode(made.vocabulary, list(texts.values()))
+    return float(drift.measure(system, queries, [known[qid] for qid in texts]).mean())
 
 
 def _spaced(asked: Mapping[str, str]) -> dict[str, str]:

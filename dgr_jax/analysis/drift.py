@@ -18,15 +18,13 @@ Axis letters: n queries, Q query length, P passages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp
 
-from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.retrieval import exhaustive
-from dgr_jax.retrieval.dense import Searcher
-from dgr_jax.retrieval.generative import Decoder
+from dgr_jax.retrieval.system import System
 
 Relevance = tuple[np.ndarray, np.ndarray]  # passage indices int [k], their shares f64 [k]
 
@@ -51,38 +49,6 @@ def of_scores(scored: Mapping[int, float]) -> Relevance:
     return np.array([*scored], np.int64), np.exp(scores - logsumexp(scores))
 
 
-def passage_log_probs(student: Decoder | Searcher, tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """log p(d | q), f64 [n, P], of batches of queries int32 [n, Q]; -inf for a passage without an
-    identifier, or one that may not be returned."""
-    if isinstance(student, Searcher):
-        size, count = student.search.batch_size, student.index.num_passages
-        for start in range(0, len(tokens), size):
-            vectors = student.encoder.queries(tokens[start : start + size], student.search)
-            passages, scores = student.index.search(vectors, count)
-            found = np.full(scores.shape, -np.inf)
-            query, place = np.nonzero(passages >= 0)  # passages without a text are never found
-            found[query, passages[query, place]] = scores[query, place]
-            yield found - logsumexp(found, axis=1, keepdims=True)
-        return
-    for rows in exhaustive.identifier_log_probs(student, tokens):
-        yield of_identifiers(rows, student.table, student.allowed)
-
-
-def of_identifiers(
-    log_probs: np.ndarray, table: IdentifierTable, allowed: np.ndarray | None = None
-) -> np.ndarray:
-    """log p(identifier | q) [n, U] -> log p(d | q), f64 [n, P]."""
-    shared = np.diff(table.offsets)
-    each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
-    found = np.full((len(log_probs), table.num_passages), -np.inf)
-    order = np.argsort(table.passages, kind="stable")
-    owners, first = np.unique(table.passages[order], return_index=True)
-    found[:, owners] = np.logaddexp.reduceat(each[:, order], first, axis=1)
-    if allowed is not None:
-        found[:, ~allowed] = -np.inf
-    return found - logsumexp(found, axis=1, keepdims=True)
-
-
 def divergence(log_probs: np.ndarray, relevance: Sequence[Relevance]) -> np.ndarray:
     """KL(r || p) in nats, f64 [n], from log p f64 [n, P] and r of each query."""
     found = np.zeros(len(log_probs))
@@ -93,12 +59,10 @@ def divergence(log_probs: np.ndarray, relevance: Sequence[Relevance]) -> np.ndar
     return found
 
 
-def measure(
-    student: Decoder | Searcher, tokens: np.ndarray, relevance: Sequence[Relevance]
-) -> np.ndarray:
-    """The drift of each query, f64 [n]. tokens: int32 [n, Q]."""
+def measure(system: System, queries: Any, relevance: Sequence[Relevance]) -> np.ndarray:
+    """The drift of each query, f64 [n]. queries: as `System.encode` makes them."""
     found, start = [], 0
-    for log_probs in passage_log_probs(student, tokens):
+    for log_probs in system.log_probs(queries):
         end = start + len(log_probs)
         found.append(divergence(log_probs, relevance[start:end]))
         start = end

@@ -137,7 +137,7 @@ class Inspection:
     def rivals(self) -> list[tuple[str, str]]:
         """The last system with each other that was trained, or with BM25 where there is none."""
         *others, last = self.systems
-        trained = [system for system in others if system != "bm25"]
+        trained = [system for system in others if (self.model_dir / system).is_dir()]
         return [(last, other) for other in trained or others]
 
     @property

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.retriever import Retriever
 
 ALONE = 200  # questions asked one at a time
@@ -30,14 +29,19 @@ def measure(retriever: Retriever, queries: Sequence[str]) -> dict[str, Any]:
     """
     if not queries:
         raise ValueError("queries: got none, expected one or more")
-    size = retriever.decoder.search.batch_size
+    system = retriever.decoder
+    size = system.batch_size
     full = list(itertools.islice(itertools.cycle(queries), -(-len(queries) // size) * size))
     parts = [full[start : start + size] for start in range(0, len(full), size)]
     for warm_up in ([full[0]], parts[0], full):
         _seconds(retriever, warm_up)
     alone = [_seconds(retriever, [query]) for query in queries[:ALONE]]
     batched = [_seconds(retriever, part) for part in parts]
-    return _described(retriever) | {
+    return {
+        "device": device_name(system.mesh.devices.flat[0]),
+        "mesh": dict(system.mesh.shape),
+        **system.describe(),
+        "jax": jax.__version__,
         "alone": _summary(1, len(alone), sum(alone), alone),
         "batched": _summary(size, len(full), _seconds(retriever, full), batched),
     }
@@ -57,32 +61,6 @@ def _summary(size: int, queries: int, seconds: float, latencies: list[float]) ->
         "queries": queries,
         "queries_per_second": round(queries / seconds, 3),
         "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
-    }
-
-
-def _described(retriever: Retriever) -> dict[str, Any]:
-    decoder = retriever.decoder
-    if isinstance(decoder, Searcher):
-        encoder, dtype = decoder.encoder, decoder.encoder.config.t5.dtype
-        index = decoder.index
-        found = {
-            "vectors": index.num_passages, "width": index.dim, "storage": index.settings.storage,
-        }  # fmt: skip
-    else:
-        encoder, dtype = decoder, decoder.config.dtype
-        found = {
-            "identifiers": decoder.num_identifiers,
-            "identifier_length": decoder.identifier_length,
-            "num_beams": decoder.search.num_beams,
-        }
-    return {
-        "device": device_name(decoder.mesh.devices.flat[0]),
-        "mesh": dict(decoder.mesh.shape),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.params)),
-        "dtype": dtype,
-        "query_length": decoder.search.query_length,
-        "jax": jax.__version__,
-        **found,
     }
 
 

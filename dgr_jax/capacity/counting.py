@@ -50,7 +50,7 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None
     folder = Path(experiment.model_dir) / "prepare"
     settings = pipeline.settings_of(experiment, ["prepare"])["prepare"]
     if records.is_done(folder, settings):
-        made = Prepared.load(experiment.model_dir, identifiers=False)
+        made = Prepared.load(experiment.model_dir)
         judged = (
             (qid, grade)
             for split in experiment.prepare.train_splits

@@ -61,7 +61,7 @@ def _components() -> tuple[type, ...]:
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
-        multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25,
+        multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
         simultaneous.Lexical,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
         title.Title, multiview.Multiview, embeddings.TfidfSvd, embeddings.SentenceEncoder,

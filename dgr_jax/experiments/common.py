@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from dgr_jax import ranges
 from dgr_jax.data.rules import DataRules
+from dgr_jax.experiments.stage import Stage
 from dgr_jax.models.initial import Corpus, Initial
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.bm25 import WORDS, Bm25
+from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
 from dgr_jax.teaching.teacher import Teacher
@@ -145,6 +148,7 @@ class Evaluate(Generic[SearchKind]):
     grade from which Success, RR and R count.
     max_queries: of each split at most (0: all), drawn by the seed.
     bm25: whether BM25 is measured beside; baseline: its settings.
+    systems: others that no stage trains, such as a sum of trained ones.
     """
 
     search: SearchKind
@@ -157,6 +161,7 @@ class Evaluate(Generic[SearchKind]):
     bm25: bool = True
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
+    systems: tuple[SystemSettings, ...] = unless_default(())
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -170,6 +175,78 @@ class Evaluate(Generic[SearchKind]):
     def validation_search(self) -> Search | MultiviewSearch | DenseSearch:
         """The search for questions that are held out of training: as deep as their RR@10 looks."""
         return dataclasses.replace(self.search, depth=min(10, self.search.depth))
+
+
+class Measured:
+    """What experiments of every kind say of the systems that they measure.
+
+    kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
+    compared where both are measured.
+    """
+
+    own_pairs: ClassVar[tuple[tuple[str, str], ...]]
+    evaluate: Evaluate
+
+    @property
+    def kind(self) -> str:
+        """Of the trained systems."""
+        raise NotImplementedError
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """The stages that train what is measured, the best one last."""
+        raise NotImplementedError
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """All stages, in the order that they run in."""
+        raise NotImplementedError
+
+    @property
+    def added(self) -> tuple[SystemSettings, ...]:
+        """Systems beside the trained ones and BM25."""
+        return self.evaluate.systems
+
+    @property
+    def untrained(self) -> dict[str, SystemSettings]:
+        """What is measured that no stage trains, by name."""
+        evaluate = self.evaluate
+        baseline = (Bm25Baseline("bm25", evaluate.baseline),) if evaluate.bm25 else ()
+        return {settings.name: settings for settings in (*baseline, *self.added)}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Every system that is measured, in the order of tables."""
+        added = (settings.name for settings in self.added)
+        return (*["bm25"] * self.evaluate.bm25, *self.systems, *added)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The systems that are compared: one that was added against what it is made of and BM25."""
+        added = ((s.name, other) for s in self.added for other in (*s.made_of, "bm25"))
+        return (*self.own_pairs, *added)
+
+    def made_of(self, system: str) -> tuple[str, ...]:
+        """The trained systems that one is made of: itself where it is trained."""
+        untrained = self.untrained.get(system)
+        return untrained.made_of if untrained else (system,)
+
+    def check_systems(self) -> None:
+        """Raises ValueError for systems that have no name of their own, or are made of others than
+        those that are trained."""
+        names = ["bm25", *self.systems, *self.stages] if self.added else []
+        for settings in self.added:
+            if settings.name in names or not re.fullmatch(r"[\w-]+", settings.name):
+                raise ValueError(
+                    f"{type(settings).__name__}.name: got {settings.name!r}, expected letters, "
+                    "digits, _ and -, and no name of a stage or of another system"
+                )
+            if unknown := [other for other in settings.made_of if other not in self.systems]:
+                raise ValueError(
+                    f"Evaluate.systems: {settings.name!r} is made of {unknown[0]!r}, expected some "
+                    f"of {', '.join(self.systems)}"
+                )
+            names.append(settings.name)
 
 
 def start(initial: Initial | None) -> tuple[str, ...]:
@@ -190,3 +267,13 @@ def sizes(config: T5Config) -> str:
     apart = ("vocab_size", "prefix_adaptive_layers")
     described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
+
+
+def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
+    """The sizes with so many tokens, unless T5Config.vocab_size is set; ValueError if too small."""
+    if config.vocab_size and config.vocab_size < vocab_size:
+        raise ValueError(
+            f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
+            "text pieces and docid codes of this experiment (0 takes just those)"
+        )
+    return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
+from dgr_jax.experiments.common import (
+    Evaluate,
+    Measured,
+    Teach,
+    Training,
+    sizes,
+    start,
+    texts,
+    with_vocabulary,
+)
 from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.initial import Initial, check_initial
+from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.dense import DenseSearch
@@ -155,7 +165,7 @@ class Negatives:
 
 
 @dataclass(frozen=True)
-class DenseExperiment:
+class DenseExperiment(Measured):
     """One dense retriever: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
 
     refresh: train on from the trained encoder, with negatives that it has found itself (`mined`),
@@ -182,6 +192,8 @@ class DenseExperiment:
     initial: Initial | None = None
     further: tuple[Stage, ...] = ()
 
+    own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
+
     def __post_init__(self) -> None:
         check_apart(self.prepare)
         check_initial("DenseExperiment.initial", self.initial)
@@ -205,6 +217,7 @@ class DenseExperiment:
         if self.refresh is not None and self.mined.source == "in_batch":
             raise ValueError("mined/Negatives.source: got 'in_batch', expected own, bm25 or random")
         self.lists.phases(len(self.prepare.train_splits))
+        self.check_systems()
         for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
             if training is not None:
                 training.check_batches(name, "batch_size")
@@ -241,14 +254,22 @@ class DenseExperiment:
         return self.model.t5.emb_dim
 
     @property
-    def systems(self) -> tuple[str, ...]:
-        """The stages that train what is measured."""
-        return ("dense",) if self.refresh is None else ("dense", "refresh")
+    def kind(self) -> str:
+        """See Measured."""
+        return "dense"
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """What is measured."""
-        return self.systems
+    def systems(self) -> tuple[str, ...]:
+        """The stages that train what is measured, the best one last."""
+        return ("dense",) if self.refresh is None else ("dense", "refresh")
+
+    def network(self, vocab_size: int) -> T5Config:
+        """The sizes of the transformer of each tower, with a vocabulary."""
+        return with_vocabulary(self.model.t5, vocab_size)
+
+    def sized(self, vocab_size: int) -> DualEncoderConfig:
+        """The settings of the model with a vocabulary."""
+        return dataclasses.replace(self.model, t5=self.network(vocab_size))
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order."""
@@ -274,7 +295,7 @@ class DenseExperiment:
         teach = () if self.teach is None else ("dense_teach:STAGE",)
         refresh = () if self.refresh is None else ("dense_refresh:MINE", "dense_refresh:REFRESH")
         trained = (*pool, *teach, *start(self.initial), "dense:STAGE", *refresh)
-        return listed("dense_prepare:STAGE", *trained, "dense_evaluate:STAGE", *self.further)
+        return listed("dense_prepare:STAGE", *trained, "evaluate:STAGE", *self.further)
 
 
 def _has_teacher_loss(training: Training | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
@@ -12,7 +12,16 @@ from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
-from dgr_jax.experiments.common import Evaluate, Teach, Training, sizes, start, texts
+from dgr_jax.experiments.common import (
+    Evaluate,
+    Measured,
+    Teach,
+    Training,
+    sizes,
+    start,
+    texts,
+    with_vocabulary,
+)
 from dgr_jax.experiments.stage import Stage, listed
 from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models.initial import Initial, check_initial
@@ -21,7 +30,8 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
-from dgr_jax.retrieval.simultaneous import Plan
+from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.system import SystemSettings
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Measured):
     """One experiment: everything that `python -m dgr_jax.train` does, in MODEL_DIR.
 
     control: also train the generation objective alone for as many steps more as distillation
@@ -141,7 +151,9 @@ class Experiment:
     mesh: Mesh = Mesh()
     initial: Initial | None = None
     further: tuple[Stage, ...] = ()
-    plan: Plan | None = None
+    plan: Lexical | None = None
+
+    own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
@@ -177,6 +189,7 @@ class Experiment:
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
             )
+        self.check_systems()
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
         self.generate.check_held_out("generate/Training", self.prepare)
@@ -194,19 +207,33 @@ class Experiment:
                 )
 
     @property
+    def kind(self) -> str:
+        """See Measured."""
+        return "multiview" if self.prepare.identifiers.views else "docid"
+
+    @property
     def width(self) -> int:
         """Width D of the student's embeddings."""
         return self.model.emb_dim
 
     @property
     def systems(self) -> tuple[str, ...]:
-        """The stages that train what is measured."""
+        """The stages that train what is measured, the best one last."""
         return ("generate", "control", "distill") if self.control else ("generate", "distill")
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """What is measured: the systems, and `planned`, the best of them with the plan."""
-        return (*self.systems, "planned") if self.plan is not None else self.systems
+    def added(self) -> tuple[SystemSettings, ...]:
+        """See Measured: at last `planned`, the best student with the plan."""
+        plan = () if self.plan is None else (planned.Planned("planned", self.plan),)
+        return (*self.evaluate.systems, *plan)
+
+    def network(self, vocab_size: int) -> T5Config:
+        """The sizes of the transformer of every student, with a vocabulary."""
+        return with_vocabulary(self.model, vocab_size)
+
+    def sized(self, vocab_size: int) -> T5Config:
+        """The settings of the model with a vocabulary."""
+        return self.network(vocab_size)
 
     def training(self, system: str) -> dict[str, Training]:
         """The training stages of a system, in order; the steps of `control` are those of

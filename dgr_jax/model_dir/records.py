@@ -21,9 +21,6 @@ PREVIOUS = "previous"
 SWAP = ".swap"  # ends the name of a stage in PREVIOUS while two versions change places
 STUDENT = "student.json"  # beside a trained model's checkpoints: what a reader needs to know of it
 
-# A system -> the system that every experiment trains after it.
-_ALWAYS = {"control": "distill", "generate": "distill"}
-
 _SWAPPING = 1.0  # seconds within which a writer has exchanged two versions of a stage
 _PAUSE = 0.05
 
@@ -126,7 +123,8 @@ class Answering:
 
 
 def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
-    """The first of these systems that is trained, with the prepare stage that it was trained on.
+    """The first of these systems, best first, that is trained, with the prepare stage that it was
+    trained on.
 
     Both are looked for in MODEL_DIR and, while one of them is made again, in MODEL_DIR/previous.
     Raises FileNotFoundError where none is trained, and ValueError where the identifiers that they
@@ -221,10 +219,8 @@ def _aside(
 ) -> str:
     """The reason why this student is not the one that a user would expect; blank where it is."""
     reasons = []
-    for better in systems[: systems.index(name)]:
-        if better == _ALWAYS.get(name) or (model_dir / better).is_dir():
-            reasons.append(f"{name} answers, as {better} is not trained yet")
-            break
+    if name != systems[0]:
+        reasons.append(f"{name} answers, as {systems[0]} is not trained yet")
     if student != model_dir / name:
         reasons.append(
             f"{name} is being made again with other settings, the version before answers"

@@ -11,24 +11,11 @@ from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import ScoredPassage
 
 if TYPE_CHECKING:
-    from dgr_jax.data.vocabulary import Vocabulary
+    pass
 
 BLOCK = 4096  # queries tokenised, and sorted by length, together
 
 Found = tuple[np.ndarray, np.ndarray]
-
-
-class ReadsTokens:
-    """A system that reads nothing of queries but their tokens."""
-
-    @property
-    def query_length(self) -> int:
-        """Tokens of a query, EOS counted."""
-        raise NotImplementedError
-
-    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
-        """Queries as `passages` takes them: int32 [n, Q]."""
-        return vocabulary.encode_inputs(texts, self.query_length)
 
 
 class Shapes(NamedTuple):

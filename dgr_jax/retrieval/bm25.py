@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
 import Stemmer
 
-from dgr_jax import ranges
+from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import words
+from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
-
-if TYPE_CHECKING:
-    from dgr_jax.corpora.store import PassageStore
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.retrieval.batching import Found, _nothing
+from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 
 SNOWBALL = "snowball"
 
@@ -102,6 +104,7 @@ class Bm25Index:
         self._model = model
         self._vocabulary = vocabulary
         self._pids = pids
+        self.settings = settings
         self._words = settings.reader()
 
     def postings(self) -> Postings:
@@ -129,15 +132,97 @@ class Bm25Index:
             raise ValueError(f"Bm25 search: got k = {k!r}, expected 1 or more")
         return {qid: self.best(self.scores(text), k) for qid, text in queries.items()}
 
+    @property
+    def num_passages(self) -> int:
+        """Passages of the corpus."""
+        return len(self._pids)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the scores of words in passages, and where they stand."""
+        parts = self._model.scores if self._model else {}
+        return sum(parts[name].nbytes for name in ("data", "indices", "indptr") if name in parts)
+
     def best(self, scores: np.ndarray, k: int) -> list[ScoredPassage]:
         """The k best passages of `scores` (f32 [P]) above 0, best first, ties by pid."""
+        return [ScoredPassage(self._pids[i], float(scores[i])) for i in self.places(scores, k)]
+
+    def places(self, scores: np.ndarray, k: int) -> list[int]:
+        """The passage indices of `best`."""
         threshold = 0.0
         if k < len(scores):
             threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
         # All passages as good as the k-th stay in, so that pids decide between equals.
         found = np.flatnonzero((scores >= threshold) & (scores > 0))
-        listed = [ScoredPassage(self._pids[i], float(scores[i])) for i in found]
-        return sorted(listed, key=lambda passage: (-passage.score, passage.pid))[:k]
+        return sorted(found.tolist(), key=lambda i: (-scores[i], self._pids[i]))[:k]
+
+
+@dataclass(frozen=True)
+class Bm25System(System):
+    """An index of BM25, ready to answer texts. It runs on the host.
+
+    depth: passages of a query; allowed: bool [P], passages that may be found; None: all.
+    """
+
+    index: Bm25Index
+    depth: int
+    allowed: np.ndarray | None = None
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The processor."""
+        return partitioning.make_mesh(devices=jax.local_devices(backend="cpu")[:1])
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """See System."""
+        return {"depth": self.depth, "passages": self.index.num_passages}
+
+    @property
+    def index_bytes(self) -> int:
+        """See System."""
+        return self.index.nbytes
+
+    def describe(self) -> dict[str, Any]:
+        """See System."""
+        return {"passages": self.index.num_passages, **vars(self.index.settings)}
+
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> Sequence[str]:
+        """See System: the texts as they are."""
+        return texts
+
+    def passages(self, queries: Sequence[str]) -> Found:
+        """See System."""
+        passages, scores = _nothing(len(queries), self.depth)
+        for row, text in enumerate(queries):
+            of_all = self.index.scores(text)
+            if self.allowed is not None:
+                of_all = of_all * self.allowed
+            best = self.index.places(of_all, self.depth)
+            passages[row, : len(best)], scores[row, : len(best)] = best, of_all[best]
+        return passages, scores
+
+    def restrict(self, passage_mask: np.ndarray) -> Bm25System:
+        """See System."""
+        count = self.index.num_passages
+        return replace(self, allowed=checked_mask(passage_mask, count, self.allowed, "Bm25System"))
+
+
+@dataclass(frozen=True)
+class Bm25Baseline(SystemSettings):
+    """BM25 as a system beside students."""
+
+    bm25: Bm25 = Bm25()
+
+    together: ClassVar[bool] = False
+
+    def asked(self, search: Any) -> tuple[Any, ...]:
+        """Of a search, the depth alone; of itself nothing where it is as it was for all before."""
+        return search.depth, *[self.bm25] * (self.bm25 != WORDS)
+
+    def open(self, opening: Opening) -> Bm25System:
+        """BM25 of the passages."""
+        return Bm25System(self.bm25.fit(opening.store), opening.depth)
 
 
 def _bm25s() -> ModuleType:

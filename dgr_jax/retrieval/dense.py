@@ -17,13 +17,14 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from scipy.special import logsumexp
 
 from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import ranking, words
@@ -31,11 +32,11 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval import batching, exact_search, trained
-from dgr_jax.retrieval.batching import ReadsTokens, Shapes
+from dgr_jax.retrieval import batching, exact_search
+from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.retrieval.system import Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,10 @@ class DenseSearch:
             **dict.fromkeys((*lengths, "depth", "batch_size"), ranges.at_least(1)),
             texts_per_shape=ranges.at_least(0),
         )
+
+    def deeper(self) -> DenseSearch:
+        """The settings of a search that finds one passage more."""
+        return dataclasses.replace(self, depth=self.depth + 1)
 
     def shapes(self, longest: int) -> Shapes:
         """Lengths that texts of at most `longest` tokens are padded to."""
@@ -207,30 +212,10 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def load(
-    folder: Path,
-    model: Mapping[str, Any],
-    search: Mapping[str, Any],
-    mesh: jax.sharding.Mesh,
-    rules: partitioning.Rules = partitioning.RULES,
-) -> Searcher:
-    """A trained encoder and the vectors of its passages, from the folder of its checkpoints.
-
-    model, search: settings as dataclasses.asdict makes them.
-    """
-    with kept.reading(folder / "student.json"):
-        config = DualEncoderConfig(**{**model, "t5": T5Config(**model["t5"])})
-        settings = DenseSearch(**{**search, "index": ExactSearch(**search["index"])})
-    params = trained.params(folder, DualEncoder(config), mesh, rules)
-    index = open_index(folder / VECTORS, settings.index, mesh)
-    return Searcher(Encoder(config, params, mesh, rules), index, settings)
-
-
 @dataclass(frozen=True)
-class Searcher(ReadsTokens):
+class Searcher(TrainedSystem):
     """A dual encoder and an index of its passages, ready to answer token batches.
 
-    Its results are those of `generative.Decoder`, so what retrieves with one can with the other.
     pid_of: passage index -> pid: equal scores stand, and are cut, in the order of `ranking`; None:
       in corpus order.
     """
@@ -239,6 +224,18 @@ class Searcher(ReadsTokens):
     index: Index
     search: DenseSearch
     pid_of: PidOf | None = None
+
+    scores_all: ClassVar[bool] = True
+    model_settings: ClassVar = DualEncoderConfig
+    search_settings: ClassVar = DenseSearch
+    network: ClassVar = DualEncoder
+
+    @classmethod
+    def opened(cls, trained: Trained, params: Any) -> Searcher:
+        """An encoder, and the vectors of its passages from the folder of its stage."""
+        encoder = Encoder(trained.model, params, trained.mesh, trained.rules)
+        index = open_index(trained.folder / VECTORS, trained.search.index, trained.mesh)
+        return cls(encoder, index, trained.search)
 
     def __post_init__(self) -> None:
         if self.index.dim != self.encoder.config.dim:
@@ -253,31 +250,42 @@ class Searcher(ReadsTokens):
         return self.encoder.mesh
 
     @property
-    def query_length(self) -> int:
-        """Tokens of a query at most."""
-        return self.search.query_length
-
-    @property
     def index_bytes(self) -> int:
         """Of what a search reads beside the parameters: the vectors, as they are stored."""
         return self.index.num_passages * self.index.settings.row_bytes(self.index.dim)
 
     @property
-    def most_passages(self) -> int:
-        """Passages that a query can find at most."""
-        return min(self.limits.values())
-
-    @property
     def limits(self) -> dict[str, int]:
-        """What bounds the passages of a query, by name: settings, or 'passages' of the corpus."""
+        """See System."""
         return {"depth": self.search.depth, "passages": self.index.num_passages}
 
-    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
-        """(passage index, score, no tokens: there is no identifier) of each query int32 [n, Q]."""
-        none = np.zeros(0, np.int32)
-        for passages, scores in zip(*self.passages(tokens), strict=True):
-            found = zip(passages, scores, strict=True)
-            yield [(int(i), float(s), none) for i, s in found if i >= 0]
+    def describe(self) -> dict[str, Any]:
+        """See System."""
+        return {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.encoder.params)),
+            "dtype": self.encoder.config.t5.dtype,
+            "query_length": self.search.query_length,
+            "vectors": self.index.num_passages,
+            "width": self.index.dim,
+            "storage": self.index.settings.storage,
+        }
+
+    def restrict(self, passage_mask: np.ndarray) -> Searcher:
+        """See System. The vectors stay where they are."""
+        index = self.index
+        mask = checked_mask(passage_mask, index.num_passages, index.visible, "Searcher")
+        return dataclasses.replace(self, index=index.restrict(mask))
+
+    def log_probs(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """See System: the softmax of the scores over all passages."""
+        for start in range(0, len(tokens), self.search.batch_size):
+            block = tokens[start : start + self.search.batch_size]
+            vectors = self.encoder.queries(block, self.search)
+            passages, scores = self.index.search(vectors, self.index.num_passages)
+            found = np.full(scores.shape, -np.inf)
+            query, place = np.nonzero(passages >= 0)  # passages without a text are never found
+            found[query, passages[query, place]] = scores[query, place]
+            yield found - logsumexp(found, axis=1, keepdims=True)
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth], best first.

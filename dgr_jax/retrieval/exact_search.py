@@ -19,6 +19,7 @@ The numbers that are multiplied, by the setting `storage`:
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -126,16 +127,14 @@ Leaf = TypeVar("Leaf")  # an array, or what stands for it: its shape, its shardi
 class Block(NamedTuple, Generic[Leaf]):
     """Rows of the corpus on the devices, the last padded.
 
-    vectors [R, d] as they are stored; scales f32 [R] of int8, else None; hidden f32 [R]: -inf for
-    rows that are never found, else 0, None without such rows; first int32 []: passage index of row
-    0; real int32 []: rows that are no padding.
+    vectors [R, d] as they are stored; scales f32 [R] of int8, else None; visible bool [R]: rows
+    that may be found, which padding may not; first int32 []: passage index of row 0.
     """
 
     vectors: Leaf
     scales: Leaf | None
-    hidden: Leaf | None
+    visible: Leaf
     first: Leaf
-    real: Leaf
 
 
 def open_vectors(path: str | Path) -> np.ndarray:
@@ -167,7 +166,8 @@ class Index:
         hidden: Sequence[int] | np.ndarray = (),
     ) -> None:
         _check_vectors(vectors, "vectors")
-        self._hidden = np.asarray(hidden, np.int64)
+        self.visible = np.ones(len(vectors), bool)
+        self.visible[np.asarray(hidden, np.int64)] = False
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
@@ -181,6 +181,18 @@ class Index:
                 "%d vectors of %d are streamed in %d blocks; ExactSearch.max_device_bytes=%d",
                 *(self.num_passages, self.dim, self.plan.blocks, settings.max_device_bytes),
             )
+
+    def restrict(self, mask: np.ndarray) -> Index:
+        """The index that finds only some of the rows that this one finds, bool [P]; the vectors
+        stay where they are, and nothing is compiled again."""
+        index = copy.copy(self)
+        index.visible = self.visible & mask
+        if self._resident is not None:
+            padding = self.plan.rows * self.mesh.size - self.num_passages
+            visible = np.pad(index.visible, (0, padding))
+            placed = partitioning.place(visible, NamedSharding(self.mesh, _ROWS))
+            index._resident = self._resident._replace(visible=placed)
+        return index
 
     def search(self, queries: np.ndarray, k: int) -> Found:
         """f32 [n, d] -> passage index int32 and score f32 [n, k], best first, ties by index.
@@ -230,7 +242,6 @@ class Index:
         """Reads rows and sends them to the devices that hold them."""
         size = self.plan.rows * self.mesh.size
         first = min(place * size, self.num_passages)
-        count = min(size, self.num_passages - first)
         sharding = NamedSharding(self.mesh, _ROWS)
         places: Mapping[jax.Device, Any] = sharding.addressable_devices_indices_map(
             (size, self.dim)
@@ -238,29 +249,20 @@ class Index:
         parts = []
         for device, (rows, _) in places.items():
             start, stop, _ = rows.indices(size)
-            held = self._vectors[first + start : first + min(stop, count)]
+            held = self._vectors[first + start : min(first + stop, self.num_passages)]
             stored, scales = _stored(np.asarray(held, np.float32), self.settings.storage)
             padding = [(0, stop - start - len(held))]
-            both = [np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding)]
-            if len(self._hidden):
-                both.append(self._hidden_among(first + start, stop - start))
+            seen = np.pad(self.visible[first + start : first + start + len(held)], padding)
+            both = [np.pad(stored, [*padding, (0, 0)]), np.pad(scales, padding), seen]
             parts.append([jax.device_put(part, device) for part in both])
         make = jax.make_array_from_single_device_arrays
-        vectors, scales, *hidden = (list(part) for part in zip(*parts, strict=True))
+        vectors, scales, visible = (list(part) for part in zip(*parts, strict=True))
         return Block(
             make((size, self.dim), sharding, vectors),
             make((size,), sharding, scales) if self.settings.storage == "int8" else None,
-            make((size,), sharding, hidden[0]) if hidden else None,
+            make((size,), sharding, visible),
             np.int32(first),
-            np.int32(count),
         )
-
-    def _hidden_among(self, first: int, count: int) -> np.ndarray:
-        """f32 [count]: -inf for the rows from `first` on that are never found, else 0."""
-        hidden = np.zeros(count, np.float32)
-        low, high = np.searchsorted(self._hidden, [first, first + count])
-        hidden[self._hidden[low:high] - first] = -np.inf
-        return hidden
 
 
 def _check_vectors(vectors: np.ndarray, where: str) -> None:
@@ -299,12 +301,10 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
         start = jax.lax.axis_index(partitioning.AXES) * rows * chunks
 
         def add(best: Any, chunk: Any) -> tuple[Any, None]:
-            number, vectors, scales, hidden = chunk
+            number, vectors, scales, visible = chunk
             scores = _products(queries, vectors, scales, dtype)
-            if hidden is not None:
-                scores += hidden
             place = start + number * rows
-            scores, places = _top(scores, min(k, rows), block.real - place)
+            scores, places = _top(scores, min(k, rows), visible)
             return _merge(best, (scores, block.first + place + places)), None
 
         cut = lambda x: x.reshape(chunks, rows, *x.shape[1:])
@@ -318,7 +318,7 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
     searched = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(Block(_ROWS, _ROWS, _ROWS, _WHOLE, _WHOLE), _WHOLE),
+        in_specs=(Block(_ROWS, _ROWS, _ROWS, _WHOLE), _WHOLE),
         out_specs=PartitionSpec(None, partitioning.AXES),
         check_vma=False,
     )
@@ -346,8 +346,8 @@ def abstract_step(
     block = Block(
         array((rows, dim), jnp.dtype(settings.storage), _ROWS),
         array((rows,), np.float32, _ROWS) if settings.storage == "int8" else None,
-        None,
-        *(array((), np.int32) for _ in range(2)),
+        array((rows,), np.bool_, _ROWS),
+        array((), np.int32),
     )
     queries = array((size, dim), np.float32)
     best = array((size, k), np.float32), array((size, k), np.int32)
@@ -374,25 +374,28 @@ def _merge(best: Any, more: Any) -> tuple[jax.Array, jax.Array]:
     return scores, jnp.take_along_axis(passages, places, 1)
 
 
-def _top(scores: jax.Array, k: int, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """The k best among the first `count` of each row, and their places; the rest counts as -inf.
+def _top(scores: jax.Array, k: int, visible: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The k best of each row [c], and their places; those not visible, bool [c], count as -inf.
+    None: all are.
 
     As lax.top_k: of equal ones, the lower place. The k best lie in those k groups of neighbours
     whose best is highest: a maximum over each group, which costs little, leaves few to be sorted.
     A group that ties with the last of these is behind k scores that are as good and stand before
-    it. The scores as they are stay in the reach of one reduction and one gather: what is real is
+    it. The scores as they are stay in the reach of one reduction and one gather: what is visible is
     asked in each, as an array of masked scores would cost as much as half of the products.
     """
     size = scores.shape[1]
-    real = jnp.where(jnp.arange(size) < count, scores, -jnp.inf)
+    seen = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
     group = math.gcd(size, min(_GROUP, 1 << int(math.log2(max(1.0, math.sqrt(size / k))))))
     if size <= _FEW or group == 1:
-        return jax.lax.top_k(real, k)
-    best = jnp.max(real.reshape(scores.shape[0], -1, group), -1)
-    _, chosen = _top(best, k, best.shape[1])
+        return jax.lax.top_k(seen, k)
+    best = jnp.max(seen.reshape(scores.shape[0], -1, group), -1)
+    _, chosen = _top(best, k, None)
     chosen = jnp.sort(chosen, axis=-1)  # what follows is in the order of places again
     near = jnp.take_along_axis(scores.reshape(*best.shape, group), chosen[..., None], 1)
     places = chosen[..., None] * group + jnp.arange(group)
-    near = jnp.where(places < count, near, -jnp.inf).reshape(scores.shape[0], -1)
-    best, place = _top(near, k, near.shape[1])
+    if visible is not None:
+        near = jnp.where(visible[places], near, -jnp.inf)
+    near = near.reshape(scores.shape[0], -1)
+    best, place = _top(near, k, None)
     return best, jnp.take_along_axis(places.reshape(near.shape), place, 1)

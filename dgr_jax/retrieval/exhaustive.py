@@ -11,25 +11,43 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
+from scipy.special import logsumexp
 
 from dgr_jax import partitioning
+from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.losses import generation
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
-from dgr_jax.retrieval.generative import Decoder, rank_passages
 from dgr_jax.retrieval.prefix_ceiling import SPREAD, PrefixCeiling, prefix_starts
 
 logger = logging.getLogger(__name__)
 
 _LOGITS = 1 << 26  # of a block: 256 MB
 _SAY = 10.0  # seconds between two lines that say how far it is
+
+
+class Decoder(Protocol):
+    """What this needs of a student that writes one identifier a passage: `generative.Decoder`."""
+
+    config: T5Config
+    params: Any
+    table: IdentifierTable
+    search: Any
+    mesh: jax.sharding.Mesh
+    rules: partitioning.Rules
+    allowed: np.ndarray | None
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def passages(self, tokens: np.ndarray) -> Found: ...
+
+    def ranked(self, rows: np.ndarray, log_probs: np.ndarray) -> Found: ...
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,10 +158,25 @@ def passages(decoder: Decoder, tokens: np.ndarray, *, block: int | None = None) 
         rows = np.argsort(-log_probs, axis=1, kind="stable")
         scores = np.take_along_axis(log_probs, rows, 1)
         rows = np.where(scores > -np.inf, rows, -1)
-        depth, allowed = decoder.search.depth, decoder.allowed
-        parts.append(rank_passages(rows, scores, decoder.table, depth, allowed, decoder.pid_of))
+        parts.append(decoder.ranked(rows, scores))
     indices, scores = zip(*parts, strict=True)
     return np.concatenate(indices), np.concatenate(scores)
+
+
+def of_passages(
+    log_probs: np.ndarray, table: IdentifierTable, allowed: np.ndarray | None = None
+) -> np.ndarray:
+    """log p(identifier | query) [n, U] -> log p(passage | query), f64 [n, P]: an identifier is
+    shared equally by its passages; over all that are allowed, the chances sum to 1."""
+    shared = np.diff(table.offsets)
+    each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
+    found = np.full((len(log_probs), table.num_passages), -np.inf)
+    order = np.argsort(table.passages, kind="stable")
+    owners, first = np.unique(table.passages[order], return_index=True)
+    found[:, owners] = np.logaddexp.reduceat(each[:, order], first, axis=1)
+    if allowed is not None:
+        found[:, ~allowed] = -np.inf
+    return found - logsumexp(found, axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)

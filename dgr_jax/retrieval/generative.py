@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -25,8 +25,10 @@ from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.batching import Found, ReadsTokens, Shapes, _nothing, _pairs, batches
+from dgr_jax.retrieval import exhaustive
+from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 from dgr_jax.special_tokens import EOS_ID
 
@@ -77,6 +79,12 @@ class Search:
                 "Search.renormalise: got True with Search.constrained=False, expected False: "
                 "without a constraint all tokens are legal"
             )
+
+    def deeper(self) -> Search:
+        """The settings of a search that finds one passage more: of what bounds the passages of a
+        query, the smallest grows by one."""
+        beams = self.num_beams + (self.num_beams <= self.depth)
+        return replace(self, depth=self.depth + 1, num_beams=beams)
 
     @property
     def shapes(self) -> Shapes:
@@ -225,7 +233,7 @@ class _Batch(NamedTuple):
 
 
 @dataclass
-class Decoder(ReadsTokens):
+class Decoder(TrainedSystem):
     """Parameters, index and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -246,6 +254,20 @@ class Decoder(ReadsTokens):
     counts: Counter[str] = field(default_factory=Counter)
     pid_of: PidOf | None = None
     rules: partitioning.Rules = partitioning.RULES
+
+    scores_all: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
+    model_settings: ClassVar = T5Config
+    search_settings: ClassVar = Search
+    network: ClassVar = Transformer
+
+    @classmethod
+    def opened(cls, trained: Trained, params: Any) -> Decoder:
+        """A student and the identifiers of a prepared collection."""
+        index = trie.load(trained.prepared / "trie")
+        table = IdentifierTable.load(trained.prepared / "identifiers")
+        settings = trained.search, trained.mesh
+        return cls(trained.model, params, index, table, *settings, rules=trained.rules)
 
     def __post_init__(self) -> None:
         self._constraint = self._trie() if self.search.constrained else self._anything()
@@ -273,48 +295,23 @@ class Decoder(ReadsTokens):
         return Unconstrained(layout.max_length, None if layout.ends == "fixed" else EOS_ID)
 
     @property
-    def query_length(self) -> int:
-        """Tokens of a query, EOS counted."""
-        return self.search.query_length
-
-    @property
-    def num_identifiers(self) -> int:
-        """Identifiers that can be written."""
-        return len(self.table)
-
-    @property
     def index_bytes(self) -> int:
         """Of what a search reads beside the parameters: the trie, and the passages of leaves."""
         return self.index.nbytes + self.table.offsets.nbytes + self.table.passages.nbytes
 
-    @property
-    def identifier_length(self) -> int:
-        """Tokens of the longest identifier."""
-        return self.table.tokens.shape[1]
-
-    @property
-    def most_passages(self) -> int:
-        """Passages that a query can find at most."""
-        return min(self.limits.values())
+    def describe(self) -> dict[str, Any]:
+        """See System."""
+        return self.described(len(self.table), self.table.tokens.shape[1])
 
     @property
     def limits(self) -> dict[str, int]:
-        """What bounds the passages of a query, by name: settings, or 'passages' of the corpus."""
+        """See System."""
         return {"num_beams": self.search.num_beams, "depth": self.search.depth}
 
     def restrict(self, passage_mask: np.ndarray) -> Decoder:
-        """A decoder that finds only some passages, bool [P]; nothing is compiled again.
-
-        Raises ValueError for a mask of another shape or dtype, or one that leaves no identifier.
-        """
-        mask = np.asarray(passage_mask)
-        if mask.dtype != np.bool_ or mask.shape != (self.table.num_passages,):
-            raise ValueError(
-                f"Decoder.restrict: passage_mask must be bool of shape "
-                f"[{self.table.num_passages}]; got {mask.dtype} of shape {mask.shape}"
-            )
-        if self.allowed is not None:
-            mask = mask & self.allowed
+        """See System. Identifiers of no other passage are not written; ValueError where none is
+        left."""
+        mask = checked_mask(passage_mask, self.table.num_passages, self.allowed, "Decoder")
         rows = np.maximum.reduceat(mask[self.table.passages], self.table.offsets[:-1])
         return replace(self, index=self.index.restrict(rows), allowed=mask)
 
@@ -329,11 +326,21 @@ class Decoder(ReadsTokens):
         (found,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
         return found
 
-    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
-        """(passage index, score, tokens of its identifier) of each query int32 [n, Q]."""
+    def ranked(self, rows: np.ndarray, log_probs: np.ndarray) -> Found:
+        """The passages of identifiers that were found, see `rank_passages`."""
+        settings = self.search.depth, self.allowed, self.pid_of
+        return rank_passages(rows, log_probs, self.table, *settings)
+
+    def log_probs(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+        """See System: every identifier is scored."""
+        for scores in exhaustive.identifier_log_probs(self, tokens):
+            yield exhaustive.of_passages(scores, self.table, self.allowed)
+
+    def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
+        """See System."""
         rows = self._rows
         for passages, scores in zip(*self.passages(tokens), strict=True):
-            yield [(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+            yield [SystemHit(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
 
     @functools.cached_property
     def _rows(self) -> np.ndarray:
@@ -391,10 +398,7 @@ class Decoder(ReadsTokens):
         count = len(batch.places)
         rows = self._found(batch.result, count)
         log_probs = np.asarray(batch.result.log_probs)[:count]
-        ranked = rank_passages(
-            rows, log_probs, self.table, self.search.depth, self.allowed, self.pid_of
-        )
-        for whole, part in zip(batch.found, ranked, strict=True):
+        for whole, part in zip(batch.found, self.ranked(rows, log_probs), strict=True):
             whole[batch.places] = part
 
     def _found(self, result: BeamResult, count: int) -> np.ndarray:

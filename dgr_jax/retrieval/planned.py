@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
-from dgr_jax.retrieval.simultaneous import Plan, Planned, Planner
+from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
+from dgr_jax.retrieval.system import Opening, SystemHit, SystemSettings
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,10 @@ class PlannedQueries:
     """tokens int32 [B, Q], and the planned passages of each query."""
 
     tokens: np.ndarray
-    planned: Planned
+    planned: PlannedPassages
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-class PlannedHit(NamedTuple):
-    """A passage, its score and the tokens of its identifier; and the two parts of the score: that
-    of the plan, and the log-probability of the identifier, -inf where it was not written."""
-
-    passage: int
-    score: float
-    tokens: np.ndarray
-    plan_score: float
-    log_prob: float
 
 
 class _Scored(NamedTuple):
@@ -117,6 +107,8 @@ class PlannedDecoder(Decoder):
     already.
     """
 
+    scores_all: ClassVar[bool] = False
+
     plan: Plan = field(kw_only=True)
     planner: Planner | None = field(kw_only=True)
     student: Decoder | None = field(kw_only=True)
@@ -168,12 +160,18 @@ class PlannedDecoder(Decoder):
         """See Decoder.passages_of_blocks."""
         return (found[:2] for found in super().passages_of_blocks(blocks))
 
-    def hits(self, queries: PlannedQueries) -> Iterator[list[PlannedHit]]:
-        """The passages of each query."""
+    def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
+        """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
+        the identifier, -inf where it was not written."""
         for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
             plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
             yield [
-                PlannedHit(i, score, self.table.tokens[self._rows[i]], plan.get(i, 0.0), log_prob)
+                SystemHit(
+                    i,
+                    score,
+                    self.table.tokens[self._rows[i]],
+                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
+                )
                 for i, score, log_prob in zip(
                     passages.tolist(), *(part.tolist() for part in parts), strict=True
                 )
@@ -241,6 +239,38 @@ class PlannedDecoder(Decoder):
         rows = np.where(short[:, None], rows, -1)
         log_probs = np.asarray(result.log_probs)[: len(short)]
         return rank_passages(rows, log_probs, self.table, self.search.num_beams, self.allowed)
+
+
+@dataclass(frozen=True)
+class Planned(SystemSettings):
+    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`."""
+
+    plan: Lexical
+
+    preferred: ClassVar[bool] = True
+
+    @property
+    def made_of(self) -> tuple[str, ...]:
+        """See SystemSettings."""
+        return ("distill",)
+
+    def asked(self, search: Any) -> tuple[Any, ...]:
+        """See SystemSettings."""
+        return search, self.plan
+
+    def given(self) -> dict[str, Any]:
+        """See SystemSettings: the settings of the plan."""
+        return {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
+
+    def replaced(self, **settings: Any) -> Planned:
+        """See SystemSettings."""
+        return replace(self, plan=replace(self.plan, **settings))
+
+    def open(self, opening: Opening) -> PlannedDecoder:
+        """See SystemSettings."""
+        plans = opening.prepared / "plans"
+        planner = self.plan.planner(opening.store, plans, keep=opening.keep)
+        return PlannedDecoder.of(opening.system("distill"), self.plan, planner)
 
 
 def joined(

@@ -14,7 +14,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import scored_passages
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
-from dgr_jax.retrieval.simultaneous import Lexical, Planned
+from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 
 _LOGITS = 1 << 26  # of a batch: 256 MB
 
@@ -57,7 +57,7 @@ def rerank(
 
 def _planned(
     lists: Sequence[tuple[str, Sequence[ScoredPassage]]], store: PassageStore, scored: bool
-) -> Planned:
+) -> PlannedPassages:
     """scored: whether the scores of the run count; 0 otherwise."""
     most = max((len(passages) for _, passages in lists), default=0)
     if not most:
@@ -65,7 +65,7 @@ def _planned(
             f"rerank: the run has no passages for the {len(lists)} queries, expected some; is it "
             "of other queries?"
         )
-    planned = Planned(
+    planned = PlannedPassages(
         np.full((len(lists), most), -1, np.int32), np.full((len(lists), most), -np.inf, np.float32)
     )
     for row, (qid, passages) in enumerate(lists):

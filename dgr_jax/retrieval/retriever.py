@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import copy
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.decoding import trie
 from dgr_jax.decoding.selection import check_k
-from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.model_dir import kept, records
-from dgr_jax.model_dir.records import STUDENT
-from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval import trained
+from dgr_jax.model_dir import records
+from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
-from dgr_jax.retrieval.bm25 import Bm25
-from dgr_jax.retrieval.generative import Decoder, Search
-from dgr_jax.retrieval.planned import PlannedDecoder
 from dgr_jax.retrieval.reranking import rerank
-from dgr_jax.retrieval.simultaneous import Lexical, Plan
+from dgr_jax.retrieval.system import Opening, System, SystemHit
 
-if TYPE_CHECKING:
-    from dgr_jax.models.dual_encoder import DualEncoderConfig
-    from dgr_jax.retrieval.dense import DenseSearch, Searcher
-    from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
 logger = logging.getLogger(__name__)
 
-
-_PLANNED = "distill"  # the student of the system `planned`
-SYSTEMS = ("planned", "distill", "control", "generate", "refresh", "dense")
-PLAN = "plan.json"  # in the folder of an evaluation with a plan
-_PLANS = {plan.__name__: plan for plan in (Lexical,)}
 _TRIES = 3  # times that a MODEL_DIR is opened which changes while it is read
+_OF_ALL = {"depth": 0, "batch_size": 0}  # settings that every system takes
 
 
 @dataclass(frozen=True)
 class Hit:
     """One found passage: score is the log-probability of its identifier; where it has many, their
     passage score, and `identifier` is the one of most weight. Of a dense retriever it is the
-    product of the vectors, and `identifier` is blank. With a plan it is plan_score + weight *
-    log_prob, -inf where the identifier was not written; both are None otherwise."""
+    product of the vectors, and `identifier` is blank. parts: name -> what the score is the sum of,
+    where the system adds scores."""
 
     rank: int
     pid: str
@@ -57,19 +43,13 @@ class Hit:
     title: str
     text: str
     identifier: str
-    plan_score: float | None = None
-    log_prob: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Retriever:
     """A finished experiment that answers questions."""
 
-    def __init__(
-        self,
-        decoder: Decoder | MultiviewDecoder | Searcher,
-        vocabulary: Vocabulary,
-        store: PassageStore,
-    ) -> None:
+    def __init__(self, decoder: System, vocabulary: Vocabulary, store: PassageStore) -> None:
         self.decoder = decoder.by_pid(store.pid_of)
         self.vocabulary = vocabulary
         self.store = store
@@ -85,91 +65,106 @@ class Retriever:
     ) -> Retriever:
         """Open a MODEL_DIR.
 
-        system: 'planned', 'distill', 'control' or 'generate', or of a dense retriever 'refresh' or
-          'dense'; None: the first of these that is finished. 'planned' is 'distill' with the plan
-          that the experiment was evaluated with.
+        system: one that the experiment trains, such as 'distill', or that it measures beside, such
+          as 'bm25' or 'planned'; None: 'planned', where the experiment was evaluated with a plan,
+          otherwise the best trained one that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
-        settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`), and of its plan,
-          that replace those of the experiment, such as num_beams.
+        settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
+          the experiment, such as num_beams; of a system that no stage trains, its own and those of
+          the trained ones that it is made of.
         While the student, or the prepare stage that it was trained on, is made again, their last
         whole versions answer (`records.answering`); a warning says so, and where a better student
         is to be expected.
         Raises FileNotFoundError when no trained student is there, ValueError for settings that it
         does not have, and where the identifiers that it was trained on are gone.
         """
-        names = {None: SYSTEMS[1:], "planned": (_PLANNED,)}
-        systems = names.get(system, (system,))
         if mesh is None:
             devices = partitioning.make_mesh(devices=jax.devices()[:1])
         else:
             devices = partitioning.make_mesh(mesh)
         rules = partitioning.RULES if mesh is None else mesh.rules
         for _ in range(_TRIES):
-            answering = records.answering(Path(model_dir), systems)
+            sources = _Sources.of(Path(model_dir), system)
             try:
-                plan = _plan_of(Path(model_dir), system, answering.student.name)
-                retriever = cls._open(answering, devices, rules, settings, plan)
+                retriever = cls._open(sources, devices, rules, settings)
             except (FileNotFoundError, ValueError):
-                if answering.unchanged:
+                if sources.unchanged:
                     raise
                 continue
-            if answering.unchanged:
-                if answering.aside:
-                    logger.warning("%s: %s", answering.student, answering.aside)
+            if sources.unchanged:
+                for answering in sources.trained.values():
+                    if answering.aside:
+                        logger.warning("%s: %s", answering.student, answering.aside)
                 return retriever
         raise ValueError(f"{model_dir} was changed each time that it was read; ask again")
 
     @classmethod
     def _open(
         cls,
-        answering: records.Answering,
+        sources: _Sources,
         devices: jax.sharding.Mesh,
         rules: partitioning.Rules,
         settings: dict[str, Any],
-        plan: Plan | None,
     ) -> Retriever:
-        """The retriever of a student and the prepare stage that it was trained on."""
-        folder, prepared = answering.student, answering.prepared
-        described = _described(folder / STUDENT)
-        usual = described["search"] | (asdict(plan) if plan else {})
+        """The retriever of a system and the prepare stage that it was trained on."""
+        students = {n: kinds.read_student(a.student) for n, a in sources.trained.items()}
+        untrained = kinds.settings_of(sources.said) if sources.said else None
+        own = untrained.given() if untrained else {}
+        usual = _OF_ALL | own if untrained else {}
+        for student in students.values():
+            usual |= student.search
         if unknown := sorted(settings.keys() - usual.keys()):
             raise ValueError(
-                f"{', '.join(unknown)}: the {folder.name} retriever of {folder.parent} has no "
+                f"{', '.join(unknown)}: the {sources.name} retriever of {sources.model_dir} has no "
                 f"such setting, expected some of {', '.join(usual)}"
             )
         _check_sizes(settings, usual)
-        if plan:
-            own = {name: value for name, value in settings.items() if hasattr(plan, name)}
-            plan = replace(plan, **own)
-            settings = {k: v for k, v in settings.items() if k in described["search"]}
+        prepared = sources.prepared
         vocabulary, store = Vocabulary.load(prepared), PassageStore(prepared / "passages")
         # Their files are opened now: what lies in their place later may be another version.
         vocabulary.encode("")
         store.pids, store[0]
-        if "t5" in described["model"]:
-            from dgr_jax.retrieval import dense
 
-            search = described["search"] | settings
-            searcher = dense.load(folder, described["model"], search, devices, rules)
-            return cls(searcher, vocabulary, store)
-        with kept.reading(folder / STUDENT):
-            config = T5Config(**described["model"])
-        params = trained.params(folder, Transformer(config), devices, rules)
-        if vocabulary.views:
-            from dgr_jax.retrieval.multiview import search as multiview
+        def trained(name: str) -> System:
+            student = students[name]
+            searched = {k: v for k, v in settings.items() if k in student.search}
+            placed = sources.trained[name].student, prepared, vocabulary, devices, rules
+            return kinds.open_student(student, *placed, searched)
 
-            search = multiview.MultiviewSearch.of(described["search"] | settings)
-            indexes = multiview.ViewIndexes.load(prepared, vocabulary)
-            decoder = multiview.MultiviewDecoder.of(config, params, indexes, search, devices, rules)
+        if untrained is None:
+            return cls(trained(sources.name), vocabulary, store)
+        depth = settings.get("depth", sources.said["depth"])
+        opening = Opening(prepared, store, depth, devices, rules, trained)
+        given = {k: v for k, v in settings.items() if k in own}
+        return cls(untrained.replaced(**given).open(opening), vocabulary, store)
+
+    def restrict(self, passages: Iterable[str] | Callable[[Passage], bool]) -> Retriever:
+        """A retriever that finds only some passages of those that this one finds; the model stays
+        where it is, and nothing is compiled again.
+
+        passages: their pids; or what says of a Passage whether it may be found, by its `pid`,
+          `title` and `text`, which is all that a MODEL_DIR keeps of a passage.
+        Raises ValueError for pids that are not in the corpus, and where no passage is left.
+        """
+        if isinstance(passages, str):
+            raise ValueError(f"passages: got one string {passages!r}, expected a list of pids")
+        if callable(passages):
+            mask = np.fromiter((bool(passages(p)) for p in self.store), bool, len(self.store))
         else:
-            search = Search(**described["search"] | settings)
-            index = trie.load(prepared / "trie")
-            table = IdentifierTable.load(prepared / "identifiers")
-            decoder = Decoder(config, params, index, table, search, devices, rules=rules)
-            if plan:
-                planner = plan.planner(store, prepared / "plans")
-                decoder = PlannedDecoder.of(decoder, plan, planner)
-        return cls(decoder, vocabulary, store)
+            pids = list(dict.fromkeys(passages))
+            if unknown := [pid for pid in pids if pid not in self.store]:
+                more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
+                raise ValueError(
+                    f"passages: got {', '.join(map(repr, unknown[:3]))}{more}, expected pids of "
+                    f"the {len(self.store):,} passages of the corpus"
+                )
+            mask = np.zeros(len(self.store), bool)
+            mask[[self.store.index_of(pid) for pid in pids]] = True
+        if not mask.any():
+            raise ValueError("passages: got none of the corpus, expected one or more")
+        some = copy.copy(self)
+        some.decoder = self.decoder.restrict(mask)
+        return some
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer.
@@ -192,7 +187,7 @@ class Retriever:
             )
         encoded = self.decoder.encode(self.vocabulary, queries)
         return [
-            [self._hit(rank, *hit) for rank, hit in enumerate(hits[:k], start=1)]
+            [self._hit(rank, hit) for rank, hit in enumerate(hits[:k], start=1)]
             for hits in self.decoder.hits(encoded)
         ]
 
@@ -222,10 +217,59 @@ class Retriever:
         passages, scores = (np.concatenate(part) for part in parts)
         return passages, scores
 
-    def _hit(self, rank: int, index: int, score: float, tokens: np.ndarray, *parts: float) -> Hit:
-        passage = self.store[index]
-        identifier = self.vocabulary.decode(tokens[tokens > 0].tolist())
-        return Hit(rank, passage.pid, score, passage.title, passage.text, identifier, *parts)
+    def _hit(self, rank: int, hit: SystemHit) -> Hit:
+        passage = self.store[hit.passage]
+        identifier = self.vocabulary.decode(hit.tokens[hit.tokens > 0].tolist())
+        named = passage.pid, hit.score, passage.title, passage.text, identifier
+        return Hit(rank, *named, dict(hit.parts))
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a system is opened from: trained ones by name, each with the prepare stage that it was
+    trained on; said: of a system that no stage trains, what `kinds.untrained` says of it."""
+
+    name: str
+    model_dir: Path
+    trained: Mapping[str, records.Answering]
+    prepared: Path
+    said: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model_dir: Path, system: str | None) -> _Sources:
+        """Those of a system, or of the best one."""
+        untrained, names = kinds.untrained(model_dir), kinds.best_first(model_dir)
+        if system in untrained:
+            return cls._made_of(model_dir, system, untrained[system])
+        if system not in (None, *names):
+            raise ValueError(
+                f"system: got {system!r}, expected one of {', '.join([*names, *untrained])}, those "
+                f"of {model_dir}"
+            )
+        for name, said in untrained.items() if system is None else ():
+            with contextlib.suppress(FileNotFoundError, ValueError):  # a lesser one answers
+                if kinds.settings_of(said).preferred:
+                    return cls._made_of(model_dir, name, said)
+        answering = records.answering(model_dir, names if system is None else (system,))
+        name = answering.student.name.removesuffix(records.SWAP)
+        return cls(name, model_dir, {name: answering}, answering.prepared, {})
+
+    @classmethod
+    def _made_of(cls, model_dir: Path, system: str, said: Mapping[str, Any]) -> _Sources:
+        names = kinds.settings_of(said).made_of
+        trained = {name: records.answering(model_dir, (name,)) for name in names}
+        prepared = {a.prepared for a in trained.values()} or {model_dir / "prepare"}
+        if len(prepared) > 1:
+            raise ValueError(
+                f"{model_dir}: {' and '.join(names)}, of which {system} is made, were trained on "
+                "different identifiers; train them again"
+            )
+        return cls(system, model_dir, trained, prepared.pop(), said)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether everything is still what it was when it was looked for."""
+        return all(answering.unchanged for answering in self.trained.values())
 
 
 def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
@@ -240,49 +284,3 @@ def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
 def is_text(value: Any) -> bool:
     """Whether it is a string without halves of surrogate pairs, which no encoding can write."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def write_student(
-    folder: Path,
-    config: T5Config | DualEncoderConfig,
-    search: Search | MultiviewSearch | DenseSearch,
-) -> None:
-    """Leave beside a student's checkpoints what `Retriever.load` needs to know."""
-    described = {"model": asdict(config), "search": asdict(search)}
-    (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def _plan_of(model_dir: Path, system: str | None, student: str) -> Plan | None:
-    """The plan that a student of MODEL_DIR answers with, where it was asked for, or nothing was."""
-    if system not in (None, "planned") or student != _PLANNED:
-        return None
-    plan = read_plan(model_dir / "evaluate")
-    if plan is None and system == "planned":
-        raise ValueError(
-            f"{model_dir / 'evaluate'}: has no {PLAN}, which the evaluation of an experiment with "
-            "Experiment.plan leaves there"
-        )
-    return plan
-
-
-def write_plan(folder: Path, plan: Plan) -> None:
-    """Leave in the folder of an evaluation the plan that the student answers with."""
-    described = {"is": type(plan).__name__, **asdict(plan)}
-    (folder / PLAN).write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def read_plan(folder: Path) -> Plan | None:
-    """What `write_plan` wrote; None where it has written nothing."""
-    if not (folder / PLAN).is_file():
-        return None
-    with kept.reading(folder / PLAN):
-        described = kept.read_json(folder / PLAN)
-        kind = _PLANS[described.pop("is")]
-        return kind(**described | {"bm25": Bm25(**described["bm25"])})
-
-
-def _described(path: Path) -> dict[str, dict[str, Any]]:
-    """What `write_student` wrote."""
-    with kept.reading(path):
-        described = kept.read_json(path)
-        return {name: dict(described[name]) for name in ("model", "search")}

@@ -1,34 +1,16 @@
 """Queries that are passages of the corpus, under the same id, must not find themselves.
 
-A search that goes one passage deeper still has the wanted number of passages after the query's own
-passage is taken out. Axis letters: n queries, D depth.
+A search that goes one passage deeper (`Search.deeper`) still has the wanted number of passages
+after the query's own passage is taken out. Axis letters: n queries, D depth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from dgr_jax.corpora.types import ScoredPassage
-from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.multiview.search import MultiviewSearch
-
-
-def deeper(search: Any) -> Any:
-    """The settings of a search that finds one passage more: of what bounds the passages of a query,
-    the smallest grows by one."""
-    depth = search.depth + 1
-    if isinstance(search, Search):
-        beams = search.num_beams + (search.num_beams <= search.depth)
-        return replace(search, depth=depth, num_beams=beams)
-    if isinstance(search, MultiviewSearch):
-        most = search.scoring.max_passages
-        scoring = replace(search.scoring, max_passages=most + (most <= search.depth))
-        return replace(search, depth=depth, scoring=scoring)
-    return replace(search, depth=depth)
 
 
 def left_out(deeper_result: Mapping[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:

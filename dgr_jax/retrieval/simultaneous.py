@@ -35,7 +35,7 @@ _RARE = 8  # a word is common that stands in more than one of so many passages
 _FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
 
-class Planned(NamedTuple):
+class PlannedPassages(NamedTuple):
     """passages int32 [B, n], best first, and their plan scores f32 [B, n]; -1 and -inf where fewer
     are planned."""
 
@@ -52,7 +52,9 @@ class Planner(Protocol):
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """f32 [B, P]: the plan score of every passage."""
 
-    def best(self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None) -> Planned:
+    def best(
+        self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None
+    ) -> PlannedPassages:
         """The `count` best passages of each query, equal ones in the order of the corpus; among
         those allowed, bool [P]."""
 
@@ -162,7 +164,9 @@ class LexicalPlanner:
             self._add(text, row)
         return scores
 
-    def best(self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None) -> Planned:
+    def best(
+        self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None
+    ) -> PlannedPassages:
         """See Planner."""
         passages = np.full((len(texts), count), -1, np.int32)
         best = np.full((len(texts), count), -np.inf, np.float32)
@@ -173,7 +177,7 @@ class LexicalPlanner:
             passages[place, : len(chosen)] = chosen
             best[place, : len(chosen)] = scores[chosen]
             scores[:] = 0
-        return Planned(passages, best)
+        return PlannedPassages(passages, best)
 
     def _add(self, text: str, scores: np.ndarray) -> None:
         """Adds to scores f32 [P] what the words of a text count."""

@@ -81,7 +81,9 @@ def _check_k(k: int, limits: Mapping[str, int]) -> None:
     """Raises ValueError naming the limit that keeps a query from finding k passages."""
     name = min(limits, key=limits.__getitem__)
     if k > limits[name]:
-        raise ValueError(f"--k: got {k}, expected at most {limits[name]}, {_LIMITS[name]}")
+        raise ValueError(
+            f"--k: got {k}, expected at most {limits[name]}, {_LIMITS.get(name, name)}"
+        )
 
 
 def _mesh(text: str) -> Mesh:
@@ -96,14 +98,11 @@ def _report_speed(retriever: Retriever, queries: list[str], output: str | None) 
     """Prints the report, and writes it as JSON."""
     report = speed.measure(retriever, queries)
     console = display.console()
-    console.print(
-        f"{report['device']}; {report['parameters']:,} parameters, {report['dtype']}; "
-        + (
-            f"{report['vectors']:,} vectors of {report['width']}, {report['storage']}"
-            if "vectors" in report
-            else f"{report['identifiers']:,} identifiers; {report['num_beams']} beams"
-        )
-    )
+    said = [report["device"]]
+    for name, value in retriever.decoder.describe().items():
+        words = name.removeprefix("num_").replace("_", " ")
+        said.append(f"{value:,} {words}" if isinstance(value, int) else f"{words} {value}")
+    console.print("; ".join(said))
     table = Table("batch", "queries", "queries/s", "p50 ms", "p95 ms", "p99 ms")
     for row in (report["alone"], report["batched"]):
         numbers = (row["queries_per_second"], *row["latency_ms"].values())

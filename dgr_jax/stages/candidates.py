@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +18,14 @@ from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.batching import BLOCK
-from dgr_jax.retrieval.generative import Decoder
-from dgr_jax.retrieval.multiview.index import best
-from dgr_jax.retrieval.multiview.keys import keys
-from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.stages import judged
 from dgr_jax.stages.generation_data import source_pairs
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.student import GENERATE
-from dgr_jax.stages.systems import decoder
+from dgr_jax.stages.systems import open_system
 from dgr_jax.training.arrays import write_arrays
 
 logger = logging.getLogger(__name__)
-
-_KEYED = 32  # queries whose findings are held, before their keys are cut
 
 _TextsAndQrels = tuple[dict[str, str], dict[str, dict[str, int]]]
 
@@ -50,15 +43,14 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     own = np.array([made.store.index_of(q) if q in asked.own else -1 for q in qids], np.int64)
     search = experiment.candidates.search
     if asked.own:
-        search = self_hits.deeper(search)
-    student = decoder(experiment, GENERATE.name, search, made)
+        search = search.deeper()
+    student = open_system(experiment, GENERATE.name, made, search)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not _is_whole(part)]
     missing = processes.agree(missing)  # what others see may be of a moment ago
-    blocks = (
-        made.vocabulary.encode_inputs(texts[n : n + BLOCK], student.query_length) for n in missing
-    )
-    for start, found in zip(missing, _found(experiment, made, student, blocks), strict=True):
+    blocks = (student.encode(made.vocabulary, texts[n : n + BLOCK]) for n in missing)
+    candidates = student.candidates(blocks, experiment.candidates.keys)
+    for start, found in zip(missing, candidates, strict=True):
         if not processes.first():
             continue
         if asked.own:
@@ -85,32 +77,6 @@ def _is_whole(part: Path) -> bool:
     except kept.Damaged as damage:
         logger.warning("candidates: %s; its queries are asked again", damage.what)
         return False
-
-
-def _found(
-    experiment: Experiment,
-    made: Prepared,
-    student: Decoder | MultiviewDecoder,
-    blocks: Iterable[np.ndarray],
-) -> Iterator[dict[str, Any]]:
-    """passages and scores [n, depth] of each block of queries; and their keys."""
-    if isinstance(student, Decoder):
-        for passages, scores in student.passages_of_blocks(blocks):
-            yield {"passages": passages, "scores": scores}
-        return
-    settings = experiment.candidates
-    depth = student.search.depth
-    sizes = {"depth": depth, "limit": settings.keys, "identifiers": student.most_identifiers}
-    counted, blocks = itertools.tee(blocks)
-    scored = student.scored(blocks)
-    for block in counted:
-        done = []
-        for _ in range(0, len(block), _KEYED):
-            few = list(itertools.islice(scored, min(_KEYED, len(block) - len(done) * _KEYED)))
-            passages, scores = best(few, depth)
-            held = keys(few, length=made.indexes.length, **sizes)
-            done.append({"passages": passages, "scores": scores} | held)
-        yield {name: np.concatenate([part[name] for part in done]) for name in done[0]}
 
 
 def _join(folder: Path, parts: Sequence[Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,22 +16,22 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment, Negatives
 from dgr_jax.experiments.stage import Stage, fields
-from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig, start_from
+from dgr_jax.models.dual_encoder import DualEncoder, start_from
 from dgr_jax.retrieval import dense as retrieval
-from dgr_jax.retrieval import trained
-from dgr_jax.retrieval.dense import DenseSearch, Encoder, Searcher
-from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.retrieval.dense import DenseSearch, Encoder
+from dgr_jax.retrieval.kinds import write_student
+from dgr_jax.retrieval.system import System
 from dgr_jax.stages import dense_negatives, dense_teach, start, student, training_run, validation
 from dgr_jax.stages.dense_negatives import own_passages, pool_of
 from dgr_jax.stages.dense_prepare import (
     CORPUS,
     LABELLED,
     one_process,
-    opened,
     queries_of,
     sources,
 )
 from dgr_jax.stages.prepared import PREPARE, Prepared
+from dgr_jax.stages.systems import assembled, params
 from dgr_jax.training import arrays
 from dgr_jax.training.lists import ListSource, Phases, TaughtLists
 from dgr_jax.training.source import MixtureSource, Source
@@ -61,7 +60,7 @@ def drawn_lists(
         tasks[source] = dict(queries_of(experiment, source))
         if pool is not None:
             tasks[source]["negatives"] = pool_of(experiment, stage, source)
-    for source, own in own_passages(experiment, opened(experiment)).items():
+    for source, own in own_passages(experiment, Prepared.load(experiment.model_dir)).items():
         tasks[source]["own"] = own
     corpus = queries_of(experiment, CORPUS)["passage_tokens"]
     lists = experiment.lists
@@ -103,22 +102,11 @@ def _phases(
         yield int(end - begin), MixtureSource(used, settings.batch_size, settings.seed)
 
 
-def encoder_config(experiment: DenseExperiment, vocab_size: int) -> DualEncoderConfig:
-    """The encoder's sizes with the experiment's vocabulary."""
-    model = experiment.model
-    return dataclasses.replace(model, t5=training_run.with_vocabulary(model.t5, vocab_size))
-
-
-def _config(experiment: DenseExperiment) -> DualEncoderConfig:
-    vocabulary = Vocabulary.load(Path(experiment.model_dir) / PREPARE)
-    return encoder_config(experiment, vocabulary.size)
-
-
 def _initial(experiment: DenseExperiment) -> Any:
     """Parameters with embeddings from the passages, or with the encoder of a published T5;
     projections are new."""
     vocabulary = Vocabulary.load(Path(experiment.model_dir) / PREPARE)
-    config = encoder_config(experiment, vocabulary.size)
+    config = experiment.sized(vocabulary.size)
     if start.STAGE.name in experiment.stages:
         return start.parameters(experiment, DualEncoder(config), experiment.train.seed)
     key = jax.random.key(experiment.train.seed)
@@ -130,29 +118,31 @@ def train_encoder(
     experiment: DenseExperiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
-    config, made = _config(experiment), opened(experiment)
+    made = Prepared.load(experiment.model_dir)
+    config = experiment.sized(made.vocabulary.size)
 
-    def embedded(params: Any, search: DenseSearch, at: Path) -> Searcher:
-        return _opened(_embed(experiment, params, made, search, at), at, search)
+    def embedded(params: Any, search: DenseSearch, at: Path) -> System:
+        _embed(experiment, params, made, search, at)
+        return assembled(experiment, at, params, search, made)
 
     in_passing = validation.in_passing(embedded, folder)
     measured = validation.of(experiment, settings, made, in_passing)
     model = DualEncoder(config)
     training_run.train(experiment, folder, folder.name, settings, model, source, initial, measured)
-    _embed(
-        experiment, encoder_params(experiment, folder.name), made, search_for(experiment), folder
-    )
-    write_student(folder, config, experiment.evaluate.search)
+    trained = params(experiment, folder.name, made)
+    _embed(experiment, trained, made, search_for(experiment), folder)
+    systems = experiment.systems
+    write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
 
 
 def _embed(
     experiment: DenseExperiment, params: Any, made: Prepared, search: DenseSearch, folder: Path
-) -> Encoder:
-    """The encoder with these parameters, once it has written the vectors of all passages."""
-    encoder = _encoder(experiment, params)
-    path = folder / retrieval.VECTORS
-    retrieval.embed(encoder, made.store, made.vocabulary.encode_inputs, path, search)
-    return encoder
+) -> None:
+    """Writes the vectors of all passages, by the encoder with these parameters."""
+    mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
+    encoder = Encoder(experiment.sized(made.vocabulary.size), params, mesh, rules)
+    path, encode_inputs = folder / retrieval.VECTORS, made.vocabulary.encode_inputs
+    retrieval.embed(encoder, made.store, encode_inputs, path, search)
 
 
 def search_for(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
@@ -161,29 +151,6 @@ def search_for(experiment: DenseExperiment, **settings: Any) -> DenseSearch:
     return DenseSearch(
         query_length=prepare.query_length, passage_length=prepare.passage_length, **settings
     )
-
-
-def encoder_params(experiment: DenseExperiment, system: str) -> Any:
-    """Parameters of a finished encoder on the experiment's mesh."""
-    mesh, model = partitioning.make_mesh(experiment.mesh), DualEncoder(_config(experiment))
-    folder = Path(experiment.model_dir) / system
-    return trained.params(folder, model, mesh, experiment.mesh.rules)
-
-
-def _encoder(experiment: DenseExperiment, params: Any) -> Encoder:
-    mesh = partitioning.make_mesh(experiment.mesh)
-    return Encoder(_config(experiment), params, mesh, experiment.mesh.rules)
-
-
-def searcher(experiment: DenseExperiment, system: str, search: DenseSearch) -> Searcher:
-    """A finished encoder and its passages, ready to retrieve."""
-    encoder = _encoder(experiment, encoder_params(experiment, system))
-    return _opened(encoder, Path(experiment.model_dir) / system, search)
-
-
-def _opened(encoder: Encoder, folder: Path, search: DenseSearch) -> Searcher:
-    index = retrieval.open_index(folder / retrieval.VECTORS, search.index, encoder.mesh)
-    return Searcher(encoder, index, search)
 
 
 def check(experiment: DenseExperiment, stage: str, settings: Training) -> None:

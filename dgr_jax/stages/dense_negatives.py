@@ -16,7 +16,6 @@ from dgr_jax.stages.dense_prepare import (
     LABELLED,
     QIDS,
     one_process,
-    opened,
     qids_of,
     queries_of,
     sources,
@@ -33,7 +32,7 @@ Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passag
 def negatives(experiment: DenseExperiment, folder: Path) -> None:
     """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
     settings = experiment.negatives
-    made = opened(experiment)
+    made = Prepared.load(experiment.model_dir)
     own = own_passages(experiment, made)
     write_pools(experiment, folder, settings, finder(settings, made, deeper=bool(own)), own)
 
@@ -87,7 +86,7 @@ def write_pools(
     own: Mapping[str, np.ndarray],
 ) -> None:
     """One pool a source, of queries in blocks; own: see `own_passages`."""
-    number = len(opened(experiment).store)
+    number = len(Prepared.load(experiment.model_dir).store)
     for source in sources(experiment):
         queries = queries_of(experiment, source)
         others = queries["positives"]

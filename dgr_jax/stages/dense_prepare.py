@@ -24,7 +24,7 @@ from dgr_jax.stages import prepare as generative
 from dgr_jax.stages.generation_data import require_examples, source_pairs
 from dgr_jax.stages.judged import Judged, test_texts
 from dgr_jax.stages.prepare import read, without_tasks
-from dgr_jax.stages.prepared import PREPARE, Prepared, cut, write_report
+from dgr_jax.stages.prepared import PREPARE, cut, write_report
 from dgr_jax.training import arrays
 
 logger = logging.getLogger(__name__)
@@ -195,10 +195,6 @@ def one_process(experiment: DenseExperiment) -> None:
             f"got {processes.count()} processes, expected one: a dense retriever is trained and "
             "searched by all devices of one process"
         )
-
-
-def opened(experiment: DenseExperiment) -> Prepared:
-    return Prepared.load(experiment.model_dir, identifiers=False)
 
 
 def queries_of(experiment: DenseExperiment, source: str) -> arrays.Features:

@@ -8,7 +8,9 @@ from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.stages import dense
 from dgr_jax.stages.dense_negatives import finder, own_passages, write_pools
-from dgr_jax.stages.dense_prepare import one_process, opened, queries_of, sources
+from dgr_jax.stages.dense_prepare import one_process, queries_of, sources
+from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.systems import open_system, params
 from dgr_jax.stages.training_run import Later, validated
 from dgr_jax.training.source import Source
 
@@ -16,15 +18,14 @@ from dgr_jax.training.source import Source
 def mine(experiment: DenseExperiment, folder: Path) -> None:
     """Writes pools as `negatives` does, of what the trained encoder finds."""
     settings = experiment.mined
-    made = opened(experiment)
+    made = Prepared.load(experiment.model_dir)
     own = own_passages(experiment, made)
     find = finder(settings, made, deeper=bool(own)) if settings.source != "own" else None
     if find is None:
         depth = settings.skip + settings.depth + _most_positives(experiment) + bool(own)
         depth = min(depth, len(made.store))
-        student = dense.searcher(
-            experiment, dense.STAGE.name, dense.search_for(experiment, depth=depth)
-        )
+        search = dense.search_for(experiment, depth=depth)
+        student = open_system(experiment, dense.STAGE.name, made, search)
         find = lambda tokens: student.passages(tokens)[0]
     write_pools(experiment, folder, settings, find, own)
 
@@ -39,7 +40,8 @@ def _most_positives(experiment: DenseExperiment) -> int:
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
     assert experiment.refresh is not None  # as the stage is there
-    initial = dense.encoder_params(experiment, dense.STAGE.name)
+    made = Prepared.load(experiment.model_dir)
+    initial = params(experiment, dense.STAGE.name, made)
     dense.train_encoder(experiment, folder, experiment.refresh, batches(experiment), initial)
 
 

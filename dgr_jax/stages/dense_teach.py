@@ -15,7 +15,7 @@ from dgr_jax.model_dir import kept
 from dgr_jax.stages import dense_negatives
 from dgr_jax.stages import teach as generative
 from dgr_jax.stages.dense_negatives import own_passages, pool_of
-from dgr_jax.stages.dense_prepare import LABELLED, QIDS, opened, qids_of, queries_of, sources
+from dgr_jax.stages.dense_prepare import LABELLED, QIDS, qids_of, queries_of, sources
 from dgr_jax.stages.judged import self_hits
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.teach import CandidateLists, readable, taught
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def teach(experiment: DenseExperiment, folder: Path) -> None:
     """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
     the pool and the positives of each query; and report.json, see `stages.teach`."""
-    made = opened(experiment)
+    made = Prepared.load(experiment.model_dir)
     qids = kept.read_json(made.folder / QIDS)
     own, report = own_passages(experiment, made), {}
     for source in sources(experiment):

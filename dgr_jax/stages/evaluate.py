@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from dgr_jax import display, evaluation, plots, processes
-from dgr_jax.corpora import trec
-from dgr_jax.corpora.types import Query, ScoredPassage
+from dgr_jax.corpora.types import Query
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage
 from dgr_jax.model_dir import kept
-from dgr_jax.retrieval import self_hits
-from dgr_jax.retrieval.batching import BLOCK, scored_passages
-from dgr_jax.retrieval.bm25 import WORDS, Bm25
+from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.planned import check_corpus
-from dgr_jax.retrieval.retriever import write_plan
-from dgr_jax.settings import describe, fingerprint
-from dgr_jax.stages import judged
+from dgr_jax.retrieval.system import System
+from dgr_jax.stages import judged, kept_runs
+from dgr_jax.stages.dense_prepare import one_process
 from dgr_jax.stages.measures import check_measures
-from dgr_jax.stages.prepared import Prepared
+from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import open_system
 from dgr_jax.training import metrics, validation
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Run = dict[str, list[ScoredPassage]]
 Values = dict[str, dict[str, float]]  # measure -> qid -> value
 COMPARED = ("Success@1", "Success@10", "RR@10")
 
 
-def evaluate(experiment: Experiment, folder: Path) -> None:
-    """Measures every student; see `measure`."""
+def evaluate(experiment: Experiment | DenseExperiment, folder: Path) -> None:
+    """Measures every system; see `measure`."""
     made = Prepared.load(experiment.model_dir)
     search = search_of(experiment, made)
-    if processes.first() and experiment.plan is not None:
-        write_plan(folder, experiment.plan)
-    measure(experiment, folder, made, lambda system: open_system(experiment, system, search, made))
+    measure(experiment, folder, made, lambda name: open_system(experiment, name, made, search))
 
 
 def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
@@ -59,7 +48,7 @@ def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
         _own(experiment, made, split, chosen_queries(experiment, made, split))
         for split in experiment.prepare.test_splits
     )
-    return self_hits.deeper(experiment.evaluate.search) if own else experiment.evaluate.search
+    return experiment.evaluate.search.deeper() if own else experiment.evaluate.search
 
 
 def _own(
@@ -73,19 +62,18 @@ def measure(
     experiment: Experiment | DenseExperiment,
     folder: Path,
     made: Prepared,
-    opened: Callable[[str], Any],
+    opened: Callable[[str], System],
 ) -> None:
     """Writes <system>.<split>.trec, metrics.json (system -> split -> measure), comparisons.json,
     success_at_k.png and training_curves.png, and prints the table.
 
     One system is in memory at a time, and of its runs one block of queries. Several processes
-    search together; the first does the rest. A run is kept beside its student, which is not
-    searched again by an evaluation that differs in other settings or in another student. What lies
-    in the stage's folder is a copy, for people.
+    search together; the first does the rest. Runs are kept, see `stages.kept_runs`: what lies in
+    the stage's folder is a copy, for people.
 
-    opened: a system -> what retrieves, such as a `Decoder`, by `search_of`.
+    opened: opens a system by its name, to search as `search_of` says.
     """
-    splits = experiment.prepare.test_splits
+    splits, evaluate = experiment.prepare.test_splits, experiment.evaluate
     if not splits:
         logger.info("evaluate: there are no test queries (Prepare.test_splits): nothing to measure")
     queries = {split: chosen_queries(experiment, made, split) for split in splits}
@@ -93,11 +81,14 @@ def measure(
     for split, asked in queries.items():
         if not asked:
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
-        evaluation.require_answers(experiment.evaluate.measures, asked.values(), split)
+        evaluation.require_answers(evaluate.measures, asked.values(), split)
+    if processes.first():
+        model_dir, untrained = Path(experiment.model_dir), experiment.untrained.values()
+        kinds.write_untrained(model_dir, untrained, evaluate.search.depth)
     values: dict[str, dict[str, Values]] = {}
-    for system in ["bm25"] * experiment.evaluate.bm25 + [*experiment.measured]:
-        runs = {split: _kept_run(experiment, system, split, bool(own[split])) for split in splits}
-        _search(experiment, made, system, opened, queries, runs, own)
+    for system in experiment.measured:
+        runs = {s: kept_runs.path_of(experiment, system, s, bool(own[s])) for s in splits}
+        kept_runs.search(experiment, made, system, opened, queries, runs, own)
         if processes.first():
             values[system] = {
                 split: _measure(experiment, made, queries[split], split, path)
@@ -105,19 +96,24 @@ def measure(
             }
             for split, path in runs.items():
                 _copy(path, folder / f"{system}.{split}.trec")
-    if not processes.first():
-        return
+    if processes.first():
+        _report(experiment, folder, values)
+
+
+def _report(
+    experiment: Experiment | DenseExperiment, folder: Path, values: dict[str, dict[str, Values]]
+) -> None:
+    """Writes and prints what was measured: system -> split -> its values."""
+    splits, names = experiment.prepare.test_splits, experiment.evaluate.measures
     measured = {
         system: {
-            split: evaluation.means(
-                {name: found[name] for name in experiment.evaluate.measures if name in found}
-            )
+            split: evaluation.means({name: found[name] for name in names if name in found})
             for split, found in by_split.items()
         }
         for system, by_split in values.items()
     }
     _write_json(folder / "metrics.json", measured)
-    compared = {split: _compare(values, split) for split in splits}
+    compared = {split: _compare(values, split, experiment.pairs) for split in splits}
     described = {
         split: [{"systems": pair, **asdict(c)} for pair, c in found]
         for split, found in compared.items()
@@ -127,7 +123,7 @@ def measure(
     _plot(experiment, folder, first)
     _show(measured, compared)
     for line in _choices(experiment):
-        _console().print(line, soft_wrap=True)
+        display.wide_console().print(line, soft_wrap=True)
 
 
 def chosen_queries(
@@ -154,108 +150,6 @@ def first_test_split(experiment: Experiment | DenseExperiment) -> str:
     )
 
 
-def _kept_run(experiment: Experiment | DenseExperiment, system: str, split: str, own: bool) -> Path:
-    """The file of a system's run, named by what is asked of it; BM25's lies with the corpus, and is
-    named by its settings too, but for BM25 of words, as it always was; that of `planned` lies with
-    its student, and is named by the plan too.
-
-    own: whether queries are passages, which are left out of the run.
-    """
-    settings = experiment.evaluate
-    student = system != "bm25"
-    asked = (settings.search if student else settings.search.depth, settings.max_queries)
-    drawn = settings.seed if settings.max_queries else 0
-    more = [experiment.plan] if system == "planned" else []
-    if not student and settings.baseline != WORDS:
-        more = [settings.baseline]
-    mark = fingerprint(describe([*asked, drawn, *["without self-hits"] * own, *more]))
-    stage = {"bm25": "prepare", "planned": "distill"}.get(system, system)
-    folder = Path(experiment.model_dir) / stage / "runs"
-    return folder / f"{system}.{split}-{mark}.trec"
-
-
-def _search(
-    experiment: Experiment | DenseExperiment,
-    made: Prepared,
-    system: str,
-    opened: Callable[[str], Any],
-    queries: dict[str, dict[str, Query]],
-    runs: dict[str, Path],
-    own: dict[str, frozenset[str]],
-) -> None:
-    """Writes the runs (by split) that are not there yet, or not as they were written; own: the
-    queries of each that must not find the passage of their id."""
-    first = processes.first()
-    absent = [split for split, path in runs.items() if not _is_kept(path)] if first else None
-    absent = processes.agree(absent)
-    if not absent or system == "bm25" and not processes.first():
-        return
-    depth = experiment.evaluate.search.depth
-    baseline = experiment.evaluate.baseline
-    search = _searcher(made, system, opened, baseline, depth + any(own.values()))
-    for split in absent:
-        found = search({qid: query.text for qid, query in queries[split].items()})
-        if any(own.values()):
-            found = _without_self_hits(found, own[split], depth, f"{system} on {split}")
-        if processes.first():
-            lists = (rank_list for run in found for rank_list in trec.rank_lists(run))
-            written = runs[split].with_name(f"{runs[split].stem}.partial.trec")
-            trec.write_run(written, lists, tag=f"dgr_jax-{system}")
-            kept.adopt(written, runs[split])
-        else:
-            collections.deque(found, maxlen=0)
-
-
-def _is_kept(path: Path) -> bool:
-    """Whether a run is there as it was written."""
-    if not path.is_file():
-        return False
-    try:
-        listed = kept.is_listed(path)
-    except kept.Damaged as damage:
-        logger.warning("evaluate: %s; searched again", damage.what)
-        return False
-    if not listed and path.stat().st_nlink > 1:
-        logger.info("evaluate: %s has another name, and may be edited; searched again", path)
-        return False
-    return True
-
-
-def _without_self_hits(
-    runs: Iterator[Run], own: frozenset[str], depth: int, name: str
-) -> Iterator[Run]:
-    """Blocks of a run without the queries' own passages, whose number is logged."""
-    hits = 0
-    for run in runs:
-        hits += sum(p.pid == qid for qid in own & run.keys() for p in run[qid])
-        yield self_hits.without(run, own, depth)
-    if hits:
-        logger.info("evaluate: %s: %s queries found themselves, left out", name, f"{hits:,}")
-
-
-def _searcher(
-    made: Prepared, system: str, opened: Callable[[str], Any], baseline: Bm25, depth: int
-) -> Callable[[dict[str, str]], Iterator[Run]]:
-    """queries -> the run of a system in blocks."""
-    if system == "bm25":
-        index = baseline.fit(made.store)
-        return lambda queries: (index.search(b, depth) for b in _blocks(queries))
-    student = opened(system)
-    return lambda queries: _retrieve(student, made, queries)
-
-
-def _blocks(queries: dict[str, Item]) -> Iterator[dict[str, Item]]:
-    items = list(queries.items())
-    return (dict(items[start : start + BLOCK]) for start in range(0, len(items), BLOCK))
-
-
-def _retrieve(student: Any, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
-    encoded = (student.encode(made.vocabulary, list(b.values())) for b in _blocks(queries))
-    found = student.passages_of_blocks(encoded)
-    for block, (passages, scores) in zip(_blocks(queries), found, strict=True):
-        yield scored_passages(list(block), passages, scores, made.store.pids)
-
-
 def _measure(
     experiment: Experiment | DenseExperiment,
     made: Prepared,
@@ -275,7 +169,7 @@ def _measure(
 
     values: Values = {}
     lacking = 0
-    for run in _read(path, queries):
+    for run in kept_runs.read(path, queries):
         found: Values = {}
         lacking += sum(not passages for passages in run.values())
         if of_answers:
@@ -296,20 +190,6 @@ def _measure(
     return values
 
 
-def _read(path: Path, queries: dict[str, Query]) -> Iterator[Run]:
-    """A run in blocks of the queries that it was made for; those without passages have no line."""
-    lists = trec.runs(path)
-    following = next(lists, None)
-    for block in _blocks(queries):
-        run: Run = {}
-        for qid in block:
-            run[qid] = []
-            if following is not None and following.qid == qid:
-                run[qid] = list(following.passages)
-                following = next(lists, None)
-        yield run
-
-
 def _copy(run: Path, shown: Path) -> None:
     """Of older versions, what is shown is another name of a run that is kept: it is not written
     into."""
@@ -322,15 +202,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _compare(
-    values: dict[str, dict[str, Values]], split: str
+    values: dict[str, dict[str, Values]], split: str, pairs: Iterable[tuple[str, str]]
 ) -> list[tuple[str, evaluation.Comparison]]:
-    """(systems, comparison) with a paired test over the queries, for every pair of interest, by
-    COMPARED and every measure of answers."""
-    pairs = [
-        ("distill", "generate"), ("distill", "control"), ("distill", "bm25"),
-        ("planned", "bm25"), ("planned", "distill"),
-        ("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"),
-    ]  # fmt: skip
+    """(systems, comparison) with a paired test over the queries, for every pair of which both are
+    measured, by COMPARED and every measure of answers."""
     return [
         (
             f"{a} against {b}",
@@ -363,16 +238,17 @@ def _plot(
         title = f"Success@k, {first_test_split(experiment)}"
         plots.success_at_k(curves, folder / "success_at_k.png", title=title)
     model_dir = Path(experiment.model_dir)
-    # BM25 and a plan have no curve, but a colour: the others have theirs in both plots.
+    # What is not trained has no curve, but a colour: the others have theirs in both plots.
+    trained = experiment.systems
     rows = {
-        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in experiment.systems else ()
+        s: metrics.read_jsonl(model_dir / s / "metrics.jsonl") if s in trained else ()
         for s in values
     }
     plots.training_curves(rows, folder / "training_curves.png")
 
 
 def _show(measured: Any, compared: Any) -> None:
-    console = _console()
+    console = display.wide_console()
     for split, found in compared.items():
         by_system = {system: by_split[split] for system, by_split in measured.items()}
         console.print(evaluation.measures_table(by_system, title=split))
@@ -391,99 +267,28 @@ def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
             yield f"{stage}: {choice}"
 
 
-def _console() -> Console:
-    """As wide as the terminal; as wide as any table where there is none, such as in a log."""
-    console = display.console()
-    return console if console.is_terminal else display.console(width=200)
+def _settings(experiment: Experiment | DenseExperiment) -> dict[str, Any]:
+    """Without a plan where there is none, so that older stages stay."""
+    plan = getattr(experiment, "plan", None)
+    return {"evaluate": experiment.evaluate} | ({} if plan is None else {"plan": plan})
 
 
-def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
-    """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv).
-
-    Raises ValueError for a file without judgements, a run that is given twice, and a run that is
-    empty or has no query of the judgements; says what else may not be as it was meant.
-    """
-    judged = trec.qrels_in_memory(trec.qrels(qrels_path))
-    if not judged:
-        raise ValueError(f"--qrels={qrels_path}: found no judgement; expected qid, 0, pid, grade")
-    highest = max(max(grades.values()) for grades in judged.values())
-    if highest < min_relevance:
-        logger.warning(
-            "--min_relevance=%d: the highest grade of %s is %d, so that nothing counts as relevant "
-            "but for graded measures", min_relevance, qrels_path, highest,
-        )  # fmt: skip
-    measured = {}
-    for path, name in _names(paths).items():
-        run = trec.run_in_memory(trec.runs(path))
-        for remark in _remarks(run, judged, path, qrels_path):
-            logger.warning("%s: %s", path, remark)
-        measured[name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
-    title = _names([qrels_path])[qrels_path]
-    _console().print(evaluation.measures_table(measured, title=title))
+def _upstream(experiment: Experiment | DenseExperiment) -> tuple[str, ...]:
+    """The stages of what is measured; `generate` comes before the others anyway."""
+    return tuple(system for system in experiment.systems if system != "generate")
 
 
-def _names(paths: list[str]) -> dict[str, str]:
-    """Path -> what it is called: the name of its file where that says which one it is."""
-    if twice := [path for path, count in collections.Counter(paths).items() if count > 1]:
-        raise ValueError(f"--run={twice[0]}: got it {paths.count(twice[0])} times, expected once")
-    counts = collections.Counter(Path(path).name for path in paths)
-    return {
-        path: Path(path).name if counts[Path(path).name] == 1 and Path(path).is_file() else path
-        for path in paths
-    }
-
-
-def _remarks(
-    run: Run, judged: dict[str, dict[str, int]], path: str, qrels_path: str
-) -> Iterator[str]:
-    """What may not be as it was meant; ValueError for a run that nothing can be measured of."""
-    if not run:
-        raise ValueError(f"--run={path}: found no passage; expected a TREC run")
-    both, other = [qid for qid in run if qid in judged], next(iter(run))
-    if not both:
-        raise ValueError(
-            f"--run={path}: found none of the {len(judged):,} queries of {qrels_path} among its "
-            f"{len(run):,}, such as {other!r}; expected a run of these queries"
-        )
-    if lacking := len(judged) - len(both):
-        yield f"lacks {lacking:,} of the {len(judged):,} judged queries, which count as 0"
-    if beside := len(run) - len(both):
-        yield f"{beside:,} of its {len(run):,} queries have no judgements, and are left out"
-    pids = {pid for grades in judged.values() for pid in grades}
-    if not any(passage.pid in pids for qid in both for passage in run[qid]):
-        pid = run[both[0]][0].pid
-        yield (
-            f"none of its passages, such as {pid!r}, is among the {len(pids):,} judged ones; is it "
-            "of another collection?"
-        )
-    ties = sum(len({p.score for p in run[qid]}) < len(run[qid]) for qid in both)
-    if ties:
-        yield (
-            f"passages of {ties:,} queries have equal scores, and stand in the order of their "
-            "pids; other tools may order them otherwise"
-        )
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """Without the plan where there is none, so that older stages stay."""
-    plan = {} if experiment.plan is None else {"plan": experiment.plan}
-    return {"evaluate": experiment.evaluate, **plan}
-
-
-def _check(experiment: Experiment) -> None:
+def _check(experiment: Experiment | DenseExperiment) -> None:
     """Raises ValueError where measures cannot be taken, or the prepared corpus is too small for the
     plan."""
+    if isinstance(experiment, DenseExperiment):
+        one_process(experiment)
     check_measures(experiment)
-    report = Path(experiment.model_dir) / "prepare" / "report.json"
-    if experiment.plan is not None and report.is_file():
+    report = Path(experiment.model_dir) / PREPARE / "report.json"
+    plan = getattr(experiment, "plan", None)
+    if plan is not None and report.is_file():
         with kept.reading(report):
-            check_corpus(experiment.plan, kept.read_json(report)["passages"])
+            check_corpus(plan, kept.read_json(report)["passages"])
 
 
-STAGE = Stage(
-    "evaluate",
-    evaluate,
-    settings=_settings,
-    upstream=lambda e: ("distill", "control") if e.control else ("distill",),
-    check=_check,
-)
+STAGE = Stage("evaluate", evaluate, settings=_settings, upstream=_upstream, check=_check)

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +37,32 @@ def write_report(folder: Path, report: dict[str, Any], settings: Prepare | Dense
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the prepare stage left, opened: `table` of docids, or `indexes` of several views; a
-    dense retriever has neither."""
+    """What the prepare stage left, opened. A dense retriever has no identifiers."""
 
     folder: Path
     store: PassageStore
     vocabulary: Vocabulary
-    table: IdentifierTable | None
-    indexes: ViewIndexes | None
 
     @classmethod
-    def load(cls, model_dir: str | Path, *, identifiers: bool = True) -> Prepared:
+    def load(cls, model_dir: str | Path) -> Prepared:
         folder = Path(model_dir) / PREPARE
-        vocabulary = Vocabulary.load(folder)
-        views, table, indexes = bool(vocabulary.views), None, None
-        if identifiers and views:
-            indexes = ViewIndexes.load(folder, vocabulary)
-        elif identifiers:
-            table = IdentifierTable.load(folder / "identifiers")
-        return cls(folder, PassageStore(folder / "passages"), vocabulary, table, indexes)
+        return cls(folder, PassageStore(folder / "passages"), Vocabulary.load(folder))
+
+    @cached_property
+    def table(self) -> IdentifierTable:
+        """One identifier of each passage; ValueError where there are those of several views."""
+        if self.vocabulary.views:
+            raise ValueError(
+                f"{self.folder.parent} has identifiers of several views; expected one a passage, "
+                "such as Prepare.identifiers = @ResidualQuantization()"
+            )
+        return IdentifierTable.load(self.folder / "identifiers")
+
+    @cached_property
+    def indexes(self) -> ViewIndexes | None:
+        """Identifiers of several views; None where a passage has one."""
+        views = bool(self.vocabulary.views)
+        return ViewIndexes.load(self.folder, self.vocabulary) if views else None
 
     def queries(self, split: str) -> dict[str, Query]:
         """qid -> query of a split."""

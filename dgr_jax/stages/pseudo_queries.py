@@ -23,6 +23,7 @@ from dgr_jax.corpora.types import Qrel
 from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.display import listed
+from dgr_jax.experiments.common import with_vocabulary
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir.kept import Damaged, entry, read_json
@@ -30,7 +31,6 @@ from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import trained
 from dgr_jax.retrieval.sampling import Sampler
 from dgr_jax.stages.inputs import check_collection, of_collection
-from dgr_jax.stages.systems import model_config
 from dgr_jax.stages.training_run import check_batches, train
 from dgr_jax.training import arrays
 from dgr_jax.training.source import ArraySource
@@ -153,7 +153,7 @@ def _features(
 def generate(experiment: PseudoQueries, folder: Path) -> None:
     """Learn to write the query of a passage."""
     vocabulary = Prepared.of(experiment).vocabulary
-    model = Transformer(model_config(experiment, vocabulary.size))
+    model = Transformer(with_vocabulary(experiment.model, vocabulary.size))
     train(experiment, folder, folder.name, experiment.generate, model, batches(experiment))
 
 
@@ -188,7 +188,7 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
 
 
 def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
-    config = model_config(experiment, made.vocabulary.size)
+    config = with_vocabulary(experiment.model, made.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
     folder = made.folder.parent / GENERATE.name
     params = trained.params(folder, Transformer(config), mesh, experiment.mesh.rules)

@@ -42,7 +42,7 @@ _SAY = 100_000  # passages after which it is said how far it is
 def start(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     """Writes the embeddings, and report.json with what they were made from."""
     assert isinstance(experiment.initial, Corpus)  # as the stage is there
-    prepared = Prepared.load(experiment.model_dir, identifiers=False)
+    prepared = Prepared.load(experiment.model_dir)
     blocks = list(counted(prepared.store, prepared.vocabulary, experiment.initial))
     tokens, rows = corpus_start.embeddings(blocks, experiment.width)
     np.save(folder / "tokens.npy", tokens)

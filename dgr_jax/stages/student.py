@@ -15,11 +15,11 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.retriever import write_student
+from dgr_jax.retrieval.kinds import write_student
 from dgr_jax.settings import describe
 from dgr_jax.stages import start, validation
 from dgr_jax.stages.prepared import PREPARE, Prepared
-from dgr_jax.stages.systems import _trained, assembled, model_config
+from dgr_jax.stages.systems import assembled, params
 from dgr_jax.stages.training_run import Later, check_batches, train, validated
 from dgr_jax.training.source import MixtureSource, Source
 
@@ -30,8 +30,8 @@ def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     initial = None
     if experiment.initial is not None:
-        vocabulary = Prepared.load(experiment.model_dir, identifiers=False).vocabulary
-        config = model_config(experiment, vocabulary.size)
+        vocabulary = Prepared.load(experiment.model_dir).vocabulary
+        config = experiment.sized(vocabulary.size)
         if start.STAGE.name in experiment.stages:
             seed = experiment.generate.seed
             initial = start.parameters(experiment, Transformer(config), seed)
@@ -83,7 +83,7 @@ def _control_settings(experiment: Experiment) -> dict[str, Any]:
 
 def generated(experiment: Experiment) -> Any:
     """Parameters of the student that has learned to generate."""
-    return _trained(experiment, GENERATE.name)
+    return params(experiment, GENERATE.name, Prepared.load(experiment.model_dir))
 
 
 def mixture(experiment: Experiment, settings: Training) -> Source:
@@ -107,13 +107,14 @@ def train_student(
 ) -> None:
     """One training run, which leaves what `Retriever.load` needs."""
     made = Prepared.load(experiment.model_dir)
-    config = model_config(experiment, made.vocabulary.size)
-    opened = lambda params, search: assembled(experiment, params, search, made)
+    config = experiment.sized(made.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, folder, params, search, made)
     measured = validation.of(experiment, settings, made, validation.reopened(opened))
     model = Transformer(config)
     train(experiment, folder, folder.name, settings, model, source, initial, measured)
     if processes.first():
-        write_student(folder, config, experiment.evaluate.search)
+        systems = experiment.systems
+        write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
 
 
 GENERATE = Stage(

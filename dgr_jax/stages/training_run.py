@@ -15,7 +15,6 @@ from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.pseudo_queries import PseudoQueries
-from dgr_jax.models.t5 import T5Config
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
@@ -42,16 +41,6 @@ class _Together:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Any:
         return {k: s.batch(step, process_index, process_count) for k, s in self.sources.items()}
-
-
-def with_vocabulary(config: T5Config, vocab_size: int) -> T5Config:
-    """The sizes with so many tokens, unless T5Config.vocab_size is set; ValueError if too small."""
-    if config.vocab_size and config.vocab_size < vocab_size:
-        raise ValueError(
-            f"T5Config.vocab_size: got {config.vocab_size}, expected at least {vocab_size}, the "
-            "text pieces and docid codes of this experiment (0 takes just those)"
-        )
-    return dataclasses.replace(config, vocab_size=config.vocab_size or vocab_size)
 
 
 def validated(settings: Settings, *trained: str) -> Settings:

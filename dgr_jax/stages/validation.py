@@ -32,13 +32,13 @@ def of(
     queries, qrels = made.queries(split), made.qrels(split)
     own = judged.self_hits(experiment.prepare, queries, made.store, qrels)
     search = experiment.evaluate.validation_search
-    wider = self_hits.deeper(search) if own else search
+    wider = search.deeper() if own else search
     qids, texts = list(queries), [query.text for query in queries.values()]
 
     def measure(params: Any) -> float:
         system = opened(params, wider).by_pid(made.store.pid_of)
         blocks = (
-            made.vocabulary.encode_inputs(texts[start : start + BLOCK], system.query_length)
+            system.encode(made.vocabulary, texts[start : start + BLOCK])
             for start in range(0, len(texts), BLOCK)
         )
         found = zip(*system.passages_of_blocks(blocks), strict=True)

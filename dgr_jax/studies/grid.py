@@ -91,12 +91,21 @@ class Grid:
         """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
         made = self._load_flags(flags, keep)
-        if not {"bm25", *made.measured} & set(run.systems):
+        if not set(made.measured) & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {shown(run.labels)}, expected some of "
-                f"{('bm25', *made.measured)}"
+                f"{made.measured}"
             )
         return made
+
+    def check(self) -> None:
+        """Raises ValueError where an experiment cannot be, or a system is one of none of them."""
+        known = dict.fromkeys(name for run in self.runs for name in self.experiment(run).measured)
+        unknown = [name for run in self.runs for name in run.systems if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Study.systems: got {unknown[0]!r}, expected some of {', '.join(known)}"
+            )
 
     def state(self, run: Run) -> dict[str, tuple[bool, Path]]:
         """stage -> (whether it is done, where it is kept)."""

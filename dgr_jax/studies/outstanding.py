@@ -46,6 +46,7 @@ def show(grid: Grid) -> None:
     PFLOP: of training, by `costs.expected_flops`. Times are those of finished stages of the
     same kind in this study, of training for as many FLOPs; '?' where there is none.
     """
+    grid.check()
     stages = list(_stages(grid))
     seconds: dict[tuple[str, bool], list[float]] = {}
     for one in stages:

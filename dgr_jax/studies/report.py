@@ -15,8 +15,8 @@ import numpy as np
 from dgr_jax import evaluation, plots
 from dgr_jax.analysis import beam_losses, costs
 from dgr_jax.display import harmless
-from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.study import choices
+from dgr_jax.retrieval.kinds import TRAINED
 from dgr_jax.studies import results
 from dgr_jax.studies.grid import Grid, shown, slug
 from dgr_jax.studies.rows import Row, check_fair, interval, markdown
@@ -53,7 +53,7 @@ def _report_limits(grid: Grid) -> None:
     table, series = [], {}
     for labels, group in itertools.groupby(grid.runs, key=lambda run: run.labels):
         runs = [run for run in group if grid.state(run)["evaluate"][0]]
-        runs = [run for run in runs if isinstance(grid.experiment(run), Experiment)]
+        runs = [run for run in runs if TRAINED[grid.experiment(run).kind].writes]
         known = grid.experiment(runs[0]).systems if runs else ()
         systems = [s for s in runs[0].systems if s in known] if runs else []
         for system in systems:

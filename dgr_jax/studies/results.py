@@ -23,20 +23,19 @@ def rows(grid: Grid) -> list[Row]:
     rows: dict[Any, Row] = {}
     for group in grid.finished():
         labels, states = group[0].labels, [grid.state(run) for run in group]
+        experiment = grid.experiment(group[0])
         for run in group:
             grid.link(run)
         for system in group[0].systems:
-            if system == "bm25":
-                made_of = _asked(grid, group[0])
-            elif system in states[0]:
-                searched = fingerprint(describe(grid.experiment(group[0]).evaluate))
-                made_of = (searched, *(state[system][1] for state in states))
-            elif system in grid.experiment(group[0]).measured:  # a student with a plan
-                asked = [grid.experiment(group[0]).evaluate, grid.experiment(group[0]).plan]
-                searched = fingerprint(describe(asked))
-                made_of = (searched, *(state["distill"][1] for state in states))
-            else:
+            if system not in experiment.measured:
                 continue
+            trained = experiment.made_of(system)
+            asked = (
+                fingerprint(describe(experiment.evaluate)) if trained else _asked(grid, group[0])
+            )
+            untrained = experiment.untrained.get(system)
+            beside = () if untrained is None else (fingerprint(describe(untrained)),)
+            made_of = (asked, *beside, *(state[name][1] for name in trained for state in states))
             named = {**labels, "system": system}
             if made_of in rows:
                 rows[made_of].again.append(named)
@@ -68,15 +67,16 @@ def _row(grid: Grid, labels: dict[str, str], runs: Sequence[Run]) -> Row:
 
 
 def _costs(grid: Grid, experiment: Experiment, folder: Path, system: str) -> dict[str, float]:
-    """What `dgr_jax.analysis.costs` measures of a student, once: it is kept beside the runs."""
-    if system not in experiment.systems or not (grid.study.costs or grid.study.drift):
+    """What `dgr_jax.analysis.costs` measures, once: it is kept beside the runs."""
+    drift = grid.study.drift if system in experiment.systems else ""
+    if not experiment.made_of(system) or not (grid.study.costs or drift):
         return {}
     path = folder / "evaluate" / f"costs-{system}.json"
-    asked = {"split": grid.study.split, "drift": grid.study.drift}
+    asked = {"split": grid.study.split, "drift": drift}
     kept: dict[str, Any] = read_kept(path)
     if kept.get("asked") != asked:
         logger.info("study: costs of %s, %s", folder.name, system)
-        found = costs.measure(experiment, system, grid.study.split, grid.study.drift)
+        found = costs.measure(experiment, system, grid.study.split, drift)
         kept = {"asked": asked, "found": found}
         write_kept(path, kept)
     found = kept["found"]

@@ -55,7 +55,7 @@ def values_of(
     experiment: Experiment, folder: Path, system: str, split: str, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Every measure of each query, in the order of the qids."""
-    made = Prepared.load(folder, identifiers=False)
+    made = Prepared.load(folder)
     run = trec.run_in_memory(trec.runs(kept.opened(folder / "evaluate" / f"{system}.{split}.trec")))
     least, grades = experiment.evaluate.min_relevance, made.qrels(split)
     if experiment.evaluate.max_queries:
@@ -69,13 +69,16 @@ def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> d
     collection = json.dumps(describe(experiment.collection), sort_keys=True)
     measured = split, experiment.evaluate.max_queries, collection
     fair = {"split": (*measured, *experiment.prepare.rules_of_measures)}
-    if system == "bm25":
+    made_of = experiment.made_of(system)
+    if not made_of:
         return fair
     prepared = folder / "prepare"
     vocabulary = kept.read_json(prepared / "vocabulary.json")
     model = kept.opened(prepared / "spiece.model")
     pieces = hashlib.sha256(model.read_bytes()).hexdigest()[:8]
-    return fair | experiment.compared(system) | {"vocabulary": (vocabulary["text_size"], pieces)}
+    return (
+        fair | experiment.compared(made_of[0]) | {"vocabulary": (vocabulary["text_size"], pieces)}
+    )
 
 
 def check_fair(

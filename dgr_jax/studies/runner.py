@@ -26,8 +26,7 @@ def run(grid: Grid) -> list[str]:
     Raises before anything starts where one of them cannot be. SIGTERM stops the experiment that
     runs, and ends this process with the status of one told to stop.
     """
-    for run in grid.runs:
-        grid.experiment(run)
+    grid.check()
     failures = []
     for number, run in enumerate(grid.runs, start=1):
         grid.link(run)

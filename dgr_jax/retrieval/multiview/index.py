@@ -182,14 +182,12 @@ class MultiviewIndex:
 
     def __post_init__(self) -> None:
         if self.text is not None:
-            expected = self.text.num_passages
             object.__setattr__(self, "num_tokens", self.num_tokens or len(self.text))
-        elif self.tables and self.num_tokens:
-            expected = next(iter(self.tables.values())).num_passages
-        else:
+        elif not self.tables or not self.num_tokens:
             raise ValueError(
                 "MultiviewIndex.text: got None; expected num_tokens and a table instead of it"
             )
+        expected = self.num_passages
         for view, table in self.tables.items():
             if view not in VIEWS or view == "body":
                 raise ValueError(f"MultiviewIndex.tables: got view {view!r}, expected title, query")
@@ -204,6 +202,13 @@ class MultiviewIndex:
                 f"MultiviewIndex.allowed must be bool of shape [{expected}]; got {mask.dtype} of "
                 f"shape {mask.shape}"
             )
+
+    @property
+    def num_passages(self) -> int:
+        """Passages of the corpus."""
+        if self.text is not None:
+            return self.text.num_passages
+        return next(iter(self.tables.values())).num_passages
 
     def rank(self, written: Sequence[Written]) -> list[Scored]:
         """The passages that hold identifiers of each of B queries; none where no passage does.

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -24,8 +24,8 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
-from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.batching import Found, ReadsTokens
+from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.multiview.index import (
     MultiviewIndex,
@@ -35,9 +35,13 @@ from dgr_jax.retrieval.multiview.index import (
     written_rows,
     written_spans,
 )
+from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.special_tokens import EOS_ID
+
+_KEYED = 32  # queries whose findings are held, before their keys are cut
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,15 @@ class MultiviewSearch:
             query_length=ranges.at_least(3, ", the marker of the view and EOS counted"),
         )
 
-    @classmethod
-    def of(cls, described: Mapping[str, Any]) -> MultiviewSearch:
-        """Settings from what dataclasses.asdict has made of them."""
-        return cls(**{**described, "scoring": Scoring(**described["scoring"])})
+    def deeper(self) -> MultiviewSearch:
+        """The settings of a search that finds one passage more, see `generative.Search`."""
+        most = self.scoring.max_passages
+        scoring = dataclasses.replace(self.scoring, max_passages=most + (most <= self.depth))
+        return dataclasses.replace(self, depth=self.depth + 1, scoring=scoring)
 
 
 @dataclass
-class MultiviewDecoder(ReadsTokens):
+class MultiviewDecoder(TrainedSystem):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -96,6 +101,18 @@ class MultiviewDecoder(ReadsTokens):
     span_tokens: int = 10
     opening: np.ndarray | None = None
     rules: partitioning.Rules = partitioning.RULES
+
+    writes: ClassVar[bool] = True
+    model_settings: ClassVar = T5Config
+    search_settings: ClassVar = MultiviewSearch
+    network: ClassVar = Transformer
+
+    @classmethod
+    def opened(cls, trained: Trained, params: Any) -> MultiviewDecoder:
+        """See TrainedSystem."""
+        indexes = ViewIndexes.load(trained.prepared, trained.vocabulary)
+        settings = trained.search, trained.mesh, trained.rules
+        return cls.of(trained.model, params, indexes, *settings)
 
     @classmethod
     def of(
@@ -146,18 +163,19 @@ class MultiviewDecoder(ReadsTokens):
         return self.search.query_length - 1
 
     @property
-    def num_identifiers(self) -> int:
-        """Titles, pseudo-queries, and body spans, one a token of the text."""
-        body = 0 if self.index.text is None else len(self.index.text)
-        return body + sum(len(self.index.tables[view]) for view in self.tries)
-
-    @property
     def index_bytes(self) -> int:
         """Bytes that a search reads beside the parameters: the suffix array, tries and tables."""
         text = 0 if self.index.text is None else self.index.text.nbytes
         tables = [self.index.tables[view] for view in self.tries]
         owned = sum(table.offsets.nbytes + table.passages.nbytes for table in tables)
         return text + owned + sum(trie.nbytes for trie in self.tries.values())
+
+    def describe(self) -> dict[str, Any]:
+        """See System. Identifiers are titles, pseudo-queries, and body spans, one a token of the
+        text."""
+        body = 0 if self.index.text is None else len(self.index.text)
+        count = body + sum(len(self.index.tables[view]) for view in self.tries)
+        return self.described(count, self.identifier_length)
 
     @property
     def identifier_length(self) -> int:
@@ -172,27 +190,18 @@ class MultiviewDecoder(ReadsTokens):
         return sum(beams * (self.span_tokens if v == "body" else 1) for v in self.markers)
 
     @property
-    def most_passages(self) -> int:
-        """Passages that a query can find at most."""
-        return min(self.limits.values())
-
-    @property
     def limits(self) -> dict[str, int]:
-        """What bounds the passages of a query, by name."""
+        """See System."""
         most = self.search.scoring.max_passages
         return {"depth": self.search.depth, "scoring.max_passages": most}
 
     def restrict(self, passage_mask: np.ndarray) -> MultiviewDecoder:
-        """A decoder that finds only some passages, bool [P]; nothing is compiled again.
-
-        Titles and pseudo-queries of no other passage are not written; spans of the text are those
-        of all passages. Counts stay those of the whole corpus.
-        Raises ValueError for a mask of another shape or dtype, or one that leaves no identifier.
-        """
-        mask = np.asarray(passage_mask)
-        if mask.dtype == np.bool_ and self.index.allowed is not None:
-            mask = mask & self.index.allowed
-        index = dataclasses.replace(self.index, allowed=mask)  # checks the mask
+        """See System. Titles and pseudo-queries of no other passage are not written, ValueError
+        where none is left; spans of the text are those of all passages. Counts stay those of the
+        whole corpus."""
+        count, allowed = self.index.num_passages, self.index.allowed
+        mask = checked_mask(passage_mask, count, allowed, "MultiviewDecoder")
+        index = dataclasses.replace(self.index, allowed=mask)
         tries = {
             view: trie.restrict(
                 np.maximum.reduceat(
@@ -215,14 +224,13 @@ class MultiviewDecoder(ReadsTokens):
         size = 1 if len(tokens) == 1 else self.search.batch_size
         return best(list(self._scored([tokens], size)), self.search.depth)
 
-    def hits(self, tokens: np.ndarray) -> Iterator[list[tuple[int, float, np.ndarray]]]:
-        """(passage index, score, tokens of the identifier of most weight) of each query int32
-        [n, Q], best first, at most `depth`."""
+    def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
+        """See System: the tokens are those of the identifier of most weight."""
         size = 1 if len(tokens) == 1 else self.search.batch_size
         for result in self._scored([tokens], size):
             best_of = result.query.tokens[result.packed.members[: self.search.depth, 0]]
-            pairs = zip(result.passages.tolist(), result.scores.tolist(), best_of, strict=False)
-            yield list(pairs)
+            rows = zip(result.passages.tolist(), result.scores.tolist(), best_of, strict=False)
+            yield [SystemHit(*row) for row in rows]
 
     def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
         """`passages` of each block of queries, which a generator may tokenise."""
@@ -239,14 +247,26 @@ class MultiviewDecoder(ReadsTokens):
                 np.concatenate([nothing, *scores]),
             )
 
-    def scored(self, blocks: Iterable[np.ndarray]) -> Iterator[Scored]:
+    def candidates(self, blocks: Iterable[np.ndarray], limit: int) -> Iterator[Keys]:
+        """See System; with the keys of the passages, see `multiview.keys`."""
+        depth = self.search.depth
+        sizes = {"identifiers": self.most_identifiers, "length": self.identifier_length}
+        counted, blocks = itertools.tee(blocks)
+        scored = self._scored(blocks, self.search.batch_size)
+        for block in counted:
+            parts = []
+            for start in range(0, len(block), _KEYED):
+                few = list(itertools.islice(scored, min(_KEYED, len(block) - start)))
+                passages, scores = best(few, depth)
+                held = keys(few, depth=depth, limit=limit, **sizes)
+                parts.append({"passages": passages, "scores": scores} | held)
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
         """What each query of all blocks found, one after another, with its identifiers.
 
         The next batch is on the device while the host ranks the one before.
         """
-        return self._scored(blocks, self.search.batch_size)
-
-    def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
         for batch in one_behind(self._started(blocks, batch_size)):
             yield from self.index.rank(self._written(*batch))
 

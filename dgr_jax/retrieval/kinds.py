@@ -1,0 +1,148 @@
+"""Kinds of systems, and how each is written and opened: student.json beside the checkpoints of a
+trained one, systems.json of an evaluation for those that no stage trains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dgr_jax import partitioning
+from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.model_dir import kept
+from dgr_jax.model_dir.records import PREVIOUS, STUDENT
+from dgr_jax.retrieval import bm25, planned, trained
+from dgr_jax.retrieval.dense import Searcher
+from dgr_jax.retrieval.generative import Decoder
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
+from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
+from dgr_jax.settings import restored
+
+TRAINED: dict[str, type[TrainedSystem]] = {
+    "docid": Decoder,
+    "multiview": MultiviewDecoder,
+    "dense": Searcher,
+}
+UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
+
+SYSTEMS = Path("evaluate", "systems.json")
+
+# The systems of an experiment, of which older files say nothing; _OPTIONAL: those that are there.
+_OLD = {
+    "docid": ("generate", "control", "distill"),
+    "multiview": ("generate", "control", "distill"),
+    "dense": ("dense", "refresh"),
+}
+_OPTIONAL = ("control", "refresh")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What student.json says of a trained system: its kind, its settings as JSON, and the systems
+    that its experiment trains, the best one last."""
+
+    kind: str
+    model: dict[str, Any]
+    search: dict[str, Any]
+    systems: tuple[str, ...]
+
+
+def write_student(folder: Path, kind: str, model: Any, search: Any, systems: Sequence[str]) -> None:
+    """Leave beside the checkpoints of a trained system what is needed to open it."""
+    settings = dataclasses.asdict(model), dataclasses.asdict(search)
+    described = dataclasses.asdict(Student(kind, *settings, tuple(systems)))
+    (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def read_student(folder: Path) -> Student:
+    """What `write_student` wrote; of a folder that an older version wrote, what it must have been.
+
+    Raises kept.Damaged where it cannot be read.
+    """
+    with kept.reading(folder / STUDENT) as path:
+        said = kept.read_json(path)
+        model, search = dict(said["model"]), dict(said["search"])
+        old = "dense" if "t5" in model else "multiview" if "scoring" in search else "docid"
+        kind = said.get("kind", old)
+        if kind not in TRAINED:
+            raise ValueError(f"got kind {kind!r}, expected one of {', '.join(TRAINED)}")
+        there = [n for n in _OLD[old] if n not in _OPTIONAL or (folder.parent / n).is_dir()]
+        return Student(kind, model, search, tuple(said.get("systems", there)))
+
+
+def best_first(model_dir: Path) -> tuple[str, ...]:
+    """The systems that the experiments of a MODEL_DIR train, the best one first."""
+    said = []
+    for folder in ("*", f"{PREVIOUS}/*"):
+        for path in model_dir.glob(f"{folder}/{STUDENT}"):
+            # Whoever opens a system that is damaged is told so.
+            with contextlib.suppress(OSError, ValueError):
+                said.append(read_student(path.parent).systems[::-1])
+    orders = sorted(said, key=len, reverse=True) or [order[::-1] for order in _OLD.values()]
+    return tuple(dict.fromkeys(name for order in orders for name in order))
+
+
+def open_student(
+    student: Student,
+    folder: Path,
+    prepared: Path,
+    vocabulary: Vocabulary,
+    mesh: jax.sharding.Mesh,
+    rules: partitioning.Rules,
+    settings: Mapping[str, Any],
+) -> System:
+    """A trained system, from the folder of its stage and that of the prepare stage.
+
+    settings: of its search, which replace those that it was written with.
+    """
+    kind = TRAINED[student.kind]
+    with kept.reading(folder / STUDENT):
+        model = restored(kind.model_settings, student.model)
+        search = restored(kind.search_settings, student.search)
+    search = dataclasses.replace(search, **settings)
+    source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
+    return kind.opened(source, trained.params(folder, kind.network(model), mesh, rules))
+
+
+def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:
+    """Leave with an evaluation what is needed to open the systems that no stage trains."""
+    said = {
+        system.name: {
+            "kind": type(system).__name__,
+            "settings": dataclasses.asdict(system),
+            "depth": depth,
+        }
+        for system in settings
+    }
+    partial = (model_dir / SYSTEMS).with_suffix(".partial")
+    partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
+    partial.replace(model_dir / SYSTEMS)
+
+
+def untrained(model_dir: Path) -> Mapping[str, Any]:
+    """What `write_untrained` wrote, by name; {} where nothing was evaluated."""
+    path = model_dir / SYSTEMS
+    try:
+        with kept.reading(path):
+            return dict(kept.read_json(path))
+    except FileNotFoundError:
+        return {}
+
+
+def settings_of(said: Mapping[str, Any]) -> SystemSettings:
+    """The settings of a system that no stage trains, from what `untrained` says of it.
+
+    Raises ValueError for a kind that nothing which was imported defines.
+    """
+    if said["kind"] not in SystemSettings.kinds:
+        raise ValueError(
+            f"got a system of kind {said['kind']!r}, expected one of "
+            f"{', '.join(SystemSettings.kinds)}: import the module that defines it"
+        )
+    return restored(SystemSettings.kinds[said["kind"]], said["settings"])
