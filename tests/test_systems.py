@@ -423,7 +423,8 @@ def test_a_system_of_an_unknown_kind(tmp_path):
 
 
 def test_bm25_of_words_beside_that_of_stems(known):
-    experiment = loaded("--gin.Evaluate.systems=(@Bm25Baseline(),)", "--gin.Bm25Baseline.name='w'",
+    experiment = loaded("--gin.PLAN=None", "--gin.Evaluate.systems=(@Bm25Baseline(),)",
+                        "--gin.Bm25Baseline.name='w'",
                         "--gin.Bm25Baseline.bm25=@w/Bm25()", "--gin.w/Bm25.stemmer=''")  # fmt: skip
     assert experiment.measured == ("bm25", "generate", "control", "distill", "w")
     stems, words = (experiment.untrained[name].bm25 for name in ("bm25", "w"))

@@ -79,10 +79,12 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
     config = experiment.network(Prepared.load(experiment.model_dir).vocabulary.size)
     made_of = experiment.made_of(system)
     stages = {k: v for name in made_of for k, v in experiment.training(name).items()}
-    return sum(
-        settings.steps * step_flops(config, experiment.stages[stage].batches(experiment).batch(0))
-        for stage, settings in stages.items()
-    )
+    total = 0.0
+    for stage, settings in stages.items():
+        batches = experiment.stages[stage].batches
+        assert batches is not None  # as the stage trains
+        total += settings.steps * step_flops(config, batches(experiment).batch(0))
+    return total
 
 
 def expected_flops(

@@ -239,7 +239,7 @@ class _Sources:
     def of(cls, model_dir: Path, system: str | None) -> _Sources:
         """Those of a system, or of the best one."""
         untrained, names = kinds.untrained(model_dir), kinds.best_first(model_dir)
-        if system in untrained:
+        if system is not None and system in untrained:
             return cls._made_of(model_dir, system, untrained[system])
         if system not in (None, *names):
             raise ValueError(

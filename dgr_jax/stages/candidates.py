@@ -56,7 +56,8 @@ def candidates(experiment: Experiment, folder: Path) -> None:
         if asked.own:
             found = self_hits.left_out(found, own[start : start + BLOCK])
         temporary = folder / "part.partial.npz"
-        np.savez(temporary, **found)
+        arrays: dict[str, Any] = found
+        np.savez(temporary, **arrays)
         temporary.replace(parts[start])
         logger.info("candidates: %d/%d queries", min(start + BLOCK, len(qids)), len(qids))
     if not processes.first():
