@@ -7,6 +7,6 @@ quickstart_generation: their mixture; quickstart_rank_lists: query -> teacher's 
 from dgr_jax.data import tasks
 
 
-def register(prepared: tasks.PreparedExamples) -> None:
+def register(prepared: tasks.Prepared) -> None:
     """Add the tasks of a prepared collection to SeqIO's registries."""
     tasks.register("quickstart", prepared)

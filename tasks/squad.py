@@ -7,6 +7,6 @@ squad_generation: their mixture; squad_rank_lists: query -> teacher's rank list.
 from dgr_jax.data import tasks
 
 
-def register(prepared: tasks.PreparedExamples) -> None:
+def register(prepared: tasks.Prepared) -> None:
     """Add the tasks of a prepared collection to SeqIO's registries."""
     tasks.register("squad", prepared)

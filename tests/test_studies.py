@@ -690,7 +690,7 @@ def test_a_study_runs_what_is_missing(finished, command):
 
 def test_rows_of_a_plan(tmp_path, monkeypatch):
     """A plan of other settings is another row of the same student; there are none without."""
-    plans = {"none": {}, "a": {"Experiment.plan": "@Lexical()"}}
+    plans = {"none": {"PLAN": None}, "a": {"PLAN": "@Lexical()"}}
     plans["b"] = plans["a"] | {"Lexical.weight": 0.5}
     grid = grid_of(study(systems=("distill", "planned"), axes={"plan": plans}), tmp_path)
     state = {"distill": (True, "as trained"), "evaluate": (True, "")}

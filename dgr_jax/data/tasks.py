@@ -46,6 +46,10 @@ class PreparedExamples:
     rank_lists: RankListSource | None = None
 
 
+# Task files call it so: what they hold is among the settings of a stage, which would run again.
+Prepared = PreparedExamples
+
+
 @dataclass(frozen=True)
 class PreparedPositives:
     """The examples of a collection that was prepared for a dense retriever.
