@@ -54,7 +54,7 @@ def mixed_corpus(size, seed=0):
 
 
 def build(scheme, store, seed=0):
-    (table,) = scheme.build(Material(store, encode, FIRST_CODE, seed=seed))
+    table = scheme.build(store, encode=encode, first_code_id=FIRST_CODE, seed=seed)
     return table
 
 
@@ -425,7 +425,7 @@ def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
     titles = ["\u200b", "\u200b\u200d", "\u200b", "\u6771a", "\u4eaca"]
     store = corpus(texts, titles)
     with caplog.at_level(logging.WARNING):
-        (table,) = Title(max_tokens=4).build(Material(store, latin))
+        (table,) = Title(max_tokens=4).tables(Material(store, latin))
     named = table.rows_of_passages()
     shown = [[t for t in table.tokens[row].tolist() if t] for row in named]
     assert shown[0] == [*latin("kett"), 1]
@@ -439,7 +439,7 @@ def test_the_text_stands_for_a_title_that_no_token_writes(caplog):
     with pytest.raises(
         ValueError, match="Title: none of 1 passages has a title or a text of which"
     ):
-        Title().build(Material(corpus([" "], ["\u200b"]), latin))
+        Title().tables(Material(corpus([" "], ["\u200b"]), latin))
 
 
 def test_string_digits_are_zero_padded():

@@ -59,7 +59,7 @@ def built(vocabulary, store):
     material = Material(
         store, vocabulary.encode, marker=vocabulary.marker, pseudo_queries=lambda: PSEUDO
     )
-    titles, queries = scheme.build(material)
+    titles, queries = scheme.tables(material)
     text = scheme.text_tokens(material, counts)
     return titles, queries, suffix_array.build(text, vocab_size=vocabulary.size), counts
 
@@ -67,7 +67,7 @@ def built(vocabulary, store):
 def table_of(view, passages, encode, pairs=(), marker=7, **settings):
     """The table of a view, and its report."""
     material = Material(passages, encode, marker=lambda _: marker, pseudo_queries=lambda: pairs)
-    (made,) = Multiview(views=(view,), **settings).build(material)
+    (made,) = Multiview(views=(view,), **settings).tables(material)
     return made, made.report()
 
 

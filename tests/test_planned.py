@@ -324,3 +324,12 @@ def test_shipped_experiments_on_a_cpu_plan_by_words(name):
     for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
         args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
         assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan
+
+
+def test_as_many_passages_are_planned_as_there_are():
+    plan = Lexical()
+    assert plan.of_corpus(250) == Lexical(planned=100)
+    assert plan.of_corpus(6) == Lexical(planned=6, num_beams=6)
+    assert Lexical(planned=3, num_beams=2).of_corpus(6) == Lexical(planned=3, num_beams=2)
+    with pytest.raises(ValueError, match="Lexical.num_beams: got 101, expected at most 100"):
+        Lexical(num_beams=101)

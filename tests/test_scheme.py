@@ -53,7 +53,7 @@ class Backwards(Scheme):
 
     base: int = 8
 
-    def build(self, material):
+    def tables(self, material):
         count, digits = len(material.store), self._digits(len(material.store))
         rows = np.arange(count)[:, None] // self.base ** np.arange(digits) % self.base
         table = IdentifierTable.from_rows(
@@ -71,7 +71,7 @@ class Backwards(Scheme):
 
 @dataclasses.dataclass(frozen=True)
 class Sizeless(Scheme):
-    def build(self, material):
+    def tables(self, material):
         return []
 
 
@@ -108,7 +108,7 @@ def test_sizes_are_those_of_the_identifiers_that_are_made(scheme, passages):
              for n in range(5)]  # fmt: skip
     material = Material(passages, pieces, first, marker=lambda view: 2048,
                         pseudo_queries=lambda: pairs)  # fmt: skip
-    tables, sizes = scheme.build(material), scheme.sizes(corpus)
+    tables, sizes = scheme.tables(material), scheme.sizes(corpus)
     assert [table.view for table in tables] == [
         size.view or tables[0].view for size in sizes.tables
     ]

@@ -21,7 +21,7 @@ text of each passage, [40, 41, 42, 43, 44, 45, 9], without marker, title or end 
 prefix of a span is a span, and what it counts are occurrences in the text.
 
     scheme, counts = Multiview(), Counter()
-    tables = scheme.build(Material(store, encode, marker=..., pseudo_queries=...))
+    tables = scheme.tables(Material(store, encode, marker=..., pseudo_queries=...))
     index = suffix_array.build(scheme.text_tokens(material, counts), ...)
     coverage(tables, body_lengths)
 """
@@ -80,7 +80,7 @@ class Multiview(Scheme):
         lengths = ("title_tokens", "span_tokens", "query_tokens")
         ranges.check(self, **dict.fromkeys(lengths, ranges.at_least(1)))
 
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """The tables of titles and of pseudo-queries, where these are views."""
         make = {"title": self._titles, "query": self._queries}
         return [table(material) for view, table in make.items() if view in self.views]

@@ -58,7 +58,7 @@ class ResidualQuantization(Scheme):
             full_batch=ranges.at_least(0),
         )
 
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, num_codes + 1]: first_code_id + level * codebook_size + code.
 
         The tie codes follow the last level: as many tokens as the largest group has passages.

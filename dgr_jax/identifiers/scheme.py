@@ -119,12 +119,24 @@ class Scheme(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """The identifiers of all passages: one table, or one of each view that has a table."""
 
     @abc.abstractmethod
     def sizes(self, corpus: CorpusSize) -> Sizes:
-        """What `build` would make of a corpus of this size: all that is planned follows from it."""
+        """What `tables` would make of a corpus of this size: all plans follow from it."""
+
+    def build(
+        self,
+        store: PassageStore,
+        *,
+        encode: Callable[[str], list[int]],
+        first_code_id: int = 0,
+        seed: int = 0,
+    ) -> IdentifierTable:
+        """The one table of a scheme by which a passage has one identifier."""
+        (table,) = self.tables(Material(store, encode, first_code_id, seed=seed))
+        return table
 
     def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:
         """int32 [n], the tokens of each passage whose spans are identifiers; `counts` is filled

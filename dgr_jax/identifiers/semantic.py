@@ -46,7 +46,7 @@ class KMeansTree(Scheme):
             full_batch=ranges.at_least(0),
         )
 
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows of at most depth + 2 tokens: clusters, place in the leaf, EOS where lengths differ.
 
         The cluster at level l is first_code_id + l * branching + cluster; the places in the leaf

@@ -24,7 +24,7 @@ class NaiveString(Scheme):
     def codes_by_position(self) -> bool:
         return self.by_position
 
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, digits of P-1]: first_code_id + digit, the highest digit first; by
         position first_code_id + 10 * position + digit."""
         count = len(material.store)

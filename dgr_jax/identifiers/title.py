@@ -36,7 +36,7 @@ class Title(Scheme):
     def __post_init__(self) -> None:
         ranges.check(self, max_tokens=ranges.at_least(1))
 
-    def build(self, material: Material) -> list[IdentifierTable]:
+    def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, <= max_tokens + 1] in the text vocabulary; nothing is drawn.
 
         A passage whose title and text show nothing has no row: an identifier of no token would be

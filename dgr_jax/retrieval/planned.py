@@ -126,6 +126,7 @@ class PlannedDecoder(Decoder):
     @classmethod
     def of(cls, student: Decoder, plan: Plan, planner: Planner | None) -> PlannedDecoder:
         """A student with a plan."""
+        plan = plan.of_corpus(student.table.num_passages)
         own = {f.name: getattr(student, f.name) for f in fields(student)}
         own["search"] = replace(student.search, num_beams=plan.num_beams)
         student = replace(student, search=own["search"])
@@ -320,7 +321,7 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
 
 def check_corpus(plan: Plan, num_passages: int) -> None:
     """Raises ValueError where a corpus has fewer passages than are planned."""
-    if plan.planned > num_passages:
+    if plan.planned is not None and plan.planned > num_passages:
         raise ValueError(
             f"{type(plan).__name__}.planned: got {plan.planned}, expected at most "
             f"{num_passages:,}, the passages of the corpus"

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PLANNED = 100  # passages of a query, where no number is given
 RANKED_BY = ("beams", "identifiers", "plan")
 
 _RARE = 8  # a word is common that stands in more than one of so many passages
@@ -63,13 +64,16 @@ class Plan(Protocol):
     """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are."""
 
     @property
-    def planned(self) -> int: ...
+    def planned(self) -> int | None: ...
     @property
     def ranked_by(self) -> str: ...
     @property
     def num_beams(self) -> int: ...
     @property
     def weight(self) -> float: ...
+
+    def of_corpus(self, num_passages: int) -> Self:
+        """These settings with a number of planned passages that so many passages have."""
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
@@ -86,6 +90,7 @@ class Lexical:
 
     planned: passages that are planned for each query, at most: those that share a word with it.
       Where there are fewer, the student searches all passages too, and the others count 0 here.
+      None: 100, or all passages of a smaller corpus.
     ranked_by: what they are ranked by:
       'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
         writes that the plan guides; the other ones come after these, in the order of the plan;
@@ -98,7 +103,7 @@ class Lexical:
     bm25: what words are, and what they count.
     """
 
-    planned: int = 100
+    planned: int | None = None
     ranked_by: str = "beams"
     num_beams: int = 10
     weight: float = 0.2
@@ -107,16 +112,24 @@ class Lexical:
     def __post_init__(self) -> None:
         ranges.check(
             self,
-            planned=ranges.at_least(1),
+            planned=ranges.optional(ranges.at_least(1)),
             ranked_by=ranges.one_of(*RANKED_BY),
             num_beams=ranges.at_least(1),
             weight=ranges.above(0),
         )
-        if self.ranked_by == "beams" and self.num_beams > self.planned:
+        planned = PLANNED if self.planned is None else self.planned
+        if self.ranked_by == "beams" and self.num_beams > planned:
             raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.planned}, "
+                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
                 "Lexical.planned: beams write identifiers of planned passages alone"
             )
+
+    def of_corpus(self, num_passages: int) -> Lexical:
+        """See Plan."""
+        if self.planned is not None:
+            return self
+        planned = min(PLANNED, num_passages)
+        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False

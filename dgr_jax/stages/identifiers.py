@@ -76,7 +76,7 @@ def build(
         lambda: _pseudo_queries(settings, passages, test_queries, copies),
         settings.seed,
     )
-    tables = scheme.build(material)
+    tables = scheme.tables(material)
     codes = sum(table.num_code_tokens for table in tables)
     vocabulary = replace(vocabulary, num_code_tokens=codes)
     vocabulary.save()
