@@ -2,7 +2,7 @@
 
 Two programs: 'dense', a step of training with its lists; 'search', a batch of query vectors against
 those of all passages. Encoding the passages, once, and the queries is not among them. Products of a
-search in float32 are exact, see `planning.PRODUCTS`.
+search in float32 are exact, see `chips.PRODUCTS`.
 """
 
 from __future__ import annotations

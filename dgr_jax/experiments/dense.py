@@ -277,7 +277,7 @@ class DenseExperiment(Measured):
         return {"dense": self.train} | ({} if again is None else {"refresh": again})
 
     def compared(self, system: str) -> dict[str, Any]:
-        """What systems must have in common to be compared: see `experiment.Experiment`. A student
+        """What systems must have in common to be compared: see `generative.Experiment`. A student
         that writes identifiers has one encoder, of these sizes."""
         splits = self.prepare.train_splits
         return {
