@@ -166,7 +166,7 @@ def _pools(stage: str, negatives: Negatives, queries: int) -> Line:
 
 
 def _rank_lists(teach: Teach, asked: int, entry: int, query: int = 0) -> Line:
-    """entry: bytes of a passage of a list; query: of its query."""
+    """entry: bytes of each passage in a list; query: bytes of the query that the list is for."""
     lists = asked * teach.lists.lists_a_query
     width = teach.lists.length
     return Line("teach", f"{lists:,} rank lists of {width}", lists * (query + width * entry))
@@ -205,7 +205,7 @@ def _texts(sources: Sources, corpus: CorpusSize) -> dict[str, float]:
 def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) -> None:
     """Prints the files that the collection lacks or has, and the lines, with their sums.
 
-    corpus: None: the one that lies there is counted.
+    corpus: None counts the one that lies there.
     """
     console = display.console(soft_wrap=True)
     splits = experiment.prepare.splits

@@ -123,8 +123,9 @@ def compiled(made: Program, formula: CapacityPlan) -> CapacityPlan:
 
 
 def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> CapacityPlan:
-    """The same by formula: products of matrices, what layers keep, Megatron's all-reduces of
-    activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where fully sharded."""
+    """The plan of a program by formula: products of matrices, what layers keep, Megatron's
+    all-reduces of activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where
+    fully sharded."""
     axes = dict(mesh.shape)
     chips = topology.size
     shape, training = made.shape, not made.shape.beams
@@ -179,15 +180,15 @@ def plan(
     if compile and topology.is_tpu:
         config = model_config(experiment, sizes)
         on = partitioning.make_mesh(mesh, topology.devices())
-        made = program(name, experiment, sizes, on, mesh.rules)
-        formula = analytic(made, on, topology, config)
-        return compiled(made, formula)
+        planned = program(name, experiment, sizes, on, mesh.rules)
+        formula = analytic(planned, on, topology, config)
+        return compiled(planned, formula)
     # The same bytes, and one layer to trace in place of all.
     scanned = dataclasses.replace(experiment.model, scan_layers=True)
     experiment = dataclasses.replace(experiment, model=scanned)
     on = abstract_mesh(mesh, topology)
-    made = program(name, experiment, sizes, on, mesh.rules)
-    return analytic(made, on, topology, model_config(experiment, sizes))
+    planned = program(name, experiment, sizes, on, mesh.rules)
+    return analytic(planned, on, topology, model_config(experiment, sizes))
 
 
 def sweep(
@@ -199,12 +200,12 @@ def sweep(
     if name == "distill":
         rows = math.gcd(rows, settings.list_batch_size)
     rows = rows // settings.microbatches if name != "decode" else 10**6 * topology.size
-    found = [
+    plans = [
         (mesh, plan(name, experiment, sizes, topology, mesh, compile=False))
         for mesh in meshes(topology, model_config(experiment, sizes), rows)
     ]
     key = lambda pair: (not pair[1].fits, -pair[1].queries_per_second, pair[1].total)
-    return sorted(found, key=key)
+    return sorted(plans, key=key)
 
 
 def advice(found: CapacityPlan, experiment: Experiment) -> list[str]:

@@ -51,10 +51,10 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     mesh = mesh_of(args.mesh, experiment.mesh)
     plans = [planning.plan(name, experiment, sizes, topology, mesh) for name in programs]
     console.print(*(table for table in tables(plans)))
-    for found in plans:
-        for line in planning.advice(found, experiment):
-            verdict = "does not fit" if not found.fits else found.bound
-            console.print(f"{found.program} ({verdict}): {line}")
+    for plan in plans:
+        for line in planning.advice(plan, experiment):
+            verdict = "does not fit" if not plan.fits else plan.bound
+            console.print(f"{plan.program} ({verdict}): {line}")
 
 
 def _corpus(
@@ -83,10 +83,10 @@ def _show_dense(
     console.print(dense_plans.assumptions(experiment, passages, topology))
     plans = [dense_plans.plan(name, experiment, passages, topology, mesh) for name in programs]
     console.print(*(table for table in tables(plans)))
-    for found in plans:
-        for line in dense_plans.advice(found, experiment, passages):
-            verdict = "does not fit" if not found.fits else found.bound
-            console.print(f"{found.program} ({verdict}): {line}")
+    for plan in plans:
+        for line in dense_plans.advice(plan, experiment, passages):
+            verdict = "does not fit" if not plan.fits else plan.bound
+            console.print(f"{plan.program} ({verdict}): {line}")
 
 
 def _programs(text: str, known: Sequence[str]) -> list[str]:
@@ -134,18 +134,18 @@ def tables(plans: Sequence[CapacityPlan]) -> list[Table]:
 def _table(title: str, plans: Sequence[CapacityPlan]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("a chip" if "time" not in title else "")
-    for found in plans:
-        table.add_column(found.program, justify="right")
+    for plan in plans:
+        table.add_column(plan.program, justify="right")
     return table
 
 
 def _memory(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("memory", plans)
     for name in ("parameters", "optimizer", "trie", "vectors", "batch", "temporaries"):
-        if any(name in found.parts for found in plans):
-            table.add_row(name, *(_bytes(found.parts.get(name, 0)) for found in plans))
-    table.add_row("together", *(_bytes(found.total) for found in plans), style="bold")
-    table.add_row("of the chip's", *(_share(found) for found in plans))
+        if any(name in plan.parts for plan in plans):
+            table.add_row(name, *(_bytes(plan.parts.get(name, 0)) for plan in plans))
+    table.add_row("together", *(_bytes(plan.total) for plan in plans), style="bold")
+    table.add_row("of the chip's", *(_share(plan) for plan in plans))
     return table
 
 
@@ -156,28 +156,28 @@ def _share(found: CapacityPlan) -> str:
 
 def _work(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("work of one step, or of one batch of a search", plans)
-    table.add_row("counted", *(found.source for found in plans))
-    table.add_row("FLOPs", *(_number(found.flops) for found in plans))
-    table.add_row("memory moved", *(_bytes(found.moved) for found in plans))
-    for kind in dict.fromkeys(kind for found in plans for kind in found.sent):
-        table.add_row(f"{kind} sent", *(_bytes(found.sent.get(kind, 0)) for found in plans))
+    table.add_row("counted", *(plan.source for plan in plans))
+    table.add_row("FLOPs", *(_number(plan.flops) for plan in plans))
+    table.add_row("memory moved", *(_bytes(plan.moved) for plan in plans))
+    for kind in dict.fromkeys(kind for plan in plans for kind in plan.sent):
+        table.add_row(f"{kind} sent", *(_bytes(plan.sent.get(kind, 0)) for plan in plans))
     return table
 
 
 def _time(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("time at best", plans)
-    table.add_row("products in", *(_peak(found)[1] for found in plans))
-    table.add_row("FLOP/s at best", *(_number(_peak(found)[0]) for found in plans))
+    table.add_row("products in", *(_peak(plan)[1] for plan in plans))
+    table.add_row("FLOP/s at best", *(_number(_peak(plan)[0]) for plan in plans))
     for name in ("compute", "memory", "network"):
-        table.add_row(f"bound by {name}", *(_seconds(found.times[name]) for found in plans))
-    table.add_row("queries a step", *(f"{found.queries:,}" for found in plans))
+        table.add_row(f"bound by {name}", *(_seconds(plan.times[name]) for plan in plans))
+    table.add_row("queries a step", *(f"{plan.queries:,}" for plan in plans))
     table.add_row(
         "queries/s, all chips",
-        *(f"{found.queries_per_second:,.0f}" for found in plans),
+        *(f"{plan.queries_per_second:,.0f}" for plan in plans),
         style="bold",
     )
-    if any(found.seconds for found in plans):
-        table.add_row("compiled in", *(_seconds(found.seconds) for found in plans))
+    if any(plan.seconds for plan in plans):
+        table.add_row("compiled in", *(_seconds(plan.seconds) for plan in plans))
     return table
 
 
@@ -207,8 +207,8 @@ def _of_meshes(title: str, plans: Sequence[tuple[Mesh, CapacityPlan]]) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
         table.add_column(column, justify="right")
-    for mesh, found in plans:
-        table.add_row(_written(mesh), *_row(found))
+    for mesh, plan in plans:
+        table.add_row(_written(mesh), *_row(plan))
     return table
 
 
