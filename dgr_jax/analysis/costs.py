@@ -11,11 +11,10 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.analysis import drift, speed
-from dgr_jax.capacity import dense as dense_plans
-from dgr_jax.capacity import formulas, programs
+from dgr_jax.capacity import formulas, kinds
 from dgr_jax.capacity.counting import TAKEN, corpus_of
 from dgr_jax.capacity.programs import ProgramShape
-from dgr_jax.capacity.sizes import estimated_sizes, model_config, training_stages
+from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.corpora import trec
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
@@ -97,15 +96,11 @@ def expected_flops(
     Empty with identifiers of several views: what they are is known once they are made.
     """
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    if isinstance(experiment, DenseExperiment):
-        config = dense_plans.encoder(experiment).config.t5
-        batch = lambda stage: dense_plans.abstract_batch(experiment, mesh, stage)
-    elif experiment.prepare.identifiers.views:
+    planner = kinds.PLANNERS[experiment.kind]
+    if planner.batches is None:
         return {}
-    else:
-        sizes = estimated_sizes(experiment, corpus or planned_corpus(experiment))
-        config = model_config(experiment, sizes)
-        batch = lambda stage: programs.abstract_batch(stage, experiment, sizes, mesh)
+    sizes = planner.sizes(experiment, corpus or planned_corpus(experiment))
+    config, batch = planner.batches(experiment, sizes, mesh)
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
         for stage, settings in training_stages(experiment).items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -69,10 +69,7 @@ def given(text: str) -> CorpusSize:
 def lines(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     """Everything of some size that an experiment writes."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
-    if isinstance(experiment, DenseExperiment):
-        yield from _dense(experiment, corpus)
-    else:
-        yield from _generative(experiment, corpus)
+    yield from _LINES[experiment.kind](experiment, corpus)
 
 
 def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
@@ -131,6 +128,13 @@ def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
     yield Line("evaluate", "parameters", 0, weights.on_device)
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
+
+
+_LINES: Mapping[str, Callable[[Any, CorpusSize], Iterator[Line]]] = {  # by `Measured.kind`
+    "docid": _generative,
+    "multiview": _generative,
+    "dense": _dense,
+}
 
 
 def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:

@@ -23,7 +23,7 @@ import jax
 
 from dgr_jax import partitioning
 from dgr_jax.capacity import hlo
-from dgr_jax.capacity.chips import Topology
+from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.formulas import (
     forward_flops,
     moved_bytes,
@@ -189,6 +189,21 @@ def plan(
     on = abstract_mesh(mesh, topology)
     planned = program(name, experiment, sizes, on, mesh.rules)
     return analytic(planned, on, topology, model_config(experiment, sizes))
+
+
+def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology) -> str:
+    """What the plan takes for granted."""
+    config = experiment.model
+    levels = sizes.identifiers.tables[0].levels if sizes.identifiers.tables else ()
+    codes = f"{len(levels)} codes of {levels[0]}" if len({*levels}) == 1 else f"{levels}"
+    return (
+        f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
+        f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
+        f"layers, {config.dtype}, remat {config.remat}, layers "
+        f"{'scanned' if config.scan_layers else 'not scanned'}\n"
+        f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
+        f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
+    )
 
 
 def sweep(

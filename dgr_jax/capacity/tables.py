@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dgr_jax import display
-from dgr_jax.capacity import chips, counting, planning
-from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity import chips, counting, kinds
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.planning import CapacityPlan
-from dgr_jax.capacity.programs import programs_of
-from dgr_jax.capacity.sizes import PreparedSizes, estimated_sizes
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.identifiers.scheme import CorpusSize
@@ -33,26 +30,23 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     """
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
-    if isinstance(experiment, DenseExperiment):
-        programs = _programs(args.programs, dense_plans.PROGRAMS)
-    else:
-        programs = _programs(args.programs, programs_of(experiment))
+    planner = kinds.PLANNERS[experiment.kind]
+    programs = _programs(args.programs, planner.programs(experiment))
+    if args.sweep is not None and planner.sweep is None:
+        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
     corpus, origin = _corpus(args.passages, experiment)
     console.print(f"{corpus.passages:,} passages, {origin}")
-    if isinstance(experiment, DenseExperiment):
-        _show_dense(console, args, experiment, topology, programs, corpus.passages)
-        return
-    sizes = estimated_sizes(experiment, corpus)
-    console.print(assumptions(experiment, sizes, topology))
+    sizes = planner.sizes(experiment, corpus)
+    mesh = mesh_of(args.mesh, experiment.mesh)
+    console.print(planner.assumptions(experiment, sizes, topology))
     if args.sweep is not None:
         for name in programs:
             _sweep(console, name, experiment, sizes, topology, args.sweep)
         return
-    mesh = mesh_of(args.mesh, experiment.mesh)
-    plans = [planning.plan(name, experiment, sizes, topology, mesh) for name in programs]
+    plans = [planner.plan(name, experiment, sizes, topology, mesh) for name in programs]
     console.print(*(table for table in tables(plans)))
     for plan in plans:
-        for line in planning.advice(plan, experiment):
+        for line in planner.advice(plan, experiment, sizes):
             verdict = "does not fit" if not plan.fits else plan.bound
             console.print(f"{plan.program} ({verdict}): {line}")
 
@@ -67,26 +61,6 @@ def _corpus(
         return counting.TAKEN._replace(passages=int(given)), "as given by --passages"
     corpus, origin = counting.corpus_of(experiment, "--passages")
     return corpus._replace(passages=max(2, corpus.passages)), origin
-
-
-def _show_dense(
-    console: Console,
-    args: argparse.Namespace,
-    experiment: DenseExperiment,
-    topology: Topology,
-    programs: Sequence[str],
-    passages: int,
-) -> None:
-    if args.sweep is not None:
-        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
-    mesh = mesh_of(args.mesh, experiment.mesh)
-    console.print(dense_plans.assumptions(experiment, passages, topology))
-    plans = [dense_plans.plan(name, experiment, passages, topology, mesh) for name in programs]
-    console.print(*(table for table in tables(plans)))
-    for plan in plans:
-        for line in dense_plans.advice(plan, experiment, passages):
-            verdict = "does not fit" if not plan.fits else plan.bound
-            console.print(f"{plan.program} ({verdict}): {line}")
 
 
 def _programs(text: str, known: Sequence[str]) -> list[str]:
@@ -109,21 +83,6 @@ def mesh_of(text: str | None, default: Mesh) -> Mesh:
         raise ValueError(f"--mesh: got {text!r}, expected DATA,MODEL or DATA,MODEL,FSDP: 16,4")
     data, model, fsdp = (*(int(n) for n in numbers), 1)[:3]
     return Mesh(data, model, fsdp, default.parameter_dims, default.activation_dims)
-
-
-def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology) -> str:
-    """What the plan takes for granted."""
-    config = experiment.model
-    levels = sizes.identifiers.tables[0].levels if sizes.identifiers.tables else ()
-    codes = f"{len(levels)} codes of {levels[0]}" if len({*levels}) == 1 else f"{levels}"
-    return (
-        f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
-        f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
-        f"layers, {config.dtype}, remat {config.remat}, layers "
-        f"{'scanned' if config.scan_layers else 'not scanned'}\n"
-        f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
-        f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
-    )
 
 
 def tables(plans: Sequence[CapacityPlan]) -> list[Table]:
@@ -188,17 +147,19 @@ def _peak(found: CapacityPlan) -> tuple[float, str]:
 def _sweep(
     console: Console,
     name: str,
-    experiment: Experiment,
-    sizes: PreparedSizes,
+    experiment: Experiment | DenseExperiment,
+    sizes: Any,
     topology: Topology,
     compiled: int,
 ) -> None:
-    ranked = planning.sweep(name, experiment, sizes, topology)
+    planner = kinds.PLANNERS[experiment.kind]
+    assert planner.sweep is not None  # as `show` has checked
+    ranked = planner.sweep(name, experiment, sizes, topology)
     console.print(_of_meshes(f"{name}: meshes by formula", ranked))
     if not compiled or not topology.is_tpu:
         return
     best = [mesh for mesh, _ in ranked[:compiled]]
-    plans = [(m, planning.plan(name, experiment, sizes, topology, m)) for m in best]
+    plans = [(m, planner.plan(name, experiment, sizes, topology, m)) for m in best]
     plans.sort(key=lambda pair: (not pair[1].fits, -pair[1].queries_per_second))
     console.print(_of_meshes(f"{name}: the best of them compiled", plans))
 
