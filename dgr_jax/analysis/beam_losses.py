@@ -63,22 +63,22 @@ def measure(
 
     Raises ValueError for an experiment with several identifiers a passage.
     """
-    made, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
+    prepared, search = Prepared.load(experiment.model_dir), experiment.evaluate.search
     if not kinds.TRAINED[experiment.kind].scores_all:
         raise ValueError(
             f"Study.beams: got a {experiment.kind} student, whose identifiers cannot all be "
             "scored; expected one identifier a passage (Prepare.identifiers)"
         )
     split = split or first_test_split(experiment)
-    judged, least = made.qrels(split), experiment.evaluate.min_relevance
+    judged, least = prepared.qrels(split), experiment.evaluate.min_relevance
     texts, positives = [], []
-    for qid, query in chosen_queries(experiment, made, split).items():
+    for qid, query in chosen_queries(experiment, prepared, split).items():
         graded = judged.get(qid, {}).items()
-        if right := [made.store.index_of(pid) for pid, grade in graded if grade >= least]:
+        if right := [prepared.store.index_of(pid) for pid, grade in graded if grade >= least]:
             texts.append(query.text)
             positives.append(right)
-    student: Any = open_system(experiment, system, made)
-    tokens = student.encode(made.vocabulary, texts)
+    student: Any = open_system(experiment, system, prepared)
+    tokens = student.encode(prepared.vocabulary, texts)
     k = min(TOP, search.depth)
     yield from exhaustive.recall_lost(
         student, tokens, beams, k=k, positives=positives, spread=spread

@@ -11,11 +11,10 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.analysis import drift, speed
-from dgr_jax.capacity import dense as dense_plans
-from dgr_jax.capacity import formulas, programs
+from dgr_jax.capacity import formulas, kinds
 from dgr_jax.capacity.counting import TAKEN, corpus_of
 from dgr_jax.capacity.programs import ProgramShape
-from dgr_jax.capacity.sizes import estimated_sizes, model_config, training_stages
+from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.corpora import trec
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
@@ -27,7 +26,7 @@ from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import open_system
 
-QUERIES = 200  # at most, that are timed, and whose drift is measured
+QUERIES = 200  # the most queries that are timed, and whose drift is measured
 
 # Why `expected_flops` has nothing to say of some experiments.
 UNCOUNTED = (
@@ -52,12 +51,12 @@ def measure(
 
     Raises ValueError for drift of identifiers of several views, or a run of none of the queries.
     """
-    made = Prepared.load(experiment.model_dir)
+    prepared = Prepared.load(experiment.model_dir)
     split = split or first_test_split(experiment)
-    asked = {q: query.text for q, query in chosen_queries(experiment, made, split).items()}
-    opened = open_system(experiment, system, made)
+    asked = {q: query.text for q, query in chosen_queries(experiment, prepared, split).items()}
+    opened = open_system(experiment, system, prepared)
     timed = speed.measure(
-        Retriever(opened, made.vocabulary, made.store), list(_spaced(asked).values())
+        Retriever(opened, prepared.vocabulary, prepared.store), list(_spaced(asked).values())
     )
     numbers = (
         training_flops(experiment, system) / 1e15,
@@ -65,12 +64,12 @@ def measure(
         timed["alone"]["latency_ms"]["p50"],
         1000 / timed["batched"]["queries_per_second"],
     )
-    found = dict(zip(COLUMNS, numbers, strict=False))
+    costs = dict(zip(COLUMNS, numbers, strict=False))
     if relevance:
-        known = _relevance(experiment, made, split, relevance)
+        known = _relevance(experiment, prepared, split, relevance)
         texts = _spaced({qid: text for qid, text in asked.items() if qid in known})
-        found["drift"] = _drift(opened, made, texts, known)
-    return found
+        costs["drift"] = _drift(opened, prepared, texts, known)
+    return costs
 
 
 def training_flops(experiment: Experiment | DenseExperiment, system: str) -> float:
@@ -93,19 +92,15 @@ def expected_flops(
     """Training stage -> FLOPs as in `training_flops`, before any data is there: every text is as
     long as it may be, identifiers are what `capacity.sizes` takes them to be.
 
-    corpus: None: see `planned_corpus`.
+    corpus: None takes that of `planned_corpus`.
     Empty with identifiers of several views: what they are is known once they are made.
     """
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    if isinstance(experiment, DenseExperiment):
-        config = dense_plans.encoder(experiment).config.t5
-        batch = lambda stage: dense_plans.abstract_batch(experiment, mesh, stage)
-    elif experiment.prepare.identifiers.views:
+    planner = kinds.PLANNERS[experiment.kind]
+    if planner.batches is None:
         return {}
-    else:
-        sizes = estimated_sizes(experiment, corpus or planned_corpus(experiment))
-        config = model_config(experiment, sizes)
-        batch = lambda stage: programs.abstract_batch(stage, experiment, sizes, mesh)
+    sizes = planner.sizes(experiment, corpus or planned_corpus(experiment))
+    config, batch = planner.batches(experiment, sizes, mesh)
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
         for stage, settings in training_stages(experiment).items()
@@ -154,20 +149,20 @@ def _relevance(
     """qid -> relevance distribution, of queries that have one; passages of a run that are not of
     the corpus are left out of it."""
     least = max(1, experiment.prepare.min_relevance)
-    index = {pid: number for number, pid in enumerate(made.store.pids)}
+    index = {pid: row for row, pid in enumerate(made.store.pids)}
     if source == "qrels":
         graded = {
-            qid: {index[pid]: grade for pid, grade in found.items()}
-            for qid, found in made.qrels(split).items()
-            if max(found.values(), default=0) >= least
+            qid: {index[pid]: grade for pid, grade in grades.items()}
+            for qid, grades in made.qrels(split).items()
+            if max(grades.values(), default=0) >= least
         }
-        return {qid: drift.of_grades(found, least) for qid, found in graded.items()}
+        return {qid: drift.of_grades(grades, least) for qid, grades in graded.items()}
     run = trec.run_in_memory(trec.runs(Path(source)))
     scored = {
         qid: {index[p.pid]: p.score for p in passages if p.pid in index}
         for qid, passages in run.items()
     }
-    return {qid: drift.of_scores(found) for qid, found in scored.items() if found}
+    return {qid: drift.of_scores(scores) for qid, scores in scored.items() if scores}
 
 
 def _drift(

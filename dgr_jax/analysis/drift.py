@@ -34,11 +34,11 @@ def of_grades(graded: Mapping[int, int], least: int = 1) -> Relevance:
 
     Raises ValueError where there is none.
     """
-    found = {index: grade for index, grade in graded.items() if grade >= max(least, 1)}
-    if not found:
+    relevant = {index: grade for index, grade in graded.items() if grade >= max(least, 1)}
+    if not relevant:
         raise ValueError(f"relevance: got no grade of {max(least, 1)} or more, expected one")
-    shares = np.array([*found.values()], np.float64)
-    return np.array([*found], np.int64), shares / shares.sum()
+    shares = np.array([*relevant.values()], np.float64)
+    return np.array([*relevant], np.int64), shares / shares.sum()
 
 
 def of_scores(scored: Mapping[int, float]) -> Relevance:
@@ -51,19 +51,19 @@ def of_scores(scored: Mapping[int, float]) -> Relevance:
 
 def divergence(log_probs: np.ndarray, relevance: Sequence[Relevance]) -> np.ndarray:
     """KL(r || p) in nats, f64 [n], from log p f64 [n, P] and r of each query."""
-    found = np.zeros(len(log_probs))
-    for number, (passages, shares) in enumerate(relevance):
+    nats = np.zeros(len(log_probs))
+    for query, (passages, shares) in enumerate(relevance):
         some = shares > 0
         r = shares[some]
-        found[number] = (r * (np.log(r) - log_probs[number, passages[some]])).sum()
-    return found
+        nats[query] = (r * (np.log(r) - log_probs[query, passages[some]])).sum()
+    return nats
 
 
 def measure(system: System, queries: Any, relevance: Sequence[Relevance]) -> np.ndarray:
     """The drift of each query, f64 [n]. queries: as `System.encode` makes them."""
-    found, start = [], 0
+    drifts, start = [], 0
     for log_probs in system.log_probs(queries):
         end = start + len(log_probs)
-        found.append(divergence(log_probs, relevance[start:end]))
+        drifts.append(divergence(log_probs, relevance[start:end]))
         start = end
-    return np.concatenate(found)
+    return np.concatenate(drifts)

@@ -120,12 +120,12 @@ class Inspection:
                 f"-m dgr_jax.train --gin_file=FILE --model_dir={model_dir}, or set MODEL_DIR"
             )
         prepared = model_dir / "prepare"
-        found = _read(prepared / "report.json").get("identifiers", {})
+        identifiers = _read(prepared / "report.json").get("identifiers", {})
         return cls(
             model_dir,
             _read(model_dir / "evaluate" / "metrics.json"),
             PassageStore(prepared / "passages"),
-            IdentifierTable.load(prepared / "identifiers") if "view" in found else None,
+            IdentifierTable.load(prepared / "identifiers") if "view" in identifiers else None,
             Vocabulary.load(prepared),
         )
 
@@ -170,24 +170,24 @@ class Inspection:
 
     def collection(self) -> Table:
         """Counts of passages, queries, judgements and training examples."""
-        found = _read(self.model_dir / "prepare" / "report.json")
-        rows = [("passages", found["passages"])]
+        report = _read(self.model_dir / "prepare" / "report.json")
+        rows = [("passages", report["passages"])]
         for name in ("queries", "qrels", "examples"):
-            rows += [(f"{name}: {part}", count) for part, count in found[name].items()]
-        rows.append(("text pieces of the vocabulary", found["vocabulary"]["text"]))
+            rows += [(f"{name}: {part}", count) for part, count in report[name].items()]
+        rows.append(("text pieces of the vocabulary", report["vocabulary"]["text"]))
         return Table("Collection", ("what", "how many"), rows)
 
     def identifier_report(self) -> Table:
         """How many identifiers there are, how long, and how many passages share one; of several
         views, of each."""
-        found = self._identifiers
-        rows = [(_words(k), v) for k, v in found.items() if not isinstance(v, (str, list, dict))]
-        for view, part in found.items():
+        report = self._identifiers
+        rows = [(_words(k), v) for k, v in report.items() if not isinstance(v, (str, list, dict))]
+        for view, part in report.items():
             if isinstance(part, dict):
                 rows += [
                     (_words(f"{view}: {k}"), v) for k, v in part.items() if not isinstance(v, str)
                 ]
-        kinds = found.get("view") or ", ".join(sorted(found.keys() & {"title", "body", "query"}))
+        kinds = report.get("view") or ", ".join(sorted(report.keys() & {"title", "body", "query"}))
         return Table(f"Identifiers: {kinds or 'none'}", ("what", "value"), rows)
 
     @property
@@ -227,7 +227,7 @@ class Inspection:
         of the queries; no rows where there is none."""
         sources = _read(self.model_dir / "teach" / "report.json").get("teacher", {})
         names = next(iter(sources.values()), {})
-        rows = [(_words(k), *(found[k] for found in sources.values())) for k in names]
+        rows = [(_words(k), *(part[k] for part in sources.values())) for k in names]
         return Table("Teacher", ("what", *map(_words, sources)), rows)
 
     def rank_list_counts(self) -> Table:
@@ -243,7 +243,7 @@ class Inspection:
         with kept.reading(path), np.load(path) as stored:
             names = ("texts", "passages", "teacher_scores", "positives")
             lists = [stored[name][:count] for name in names]
-        return [self._rank_list(*one) for one in zip(*lists, strict=True)]
+        return [self._rank_list(*rank_list) for rank_list in zip(*lists, strict=True)]
 
     def _rank_list(self, text: str, passages: Any, scores: Any, positive: int) -> Table:
         rows = [
@@ -315,15 +315,15 @@ class Inspection:
         if system not in self.measured:
             raise ValueError(f"system: got {system!r}, expected one of {', '.join(self.systems)}")
         relevant = self._relevant(split)
-        found = {}
+        hits = {}
         path = self.model_dir / "evaluate" / f"{system}.{split}.trec"
         for ranked in trec.runs(kept.opened(path)):
             wanted = relevant.get(ranked.qid, ())
             for rank, passage in enumerate(ranked.passages, start=1):
                 if passage.pid in wanted:
-                    found[ranked.qid] = rank, passage.pid
+                    hits[ranked.qid] = rank, passage.pid
                     break
-        return found
+        return hits
 
     def _relevant(self, split: str) -> dict[str, set[str]]:
         relevant: dict[str, set[str]] = {}
@@ -350,10 +350,10 @@ class Inspection:
 
 def answers(retriever: Retriever, question: str, k: int = 10) -> Table:
     """The best passages for a question: k, or as many as the retriever's beams hold."""
-    (found,) = retriever.search([question], min(k, retriever.decoder.most_passages))
+    (hits,) = retriever.search([question], min(k, retriever.decoder.most_passages))
     rows = [
         (hit.rank, hit.title or hit.pid, hit.score, hit.identifier, _short(hit.text, 160))
-        for hit in found
+        for hit in hits
     ]
     return Table(question, ("rank", "title", "score", "identifier", "snippet"), rows)
 

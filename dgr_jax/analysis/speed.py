@@ -48,7 +48,7 @@ def measure(retriever: Retriever, queries: Sequence[str]) -> dict[str, Any]:
 
 
 def _seconds(retriever: Retriever, texts: Sequence[str]) -> float:
-    queries = {str(number): text for number, text in enumerate(texts)}
+    queries = {str(qid): text for qid, text in enumerate(texts)}
     start = time.perf_counter()
     retriever.run(queries)
     return time.perf_counter() - start

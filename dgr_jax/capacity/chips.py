@@ -15,9 +15,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Chip:
-    """Of one chip, from its maker: bytes of memory, bf16 FLOP/s, bytes/s of memory, and bytes/s
-    that it can send to others; far_network: to chips outside of its host of `near` chips. tf32,
-    fp32: FLOP/s of GPUs in these; TPUs have neither, and 0."""
+    """What the maker says of one chip: bytes of memory, bfloat16 FLOP/s, bytes/s of memory, and
+    bytes/s that it can send to others. far_network: bytes/s to chips outside of its host of `near`
+    chips. tf32, fp32: FLOP/s of GPUs in these formats; TPUs have neither, and 0 here."""
 
     memory: float
     flops: float
@@ -86,8 +86,8 @@ class Topology:
         return f"{self.name}:{'x'.join(map(str, self.shape))}"
 
     def devices(self) -> list[Any]:
-        """Devices to compile for. Raises ImportError without libtpu, ValueError for a grid that
-        is not made."""
+        """Devices to compile for. Raises ImportError without libtpu, and ValueError for a grid
+        that no TPU is made in."""
         try:
             import libtpu  # noqa: F401
         except ImportError as error:
@@ -102,10 +102,10 @@ class Topology:
         if any(size % 2 for size in self.shape[:2]):
             options["chips_per_host_bounds"] = (1, 1, 1)
         try:
-            made = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **options)
+            grid = topologies.get_topology_desc(platform="tpu", topology_name=str(self), **options)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"--topology={self}: {error}") from error
-        return list(made.devices)
+        return list(grid.devices)
 
 
 _NO_TPU_HERE = {  # libtpu looks for one otherwise, and locks it

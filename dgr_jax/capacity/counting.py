@@ -23,17 +23,17 @@ from dgr_jax.stages.prepared import Prepared
 logger = logging.getLogger(__name__)
 
 _ALL = 10_000  # passages whose words are counted; of more, every hundredth
-_SAY = 1_000_000  # passages after which it is said how far it is
-_LINES = 1 << 20  # of a file, that are counted together
+_SAY = 1_000_000  # passages after which progress is logged
+_LINES = 1 << 20  # lines of a file that are counted together
 
 
-TAKEN = CorpusSize(8_800_000, 55, 500_000, 20)  # where nothing can be counted: MS MARCO's
+TAKEN = CorpusSize(8_800_000, 55, 500_000, 20)  # MS MARCO's, where nothing can be counted
 
 
 def corpus_of(experiment: Experiment | DenseExperiment, flag: str = "") -> tuple[CorpusSize, str]:
     """The corpus of an experiment, counted where it is at hand, and how it is known.
 
-    flag: of the command line, by which another one can be given.
+    flag: the flag of the command line that gives another corpus; the answer names it.
     """
     corpus, where = counted(experiment)
     if corpus is not None:
@@ -50,15 +50,16 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None
     folder = Path(experiment.model_dir) / "prepare"
     settings = pipeline.settings_of(experiment, ["prepare"])["prepare"]
     if records.is_done(folder, settings):
-        made = Prepared.load(experiment.model_dir)
+        prepared = Prepared.load(experiment.model_dir)
         judged = (
             (qid, grade)
             for split in experiment.prepare.train_splits
-            if (made.folder / "collection" / "qrels" / f"{split}.tsv").is_file()
-            for qid, grades in made.qrels(split).items()
+            if (prepared.folder / "collection" / "qrels" / f"{split}.tsv").is_file()
+            for qid, grades in prepared.qrels(split).items()
             for grade in grades.values()
         )
-        return _corpus(experiment, _spread(made.store), len(made.store), judged), str(folder)
+        passages = _spread(prepared.store)
+        return _corpus(experiment, passages, len(prepared.store), judged), str(folder)
     if why := _is_absent(experiment.collection):
         return None, why
     logger.info("counting the passages of %s", type(experiment.collection).__name__)
@@ -83,7 +84,7 @@ def _is_absent(collection: Any) -> str:
 
 
 def _judgements(experiment: Experiment | DenseExperiment, split: str) -> Iterator[Any]:
-    """Those of a split; none where it has no file."""
+    """The judgements of a split; none where it has no file."""
     if all(experiment.collection.inputs((split,)).values()):
         yield from experiment.collection.qrels(split)
 
@@ -94,8 +95,11 @@ def _corpus(
     number: int,
     judged: Iterable[tuple[str, int]],
 ) -> CorpusSize:
-    """passages: (number, passage) of those that are looked at; number: of all, 0: the last one's.
-    judged: (qid, relevance) of the training queries."""
+    """The size of a corpus, from some of its passages.
+
+    passages: those that are looked at, each with its number from 1. number: how many passages there
+    are; 0: as many as the last number. judged: (qid, relevance) of the training queries.
+    """
     sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
     for last, passage in passages:
         if last <= _ALL or last % 100 == 0 or number:
@@ -120,11 +124,11 @@ def _spread(store: PassageStore) -> Iterator[tuple[int, Passage]]:
 
 
 def _every(passages: Iterable[Passage]) -> Iterator[tuple[int, Passage]]:
-    """All passages with their numbers from 1; says how far it is."""
-    for number, passage in enumerate(passages, start=1):
-        if number % _SAY == 0:
-            logger.info("counted %s passages so far; --corpus counts none", f"{number:,}")
-        yield number, passage
+    """All passages with their numbers from 1; progress is logged."""
+    for count, passage in enumerate(passages, start=1):
+        if count % _SAY == 0:
+            logger.info("counted %s passages so far; --corpus counts none", f"{count:,}")
+        yield count, passage
 
 
 def _lines(path: Path) -> int:

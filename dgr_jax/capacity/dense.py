@@ -70,9 +70,9 @@ def _training(
     tokens += math.prod(batch["passage_tokens"].shape)
     texts = settings.batch_size * (1 + batch["passages"].shape[1])
     shape = ProgramShape(texts, round(tokens / texts), 0, 0, microbatches=settings.microbatches)
-    made = programs.step_program("dense", settings, model, batch, shape, mesh, rules)
+    program = programs.step_program("dense", settings, model, batch, shape, mesh, rules)
     alone = dataclasses.replace(t5, num_decoder_layers=1)  # which writes nothing
-    formula = planning.analytic(made, mesh, topology, alone)
+    formula = planning.analytic(program, mesh, topology, alone)
     read = (batch[name].shape for name in ("encoder_input_tokens", "passage_tokens"))
     flops = sum(formulas.encoder_flops(t5, math.prod(s[:-1]), s[-1]) for s in read)
     formula = dataclasses.replace(
@@ -80,7 +80,7 @@ def _training(
         flops=formulas.passes(t5) * flops / topology.size,
         queries=settings.batch_size,
     )
-    return planning.compiled(made, formula) if compile else formula
+    return planning.compiled(program, formula) if compile else formula
 
 
 def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense") -> dict[str, Any]:
@@ -103,7 +103,7 @@ def abstract_batch(experiment: DenseExperiment, mesh: Any, stage: str = "dense")
     }
     if teach is not None:
         read["teacher_scores"] = ((rows, length), jnp.float32)
-    return {name: abstract(mesh, *found) for name, found in read.items()}
+    return {name: abstract(mesh, *spec) for name, spec in read.items()}
 
 
 def _search(
@@ -134,8 +134,8 @@ def _search(
 
     if compile:
         shape = ProgramShape(queries, 0, 0, 0)
-        one = Program("search", shape, {**parts, "vectors": held}, lower)
-        formula = planning.compiled(one, formula)
+        program = Program("search", shape, {**parts, "vectors": held}, lower)
+        formula = planning.compiled(program, formula)
         formula = dataclasses.replace(formula, parts={**formula.parts, **parts})
     blocks = index.blocks  # each is searched, one after another
     sent = {kind: blocks * size for kind, size in formula.sent.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -69,10 +69,7 @@ def given(text: str) -> CorpusSize:
 def lines(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     """Everything of some size that an experiment writes."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
-    if isinstance(experiment, DenseExperiment):
-        yield from _dense(experiment, corpus)
-    else:
-        yield from _generative(experiment, corpus)
+    yield from _LINES[experiment.kind](experiment, corpus)
 
 
 def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
@@ -133,6 +130,13 @@ def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
 
 
+_LINES: Mapping[str, Callable[[Any, CorpusSize], Iterator[Line]]] = {  # by `Measured.kind`
+    "docid": _generative,
+    "multiview": _generative,
+    "dense": _dense,
+}
+
+
 def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:
     identifiers = sizes.identifiers
     for table in identifiers.tables:
@@ -166,7 +170,7 @@ def _pools(stage: str, negatives: Negatives, queries: int) -> Line:
 
 
 def _rank_lists(teach: Teach, asked: int, entry: int, query: int = 0) -> Line:
-    """entry: bytes of a passage of a list; query: of its query."""
+    """entry: bytes of each passage in a list; query: bytes of the query that the list is for."""
     lists = asked * teach.lists.lists_a_query
     width = teach.lists.length
     return Line("teach", f"{lists:,} rank lists of {width}", lists * (query + width * entry))
@@ -205,7 +209,7 @@ def _texts(sources: Sources, corpus: CorpusSize) -> dict[str, float]:
 def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) -> None:
     """Prints the files that the collection lacks or has, and the lines, with their sums.
 
-    corpus: None: the one that lies there is counted.
+    corpus: None counts the one that lies there.
     """
     console = display.console(soft_wrap=True)
     splits = experiment.prepare.splits

@@ -119,5 +119,5 @@ def sent_bytes(
         scattered = whole * ring(axes["fsdp"])
     else:  # once a batch, see partitioning.on_batch_shards
         gathered = made.parts["parameters"] * (axes["fsdp"] - 1)
-    found = {"all-reduce": reduced, "all-gather": gathered, "reduce-scatter": scattered}
-    return {kind: size for kind, size in found.items() if size}
+    sent = {"all-reduce": reduced, "all-gather": gathered, "reduce-scatter": scattered}
+    return {kind: size for kind, size in sent.items() if size}

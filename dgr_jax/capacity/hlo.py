@@ -46,8 +46,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device: floating point operations of matrix products, bytes of main memory read and
-    written, collectives. unknown: loops whose trip count was not in the program."""
+    """What one device does: floating point operations of matrix products, bytes of main memory read
+    and written, and collectives. unknown: loops whose trip count was not in the program."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -70,8 +70,10 @@ class Cost:
     def sent(self) -> dict[str, float]:
         """Bytes that a device sends, by kind of collective, the most first."""
         total: dict[str, float] = {}
-        for one in self.collectives:
-            total[one.kind] = total.get(one.kind, 0.0) + one.sent * one.runs
+        for collective in self.collectives:
+            total[collective.kind] = (
+                total.get(collective.kind, 0.0) + collective.sent * collective.runs
+            )
         return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
@@ -193,8 +195,8 @@ def _through_bitcasts(body: Computation, name: str) -> Iterator[tuple[str, Instr
 
 
 def _numbers(pattern: str, text: str) -> list[int]:
-    found = re.search(pattern, text)
-    return [int(i) for i in found[1].split(",") if i] if found else []
+    match = re.search(pattern, text)
+    return [int(i) for i in match[1].split(",") if i] if match else []
 
 
 def _required(pattern: str, attributes: str) -> re.Match[str]:

@@ -32,7 +32,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Instruction:
-    """name = type opcode(operands), attributes"""
+    """One line of a program: name = type opcode(operands), attributes."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -48,13 +48,13 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that `calls`, `to_apply`, branches ... name."""
-        found = re.findall(
+        named = re.findall(
             r"(?:calls|branch_computations|true_computation|false_computation|to_apply)="
             r"(\{[^}]*\}|%?[\w.-]+)",
             self.attributes,
         )
         return tuple(
-            name.lstrip("%") for part in found for name in re.split(r"[{}, ]+", part) if name
+            name.lstrip("%") for part in named for name in re.split(r"[{}, ]+", part) if name
         )
 
 
@@ -67,15 +67,15 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        found: dict[str, list[Instruction]] = {}
+        users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
-                found.setdefault(operand, []).append(instruction)
-        return found
+                users.setdefault(operand, []).append(instruction)
+        return users
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In their order."""
+        """The parameters, in their order."""
         numbered = [i for i in self.instructions.values() if i.opcode == "parameter"]
         return sorted(numbered, key=lambda i: int(i.operands[0]))
 
@@ -131,13 +131,13 @@ def _instruction(line: str) -> Instruction | None:
 
 def computations(text: str) -> tuple[dict[str, Computation], str]:
     """All computations of a program's text by name, and the name of the entry."""
-    found: dict[str, Computation] = {}
+    by_name: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if not line.startswith(" ") and line.endswith("{") and not line.startswith("HloModule"):
             header = _HEADER.match(line)
             if header:
-                current = found[header[2]] = Computation(header[2])
+                current = by_name[header[2]] = Computation(header[2])
                 entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
@@ -145,4 +145,4 @@ def computations(text: str) -> tuple[dict[str, Computation], str]:
             current.instructions[instruction.name] = instruction
     if not entry:
         raise ValueError("program text: got no ENTRY computation, expected an optimised HLO module")
-    return found, entry
+    return by_name, entry

@@ -23,7 +23,7 @@ import jax
 
 from dgr_jax import partitioning
 from dgr_jax.capacity import hlo
-from dgr_jax.capacity.chips import Topology
+from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.formulas import (
     forward_flops,
     moved_bytes,
@@ -123,8 +123,9 @@ def compiled(made: Program, formula: CapacityPlan) -> CapacityPlan:
 
 
 def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> CapacityPlan:
-    """The same by formula: products of matrices, what layers keep, Megatron's all-reduces of
-    activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where fully sharded."""
+    """The plan of a program by formula: products of matrices, what layers keep, Megatron's
+    all-reduces of activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where
+    fully sharded."""
     axes = dict(mesh.shape)
     chips = topology.size
     shape, training = made.shape, not made.shape.beams
@@ -179,15 +180,30 @@ def plan(
     if compile and topology.is_tpu:
         config = model_config(experiment, sizes)
         on = partitioning.make_mesh(mesh, topology.devices())
-        made = program(name, experiment, sizes, on, mesh.rules)
-        formula = analytic(made, on, topology, config)
-        return compiled(made, formula)
+        planned = program(name, experiment, sizes, on, mesh.rules)
+        formula = analytic(planned, on, topology, config)
+        return compiled(planned, formula)
     # The same bytes, and one layer to trace in place of all.
     scanned = dataclasses.replace(experiment.model, scan_layers=True)
     experiment = dataclasses.replace(experiment, model=scanned)
     on = abstract_mesh(mesh, topology)
-    made = program(name, experiment, sizes, on, mesh.rules)
-    return analytic(made, on, topology, model_config(experiment, sizes))
+    planned = program(name, experiment, sizes, on, mesh.rules)
+    return analytic(planned, on, topology, model_config(experiment, sizes))
+
+
+def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology) -> str:
+    """What the plan takes for granted."""
+    config = experiment.model
+    levels = sizes.identifiers.tables[0].levels if sizes.identifiers.tables else ()
+    codes = f"{len(levels)} codes of {levels[0]}" if len({*levels}) == 1 else f"{levels}"
+    return (
+        f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
+        f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
+        f"layers, {config.dtype}, remat {config.remat}, layers "
+        f"{'scanned' if config.scan_layers else 'not scanned'}\n"
+        f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
+        f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
+    )
 
 
 def sweep(
@@ -199,12 +215,12 @@ def sweep(
     if name == "distill":
         rows = math.gcd(rows, settings.list_batch_size)
     rows = rows // settings.microbatches if name != "decode" else 10**6 * topology.size
-    found = [
+    plans = [
         (mesh, plan(name, experiment, sizes, topology, mesh, compile=False))
         for mesh in meshes(topology, model_config(experiment, sizes), rows)
     ]
     key = lambda pair: (not pair[1].fits, -pair[1].queries_per_second, pair[1].total)
-    return sorted(found, key=key)
+    return sorted(plans, key=key)
 
 
 def advice(found: CapacityPlan, experiment: Experiment) -> list[str]:

@@ -49,7 +49,7 @@ class ProgramShape:
 
     @property
     def looped(self) -> int:
-        """Those of them that are runs of its loop: not the first, nor the one that scores ahead."""
+        """How many `steps` are runs of its loop: not the first, nor the one that scores ahead."""
         return max(1, self.steps - 1 - (self.ahead > 1))
 
 

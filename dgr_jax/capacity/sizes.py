@@ -96,9 +96,9 @@ def abstract_trie(
     most = layout.gathers[-1]
     wide = sum(i for depth, i in enumerate(inner) if i >= 1 and stored[depth + 1] / i > most)
     counts = dict(nodes=sum(stored), inner=sum(inner), tails=tails, wide=wide)
-    made = _arrays(table, layout, **{name: round(count) for name, count in counts.items()})
-    capacity = trie_arrays.capacities(made, layout)
-    padded = {name: _unreal(capacity[name], array.dtype) for name, array in made.items()}
+    arrays = _arrays(table, layout, **{name: round(count) for name, count in counts.items()})
+    capacity = trie_arrays.capacities(arrays, layout)
+    padded = {name: _unreal(capacity[name], array.dtype) for name, array in arrays.items()}
     return trie_arrays.Arrays(**padded), layout
 
 
@@ -139,7 +139,7 @@ def _arrays(
         "tail_bias": ((longest + 1,), np.int32),
         "ends_at": ((), np.int32),
     }
-    return trie_arrays.Arrays(**{name: _unreal(*found) for name, found in shapes.items()})
+    return trie_arrays.Arrays(**{name: _unreal(*spec) for name, spec in shapes.items()})
 
 
 def _unreal(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dgr_jax import display
-from dgr_jax.capacity import chips, counting, planning
-from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity import chips, counting, kinds
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.planning import CapacityPlan
-from dgr_jax.capacity.programs import programs_of
-from dgr_jax.capacity.sizes import PreparedSizes, estimated_sizes
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.identifiers.scheme import CorpusSize
@@ -33,28 +30,25 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     """
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
-    if isinstance(experiment, DenseExperiment):
-        programs = _programs(args.programs, dense_plans.PROGRAMS)
-    else:
-        programs = _programs(args.programs, programs_of(experiment))
+    planner = kinds.PLANNERS[experiment.kind]
+    programs = _programs(args.programs, planner.programs(experiment))
+    if args.sweep is not None and planner.sweep is None:
+        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
     corpus, origin = _corpus(args.passages, experiment)
     console.print(f"{corpus.passages:,} passages, {origin}")
-    if isinstance(experiment, DenseExperiment):
-        _show_dense(console, args, experiment, topology, programs, corpus.passages)
-        return
-    sizes = estimated_sizes(experiment, corpus)
-    console.print(assumptions(experiment, sizes, topology))
+    sizes = planner.sizes(experiment, corpus)
+    mesh = mesh_of(args.mesh, experiment.mesh)
+    console.print(planner.assumptions(experiment, sizes, topology))
     if args.sweep is not None:
         for name in programs:
             _sweep(console, name, experiment, sizes, topology, args.sweep)
         return
-    mesh = mesh_of(args.mesh, experiment.mesh)
-    plans = [planning.plan(name, experiment, sizes, topology, mesh) for name in programs]
+    plans = [planner.plan(name, experiment, sizes, topology, mesh) for name in programs]
     console.print(*(table for table in tables(plans)))
-    for found in plans:
-        for line in planning.advice(found, experiment):
-            verdict = "does not fit" if not found.fits else found.bound
-            console.print(f"{found.program} ({verdict}): {line}")
+    for plan in plans:
+        for line in planner.advice(plan, experiment, sizes):
+            verdict = "does not fit" if not plan.fits else plan.bound
+            console.print(f"{plan.program} ({verdict}): {line}")
 
 
 def _corpus(
@@ -67,26 +61,6 @@ def _corpus(
         return counting.TAKEN._replace(passages=int(given)), "as given by --passages"
     corpus, origin = counting.corpus_of(experiment, "--passages")
     return corpus._replace(passages=max(2, corpus.passages)), origin
-
-
-def _show_dense(
-    console: Console,
-    args: argparse.Namespace,
-    experiment: DenseExperiment,
-    topology: Topology,
-    programs: Sequence[str],
-    passages: int,
-) -> None:
-    if args.sweep is not None:
-        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
-    mesh = mesh_of(args.mesh, experiment.mesh)
-    console.print(dense_plans.assumptions(experiment, passages, topology))
-    plans = [dense_plans.plan(name, experiment, passages, topology, mesh) for name in programs]
-    console.print(*(table for table in tables(plans)))
-    for found in plans:
-        for line in dense_plans.advice(found, experiment, passages):
-            verdict = "does not fit" if not found.fits else found.bound
-            console.print(f"{found.program} ({verdict}): {line}")
 
 
 def _programs(text: str, known: Sequence[str]) -> list[str]:
@@ -111,21 +85,6 @@ def mesh_of(text: str | None, default: Mesh) -> Mesh:
     return Mesh(data, model, fsdp, default.parameter_dims, default.activation_dims)
 
 
-def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology) -> str:
-    """What the plan takes for granted."""
-    config = experiment.model
-    levels = sizes.identifiers.tables[0].levels if sizes.identifiers.tables else ()
-    codes = f"{len(levels)} codes of {levels[0]}" if len({*levels}) == 1 else f"{levels}"
-    return (
-        f"{topology.size} chips of {topology.name}, {topology.chip.memory / GIB:.0f} GiB each; "
-        f"T5 of width {config.emb_dim}, {config.num_encoder_layers} + {config.num_decoder_layers} "
-        f"layers, {config.dtype}, remat {config.remat}, layers "
-        f"{'scanned' if config.scan_layers else 'not scanned'}\n"
-        f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
-        f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
-    )
-
-
 def tables(plans: Sequence[CapacityPlan]) -> list[Table]:
     """Memory, work and time of each plan."""
     return [_memory(plans), _work(plans), _time(plans)]
@@ -134,18 +93,18 @@ def tables(plans: Sequence[CapacityPlan]) -> list[Table]:
 def _table(title: str, plans: Sequence[CapacityPlan]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("a chip" if "time" not in title else "")
-    for found in plans:
-        table.add_column(found.program, justify="right")
+    for plan in plans:
+        table.add_column(plan.program, justify="right")
     return table
 
 
 def _memory(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("memory", plans)
     for name in ("parameters", "optimizer", "trie", "vectors", "batch", "temporaries"):
-        if any(name in found.parts for found in plans):
-            table.add_row(name, *(_bytes(found.parts.get(name, 0)) for found in plans))
-    table.add_row("together", *(_bytes(found.total) for found in plans), style="bold")
-    table.add_row("of the chip's", *(_share(found) for found in plans))
+        if any(name in plan.parts for plan in plans):
+            table.add_row(name, *(_bytes(plan.parts.get(name, 0)) for plan in plans))
+    table.add_row("together", *(_bytes(plan.total) for plan in plans), style="bold")
+    table.add_row("of the chip's", *(_share(plan) for plan in plans))
     return table
 
 
@@ -156,28 +115,28 @@ def _share(found: CapacityPlan) -> str:
 
 def _work(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("work of one step, or of one batch of a search", plans)
-    table.add_row("counted", *(found.source for found in plans))
-    table.add_row("FLOPs", *(_number(found.flops) for found in plans))
-    table.add_row("memory moved", *(_bytes(found.moved) for found in plans))
-    for kind in dict.fromkeys(kind for found in plans for kind in found.sent):
-        table.add_row(f"{kind} sent", *(_bytes(found.sent.get(kind, 0)) for found in plans))
+    table.add_row("counted", *(plan.source for plan in plans))
+    table.add_row("FLOPs", *(_number(plan.flops) for plan in plans))
+    table.add_row("memory moved", *(_bytes(plan.moved) for plan in plans))
+    for kind in dict.fromkeys(kind for plan in plans for kind in plan.sent):
+        table.add_row(f"{kind} sent", *(_bytes(plan.sent.get(kind, 0)) for plan in plans))
     return table
 
 
 def _time(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("time at best", plans)
-    table.add_row("products in", *(_peak(found)[1] for found in plans))
-    table.add_row("FLOP/s at best", *(_number(_peak(found)[0]) for found in plans))
+    table.add_row("products in", *(_peak(plan)[1] for plan in plans))
+    table.add_row("FLOP/s at best", *(_number(_peak(plan)[0]) for plan in plans))
     for name in ("compute", "memory", "network"):
-        table.add_row(f"bound by {name}", *(_seconds(found.times[name]) for found in plans))
-    table.add_row("queries a step", *(f"{found.queries:,}" for found in plans))
+        table.add_row(f"bound by {name}", *(_seconds(plan.times[name]) for plan in plans))
+    table.add_row("queries a step", *(f"{plan.queries:,}" for plan in plans))
     table.add_row(
         "queries/s, all chips",
-        *(f"{found.queries_per_second:,.0f}" for found in plans),
+        *(f"{plan.queries_per_second:,.0f}" for plan in plans),
         style="bold",
     )
-    if any(found.seconds for found in plans):
-        table.add_row("compiled in", *(_seconds(found.seconds) for found in plans))
+    if any(plan.seconds for plan in plans):
+        table.add_row("compiled in", *(_seconds(plan.seconds) for plan in plans))
     return table
 
 
@@ -188,17 +147,19 @@ def _peak(found: CapacityPlan) -> tuple[float, str]:
 def _sweep(
     console: Console,
     name: str,
-    experiment: Experiment,
-    sizes: PreparedSizes,
+    experiment: Experiment | DenseExperiment,
+    sizes: Any,
     topology: Topology,
     compiled: int,
 ) -> None:
-    ranked = planning.sweep(name, experiment, sizes, topology)
+    planner = kinds.PLANNERS[experiment.kind]
+    assert planner.sweep is not None  # as `show` has checked
+    ranked = planner.sweep(name, experiment, sizes, topology)
     console.print(_of_meshes(f"{name}: meshes by formula", ranked))
     if not compiled or not topology.is_tpu:
         return
     best = [mesh for mesh, _ in ranked[:compiled]]
-    plans = [(m, planning.plan(name, experiment, sizes, topology, m)) for m in best]
+    plans = [(m, planner.plan(name, experiment, sizes, topology, m)) for m in best]
     plans.sort(key=lambda pair: (not pair[1].fits, -pair[1].queries_per_second))
     console.print(_of_meshes(f"{name}: the best of them compiled", plans))
 
@@ -207,8 +168,8 @@ def _of_meshes(title: str, plans: Sequence[tuple[Mesh, CapacityPlan]]) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     for column in ("data,model,fsdp", "GiB a chip", "fits", "bound by", "queries/s at best"):
         table.add_column(column, justify="right")
-    for mesh, found in plans:
-        table.add_row(_written(mesh), *_row(found))
+    for mesh, plan in plans:
+        table.add_row(_written(mesh), *_row(plan))
     return table
 
 

@@ -21,10 +21,10 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
     """Components and losses by name; each checks the types of its settings when it is called."""
     from dgr_jax.losses import contrastive, ranking
 
-    made = {c.__name__: _checked(c) for c in _components()}
+    components = {c.__name__: _checked(c) for c in _components()}
     losses = ranking.LOSSES | contrastive.LOSSES
     limits = ranking.SETTINGS | contrastive.SETTINGS
-    return made | {name: _loss_factory(name, loss, limits) for name, loss in losses.items()}
+    return components | {name: _loss_factory(name, loss, limits) for name, loss in losses.items()}
 
 
 @functools.cache

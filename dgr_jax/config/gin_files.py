@@ -226,7 +226,7 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
                 raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
             raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
         given = f"--gin.{binding.replace(' = ', '=')}"
-        if [type(found).__name__ for found in _parsed(binding, given)] != ["BindingStatement"]:
+        if [type(part).__name__ for part in _parsed(binding, given)] != ["BindingStatement"]:
             raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
         with _explained(given):
             gin.parse_config(binding)
@@ -248,20 +248,20 @@ def _explained(where: str) -> Iterator[None]:
         ) from error
     except (AttributeError, ValueError, TypeError, NameError, OSError) as error:
         message = str(error)
-        if not where.startswith("--") and (found := _PLACE.search(message)):
-            where = f"{found[1]}:{found[2]}"
+        if not where.startswith("--") and (match := _PLACE.search(message)):
+            where = f"{match[1]}:{match[2]}"
         message = message.strip().splitlines()[0].removesuffix(".")
         raise Mistake(f"{where}: {message}{_nearest_in(message)}") from error
 
 
 def _nearest_in(message: str) -> str:
     """The nearest known names where gin names an unknown one."""
-    made = _known().configurables()
+    components = _known().configurables()
     if unknown := re.search(r"No configurable matching (?:reference )?'@?([^'()]+)", message):
-        return _nearest(unknown[1].split("/")[-1], list(made))
+        return _nearest(unknown[1].split("/")[-1], list(components))
     parameter = re.search(r"parameter named '([^']+)'", message)
     target = re.search(r"[Cc]onfigurable '([^']+)'", message)
-    if parameter and target and (component := made.get(target[1].split(".")[-1])):
+    if parameter and target and (component := components.get(target[1].split(".")[-1])):
         return _nearest(parameter[1], list(inspect.signature(component).parameters))
     return ""
 
@@ -280,8 +280,8 @@ def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
 
     commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
     set_up = {name for _, name, key in _settings(gin.config_str()) if key == "model_dir"}
-    if found := [kind for kind in kinds if kind in set_up]:
-        return found[0]
+    if described := [kind for kind in kinds if kind in set_up]:
+        return described[0]
     if others := [other for other in commands if other in set_up]:
         raise Mistake(f"{', '.join(files)} is for python -m dgr_jax.{commands[others[0]]}")
     return kinds[0]
@@ -414,5 +414,5 @@ def register() -> None:
     """Make every configurable known to gin, once a process."""
     import gin
 
-    for name, made in _known().configurables().items():
-        gin.external_configurable(made, name=name, module="dgr_jax")
+    for name, component in _known().configurables().items():
+        gin.external_configurable(component, name=name, module="dgr_jax")

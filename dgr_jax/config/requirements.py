@@ -72,5 +72,5 @@ def _version(name: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """'0.11.18.dev3' -> (0, 11, 18): three numbers, which are compared."""
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:3]]
+    numbers = [int(digits) for digits in re.findall(r"\d+", version)[:3]]
     return tuple(numbers + [0] * (3 - len(numbers)))

@@ -250,14 +250,14 @@ def score_by_token(
       at most), so that the output matrix is read once; those of many one by one: they are large.
     """
 
-    def one(token):
+    def scored(token):
         logits = logits_fn(token[0])
         chosen = jnp.take_along_axis(logits, token[1][..., None], -1)[..., 0]
         return chosen.astype(jnp.float32) - _log_normaliser(logits)
 
     first = lambda leaf: jnp.moveaxis(leaf, 2, 0)
     together = max(1, LOGITS_TOGETHER // (targets.shape[0] * targets.shape[1]))
-    scores = lax.map(one, jax.tree.map(first, (inputs, targets)), batch_size=together)
+    scores = lax.map(scored, jax.tree.map(first, (inputs, targets)), batch_size=together)
     return jnp.moveaxis(scores, 0, 2)
 
 
@@ -469,8 +469,8 @@ def sample(
 
     def advance(drawn):
         logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
-        found = _expand_alone(constraint, drawn.state, logits, best_tokens)
-        return _draw(drawn._replace(cache=cache), found, best_tokens, temperature)
+        candidates = _expand_alone(constraint, drawn.state, logits, best_tokens)
+        return _draw(drawn._replace(cache=cache), candidates, best_tokens, temperature)
 
     drawn = lax.while_loop(unfinished, advance, drawn)
     valid = drawn.ended & (drawn.log_probs > -jnp.inf)
@@ -510,5 +510,5 @@ def _expand_alone(constraint, state, logits, width):
     shape = logits.shape[:2]
     alone = lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:])  # noqa: E731
     prior = jnp.zeros((shape[0] * shape[1], 1), jnp.float32)
-    found = _expand(constraint, jax.tree.map(alone, state), prior, alone(logits), width)
-    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), found)
+    candidates = _expand(constraint, jax.tree.map(alone, state), prior, alone(logits), width)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), candidates)

@@ -156,8 +156,8 @@ def _survey(rows, lengths, eos_id, columns, vocab_size):
         last = block[np.arange(len(block)), lengths[start : start + len(block)].astype(int) - 1]
         end_token = int(last[0]) if start == 0 else end_token
         if end_token >= 0:
-            found = ((block == end_token) & present).sum()
-            end_token = end_token if found == len(block) == (last == end_token).sum() else -1
+            count = ((block == end_token) & present).sum()
+            end_token = end_token if count == len(block) == (last == end_token).sum() else -1
     return low, high, end_token
 
 

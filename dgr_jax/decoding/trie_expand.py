@@ -283,11 +283,11 @@ class TrieConstraint:
             return _best(totals, tokens, child, width)
         complete = self._completes(tokens, child, step.level + 1)
         ends, others = jnp.where(complete, totals, -jnp.inf), jnp.where(complete, -jnp.inf, totals)
-        found = _best(others, tokens, child, width)
+        best = _best(others, tokens, child, width)
         if self.layout.ends == "mixed":
-            return _join(found, _best(ends, tokens, child, width))
+            return _join(best, _best(ends, tokens, child, width))
         leaf = jnp.where(complete & valid, child, 0).max(-1)
-        return _join(found, self._closing(ends.max(-1), leaf))
+        return _join(best, self._closing(ends.max(-1), leaf))
 
     def _closing(self, log_probs, leaf):
         """The closing token of each beam [B, M]."""
@@ -299,17 +299,17 @@ class TrieConstraint:
         widest = self.layout.gathers[-1]
         is_wide = step.children > widest
         rest = step._replace(children=jnp.where(is_wide, 0, step.children))
-        found = self._bitmapped(step, is_wide, width)
+        from_bitmaps = self._bitmapped(step, is_wide, width)
 
         def with_rest():
             gathered = self._gather(rest, width, widest)
-            (a, a_ends), (b, b_ends) = found.split(width), gathered.split(width)
+            (a, a_ends), (b, b_ends) = from_bitmaps.split(width), gathered.split(width)
             if self.layout.ends == "token":  # one slot a beam
                 ends = (jnp.where(is_wide, x, y) for x, y in zip(a_ends, b_ends, strict=True))
                 return _join(_sorted(_join(a, b), width), _Found(*ends))
             return _join(_sorted(_join(a, b), width), _sorted(_join(a_ends, b_ends), width))
 
-        return lax.cond(((rest.children > 0) | rest.is_tail).any(), with_rest, lambda: found)
+        return lax.cond(((rest.children > 0) | rest.is_tail).any(), with_rest, lambda: from_bitmaps)
 
     def _bitmapped(self, step, is_wide, width):
         owned = jnp.searchsorted(self.wide, step.inner_id, method="scan_unrolled")
@@ -325,9 +325,9 @@ class TrieConstraint:
             return _join(_masked(scores, rest, prior, low, width, child_of), closing)
         if self.layout.ends == "fixed":
             return _masked(scores, bits, prior, low, width, child_of)
-        found = _masked(scores, bits, prior, low, 2 * width, child_of)
-        complete = self._completes(found.tokens, found.child, step.level + 1)
-        others, ends = found.where(~complete), found.where(complete)
+        best = _masked(scores, bits, prior, low, 2 * width, child_of)
+        complete = self._completes(best.tokens, best.child, step.level + 1)
+        others, ends = best.where(~complete), best.where(complete)
         return _join(_sorted(others, width), _sorted(ends, width))
 
     def _covered_scores(self, step):

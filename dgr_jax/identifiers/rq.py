@@ -18,7 +18,7 @@ from dgr_jax.identifiers.table import IdentifierTable, sort_rows
 _log = logging.getLogger(__name__)
 
 _FEW = 32  # passages, below which one code is enough
-_SIZES = (16, 32, 64, 128, 256)  # of a codebook, where it is not set
+_SIZES = (16, 32, 64, 128, 256)  # sizes to choose from, where a codebook's is not set
 # Shares of the passages with codes of their own: what is wanted, and where a warning begins.
 _WANTED, _ENOUGH = 0.95, 0.9
 _GROWN = 3  # larger choices that are tried, at most
@@ -71,11 +71,11 @@ class ResidualQuantization(Scheme):
         vectors = self.embeddings.embed(material.store, material.seed)
         chosen, codes, distinct = self, np.zeros((0, 0), np.int32), 0
         for sized in self._choices(len(vectors)):
-            found = sized._codes(vectors, material.seed)
-            number, own = _distinct(found)
-            if number <= distinct:
+            tried = sized._codes(vectors, material.seed)
+            now_distinct, own = _distinct(tried)
+            if now_distinct <= distinct:
                 break
-            chosen, codes, distinct = sized, found, number
+            chosen, codes, distinct = sized, tried, now_distinct
             _log.info(
                 "rq: %d codes of %d: %s of %s passages (%.1f%%) have codes of their own",
                 *(sized.num_codes, sized.codebook_size, f"{own:,}", f"{len(codes):,}"),
@@ -87,8 +87,8 @@ class ResidualQuantization(Scheme):
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """Codes used evenly; a code for ties where there is no room for twice the passages."""
-        passages, (number, size) = corpus.passages, self.sized(corpus.passages)._shape()
-        levels = (size,) * number
+        passages, (num_codes, size) = corpus.passages, self.sized(corpus.passages)._shape()
+        levels = (size,) * num_codes
         if math.prod(levels) < 2 * passages:
             levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
         return Sizes((TableSizes(passages, levels),), codes=sum(levels))
@@ -115,15 +115,15 @@ class ResidualQuantization(Scheme):
         sizes = [self.codebook_size] if self.codebook_size else _SIZES
         few = num_passages < _FEW or num_passages <= (self.codebook_size or 0)
         numbers = [self.num_codes] if self.num_codes else [1] if few else range(2, 65)
-        pairs = [(number, size) for number in numbers for size in sizes]
+        pairs = [(num_codes, size) for num_codes in numbers for size in sizes]
         if not self.num_codes and not self.codebook_size:
             pairs = [(n, size) for n, size in pairs if n < 4 or size == max(sizes)]
         cells, least, left = num_passages, 0, 1 + _GROWN
-        for number, size in pairs:
-            enough = _cells(number, size) >= cells and size >= least
-            if left and (enough or (number, size) == pairs[-1]):
-                cells, least, left = _cells(number, size) + 1, size, left - 1
-                yield replace(self, num_codes=number, codebook_size=size)
+        for num_codes, size in pairs:
+            enough = _cells(num_codes, size) >= cells and size >= least
+            if left and (enough or (num_codes, size) == pairs[-1]):
+                cells, least, left = _cells(num_codes, size) + 1, size, left - 1
+                yield replace(self, num_codes=num_codes, codebook_size=size)
 
     def _shape(self) -> tuple[int, int]:
         """The number and the size of codes, as `_choices` has set both."""
@@ -140,9 +140,9 @@ class ResidualQuantization(Scheme):
 
     def _table(self, codes: np.ndarray, first_code_id: int) -> IdentifierTable:
         """The table of codes int32 [P, num_codes]."""
-        ties, (number, size) = tie_codes(codes), self._shape()
-        rows = codes + np.arange(number, dtype=np.int32) * size
-        num_code_tokens = number * size
+        ties, (num_codes, size) = tie_codes(codes), self._shape()
+        rows = codes + np.arange(num_codes, dtype=np.int32) * size
+        num_code_tokens = num_codes * size
         if ties.any():
             rows = np.column_stack([rows, ties + num_code_tokens])
             num_code_tokens += int(ties.max()) + 1
@@ -158,27 +158,27 @@ class ResidualQuantization(Scheme):
         return table.require_docids()
 
     def _warn(self, own: int, passages: int, largest: int) -> None:
-        wanted, (number, size) = ResidualQuantization().sized(passages), self._shape()
+        wanted, (num_codes, size) = ResidualQuantization().sized(passages), self._shape()
         _log.warning(
             "rq: %d codes of %d: %.1f%% of %s passages have codes of their own, expected %.0f%% or "
             "more; the others are told apart by a last code of %s tokens that says nothing of what "
             "they are about; %s",
-            *(number, size, 100 * own / passages, f"{passages:,}"),
+            *(num_codes, size, 100 * own / passages, f"{passages:,}"),
             *(100 * _ENOUGH, f"{largest:,}"),
             "ResidualQuantization.num_codes and codebook_size, left unset, would be "
             f"{wanted.num_codes} and {wanted.codebook_size}"
-            if _cells(number, size) < passages
+            if _cells(num_codes, size) < passages
             else "look whether many passages are the same",
         )
 
     def train(self, vectors: np.ndarray, seed: int) -> list[np.ndarray]:
         """One codebook f32 [<= codebook_size, D] a level, from vectors [P, D]."""
-        number, size = self.sized(len(vectors))._shape()
+        num_codes, size = self.sized(len(vectors))._shape()
         rows = kmeans.sample(len(vectors), self.train_passages, seed)
         # One fancy index on a memory map reads only the rows of the sample.
         residuals = kmeans.as_float32(vectors[rows], "embeddings").copy()
         codebooks = []
-        for level in range(number):
+        for level in range(num_codes):
             codebook = kmeans.fit(residuals, size, seed=seed + level, full_batch=self.full_batch)
             codebooks.append(codebook)
             residuals -= codebook[kmeans.nearest(residuals, codebook)]

@@ -169,8 +169,8 @@ class IdentifierTable:
             smaller = _less(self.tokens[middle], wanted) & (low < high)
             low = np.where(smaller, middle + 1, low)
             high = np.where(smaller, high, middle)
-        found = self.tokens[np.minimum(low, len(self) - 1)]
-        hit = (found == wanted).all(axis=1) & ~longer
+        rows = self.tokens[np.minimum(low, len(self) - 1)]
+        hit = (rows == wanted).all(axis=1) & ~longer
         return np.where(hit, low, -1).reshape(lead)
 
     def report(self) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def watch(parent: int, arguments: Sequence[str]) -> int:
     """Runs the command to its end, hands SIGTERM and SIGINT on to it, and kills it when the process
     `parent` has ended; -> its exit status."""
     child = subprocess.Popen(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: child.send_signal(number))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda number, _: child.send_signal(number))
     while True:
         try:
             return child.wait(_POLL)

@@ -62,7 +62,7 @@ class Grid:
     @cached_property
     def runs(self) -> list[Run]:
         """Every experiment, point by point."""
-        made = []
+        runs = []
         for labels, bindings in self.study.points():
             for seed in self.study.seeds:
                 of_all = {"gin_files": self.study.gin_files, "systems": self.study.systems}
@@ -76,10 +76,10 @@ class Grid:
                 )
                 name = "-".join([*(slug(f"{k}={v}") for k, v in labels.items()), f"seed={seed}"])
                 folder = self.folder / "runs" / name
-                made.append(Run(labels, seed, flags, folder, systems))
-        if len({run.folder for run in made}) < len(made):
+                runs.append(Run(labels, seed, flags, folder, systems))
+        if len({run.folder for run in runs}) < len(runs):
             raise ValueError("Study.axes: got labels that make the same name, expected others")
-        return made
+        return runs
 
     def experiment(self, run: Run) -> Experiment:
         """What the gin files and bindings of a run describe; nothing is written."""
@@ -90,13 +90,13 @@ class Grid:
     def _load(self, run: Run, *, keep: bool = False) -> Experiment:
         """keep: also write it into the folder of the run."""
         flags = [*run.flags, f"--model_dir={run.folder}"]
-        made = self._load_flags(flags, keep)
-        if not set(made.measured) & set(run.systems):
+        experiment = self._load_flags(flags, keep)
+        if not set(experiment.measured) & set(run.systems):
             raise ValueError(
                 f"Study.systems: got {run.systems} for {shown(run.labels)}, expected some of "
-                f"{made.measured}"
+                f"{experiment.measured}"
             )
-        return made
+        return experiment
 
     def check(self) -> None:
         """Raises ValueError where an experiment cannot be, or a system is one of none of them."""

@@ -49,26 +49,26 @@ def show(grid: Grid) -> None:
     grid.check()
     stages = list(_stages(grid))
     seconds: dict[tuple[str, bool], list[float]] = {}
-    for one in stages:
-        if one.done:
-            took = records.read_record(one.kept)["seconds"]
-            seconds.setdefault(one.kind, []).append(took / (one.flops or 1))
+    for stage in stages:
+        if stage.done:
+            took = records.read_record(stage.kept)["seconds"]
+            seconds.setdefault(stage.kind, []).append(took / (stage.flops or 1))
     total, unknown, missing = 0.0, 0, {run.folder: [] for run in grid.runs}
-    for one in (one for one in stages if not one.done):
-        rates = seconds.get(one.kind)
-        took = np.mean(rates) * (one.flops or 1) if rates else None
-        told = [one.stage, *one.work, f"{took:.0f} s" if rates else "?"]
-        missing[one.run.folder].append(" ".join(told))
+    for stage in (stage for stage in stages if not stage.done):
+        rates = seconds.get(stage.kind)
+        took = np.mean(rates) * (stage.flops or 1) if rates else None
+        told = [stage.stage, *stage.work, f"{took:.0f} s" if rates else "?"]
+        missing[stage.run.folder].append(" ".join(told))
         total, unknown = total + (took or 0.0), unknown + (not rates)
     for folder, told in missing.items():
         sys.stdout.write(harmless(f"{folder.name}: {', '.join(told) or 'done'}\n"))
-    flops = sum(one.flops or 0.0 for one in stages if not one.done)
+    flops = sum(stage.flops or 0.0 for stage in stages if not stage.done)
     more = f" and {unknown} stages of unknown time" if unknown else ""
     sys.stdout.write(
         f"{len(grid.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, "
         f"{total / 60:.0f} minutes{more} to go\n"
     )
-    if uncounted := sum(one.trains and one.flops is None for one in stages if not one.done):
+    if uncounted := sum(stage.trains and stage.flops is None for stage in stages if not stage.done):
         sys.stdout.write(
             f"not among them: the PFLOP of {uncounted} training stages, {costs.UNCOUNTED}\n"
         )

@@ -59,8 +59,8 @@ def _report_limits(grid: Grid) -> None:
         for system in systems:
             row = {**labels, "system": system}
             asked = (system, grid.study.beams, grid.study.split, grid.study.spread)
-            found = [beam_losses.measured(grid.experiment(r), r.folder, *asked) for r in runs]
-            for losses in zip(*found, strict=True):
+            by_run = [beam_losses.measured(grid.experiment(r), r.folder, *asked) for r in runs]
+            for losses in zip(*by_run, strict=True):
                 values = [loss.values() for loss in losses]
                 means = {name: interval(Row(row, values, {}), name) for name in values[0]}
                 cells = {name: round(mean, 4) for name, (mean, _, _) in means.items()}
@@ -91,17 +91,17 @@ def _baseline(grid: Grid, row: Row, rows: Sequence[Row]) -> Row | None:
     if not grid.study.baseline:
         return None
     wanted = row.labels | grid.study.baseline
-    found = next((one for one in rows if wanted in (one.labels, *one.again)), None)
-    return None if found is row else found
+    baseline = next((other for other in rows if wanted in (other.labels, *other.again)), None)
+    return None if baseline is row else baseline
 
 
 def _cells(grid: Grid, row: Row, baseline: Row | None) -> dict[str, Any]:
     cells: dict[str, Any] = {**row.labels, "seeds": len(row.values)}
     for measure in grid.study.measures:
-        found = row.of(measure)
-        cells[measure] = round(float(found.mean()), 4)
-        if len(found) > 1:
-            cells[f"{measure} sd"] = round(float(found.std(ddof=1)), 4)
+        values = row.of(measure)
+        cells[measure] = round(float(values.mean()), 4)
+        if len(values) > 1:
+            cells[f"{measure} sd"] = round(float(values.std(ddof=1)), 4)
         if grid.study.baseline:
             a, b = (np.mean([v[measure] for v in r.values], 0) for r in (row, baseline or row))
             compared = evaluation.compare(measure, a, b)
@@ -113,8 +113,8 @@ def _cost_cells(grid: Grid, row: Row) -> dict[str, Any]:
     """Means over the seeds, to four digits; blank for BM25, which has no student."""
     names = [name for name in costs.COLUMNS if grid.study.costs and name != "drift"]
     names += ["drift"] * bool(grid.study.drift)
-    means = {name: [found[name] for found in row.costs if found] for name in names}
-    return {n: float(f"{np.mean(found):.4g}") if found else "" for n, found in means.items()}
+    means = {name: [cost[name] for cost in row.costs if cost] for name in names}
+    return {n: float(f"{np.mean(values):.4g}") if values else "" for n, values in means.items()}
 
 
 def _named(grid: Grid, axis: str, label: str) -> str:
@@ -129,10 +129,10 @@ def _plot(grid: Grid, axis: str, rows: Sequence[Row]) -> None:
     for row in rows:
         alike = [row.labels, *row.again]
         rest = [(k, v) for k, v in row.labels.items() if k != axis]
-        told = (_named(grid, k, v) for k, v in rest if all(one[k] == v for one in alike))
-        found = {measure: interval(row, measure) for measure in grid.study.measures}
+        told = (_named(grid, k, v) for k, v in rest if all(labels[k] == v for labels in alike))
+        intervals = {measure: interval(row, measure) for measure in grid.study.measures}
         line = series.setdefault(", ".join(told), [])
-        line.extend((float(value), found) for value in dict.fromkeys(o[axis] for o in alike))
+        line.extend((float(value), intervals) for value in dict.fromkeys(o[axis] for o in alike))
     plots.measures_over(series, axis, grid.study.measures, grid.folder / f"{slug(axis)}.png")
 
 

@@ -76,8 +76,8 @@ def _costs(grid: Grid, experiment: Experiment, folder: Path, system: str) -> dic
     kept: dict[str, Any] = read_kept(path)
     if kept.get("asked") != asked:
         logger.info("study: costs of %s, %s", folder.name, system)
-        found = costs.measure(experiment, system, grid.study.split, drift)
-        kept = {"asked": asked, "found": found}
+        measured = costs.measure(experiment, system, grid.study.split, drift)
+        kept = {"asked": asked, "found": measured}
         write_kept(path, kept)
-    found = kept["found"]
-    return found if grid.study.costs else {"drift": found["drift"]}
+    measured = kept["found"]
+    return measured if grid.study.costs else {"drift": measured["drift"]}

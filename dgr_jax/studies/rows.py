@@ -55,13 +55,13 @@ def values_of(
     experiment: Experiment, folder: Path, system: str, split: str, measures: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Every measure of each query, in the order of the qids."""
-    made = Prepared.load(folder)
+    prepared = Prepared.load(folder)
     run = trec.run_in_memory(trec.runs(kept.opened(folder / "evaluate" / f"{system}.{split}.trec")))
-    least, grades = experiment.evaluate.min_relevance, made.qrels(split)
+    least, grades = experiment.evaluate.min_relevance, prepared.qrels(split)
     if experiment.evaluate.max_queries:
-        grades = {qid: grades[qid] for qid in chosen_queries(experiment, made, split)}
-    found = evaluation.per_query(run, grades, measures, min_relevance=least)
-    return {name: np.array([found[name][qid] for qid in sorted(grades)]) for name in measures}
+        grades = {qid: grades[qid] for qid in chosen_queries(experiment, prepared, split)}
+    by_measure = evaluation.per_query(run, grades, measures, min_relevance=least)
+    return {name: np.array([by_measure[name][qid] for qid in sorted(grades)]) for name in measures}
 
 
 def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
@@ -95,12 +95,12 @@ def check_fair(
 
 def _check_group(rows: Sequence[Row], may_differ: Sequence[str]) -> None:
     for name in FAIR:
-        found: dict[Any, dict[str, str]] = {}
+        labels_of: dict[Any, dict[str, str]] = {}
         for row in rows:
             if name in row.fair:
-                found.setdefault(row.fair[name], row.labels)
-        if len(found) > 1 and name not in may_differ:
-            (a, first), (b, second) = list(found.items())[:2]
+                labels_of.setdefault(row.fair[name], row.labels)
+        if len(labels_of) > 1 and name not in may_differ:
+            (a, first), (b, second) = list(labels_of.items())[:2]
             raise ValueError(
                 f"Study.may_differ: the {name} of {first} is {a}, that of {second} is {b}; "
                 f"expected the same in all rows, or {name!r} among what may differ"

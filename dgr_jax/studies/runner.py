@@ -17,7 +17,7 @@ from dgr_jax.studies.grid import Grid, Run
 
 logger = logging.getLogger(__name__)
 
-LOG = "log.txt"  # of each run, what its experiment said
+LOG = "log.txt"  # what the experiment of a run said, in its folder
 
 
 def run(grid: Grid) -> list[str]:
@@ -28,11 +28,11 @@ def run(grid: Grid) -> list[str]:
     """
     grid.check()
     failures = []
-    for number, run in enumerate(grid.runs, start=1):
+    for position, run in enumerate(grid.runs, start=1):
         grid.link(run)
         if all(done for done, _ in grid.state(run).values()):
             continue
-        logger.info("study: %d/%d %s", number, len(grid.runs), run.folder.name)
+        logger.info("study: %d/%d %s", position, len(grid.runs), run.folder.name)
         if why := _train(grid, run):
             failures.append(f"{run.folder.name} failed: {why} ({run.folder / LOG})")
             logger.error("study: %s", failures[-1])
@@ -41,7 +41,7 @@ def run(grid: Grid) -> list[str]:
 
 def _train(grid: Grid, run: Run) -> str:
     """Runs one experiment, which ends when this process does; -> why it failed, or blank."""
-    # Of a host: another's processor may lack instructions of what was compiled here.
+    # Each host has its own: another processor may lack instructions of what was compiled here.
     compiled = grid.folder / "compiled" / platform.node()
     shared = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
     command = [sys.executable, "-m", "dgr_jax.train", *run.flags]
@@ -73,13 +73,13 @@ def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]
         heard = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
             heard.remove(signal.SIGINT)
-        before = {number: signal.signal(number, stop) for number in heard}
+        before = {signum: signal.signal(signum, stop) for signum in heard}
         try:
             with interrupts.held("waits for the experiment, which saves its last step"):
                 status = child.wait()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
     if told:
         return interrupts.EXIT_INTERRUPTED if signal.SIGINT in told else processes.EXIT_STOPPED
     return status

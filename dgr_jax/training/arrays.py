@@ -29,10 +29,10 @@ def blocks_of(examples: Iterable[Mapping[str, Any]], size: int = 1024) -> Iterat
     for example in examples:
         held.append(example)
         if len(held) == size:
-            yield {name: np.stack([one[name] for one in held]) for name in held[0]}
+            yield {name: np.stack([features[name] for features in held]) for name in held[0]}
             held = []
     if held:
-        yield {name: np.stack([one[name] for one in held]) for name in held[0]}
+        yield {name: np.stack([features[name] for features in held]) for name in held[0]}
 
 
 class _Column:

@@ -49,13 +49,13 @@ class ListSource:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
-        found = self._queries.batch(step, process_index, process_count)
-        size = len(found["positives"])
+        queries = self._queries.batch(step, process_index, process_count)
+        size = len(queries["positives"])
         random = np.random.default_rng([self._seed, 5, step])
         own = slice(process_index * size, (process_index + 1) * size)
         keys = lambda of: random.random((size * process_count, of.shape[1]))[own]
-        relevant = found["positives"]
-        grades = np.clip(found["grades"], 1, len(self._weights))
+        relevant = queries["positives"]
+        grades = np.clip(queries["grades"], 1, len(self._weights))
         order = keys(relevant)
         if self._fixed:
             order = np.broadcast_to(np.arange(relevant.shape[1]), relevant.shape)
@@ -63,20 +63,20 @@ class ListSource:
         drawn = np.where(weights > 0, relevant, -1)
         parts = [_chosen(drawn, order, self._positives, weights)]
         if self._negatives:
-            others = found["negatives"]
+            others = queries["negatives"]
             parts.append(_chosen(others, keys(others), self._negatives, 1.0))
         passages = np.concatenate(parts, axis=1)
         listed = _listed(passages, self._tokens)
         first = np.arange(passages.shape[1]) < self._positives
         batch = {
-            "encoder_input_tokens": found["encoder_input_tokens"],
+            "encoder_input_tokens": queries["encoder_input_tokens"],
             **listed,
             "positive_mask": listed["passage_mask"] & first,
         }
         if relevant.shape[1] > self._positives or not self._weights.all():
             batch["ignored_passages"] = relevant
-        if "own" in found:
-            batch["ignored_passages"] = np.hstack([relevant, found["own"]])
+        if "own" in queries:
+            batch["ignored_passages"] = np.hstack([relevant, queries["own"]])
         return batch
 
 
@@ -93,16 +93,16 @@ class TaughtLists:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
-        found = self._lists.batch(step, process_index, process_count)
-        passages, relevant = found["passages"], found["positives"]
+        lists = self._lists.batch(step, process_index, process_count)
+        passages, relevant = lists["passages"], lists["positives"]
         listed = _listed(passages, self._tokens)
         positive = (passages[:, :, None] == relevant[:, None, :]).any(-1)
         return {
-            "encoder_input_tokens": found["encoder_input_tokens"],
+            "encoder_input_tokens": lists["encoder_input_tokens"],
             **listed,
             "positive_mask": positive & listed["passage_mask"],
             "ignored_passages": relevant,
-            "teacher_scores": found["teacher_scores"],
+            "teacher_scores": lists["teacher_scores"],
         }
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = processes.EXIT_STOPPED  # saved, run the same command again
 IN_FLIGHT = 2  # steps that the host may be ahead of the device
-_JUDGED = 20  # steps, from which on a loss that did not fall is told
+_JUDGED = 20  # steps after which it is said when a loss did not fall
 _CHANCE = 0.98  # share of the loss of one who knows nothing, from which on nothing was learned
 
 
@@ -163,16 +163,16 @@ class _Run:
 
     def _validate(self, validation: Validation, now: int, state: TrainState) -> bool:
         """Whether this is the best student so far, and the best is to be kept."""
-        found = self.standing = validation.after(self.standing, now, state.params)
-        self.report.write(now, {validations.METRIC: found.last})
+        standing = self.standing = validation.after(self.standing, now, state.params)
+        self.report.write(now, {validations.METRIC: standing.last})
         self.report.end_line()
         logger.info(
             "%s: step %d: %s %.4f of %d questions held out of training; the best is %.4f, of step "
-            "%d", self.name, now, validations.MEASURE, found.last, validation.questions,
-            found.best, found.best_step,
+            "%d", self.name, now, validations.MEASURE, standing.last, validation.questions,
+            standing.best, standing.best_step,
         )  # fmt: skip
         self.report.look(now)
-        return validation.keeps_best and found.best_step == now
+        return validation.keeps_best and standing.best_step == now
 
     def _save(self, now: int, state: TrainState) -> None:
         self.position = {"step": now, "seed": self.position["seed"]}

@@ -113,7 +113,7 @@ def multiview_scores(log_probs: jax.Array, lists: Batch, scoring: Scoring) -> ja
     kept = jnp.where(tokens != PAD_ID, log_probs, 0.0)
     # Titles and pseudo-queries begin with their marker and close with EOS: neither is text.
     marker = (views != BODY)[..., None] & (jnp.arange(tokens.shape[-1]) == 0)
-    found = Identifiers(
+    identifiers = Identifiers(
         log_probs=jnp.sum(kept, -1),
         counts=lists["identifier_counts"],
         tokens=jnp.where(marker | (tokens == EOS_ID), PAD_ID, tokens),
@@ -122,8 +122,8 @@ def multiview_scores(log_probs: jax.Array, lists: Batch, scoring: Scoring) -> ja
         spans=lists["spans"] - 1,
         starts=lists["span_starts"],
     )
-    number = lists["corpus_tokens"][:, :, None]
-    return passage_scoring.passage_scores(found, number, scoring, special_ids=())
+    corpus_tokens = lists["corpus_tokens"][:, :, None]
+    return passage_scoring.passage_scores(identifiers, corpus_tokens, scoring, special_ids=())
 
 
 def _rankable(lists: Batch) -> jax.Array:
@@ -421,8 +421,8 @@ def _unpacked(log_probs: jax.Array, lists: Batch) -> jax.Array:
     tokens, starts = lists["identifier_tokens"], lists["packed_starts"]
     flat = log_probs.reshape(log_probs.shape[0], -1)
     places = jnp.minimum(starts[..., None] + jnp.arange(tokens.shape[-1]), flat.shape[-1] - 1)
-    found = jnp.take_along_axis(flat, places.reshape(places.shape[0], -1), axis=-1)
-    return jnp.where(tokens != PAD_ID, found.reshape(tokens.shape), 0.0)
+    unpacked = jnp.take_along_axis(flat, places.reshape(places.shape[0], -1), axis=-1)
+    return jnp.where(tokens != PAD_ID, unpacked.reshape(tokens.shape), 0.0)
 
 
 def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:

@@ -164,30 +164,30 @@ def _each_layer_apart(optimizer: optax.GradientTransformation) -> optax.Gradient
         return jax.tree.map(lambda axis: None if axis < 0 else axis, axes)
 
     def state_axes(params: Any, axes: Any) -> Any:
-        one = jax.tree.map(
+        layer = jax.tree.map(
             lambda p, axis: (
                 p if axis < 0 else jax.ShapeDtypeStruct(_without(p.shape, axis), p.dtype)
             ),
             params,
             axes,
         )
-        state = jax.eval_shape(optimizer.init, one)
+        state = jax.eval_shape(optimizer.init, layer)
         return optax.tree_utils.tree_map_params(
             optimizer, lambda _, axis: axis, state, axes, transform_non_params=lambda _: -1
         )
 
     def init(params: Any) -> Any:
-        found = axes(params)
-        if max(jax.tree.leaves(found), default=-1) < 0:
+        layer_axes = axes(params)
+        if max(jax.tree.leaves(layer_axes), default=-1) < 0:
             return optimizer.init(params)
-        out = over(state_axes(params, found))
-        return jax.vmap(optimizer.init, in_axes=(over(found),), out_axes=out)(params)
+        out = over(state_axes(params, layer_axes))
+        return jax.vmap(optimizer.init, in_axes=(over(layer_axes),), out_axes=out)(params)
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        found = axes(params)
-        if max(jax.tree.leaves(found), default=-1) < 0:
+        layer_axes = axes(params)
+        if max(jax.tree.leaves(layer_axes), default=-1) < 0:
             return optimizer.update(updates, state, params)
-        own, of_state = over(found), over(state_axes(params, found))
+        own, of_state = over(layer_axes), over(state_axes(params, layer_axes))
         apart = jax.vmap(optimizer.update, in_axes=(own, of_state, own), out_axes=(own, of_state))
         return apart(updates, state, params)
 

@@ -56,8 +56,8 @@ def places(tokens: np.ndarray, views: np.ndarray, width: int) -> Places:
     is_prefix = np.pad(is_prefix, ((0, 0), (0, 1)))
     lengths = np.where(is_prefix, 0, (words[..., 1:] > 0).sum(-1))
     starts, rows = _first_fit(lengths, width)
-    number = np.where(is_prefix, words.shape[1], np.arange(words.shape[1]))
-    extends = np.minimum.accumulate(number[:, ::-1], axis=1)[:, ::-1]
+    ordinals = np.where(is_prefix, words.shape[1], np.arange(words.shape[1]))
+    extends = np.minimum.accumulate(ordinals[:, ::-1], axis=1)[:, ::-1]
     starts = np.take_along_axis(starts, extends, axis=1)
     back = np.argsort(order, axis=1)
     return Places(
@@ -94,22 +94,22 @@ def packed(tokens: np.ndarray, views: np.ndarray, rows: int, width: int) -> Feat
     Raises ValueError where a list needs more rows.
     """
     flat = tokens.reshape(len(tokens), -1, tokens.shape[-1])
-    found = places(flat, views.reshape(flat.shape[:2]), width)
-    if found.rows.max(initial=0) > rows:
+    layout = places(flat, views.reshape(flat.shape[:2]), width)
+    if layout.rows.max(initial=0) > rows:
         raise ValueError(
-            f"rank lists: got one that fills {found.rows.max()} rows of {width} tokens, expected "
+            f"rank lists: got one that fills {layout.rows.max()} rows of {width} tokens, expected "
             f"{rows} or fewer"
         )
-    written = (flat > 0) & found.longest[..., None]
+    written = (flat > 0) & layout.longest[..., None]
     lists, numbers, offsets = np.nonzero(written)
-    at = found.starts[lists, numbers] + offsets
-    made = np.zeros((2, len(tokens), rows * width), np.int32)
-    made[0, lists, at], made[1, lists, at] = flat[written], numbers + 1
-    laid, segments = made.reshape(2, len(tokens), rows, width)
+    at = layout.starts[lists, numbers] + offsets
+    flat_rows = np.zeros((2, len(tokens), rows * width), np.int32)
+    flat_rows[0, lists, at], flat_rows[1, lists, at] = flat[written], numbers + 1
+    laid, segments = flat_rows.reshape(2, len(tokens), rows, width)
     return {
         "packed_tokens": laid,
         "packed_segments": segments,
-        "packed_starts": found.starts.reshape(tokens.shape[:-1]),
+        "packed_starts": layout.starts.reshape(tokens.shape[:-1]),
     }
 
 
@@ -122,8 +122,8 @@ def rows_needed(tokens: np.ndarray, views: np.ndarray) -> int:
     for start in range(0, len(tokens), _BLOCK):
         block, of_view = tokens[start : start + _BLOCK], views[start : start + _BLOCK]
         flat = block.reshape(len(block), -1, block.shape[-1])
-        found = places(flat, of_view.reshape(flat.shape[:2]), width)
-        rows = max(rows, int(found.rows.max()))
+        layout = places(flat, of_view.reshape(flat.shape[:2]), width)
+        rows = max(rows, int(layout.rows.max()))
     return rows
 
 
@@ -146,6 +146,6 @@ class PackedLists:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
-        found = self._lists.batch(step, process_index, process_count)
-        tokens, views = found["identifier_tokens"], found["identifier_views"]
-        return {**found, **packed(tokens, views, self._rows, self._width)}
+        lists = self._lists.batch(step, process_index, process_count)
+        tokens, views = lists["identifier_tokens"], lists["identifier_views"]
+        return {**lists, **packed(tokens, views, self._rows, self._width)}

@@ -33,7 +33,7 @@ class Standing:
 
     @classmethod
     def of(cls, position: Mapping[str, Any]) -> Standing | None:
-        """That of a checkpoint; None before the first search."""
+        """The standing that a checkpoint keeps; None before the first search."""
         known = {name: position[name] for name in cls.__dataclass_fields__ if name in position}
         return cls(**known) if known else None
 
