@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 
 
 def _end_early(*_: object) -> None:
-    """Ctrl-C while a command is still being imported: no traceback, and nothing was begun."""
+    """Ends without a traceback at Ctrl-C while a command is still imported: nothing was begun."""
     os.write(2, b"interrupted: nothing was begun\n")
     os._exit(130)
 
 
-# Of `python -m dgr_jax.train` and the others alone, until `dgr_jax.interrupts` listens.
+# Only for `python -m dgr_jax.train` and the others, until `dgr_jax.interrupts` listens.
 _arguments = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 if any(flag == "-m" and module.startswith("dgr_jax.") for flag, module in _arguments):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

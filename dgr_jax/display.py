@@ -50,9 +50,9 @@ def cell(value: object, style: str = "") -> Text:
 
 
 def wide_console() -> Console:
-    """As wide as the terminal; as wide as any table where there is none, such as in a log."""
-    made = console()
-    return made if made.is_terminal else console(width=200)
+    """A console as wide as the terminal or, where there is none, such as in a log, any table."""
+    default = console()
+    return default if default.is_terminal else console(width=200)
 
 
 def console(**settings: Any) -> Console:

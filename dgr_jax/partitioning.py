@@ -125,7 +125,7 @@ def make_mesh(
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts the batch axis is divided."""
+    """The number of parts into which the batch axis is divided."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

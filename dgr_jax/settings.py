@@ -27,16 +27,16 @@ def without_effect(default: Any) -> Any:
 
 
 def unless_default(default: Any) -> Any:
-    """A setting that came later than finished stages: these stay, as by its default."""
+    """A field that came later than finished stages: they stay so where it has its default."""
     return field(default=default, metadata={"fingerprint": "unless default"})
 
 
 def describe(value: Any) -> Any:
     """A setting as JSON: what it is and every field that has an effect on results.
 
-    The folder that a collection lies in is left out, so that data may be moved; and a setting that
-    came later (metadata "unless default", or a function of the settings), where all is as it was
-    without it, so that older stages stay.
+    The folder that a collection lies in is left out, so that data may be moved. A setting that came
+    later (metadata "unless default", or a function of the settings) is left out where all is as it
+    was without it, so that older stages stay.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
@@ -98,14 +98,14 @@ def paths(value: Any) -> dict[str, str]:
 
     A file is named by a field `path` or `..._path`.
     """
-    found: dict[str, str] = {}
+    by_setting: dict[str, str] = {}
     if isinstance(value, tuple):
         for part in value:
-            found |= paths(part)
+            by_setting |= paths(part)
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             inside = getattr(value, f.name)
             if (f.name == "path" or f.name.endswith("_path")) and isinstance(inside, str):
-                found |= {f"{type(value).__name__}.{f.name}": inside} if inside else {}
-            found |= paths(inside)
-    return found
+                by_setting |= {f"{type(value).__name__}.{f.name}": inside} if inside else {}
+            by_setting |= paths(inside)
+    return by_setting

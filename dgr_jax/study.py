@@ -42,7 +42,7 @@ def command(argv: Sequence[str] | None) -> None:
         return
     with writer_lock.held(args.model_dir):
         failures = [] if args.table_only else runner.run(grid)
-        number = f"{len(failures)} of {len(grid.runs)} experiments failed"
+        summary = f"{len(failures)} of {len(grid.runs)} experiments failed"
         try:
             if not failures or any(grid.finished()):
                 report.write(grid)
@@ -51,7 +51,7 @@ def command(argv: Sequence[str] | None) -> None:
                 raise
             failures.append(f"the others cannot be reported: {error}")
     if failures:
-        raise Failure("\n".join([f"{number}; the same command tries them again", *failures]))
+        raise Failure("\n".join([f"{summary}; the same command tries them again", *failures]))
 
 
 if __name__ == "__main__":

@@ -79,18 +79,18 @@ class PreparedCollection:
         self._register()
 
     def _register(self) -> None:
-        made, settings = self.made, self.settings
+        prepared, settings = self.made, self.settings
         name = settings["tasks"]
         rates = {part: settings["sources"][part] for part in self._parts()}
         task_file(name).register(
-            tasks.PreparedExamples(made.folder / "tfds", made.vocabulary, rates)
+            tasks.PreparedExamples(prepared.folder / "tfds", prepared.vocabulary, rates)
         )
         if (lists := self._rank_lists()) is not None:
-            tasks.register_token_lists(name, made.vocabulary, lists)
+            tasks.register_token_lists(name, prepared.vocabulary, lists)
         for split in settings["test_splits"]:
             tasks.register_questions(
                 f"{name}_{split}",
-                made.vocabulary,
+                prepared.vocabulary,
                 list(self._questions(split)),
                 known=lambda tokens: self.table.lookup(tokens) >= 0,
             )

@@ -85,7 +85,7 @@ class Training:
 
     @property
     def checkpoints(self) -> int:
-        """How many lie on the disk at the end."""
+        """How many checkpoints lie on the disk at the end."""
         return self.keep_checkpoints + (self.keep == "best")
 
     def check_shards(self, stage: str, shards: int, *sizes: str) -> None:
@@ -136,7 +136,7 @@ class Teach:
 
 
 def _has_other_baseline(evaluate: Evaluate) -> bool:
-    """Whether a baseline is measured that is not BM25 of words, as it was for all before."""
+    """Whether BM25 is measured with settings other than WORDS, which it had in older versions."""
     return evaluate.bm25 and evaluate.baseline != WORDS
 
 
@@ -189,7 +189,7 @@ class Measured:
 
     @property
     def kind(self) -> str:
-        """Of the trained systems."""
+        """The kind of the trained systems."""
         raise NotImplementedError
 
     @property

@@ -73,7 +73,7 @@ class DensePrepare(DataRules):
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
 
     def without_labels(self) -> DensePrepare:
-        """The same, learning from passages and pseudo-queries."""
+        """The same settings, to learn from passages and pseudo-queries."""
         return dataclasses.replace(self, train_splits=())
 
     @property

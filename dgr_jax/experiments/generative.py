@@ -85,7 +85,7 @@ class Prepare(DataRules):
             object.__setattr__(self, "sources", dataclasses.replace(self.sources, labelled=0.0))
 
     def without_labels(self) -> Prepare:
-        """The same, learning from passages and pseudo-queries."""
+        """The same settings, to learn from passages and pseudo-queries."""
         return dataclasses.replace(self, train_split="")
 
     @property

@@ -66,8 +66,8 @@ def scored_passages(
     """Arrays [n, depth] of `Decoder.passages` as a run in memory: the same as in its file, so that
     scores fall strictly (see `ranking`)."""
     run = {}
-    for qid, found, values in zip(qids, passages, scores, strict=True):
-        there = found >= 0
+    for qid, row, values in zip(qids, passages, scores, strict=True):
+        there = row >= 0
         fallen = ranking.falling(values[there])
-        run[qid] = [ScoredPassage(pids[i], s) for i, s in zip(found[there], fallen, strict=True)]
+        run[qid] = [ScoredPassage(pids[i], s) for i, s in zip(row[there], fallen, strict=True)]
     return run

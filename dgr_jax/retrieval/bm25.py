@@ -34,7 +34,7 @@ class Bm25:
     down. stop_words: a list of bm25s ("english": 33 words, "german", ...) or "" for none.
     stemmer: "snowball", the one of `language`; "" for words as they stand; or an algorithm of
       PyStemmer, such as "porter".
-    language: of the texts, one that Snowball has a stemmer for.
+    language: that of the texts, for which Snowball has a stemmer.
     """
 
     k1: float = 0.9
@@ -81,7 +81,7 @@ class Bm25:
         return Bm25Index(self, model, vocabulary, store.pids)
 
 
-# What the baseline was before its settings could be chosen.
+# The settings of the baseline before they could be chosen.
 WORDS = Bm25(stemmer="")
 
 
@@ -139,7 +139,7 @@ class Bm25Index:
 
     @property
     def nbytes(self) -> int:
-        """Of the scores of words in passages, and where they stand."""
+        """Bytes of the scores of words in passages, and of where they stand."""
         parts = self._model.scores if self._model else {}
         return sum(parts[name].nbytes for name in ("data", "indices", "indptr") if name in parts)
 
@@ -153,8 +153,8 @@ class Bm25Index:
         if k < len(scores):
             threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
         # All passages as good as the k-th stay in, so that pids decide between equals.
-        found = np.flatnonzero((scores >= threshold) & (scores > 0))
-        return sorted(found.tolist(), key=lambda i: (-scores[i], self._pids[i]))[:k]
+        matching = np.flatnonzero((scores >= threshold) & (scores > 0))
+        return sorted(matching.tolist(), key=lambda i: (-scores[i], self._pids[i]))[:k]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Bm25System(System):
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The processor."""
+        """The mesh of the processor alone."""
         return partitioning.make_mesh(devices=jax.local_devices(backend="cpu")[:1])
 
     @property
@@ -217,7 +217,7 @@ class Bm25Baseline(SystemSettings):
     together: ClassVar[bool] = False
 
     def asked(self, search: Any) -> tuple[Any, ...]:
-        """Of a search, the depth alone; of itself nothing where it is as it was for all before."""
+        """See SystemSettings: the depth of the search and, unless they are WORDS, its settings."""
         return search.depth, *[self.bm25] * (self.bm25 != WORDS)
 
     def open(self, opening: Opening) -> Bm25System:

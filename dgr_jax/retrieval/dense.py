@@ -246,12 +246,12 @@ class Searcher(TrainedSystem):
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """Where it runs."""
+        """The devices that it runs on."""
         return self.encoder.mesh
 
     @property
     def index_bytes(self) -> int:
-        """Of what a search reads beside the parameters: the vectors, as they are stored."""
+        """Bytes of what a search reads beside the parameters: the vectors, as they are stored."""
         return self.index.num_passages * self.index.settings.row_bytes(self.index.dim)
 
     @property
@@ -282,10 +282,10 @@ class Searcher(TrainedSystem):
             block = tokens[start : start + self.search.batch_size]
             vectors = self.encoder.queries(block, self.search)
             passages, scores = self.index.search(vectors, self.index.num_passages)
-            found = np.full(scores.shape, -np.inf)
+            all_scores = np.full(scores.shape, -np.inf)
             query, place = np.nonzero(passages >= 0)  # passages without a text are never found
-            found[query, passages[query, place]] = scores[query, place]
-            yield found - logsumexp(found, axis=1, keepdims=True)
+            all_scores[query, passages[query, place]] = scores[query, place]
+            yield all_scores - logsumexp(all_scores, axis=1, keepdims=True)
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth], best first.
@@ -313,10 +313,10 @@ class Searcher(TrainedSystem):
         while len(left):
             tied = []
             for some in np.array_split(left, -(-len(left) * wide // _FOUND)):
-                found, values = self.index.search(vectors[some], wide)
+                nearest, values = self.index.search(vectors[some], wide)
                 last = values[:, depth - 1]
                 tied.append(some[(last == values[:, -1]) & (last > -np.inf)])
-                passages[some] = self._ordered(found, values, self.pid_of)[:, :depth]
+                passages[some] = self._ordered(nearest, values, self.pid_of)[:, :depth]
                 scores[some] = values[:, :depth]
             left = np.concatenate(tied) if wide < most else left[:0]
             wide = min(8 * wide, most)
@@ -340,6 +340,6 @@ class Searcher(TrainedSystem):
         vectors = [self.encoder.queries(tokens, self.search) for tokens in blocks]
         if not vectors:
             return
-        found = self._ranked(np.concatenate(vectors))
+        results = self._ranked(np.concatenate(vectors))
         ends = np.cumsum([len(block) for block in vectors])[:-1]
-        yield from zip(*(np.split(part, ends) for part in found), strict=True)
+        yield from zip(*(np.split(part, ends) for part in results), strict=True)

@@ -301,9 +301,9 @@ def _step(mesh: jax.sharding.Mesh, storage: str, chunks: int, k: int) -> Any:
         start = jax.lax.axis_index(partitioning.AXES) * rows * chunks
 
         def add(best: Any, chunk: Any) -> tuple[Any, None]:
-            number, vectors, scales, visible = chunk
+            chunk_index, vectors, scales, visible = chunk
             scores = _products(queries, vectors, scales, dtype)
-            place = start + number * rows
+            place = start + chunk_index * rows
             scores, places = _top(scores, min(k, rows), visible)
             return _merge(best, (scores, block.first + place + places)), None
 

@@ -33,7 +33,7 @@ _LOGITS = 1 << 26  # of a block: 256 MB
 _SAY = 10.0  # seconds between two lines that say how far it is
 
 
-class Decoder(Protocol):
+class IdentifierWriter(Protocol):
     """What this needs of a student that writes one identifier a passage: `generative.Decoder`."""
 
     config: T5Config
@@ -72,15 +72,15 @@ def score_fn(
             logits = apply(apply(encoded, tokens, inputs, method="decode"), method="logits")
             return jnp.where(targets > 0, generation.token_log_probs(logits, targets), 0.0)
 
-        found = lax.map(of_block, identifiers)
-        return jnp.moveaxis(found, 0, 1).reshape(tokens.shape[0], -1, identifiers.shape[-1])
+        of_blocks = lax.map(of_block, identifiers)
+        return jnp.moveaxis(of_blocks, 0, 1).reshape(tokens.shape[0], -1, identifiers.shape[-1])
 
     on_shards = partitioning.on_batch_shards(score, mesh, whole=2, rules=rules)
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
 def identifier_log_probs(
-    decoder: Decoder, tokens: np.ndarray, *, block: int | None = None
+    decoder: IdentifierWriter, tokens: np.ndarray, *, block: int | None = None
 ) -> Iterator[np.ndarray]:
     """log p(identifier | query) of every row of the table, f32 [n <= Search.batch_size, U] of each
     batch of queries; -inf for rows without a passage that the decoder may return.
@@ -103,15 +103,17 @@ def identifier_log_probs(
             logger.info("every identifier scored for %d of %d queries", start, len(tokens))
         batch = tokens[start : start + size]
         placed = partitioning.place_padded(batch, (size, tokens.shape[1]), decoder.mesh)
-        found = np.asarray(score(decoder.params, identifiers, placed))[: len(batch), : len(rows)]
+        token_log_probs = np.asarray(score(decoder.params, identifiers, placed))[
+            : len(batch), : len(rows)
+        ]
         if decoder.search.renormalise:
-            found = renormalised(found, rows)
+            token_log_probs = renormalised(token_log_probs, rows)
         log_probs = np.full((len(batch), len(decoder.table)), -np.inf, np.float32)
-        log_probs[:, legal] = found.sum(-1)
+        log_probs[:, legal] = token_log_probs.sum(-1)
         yield log_probs
 
 
-def _legal_rows(decoder: Decoder) -> np.ndarray:
+def _legal_rows(decoder: IdentifierWriter) -> np.ndarray:
     """Rows of the table with a passage that may be returned, ascending."""
     table = decoder.table
     if decoder.allowed is None:
@@ -126,10 +128,10 @@ def _block_size(config: T5Config, length: int, queries: int) -> int:
 
 def _blocks(rows: np.ndarray, size: int) -> np.ndarray:
     """int32 [U, T] -> [N, R, T] with R at most `size`, filled up with padding."""
-    number = -(-len(rows) // size)
-    size = -(-len(rows) // number)
-    filled = np.pad(rows, ((0, number * size - len(rows)), (0, 0)))
-    return filled.reshape(number, size, -1)
+    count = -(-len(rows) // size)
+    size = -(-len(rows) // count)
+    filled = np.pad(rows, ((0, count * size - len(rows)), (0, 0)))
+    return filled.reshape(count, size, -1)
 
 
 def renormalised(log_probs: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -137,7 +139,7 @@ def renormalised(log_probs: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
     log_probs: f32 [B, U, T], 0 at padding; rows: int [U, T], sorted, no one a prefix of another.
     """
-    found = log_probs.copy()
+    normalised = log_probs.copy()
     starts = prefix_starts(rows)
     node = np.zeros(len(rows), bool)
     node[0] = True
@@ -145,12 +147,12 @@ def renormalised(log_probs: np.ndarray, rows: np.ndarray) -> np.ndarray:
         child = np.flatnonzero(starts[:, t])
         first = np.searchsorted(child, np.flatnonzero(node))
         total = np.logaddexp.reduceat(log_probs[:, child, t], first, axis=1)
-        found[..., t] -= total[:, np.cumsum(node) - 1]
+        normalised[..., t] -= total[:, np.cumsum(node) - 1]
         node = starts[:, t]
-    return found
+    return normalised
 
 
-def passages(decoder: Decoder, tokens: np.ndarray, *, block: int | None = None) -> Found:
+def passages(decoder: IdentifierWriter, tokens: np.ndarray, *, block: int | None = None) -> Found:
     """`Decoder.passages`, with every identifier of the table in place of those of a beam: passage
     index int32 and score f32 [n, depth]."""
     parts = []
@@ -170,13 +172,13 @@ def of_passages(
     shared equally by its passages; over all that are allowed, the chances sum to 1."""
     shared = np.diff(table.offsets)
     each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
-    found = np.full((len(log_probs), table.num_passages), -np.inf)
+    by_passage = np.full((len(log_probs), table.num_passages), -np.inf)
     order = np.argsort(table.passages, kind="stable")
     owners, first = np.unique(table.passages[order], return_index=True)
-    found[:, owners] = np.logaddexp.reduceat(each[:, order], first, axis=1)
+    by_passage[:, owners] = np.logaddexp.reduceat(each[:, order], first, axis=1)
     if allowed is not None:
-        found[:, ~allowed] = -np.inf
-    return found - logsumexp(found, axis=1, keepdims=True)
+        by_passage[:, ~allowed] = -np.inf
+    return by_passage - logsumexp(by_passage, axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -198,18 +200,18 @@ class Lost:
 
     @classmethod
     def of(cls, num_beams: int, values: Mapping[str, Sequence[float]]) -> Lost:
-        """The way back of `values`."""
+        """Turns what `values` returns back into a Lost."""
         names = (f.name for f in fields(cls)[1:])
         return cls(num_beams, *(np.asarray(values.get(name, ()), np.float64) for name in names))
 
     def values(self) -> dict[str, np.ndarray]:
-        """Name -> value of each query, of what there is."""
+        """Name -> value of each query; names without values are left out."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self)[1:])
         return {name: values for name, values in named if len(values)}
 
 
 def recall_lost(
-    decoder: Decoder,
+    decoder: IdentifierWriter,
     tokens: np.ndarray,
     widths: Sequence[int],
     *,
@@ -233,8 +235,8 @@ def recall_lost(
         ceilings = _ceilings(decoder, positives, widths, k, spread)
         for width, ceiling in zip(widths, ceilings, strict=True):
             narrow = replace(decoder, search=replace(decoder.search, num_beams=width))
-            found = narrow.passages(tokens)[0][:, :k]
-            yield lost(width, exact, found, positives, ceiling)
+            retrieved = narrow.passages(tokens)[0][:, :k]
+            yield lost(width, exact, retrieved, positives, ceiling)
 
     return losses()
 
@@ -242,25 +244,25 @@ def recall_lost(
 def lost(
     num_beams: int,
     exact: np.ndarray,
-    found: np.ndarray,
+    retrieved: np.ndarray,
     positives: Sequence[Sequence[int]] = (),
     ceiling: np.ndarray | None = None,
 ) -> Lost:
-    """What the passages `found` lack of the `exact` ones, int [n, k] each, -1 in free places."""
+    """What the passages `retrieved` lack of the `exact` ones; int [n, k], -1 in free places."""
     there = exact >= 0
-    missed = there & ~(exact[:, :, None] == found[:, None, :]).any(-1)
+    missed = there & ~(exact[:, :, None] == retrieved[:, None, :]).any(-1)
     return Lost(
         num_beams,
         missed.sum(1) / np.maximum(there.sum(1), 1),
         missed[:, 0].astype(float),
-        _recall(found, positives),
+        _recall(retrieved, positives),
         _recall(exact, positives),
         np.zeros(0) if ceiling is None else ceiling,
     )
 
 
 def _ceilings(
-    decoder: Decoder,
+    decoder: IdentifierWriter,
     positives: Sequence[Sequence[int]],
     widths: Sequence[int],
     k: int,
@@ -273,18 +275,18 @@ def _ceilings(
     rows = decoder.table.rows_of_passages()
     there = rows >= 0 if decoder.allowed is None else (rows >= 0) & decoder.allowed
     at_best = PrefixCeiling(decoder.table.tokens[rows[there]])
-    number = there.cumsum() - 1
+    row_of = there.cumsum() - 1
 
     def of(right: Sequence[int], width: int) -> float:
         asked = np.unique(right)
-        left = number[asked[there[asked]]]
+        left = row_of[asked[there[asked]]]
         share = at_best(left, width, k, spread) if len(left) else 0.0
         return share * len(left) / len(asked)
 
     return np.array([[of(right, width) for right in positives] for width in widths])
 
 
-def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None:
+def _check(decoder: IdentifierWriter, tokens: np.ndarray, k: int, positives: Any) -> None:
     if not len(tokens):
         raise ValueError("recall_lost: got no queries, expected one or more")
     if not 1 <= k <= decoder.search.depth:
@@ -296,7 +298,7 @@ def _check(decoder: Decoder, tokens: np.ndarray, k: int, positives: Any) -> None
         )
 
 
-def _recall(found: np.ndarray, positives: Sequence[Sequence[int]]) -> np.ndarray:
+def _recall(retrieved: np.ndarray, positives: Sequence[Sequence[int]]) -> np.ndarray:
     """f64 [n], or [0] without positives."""
-    asked = zip(positives, found, strict=True) if len(positives) else ()
+    asked = zip(positives, retrieved, strict=True) if len(positives) else ()
     return np.array([np.isin(right, row).mean() for right, row in asked])

@@ -182,8 +182,8 @@ def rank_passages(
     pid_of: passage index -> pid; None: equal scores stay in the order of `rows` and of the corpus.
     """
     query, beam = np.nonzero(rows >= 0)
-    found = rows[query, beam]
-    first, sizes = table.offsets[found], table.offsets[found + 1] - table.offsets[found]
+    row = rows[query, beam]
+    first, sizes = table.offsets[row], table.offsets[row + 1] - table.offsets[row]
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     owners = np.asarray(table.passages[np.repeat(first, sizes) + within])
     values = np.repeat(log_probs[query, beam], sizes)
@@ -296,7 +296,7 @@ class Decoder(TrainedSystem):
 
     @property
     def index_bytes(self) -> int:
-        """Of what a search reads beside the parameters: the trie, and the passages of leaves."""
+        """Bytes that a search reads beside the parameters: the trie, and the passages of leaves."""
         return self.index.nbytes + self.table.offsets.nbytes + self.table.passages.nbytes
 
     def describe(self) -> dict[str, Any]:
@@ -323,8 +323,8 @@ class Decoder(TrainedSystem):
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
-        (found,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
-        return found
+        (ranked,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
+        return ranked
 
     def ranked(self, rows: np.ndarray, log_probs: np.ndarray) -> Found:
         """The passages of identifiers that were found, see `rank_passages`."""
@@ -365,17 +365,17 @@ class Decoder(TrainedSystem):
     def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
         size = partitioning.shared_rows(batch_size, self.mesh)
         for tokens in blocks:
-            found = self._nothing(len(tokens))
+            ranked = self._nothing(len(tokens))
             lengths = self._lengths(tokens)
             planned = list(batches(lengths, self.search.shapes, size))
             if not planned:
-                yield _Batch(found, lengths, None, last=True)
-            for number, (length, places) in enumerate(planned, start=1):
+                yield _Batch(ranked, lengths, None, last=True)
+            for position, (length, places) in enumerate(planned, start=1):
                 result = self._start(tokens, places, (size, length))
-                yield _Batch(found, places, result, last=number == len(planned))
+                yield _Batch(ranked, places, result, last=position == len(planned))
 
     def _nothing(self, queries: int) -> Found:
-        """What `_rank` writes into."""
+        """Empty places for passages, which `_rank` fills."""
         return _nothing(queries, self.search.depth)
 
     def _lengths(self, tokens: np.ndarray) -> np.ndarray:
@@ -412,7 +412,7 @@ class Decoder(TrainedSystem):
 
 
 def __getattr__(name: str) -> Any:
-    """`Retriever` was here in version 0.1."""
+    """Finds `Retriever`, which was here in version 0.1."""
     if name == "Retriever":
         return importlib.import_module("dgr_jax.retrieval.retriever").Retriever
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

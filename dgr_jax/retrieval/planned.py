@@ -139,7 +139,7 @@ class PlannedDecoder(Decoder):
 
     @property
     def index_bytes(self) -> int:
-        """Of what a search reads beside the parameters: the plan, and the identifiers."""
+        """Bytes that a search reads beside the parameters: the plan, and the identifiers."""
         table = self.table
         return self.planner.nbytes + table.tokens.nbytes + table.passages.nbytes
 
@@ -159,7 +159,7 @@ class PlannedDecoder(Decoder):
 
     def passages_of_blocks(self, blocks: Iterable[PlannedQueries]) -> Iterator[Found]:
         """See Decoder.passages_of_blocks."""
-        return (found[:2] for found in super().passages_of_blocks(blocks))
+        return (results[:2] for results in super().passages_of_blocks(blocks))
 
     def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
@@ -180,7 +180,7 @@ class PlannedDecoder(Decoder):
             ]
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
-        """Beside passages and scores, log-probabilities."""
+        """Empty places for passages, scores and log-probabilities."""
         passages, scores = super()._nothing(queries)
         return passages, scores, scores.copy()
 
@@ -227,9 +227,9 @@ class PlannedDecoder(Decoder):
             totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
             passages = np.concatenate([passages, more], 1)
             log_probs = np.concatenate([log_probs, new], 1)
-        found = ranked(passages, totals, self.search.depth, self.pid_of)
-        place = (found[0][:, :, None] == passages[:, None, :]).argmax(-1)
-        parts = (*found, np.take_along_axis(log_probs, place, 1))
+        best = ranked(passages, totals, self.search.depth, self.pid_of)
+        place = (best[0][:, :, None] == passages[:, None, :]).argmax(-1)
+        parts = (*best, np.take_along_axis(log_probs, place, 1))
         for whole, part in zip(batch.found, parts, strict=True):
             whole[batch.places] = part
 

@@ -51,14 +51,14 @@ def rerank(
     ranker = PlannedDecoder.of(replace(student, search=search), plan, None)
     ranker = replace(ranker, student=None).by_pid(store.pid_of)
     tokens = vocabulary.encode_inputs(list(queries.values()), search.query_length)
-    found = ranker.passages(PlannedQueries(tokens, planned))
-    return scored_passages(list(queries), *found, store.pids)
+    ranked = ranker.passages(PlannedQueries(tokens, planned))
+    return scored_passages(list(queries), *ranked, store.pids)
 
 
 def _planned(
     lists: Sequence[tuple[str, Sequence[ScoredPassage]]], store: PassageStore, scored: bool
 ) -> PlannedPassages:
-    """scored: whether the scores of the run count; 0 otherwise."""
+    """The lists as planned passages. scored: whether their scores count; otherwise they are 0."""
     most = max((len(passages) for _, passages in lists), default=0)
     if not most:
         raise ValueError(

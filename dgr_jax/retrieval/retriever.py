@@ -193,8 +193,8 @@ class Retriever:
 
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
-        found = self._found(list(queries.values()))
-        return scored_passages(list(queries), *found, self.store.pids)
+        ranked = self._found(list(queries.values()))
+        return scored_passages(list(queries), *ranked, self.store.pids)
 
     def rerank(
         self,
@@ -237,7 +237,7 @@ class _Sources:
 
     @classmethod
     def of(cls, model_dir: Path, system: str | None) -> _Sources:
-        """Those of a system, or of the best one."""
+        """The sources of a system, or of the best one."""
         untrained, names = kinds.untrained(model_dir), kinds.best_first(model_dir)
         if system is not None and system in untrained:
             return cls._made_of(model_dir, system, untrained[system])

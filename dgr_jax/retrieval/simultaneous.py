@@ -165,7 +165,7 @@ class LexicalPlanner:
 
     @property
     def nbytes(self) -> int:
-        """Of what a search reads."""
+        """Bytes of what a search reads."""
         postings = self._postings
         arrays = [*postings[1:], *self._common.values()]
         return sum(array.nbytes for array in arrays) + sum(map(len, postings.words))
@@ -211,7 +211,7 @@ def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
 
 
 def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
-    """None where nothing whole is there."""
+    """What was kept in a folder; None where nothing whole is there."""
     if not (folder / "header.json").is_file():
         return None
     needed = {"corpus": corpus, "sha256": Postings._fields}

@@ -71,7 +71,7 @@ class System(Protocol):
 
     @property
     def index_bytes(self) -> int:
-        """Of what a search reads beside the parameters."""
+        """Bytes of what a search reads beside the parameters."""
         ...
 
     def describe(self) -> dict[str, Any]:

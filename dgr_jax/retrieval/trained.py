@@ -11,7 +11,7 @@ from dgr_jax import checkpoints, partitioning
 
 
 def params(folder: Path, model: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:
-    """Those that a training run has left in its folder, see `checkpoints.restore_params`, placed on
-    the mesh."""
+    """The parameters that a training run has left in its folder, placed on the mesh; see
+    `checkpoints.restore_params`."""
     abstract = partitioning.abstract_params(model, mesh, rules)
     return checkpoints.restore_params(folder / "checkpoints", abstract)

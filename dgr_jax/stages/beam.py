@@ -55,5 +55,5 @@ def write_parts(work: Work, parts: Iterable[Part], options: str = "") -> None:
     parts = list(parts)
     logger.info("prepare: %d parts for Apache Beam %s", len(parts), options)
     with beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
-        made = pipeline | beam.Create(parts) | beam.Reshuffle()
-        made | beam.Map(work.write_part)
+        shuffled = pipeline | beam.Create(parts) | beam.Reshuffle()
+        shuffled | beam.Map(work.write_part)

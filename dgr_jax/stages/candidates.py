@@ -31,32 +31,32 @@ _TextsAndQrels = tuple[dict[str, str], dict[str, dict[str, int]]]
 
 
 def candidates(experiment: Experiment, folder: Path) -> None:
-    """Writes candidates.npz (passages int32, scores f32 [n, depth]) and qids.json, in order; of
-    identifiers of several views also keys/, see retrieval.multiview_keys.
+    """Writes candidates.npz (passages int32, scores f32 [n, depth]) and qids.json, in order.
+    Identifiers of several views also give keys/, see retrieval.multiview_keys.
 
     Queries are retrieved in blocks that are kept, so that a cut-off stage goes on. While the device
     finishes a block, the next is tokenised. Several processes search together; the first writes.
     """
-    made = Prepared.load(experiment.model_dir)
-    asked = training_queries(experiment, made)
+    prepared = Prepared.load(experiment.model_dir)
+    asked = training_queries(experiment, prepared)
     qids, texts = list(asked.texts), list(asked.texts.values())
-    own = np.array([made.store.index_of(q) if q in asked.own else -1 for q in qids], np.int64)
+    own = np.array([prepared.store.index_of(q) if q in asked.own else -1 for q in qids], np.int64)
     search = experiment.candidates.search
     if asked.own:
         search = search.deeper()
-    student = open_system(experiment, GENERATE.name, made, search)
+    student = open_system(experiment, GENERATE.name, prepared, search)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(qids), BLOCK)}
     missing = [start for start, part in parts.items() if not _is_whole(part)]
     missing = processes.agree(missing)  # what others see may be of a moment ago
-    blocks = (student.encode(made.vocabulary, texts[n : n + BLOCK]) for n in missing)
+    blocks = (student.encode(prepared.vocabulary, texts[n : n + BLOCK]) for n in missing)
     candidates = student.candidates(blocks, experiment.candidates.keys)
-    for start, found in zip(missing, candidates, strict=True):
+    for start, retrieved in zip(missing, candidates, strict=True):
         if not processes.first():
             continue
         if asked.own:
-            found = self_hits.left_out(found, own[start : start + BLOCK])
+            retrieved = self_hits.left_out(retrieved, own[start : start + BLOCK])
         temporary = folder / "part.partial.npz"
-        arrays: dict[str, Any] = found
+        arrays: dict[str, Any] = retrieved
         np.savez(temporary, **arrays)
         temporary.replace(parts[start])
         logger.info("candidates: %d/%d queries", min(start + BLOCK, len(qids)), len(qids))
@@ -81,12 +81,12 @@ def _is_whole(part: Path) -> bool:
 
 
 def _join(folder: Path, parts: Sequence[Path]) -> None:
-    """One candidates.npz, and keys/, of all parts."""
+    """Joins all parts into one candidates.npz and, where they hold keys, keys/."""
     loaded = [np.load(part) for part in parts]
-    found = ("passages", "scores")
-    whole: dict[str, Any] = {n: np.concatenate([part[n] for part in loaded]) for n in found}
+    columns = ("passages", "scores")
+    whole: dict[str, Any] = {n: np.concatenate([part[n] for part in loaded]) for n in columns}
     np.savez(folder / "candidates.npz", **whole)
-    if named := [name for name in loaded[0].files if name not in found]:
+    if named := [name for name in loaded[0].files if name not in columns]:
         write_arrays(folder / "keys", ({name: part[name] for name in named} for part in loaded))
 
 
@@ -101,38 +101,38 @@ class TrainingQueries:
     own: frozenset[str] = frozenset()
 
 
-def training_queries(experiment: Experiment, made: Prepared) -> TrainingQueries:
+def training_queries(experiment: Experiment, prepared: Prepared) -> TrainingQueries:
     """The queries of every source in Candidates.sources, at most Candidates.max_queries of each."""
     asked = TrainingQueries({}, {}, {})
     for source in experiment.candidates.sources:
         read = _labelled if source == "labelled" else partial(_written, source)
-        texts, qrels = read(experiment, made)
+        texts, qrels = read(experiment, prepared)
         asked.texts.update(texts)
         asked.qrels.update(qrels)
         asked.sources.update(dict.fromkeys(texts, source))
     labelled = [qid for qid, source in asked.sources.items() if source == "labelled"]
-    own = judged.self_hits(experiment.prepare, labelled, made.store, asked.qrels)
+    own = judged.self_hits(experiment.prepare, labelled, prepared.store, asked.qrels)
     return replace(asked, own=own)
 
 
-def _labelled(experiment: Experiment, made: Prepared) -> _TextsAndQrels:
+def _labelled(experiment: Experiment, prepared: Prepared) -> _TextsAndQrels:
     """Queries of the training split that have a positive."""
-    queries = made.queries(experiment.prepare.train_split)
-    grades = made.qrels(experiment.prepare.train_split)
+    queries = prepared.queries(experiment.prepare.train_split)
+    grades = prepared.qrels(experiment.prepare.train_split)
     least = experiment.prepare.min_relevance
     qids = [qid for qid in queries if max(grades[qid].values()) >= least]
     qids = [qids[i] for i in _drawn(len(qids), experiment.candidates)]
     return {q: queries[q].text for q in qids}, {q: grades[q] for q in qids}
 
 
-def _written(source: str, experiment: Experiment, made: Prepared) -> _TextsAndQrels:
+def _written(source: str, experiment: Experiment, prepared: Prepared) -> _TextsAndQrels:
     """Texts that the student has learned from, cut as it reads them; the passages that they are
     made of are the positives."""
-    settings, vocabulary = experiment.prepare, made.vocabulary
+    settings, vocabulary = experiment.prepare, prepared.vocabulary
     longest = settings.query_length - 1 - bool(vocabulary.views)  # EOS and the marker of a view
-    tests = judged.test_texts(settings, made.folder)
-    read = partial(source_pairs, settings, source, made.store, {}, (), test_queries=tests)
-    least, pids = settings.min_relevance, made.store.pids
+    tests = judged.test_texts(settings, prepared.folder)
+    read = partial(source_pairs, settings, source, prepared.store, {}, (), test_queries=tests)
+    least, pids = settings.min_relevance, prepared.store.pids
     count = sum(1 for _ in read())
     chosen = set(_drawn(count, experiment.candidates).tolist())
     texts, qrels = {}, {}

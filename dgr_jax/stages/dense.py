@@ -118,31 +118,31 @@ def train_encoder(
     experiment: DenseExperiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
     """Train, embed, and leave what `Retriever.load` needs."""
-    made = Prepared.load(experiment.model_dir)
-    config = experiment.sized(made.vocabulary.size)
+    prepared = Prepared.load(experiment.model_dir)
+    config = experiment.sized(prepared.vocabulary.size)
 
     def embedded(params: Any, search: DenseSearch, at: Path) -> System:
-        _embed(experiment, params, made, search, at)
-        return assembled(experiment, at, params, search, made)
+        _embed(experiment, params, prepared, search, at)
+        return assembled(experiment, at, params, search, prepared)
 
     in_passing = validation.in_passing(embedded, folder)
-    measured = validation.of(experiment, settings, made, in_passing)
+    measured = validation.of(experiment, settings, prepared, in_passing)
     model = DualEncoder(config)
     training_run.train(experiment, folder, folder.name, settings, model, source, initial, measured)
-    trained = params(experiment, folder.name, made)
-    _embed(experiment, trained, made, search_for(experiment), folder)
+    trained = params(experiment, folder.name, prepared)
+    _embed(experiment, trained, prepared, search_for(experiment), folder)
     systems = experiment.systems
     write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
 
 
 def _embed(
-    experiment: DenseExperiment, params: Any, made: Prepared, search: DenseSearch, folder: Path
+    experiment: DenseExperiment, params: Any, prepared: Prepared, search: DenseSearch, folder: Path
 ) -> None:
     """Writes the vectors of all passages, by the encoder with these parameters."""
     mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules
-    encoder = Encoder(experiment.sized(made.vocabulary.size), params, mesh, rules)
-    path, encode_inputs = folder / retrieval.VECTORS, made.vocabulary.encode_inputs
-    retrieval.embed(encoder, made.store, encode_inputs, path, search)
+    encoder = Encoder(experiment.sized(prepared.vocabulary.size), params, mesh, rules)
+    path, encode_inputs = folder / retrieval.VECTORS, prepared.vocabulary.encode_inputs
+    retrieval.embed(encoder, prepared.store, encode_inputs, path, search)
 
 
 def search_for(experiment: DenseExperiment, **settings: Any) -> DenseSearch:

@@ -32,48 +32,49 @@ Find = Callable[[np.ndarray], np.ndarray]  # query tokens int32 [n, Q] -> passag
 def negatives(experiment: DenseExperiment, folder: Path) -> None:
     """Writes <source>.npy, int32 [n, depth]: passages to draw the negatives of each query from."""
     settings = experiment.negatives
-    made = Prepared.load(experiment.model_dir)
-    own = own_passages(experiment, made)
-    write_pools(experiment, folder, settings, finder(settings, made, deeper=bool(own)), own)
+    prepared = Prepared.load(experiment.model_dir)
+    own = own_passages(experiment, prepared)
+    write_pools(experiment, folder, settings, finder(settings, prepared, deeper=bool(own)), own)
 
 
-def own_passages(experiment: DenseExperiment, made: Prepared) -> dict[str, np.ndarray]:
-    """Source -> int32 [n, 1], the passage that a query itself is and must not find, -1 for most; {}
-    where there is none."""
-    report = kept.read_json(made.folder / "report.json")
+def own_passages(experiment: DenseExperiment, prepared: Prepared) -> dict[str, np.ndarray]:
+    """Source -> int32 [n, 1]: the passage that a query itself is, which it must not find; -1 where
+    it is none. The result is {} where no query is a passage."""
+    report = kept.read_json(prepared.folder / "report.json")
     counted = report.get("queries_that_are_passages", {})
     if "inputs_cut" in report and not counted.keys() & set(experiment.prepare.train_splits):
         return {}  # an older report has neither
-    qids = kept.read_json(made.folder / QIDS)
-    found = {}
+    qids = kept.read_json(prepared.folder / QIDS)
+    by_source = {}
     for source in sources(experiment):
-        rows = found[source] = np.full(
+        rows = by_source[source] = np.full(
             (len(queries_of(experiment, source)["query"]), 1), -1, np.int32
         )
         if not source.startswith(LABELLED):
             continue
         named = qids_of(experiment, source, qids)
-        qrels = made.qrels(source.removeprefix(LABELLED))
-        own = self_hits(experiment.prepare, named, made.store, qrels)
-        rows[:, 0] = [made.store.index_of(qid) if qid in own else -1 for qid in named]
-    return found if any((rows >= 0).any() for rows in found.values()) else {}
+        qrels = prepared.qrels(source.removeprefix(LABELLED))
+        own = self_hits(experiment.prepare, named, prepared.store, qrels)
+        rows[:, 0] = [prepared.store.index_of(qid) if qid in own else -1 for qid in named]
+    return by_source if any((rows >= 0).any() for rows in by_source.values()) else {}
 
 
-def finder(settings: Negatives, made: Prepared, *, deeper: bool = False) -> Find:
-    """deeper: by a passage, as the query's own may be found and is left out."""
+def finder(settings: Negatives, prepared: Prepared, *, deeper: bool = False) -> Find:
+    """What finds passages for the pools. deeper: whether it finds one passage more, because the
+    query's own may be among them and is left out."""
     if settings.source == "random":
         return lambda tokens: np.zeros((len(tokens), 0), np.int32)
-    index = settings.bm25.fit(made.store)
+    index = settings.bm25.fit(prepared.store)
 
     def find(tokens: np.ndarray) -> np.ndarray:
         """What BM25 finds for the queries as the encoder reads them."""
         depth = settings.skip + settings.depth + deeper
-        found = np.full((len(tokens), depth), -1, np.int32)
-        for row, ids in zip(found, tokens, strict=True):
-            scores = index.scores(made.vocabulary.decode(ids.tolist()))
+        nearest = np.full((len(tokens), depth), -1, np.int32)
+        for row, ids in zip(nearest, tokens, strict=True):
+            scores = index.scores(prepared.vocabulary.decode(ids.tolist()))
             best = index.best(scores, len(row))
-            row[: len(best)] = [made.store.index_of(passage.pid) for passage in best]
-        return found
+            row[: len(best)] = [prepared.store.index_of(passage.pid) for passage in best]
+        return nearest
 
     return find
 
@@ -85,8 +86,8 @@ def write_pools(
     find: Find,
     own: Mapping[str, np.ndarray],
 ) -> None:
-    """One pool a source, of queries in blocks; own: see `own_passages`."""
-    number = len(Prepared.load(experiment.model_dir).store)
+    """Writes one pool for each source, a block of queries at a time. own: see `own_passages`."""
+    num_passages = len(Prepared.load(experiment.model_dir).store)
     for source in sources(experiment):
         queries = queries_of(experiment, source)
         others = queries["positives"]
@@ -100,7 +101,7 @@ def write_pools(
                     find(np.asarray(queries["encoder_input_tokens"][block])),
                     others[block],
                     count=settings.depth,
-                    num_passages=number,
+                    num_passages=num_passages,
                     skip=settings.skip,
                     seed=[settings.seed, start],
                 )

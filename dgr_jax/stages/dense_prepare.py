@@ -39,22 +39,22 @@ def prepare(experiment: DenseExperiment, folder: Path) -> None:
     SeqIO, tfds/ is left out, and the arrays are made without the tasks; no later stage needs them.
     """
     settings = experiment.prepare
-    passages, found = read(experiment, folder)
+    passages, judged = read(experiment, folder)
     vocabulary = Vocabulary.create(folder, extra_ids=settings.vocabulary.extra_ids)
     vocabulary.save()
     inputs: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    counts = _datasets(experiment, folder, passages, vocabulary, found, inputs)
+    counts = _datasets(experiment, folder, passages, vocabulary, judged, inputs)
     tokens = arrays.read_arrays(folder / "arrays" / CORPUS)["passage_tokens"]
     inputs[CORPUS] = _passages_cut(passages, vocabulary, tokens)
     copies = sum(counted.pop(generation_data.COPIES, 0) for counted in inputs.values())
     report = {
         "passages": len(passages),
         "passages_that_fill_the_input": int((tokens[:, -1] > 0).sum()),
-        "queries": {split: len(queries) for split, queries in found.queries.items()},
-        "queries_cut": cut(vocabulary, found.queries, settings.query_length),
+        "queries": {split: len(queries) for split, queries in judged.queries.items()},
+        "queries_cut": cut(vocabulary, judged.queries, settings.query_length),
         "inputs_cut": inputs,
-        "qrels": {split: len(qrels) for split, qrels in found.qrels.items()},
-        **found.report,
+        "qrels": {split: len(qrels) for split, qrels in judged.qrels.items()},
+        **judged.report,
         "copies_of_test_queries": copies,
         "examples": counts,
         "positives": _positives(folder, counts),
@@ -66,8 +66,8 @@ def prepare(experiment: DenseExperiment, folder: Path) -> None:
 def _passages_cut(
     passages: PassageStore, vocabulary: Vocabulary, tokens: np.ndarray
 ) -> Counter[str]:
-    """Counts of passages as encoder inputs int32 [P, S], see `examples.count_inputs`. Those alone
-    that fill their row are looked at again."""
+    """Counts of passages as encoder inputs int32 [P, S], see `examples.count_inputs`. Only
+    those that fill their row are looked at again."""
     blocks = (tokens[start : start + BLOCK] for start in range(0, len(tokens), BLOCK))
     lengths = np.concatenate([(np.asarray(block) > 0).sum(1) for block in blocks])
     for row in np.flatnonzero(lengths == tokens.shape[1]):
@@ -80,7 +80,7 @@ def _passages_cut(
 def _positives(folder: Path, counts: Mapping[str, int]) -> dict[str, float]:
     """Mean number of positives of a query of each source."""
     held = {s: arrays.read_arrays(folder / "arrays" / s)["positives"] for s in counts}
-    return {source: float((found >= 0).sum(1).mean()) for source, found in held.items()}
+    return {source: float((positives >= 0).sum(1).mean()) for source, positives in held.items()}
 
 
 def _datasets(
@@ -125,8 +125,8 @@ def _datasets(
     require_examples(counts)
     (folder / QIDS).write_text(json.dumps(qids), encoding="utf-8")
     if without_tasks(settings):
-        made = {source: examples_of(source) for source in streams}
-        blocks = _direct(settings, passages, vocabulary, made, most)
+        by_source = {source: examples_of(source) for source in streams}
+        blocks = _direct(settings, passages, vocabulary, by_source, most)
     else:
         blocks = _of_tasks(settings, folder, passages, vocabulary, tuple(streams), most)
     for source, rows in blocks:
@@ -138,11 +138,11 @@ def _direct(
     settings: DensePrepare,
     passages: PassageStore,
     vocabulary: Vocabulary,
-    made: Mapping[str, Iterator[dict[str, Any]]],
+    by_source: Mapping[str, Iterator[dict[str, Any]]],
     most: int,
 ) -> Iterator[tuple[str, Iterator[arrays.Features]]]:
     """(source, token arrays) of every source and the corpus, from the examples themselves."""
-    for source, of in made.items():
+    for source, of in by_source.items():
         yield source, direct.positives_arrays(of, vocabulary, settings.query_length, most)
     texts = (passage.contents for passage in passages)
     yield CORPUS, direct.passage_arrays(texts, vocabulary, settings.passage_length)
@@ -153,7 +153,7 @@ def _of_tasks(
     folder: Path,
     passages: PassageStore,
     vocabulary: Vocabulary,
-    made: tuple[str, ...],
+    source_names: tuple[str, ...],
     most: int,
 ) -> Iterator[tuple[str, Iterator[arrays.Features]]]:
     """The same from the SeqIO tasks that the collection's file in tasks/ registers."""
@@ -165,13 +165,13 @@ def _of_tasks(
         tasks.PreparedPositives(
             folder / "tfds",
             vocabulary,
-            made,
+            source_names,
             lambda: ({"inputs": passage.contents} for passage in passages),
         )
     )
     lengths = {"inputs": settings.query_length, "positives": most, "grades": most, "query": 1}
     name = f"{settings.tasks}_dense"
-    for source in made:
+    for source in source_names:
         yield source, datasets.arrays(f"{name}_{source}", lengths, PositivesConverter())
     length = {"inputs": settings.passage_length}
     yield CORPUS, datasets.arrays(f"{name}_corpus", length, PassageConverter())
@@ -179,13 +179,13 @@ def _of_tasks(
 
 def sources(experiment: DenseExperiment) -> dict[str, str]:
     """Every source of training queries -> its name in `Sources`."""
-    settings, found = experiment.prepare, {}
+    settings, kinds = experiment.prepare, {}
     for name in settings.sources.rates():
         if name == "labelled":
-            found |= {f"{LABELLED}{split}": name for split in settings.train_splits}
+            kinds |= {f"{LABELLED}{split}": name for split in settings.train_splits}
         else:
-            found[name] = name
-    return found
+            kinds[name] = name
+    return kinds
 
 
 def one_process(experiment: DenseExperiment) -> None:
@@ -205,7 +205,7 @@ def qids_of(
     experiment: DenseExperiment, source: str, qids: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """The qid of each row of a source of labelled queries."""
-    return [qids[source][number] for number in queries_of(experiment, source)["query"][:, 0]]
+    return [qids[source][index] for index in queries_of(experiment, source)["query"][:, 0]]
 
 
 STAGE = dataclasses.replace(generative.STAGE, make=prepare)

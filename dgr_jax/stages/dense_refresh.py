@@ -18,20 +18,20 @@ from dgr_jax.training.source import Source
 def mine(experiment: DenseExperiment, folder: Path) -> None:
     """Writes pools as `negatives` does, of what the trained encoder finds."""
     settings = experiment.mined
-    made = Prepared.load(experiment.model_dir)
-    own = own_passages(experiment, made)
-    find = finder(settings, made, deeper=bool(own)) if settings.source != "own" else None
+    prepared = Prepared.load(experiment.model_dir)
+    own = own_passages(experiment, prepared)
+    find = finder(settings, prepared, deeper=bool(own)) if settings.source != "own" else None
     if find is None:
         depth = settings.skip + settings.depth + _most_positives(experiment) + bool(own)
-        depth = min(depth, len(made.store))
+        depth = min(depth, len(prepared.store))
         search = dense.search_for(experiment, depth=depth)
-        student = open_system(experiment, dense.STAGE.name, made, search)
+        student = open_system(experiment, dense.STAGE.name, prepared, search)
         find = lambda tokens: student.passages(tokens)[0]
     write_pools(experiment, folder, settings, find, own)
 
 
 def _most_positives(experiment: DenseExperiment) -> int:
-    """The most positives of any query: so many of what it finds may be left out."""
+    """The most positives that a query has: so many passages of what it finds may be left out."""
     return max(
         queries_of(experiment, source)["positives"].shape[1] for source in sources(experiment)
     )
@@ -40,8 +40,8 @@ def _most_positives(experiment: DenseExperiment) -> int:
 def refresh(experiment: DenseExperiment, folder: Path) -> None:
     """Train on from the trained encoder with the mined negatives, and embed all passages."""
     assert experiment.refresh is not None  # as the stage is there
-    made = Prepared.load(experiment.model_dir)
-    initial = params(experiment, dense.STAGE.name, made)
+    prepared = Prepared.load(experiment.model_dir)
+    initial = params(experiment, dense.STAGE.name, prepared)
     dense.train_encoder(experiment, folder, experiment.refresh, batches(experiment), initial)
 
 

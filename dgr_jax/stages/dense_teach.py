@@ -29,17 +29,18 @@ logger = logging.getLogger(__name__)
 def teach(experiment: DenseExperiment, folder: Path) -> None:
     """Writes a folder of token arrays for each split: rank lists that the teacher has ordered of
     the pool and the positives of each query; and report.json, see `stages.teach`."""
-    made = Prepared.load(experiment.model_dir)
-    qids = kept.read_json(made.folder / QIDS)
-    own, report = own_passages(experiment, made), {}
+    prepared = Prepared.load(experiment.model_dir)
+    qids = kept.read_json(prepared.folder / QIDS)
+    own, report = own_passages(experiment, prepared), {}
     for source in sources(experiment):
         pool = pool_of(experiment, dense_negatives.STAGE.name, source)
         queries = queries_of(experiment, source)
         named = qids_of(experiment, source, qids)
-        lists, coverage = _ranked(experiment, made, source, named, pool)
+        lists, coverage = _ranked(experiment, prepared, source, named, pool)
         names = ("encoder_input_tokens", "positives")
         rows = {name: queries[name][lists.query_rows] for name in names}
-        if own:  # no positives, as no list holds them; but no negatives in lists of others either
+        if own:
+            # A query's own passage is in none of its lists; among these it is no negative either.
             itself = own[source][lists.query_rows]
             rows["positives"] = np.hstack([rows["positives"], itself])
         scores = lists.teacher_scores.astype(np.float32)
@@ -53,20 +54,20 @@ def teach(experiment: DenseExperiment, folder: Path) -> None:
 
 
 def _ranked(
-    experiment: DenseExperiment, made: Prepared, source: str, qids: list[str], pool: np.ndarray
+    experiment: DenseExperiment, prepared: Prepared, source: str, qids: list[str], pool: np.ndarray
 ) -> tuple[RankLists, Coverage]:
     assert experiment.teach is not None  # as the stage is there
     split, coverage = source.removeprefix(LABELLED), Coverage()
-    queries, qrels = made.queries(split), made.qrels(split)
+    queries, qrels = prepared.queries(split), prepared.qrels(split)
     lists = taught(
         experiment.teach,
         {qid: queries[qid].text for qid in qids},
         coverage=dict.fromkeys(qids, coverage),
-        candidates=CandidateLists(qids, pool, made.store.pids),
-        store=made.store,
+        candidates=CandidateLists(qids, pool, prepared.store.pids),
+        store=prepared.store,
         qrels=qrels,
         min_relevance=experiment.prepare.min_relevance,
-        self_hits=self_hits(experiment.prepare, qids, made.store, qrels),
+        self_hits=self_hits(experiment.prepare, qids, prepared.store, qrels),
     )
     return lists, coverage
 

@@ -36,32 +36,34 @@ COMPARED = ("Success@1", "Success@10", "RR@10")
 
 def evaluate(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     """Measures every system; see `measure`."""
-    made = Prepared.load(experiment.model_dir)
-    search = search_of(experiment, made)
-    measure(experiment, folder, made, lambda name: open_system(experiment, name, made, search))
+    prepared = Prepared.load(experiment.model_dir)
+    search = search_of(experiment, prepared)
+    measure(
+        experiment, folder, prepared, lambda name: open_system(experiment, name, prepared, search)
+    )
 
 
-def search_of(experiment: Experiment | DenseExperiment, made: Prepared) -> Any:
-    """Evaluate.search; a passage deeper where queries that are asked are passages, which they must
-    not find."""
+def search_of(experiment: Experiment | DenseExperiment, prepared: Prepared) -> Any:
+    """The search of the evaluate stage. It goes one passage deeper where a query is itself a
+    passage, which it must not find."""
     own = any(
-        _own(experiment, made, split, chosen_queries(experiment, made, split))
+        _own(experiment, prepared, split, chosen_queries(experiment, prepared, split))
         for split in experiment.prepare.test_splits
     )
     return experiment.evaluate.search.deeper() if own else experiment.evaluate.search
 
 
 def _own(
-    experiment: Experiment | DenseExperiment, made: Prepared, split: str, qids: Iterable[str]
+    experiment: Experiment | DenseExperiment, prepared: Prepared, split: str, qids: Iterable[str]
 ) -> frozenset[str]:
     """The queries that must not find the passage of their id."""
-    return judged.self_hits(experiment.prepare, qids, made.store, made.qrels(split))
+    return judged.self_hits(experiment.prepare, qids, prepared.store, prepared.qrels(split))
 
 
 def measure(
     experiment: Experiment | DenseExperiment,
     folder: Path,
-    made: Prepared,
+    prepared: Prepared,
     opened: Callable[[str], System],
 ) -> None:
     """Writes <system>.<split>.trec, metrics.json (system -> split -> measure), comparisons.json,
@@ -76,8 +78,8 @@ def measure(
     splits, evaluate = experiment.prepare.test_splits, experiment.evaluate
     if not splits:
         logger.info("evaluate: there are no test queries (Prepare.test_splits): nothing to measure")
-    queries = {split: chosen_queries(experiment, made, split) for split in splits}
-    own = {split: _own(experiment, made, split, asked) for split, asked in queries.items()}
+    queries = {split: chosen_queries(experiment, prepared, split) for split in splits}
+    own = {split: _own(experiment, prepared, split, asked) for split, asked in queries.items()}
     for split, asked in queries.items():
         if not asked:
             raise ValueError(f"split {split!r} has no query to measure on; expected one or more")
@@ -88,10 +90,10 @@ def measure(
     values: dict[str, dict[str, Values]] = {}
     for system in experiment.measured:
         runs = {s: kept_runs.path_of(experiment, system, s, bool(own[s])) for s in splits}
-        kept_runs.search(experiment, made, system, opened, queries, runs, own)
+        kept_runs.search(experiment, prepared, system, opened, queries, runs, own)
         if processes.first():
             values[system] = {
-                split: _measure(experiment, made, queries[split], split, path)
+                split: _measure(experiment, prepared, queries[split], split, path)
                 for split, path in runs.items()
             }
             for split, path in runs.items():
@@ -107,19 +109,21 @@ def _report(
     splits, names = experiment.prepare.test_splits, experiment.evaluate.measures
     measured = {
         system: {
-            split: evaluation.means({name: found[name] for name in names if name in found})
-            for split, found in by_split.items()
+            split: evaluation.means(
+                {name: by_measure[name] for name in names if name in by_measure}
+            )
+            for split, by_measure in by_split.items()
         }
         for system, by_split in values.items()
     }
     _write_json(folder / "metrics.json", measured)
     compared = {split: _compare(values, split, experiment.pairs) for split in splits}
     described = {
-        split: [{"systems": pair, **asdict(c)} for pair, c in found]
-        for split, found in compared.items()
+        split: [{"systems": pair, **asdict(c)} for pair, c in comparisons]
+        for split, comparisons in compared.items()
     }
     _write_json(folder / "comparisons.json", described)
-    first = {s: found[splits[0]] if splits else {} for s, found in values.items()}
+    first = {s: of_splits[splits[0]] if splits else {} for s, of_splits in values.items()}
     _plot(experiment, folder, first)
     _show(measured, compared)
     for line in _choices(experiment):
@@ -127,10 +131,10 @@ def _report(
 
 
 def chosen_queries(
-    experiment: Experiment | DenseExperiment, made: Prepared, split: str
+    experiment: Experiment | DenseExperiment, prepared: Prepared, split: str
 ) -> dict[str, Query]:
     """qid -> query, at most Evaluate.max_queries of them."""
-    queries = made.queries(split)
+    queries = prepared.queries(split)
     settings = experiment.evaluate
     if not settings.max_queries or settings.max_queries >= len(queries):
         return queries
@@ -141,7 +145,7 @@ def chosen_queries(
 
 
 def first_test_split(experiment: Experiment | DenseExperiment) -> str:
-    """ValueError where there is none."""
+    """The first split to measure on. Raises ValueError where there is none."""
     for split in experiment.prepare.test_splits:
         return split
     raise ValueError(
@@ -152,35 +156,35 @@ def first_test_split(experiment: Experiment | DenseExperiment) -> str:
 
 def _measure(
     experiment: Experiment | DenseExperiment,
-    made: Prepared,
+    prepared: Prepared,
     queries: dict[str, Query],
     split: str,
     path: Path,
 ) -> Values:
-    """What a run is worth: every measure that is asked for, compared or plotted; of a split without
-    judgements, those of answers."""
-    settings, qrels = experiment.evaluate, made.qrels(split)
+    """Every measure of a run that is asked for, compared or plotted. A split without judgements has
+    only measures of answers."""
+    settings, qrels = experiment.evaluate, prepared.qrels(split)
     names = dict.fromkeys((*settings.measures, *COMPARED, *_plotted(settings.search.depth)))
     of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
     of_judgements = [name for name in names if name not in of_answers] if qrels else []
 
     def text(pid: str) -> str:
-        return made.store[made.store.index_of(pid)].text
+        return prepared.store[prepared.store.index_of(pid)].text
 
     values: Values = {}
     lacking = 0
     for run in kept_runs.read(path, queries):
-        found: Values = {}
+        of_run: Values = {}
         lacking += sum(not passages for passages in run.values())
         if of_answers:
             asked = [queries[qid] for qid in run]
-            found |= evaluation.answer_hits(run, asked, text, of_answers)
+            of_run |= evaluation.answer_hits(run, asked, text, of_answers)
         if of_judgements:
             grades = {qid: qrels[qid] for qid in run}
-            found |= evaluation.per_query(
+            of_run |= evaluation.per_query(
                 run, grades, of_judgements, min_relevance=settings.min_relevance
             )
-        for name, by_query in found.items():
+        for name, by_query in of_run.items():
             values.setdefault(name, {}).update(by_query)
     if lacking:
         logger.warning(
@@ -191,8 +195,8 @@ def _measure(
 
 
 def _copy(run: Path, shown: Path) -> None:
-    """Of older versions, what is shown is another name of a run that is kept: it is not written
-    into."""
+    """Copies a run for people to read. Older versions made the shown file another name of the kept
+    run, so that it is removed, and not written into."""
     shown.unlink(missing_ok=True)
     shutil.copyfile(run, shown)
 
@@ -228,11 +232,11 @@ def _plotted(depth: int) -> dict[str, int]:
 def _plot(
     experiment: Experiment | DenseExperiment, folder: Path, values: dict[str, Values]
 ) -> None:
-    """values: of the first test split."""
+    """Draws both plots. values: system -> the values of the first test split."""
     points = _plotted(experiment.evaluate.search.depth)
     curves = {}
-    for system, found in values.items():
-        means = evaluation.means({name: found[name] for name in points if name in found})
+    for system, by_measure in values.items():
+        means = evaluation.means({name: by_measure[name] for name in points if name in by_measure})
         curves[system] = {points[name]: mean for name, mean in means.items()}
     if any(curves.values()):  # the split has judgements
         title = f"Success@k, {first_test_split(experiment)}"
@@ -249,11 +253,11 @@ def _plot(
 
 def _show(measured: Any, compared: Any) -> None:
     console = display.wide_console()
-    for split, found in compared.items():
+    for split, comparisons in compared.items():
         by_system = {system: by_split[split] for system, by_split in measured.items()}
         console.print(evaluation.measures_table(by_system, title=split))
-        shown = {"RR@10", *[c.measure for _, c in found if c.measure not in COMPARED][:1]}
-        for pair, comparison in found:
+        shown = {"RR@10", *[c.measure for _, c in comparisons if c.measure not in COMPARED][:1]}
+        for pair, comparison in comparisons:
             if comparison.measure in shown:
                 line = f"{pair.replace(' against', ' and')}: {comparison}"
                 console.print(line, soft_wrap=True)
@@ -268,7 +272,7 @@ def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
 
 
 def _settings(experiment: Experiment | DenseExperiment) -> dict[str, Any]:
-    """Without a plan where there is none, so that older stages stay."""
+    """The settings of the stage. A plan that is None is left out, so that older stages stay."""
     plan = getattr(experiment, "plan", None)
     return {"evaluate": experiment.evaluate} | ({} if plan is None else {"plan": plan})
 

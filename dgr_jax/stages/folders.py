@@ -50,7 +50,7 @@ def damage(folder: Path, settings: Any) -> kept.Damaged | None:
 
 
 def begin(folder: Path, settings: Any) -> bool:
-    """Whether the stage must be made; then its folder is there, and says so."""
+    """Whether the stage must be made. Then its folder is there, and its record says so."""
     if is_done(folder, settings) and not _cleared(folder, settings):
         logger.info("%s: done already, from the same configuration; skipped", folder.name)
         return False

@@ -39,8 +39,8 @@ _held = threading.local()
 class Opened:
     """What examples are made of.
 
-    test_queries: `normalised`; no pseudo-query may copy them. counts: of what is left out and cut,
-    filled while examples are made, see `by_source`.
+    test_queries: `normalised`; no pseudo-query may copy them. counts: how much is left out and
+    cut; they are filled while examples are made, see `by_source`.
     """
 
     passages: PassageStore
@@ -68,17 +68,17 @@ class Work:
 
     def blocks(self, part: Part, opened: Opened, writer: Any) -> Iterator[arrays.Features]:
         """Token arrays of a part, [n <= 4096, ...] a block; its records go to `writer`."""
-        settings, made = self.settings, opened.made
+        settings, identified = self.settings, opened.made
         pairs = source_pairs(
             settings, part.source, opened.passages, opened.queries, opened.qrels, part,
             test_queries=opened.test_queries, counts=opened.counts,
         )  # fmt: skip
-        stream = made.examples(pairs, part.number)
+        stream = identified.examples(pairs, part.number)
         while held := list(itertools.islice(stream, _BLOCK)):
             writer.add(held)
             counts: Counter[str] = Counter()
             features = examples.features(
-                held, made.vocabulary, settings.query_length, made.length, counts
+                held, identified.vocabulary, settings.query_length, identified.length, counts
             )
             opened.counts.update({f"{part.source} {name}": n for name, n in counts.items()})
             yield features
@@ -144,7 +144,7 @@ class Work:
 def write(
     work: Work, opened: Opened, everywhere: Callable[[Work, Iterable[Part]], None] | None = None
 ) -> dict[str, int]:
-    """The TFDS dataset and token arrays of every source in use; -> examples of each.
+    """Writes the TFDS dataset and token arrays of every source in use; -> examples of each.
 
     everywhere: calls Work.write_part on every part, on this machine or others.
     """
@@ -153,29 +153,29 @@ def write(
     read = work.stream
     if everywhere is not None:
         (work.folder / "parts").mkdir(exist_ok=True)
-        vars(_held).clear()  # of another time, where workers are threads of this process
+        vars(_held).clear()  # left by an earlier run, where workers are threads
         everywhere(work, [part for source in sources for part in work.parts(source, opened)])
         read = work.gather
-    found: dict[str, list] = {}
+    shards: dict[str, list] = {}
     for source in sources:
-        blocks = read(source, opened, found.setdefault(source, []))
+        blocks = read(source, opened, shards.setdefault(source, []))
         first = list(itertools.islice(blocks, 1))
         require_examples({source: bool(first)})
         arrays.write_arrays(work.folder / "arrays" / source, itertools.chain(first, blocks))
     features = prepared.features(views=bool(opened.made.vocabulary.views))
-    prepared.describe(work.folder / "tfds", NAME, found, features)
+    prepared.describe(work.folder / "tfds", NAME, shards, features)
     shutil.rmtree(work.folder / "parts", ignore_errors=True)
-    return {source: sum(shard.examples for shard in of) for source, of in found.items()}
+    return {source: sum(shard.examples for shard in of) for source, of in shards.items()}
 
 
 def by_source(counts: Counter[str], names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """source -> name -> count, of counts by "source name"."""
-    found: dict[str, dict[str, int]] = {}
+    """Turns counts by "source name" into source -> name -> count."""
+    grouped: dict[str, dict[str, int]] = {}
     for key in counts:
         source, _, name = key.partition(" ")
         if name in names:
-            found.setdefault(source, dict.fromkeys(names, 0))[name] = counts[key]
-    return found
+            grouped.setdefault(source, dict.fromkeys(names, 0))[name] = counts[key]
+    return grouped
 
 
 def require_examples(counts: Mapping[str, int]) -> None:

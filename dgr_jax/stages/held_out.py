@@ -21,9 +21,9 @@ def hold_out(queries: Queries, qrels: Qrels, settings: Settings) -> dict[str, di
     """Makes the split to choose on, where the settings ask for one, and takes its questions out of
     all splits that are learned from.
 
-    No two questions of the same words stand on both sides, and none of them is a test question: it
-    would be tested what was chosen on it. Returns name of a count -> split -> how many questions,
-    for the report. Raises ValueError where nothing is left to choose on.
+    No two questions of the same words stand on both sides, and none of them is a test question: the
+    test would measure what was chosen on it. Returns name of a count -> split -> how many
+    questions, for the report. Raises ValueError where nothing is left to choose on.
     """
     report: dict[str, dict[str, int]] = {}
     for name in settings.held_out:
@@ -69,7 +69,8 @@ def _draw(queries: Queries, qrels: Qrels, settings: Settings, name: str) -> None
 
 
 def _leave_out_test_questions(queries: Queries, qrels: Qrels, settings: Settings, name: str) -> int:
-    """Also those without a positive, which no student can answer. Returns how many are tested."""
+    """Takes test questions out of a split to choose on, and also those without a positive, which no
+    student can answer. Returns how many are test questions."""
     tested = _tested(queries, settings, name)
     answered = {q.qid for q in qrels[name] if q.relevance >= settings.min_relevance}
     count = len(queries[name])

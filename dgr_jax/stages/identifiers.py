@@ -90,9 +90,9 @@ def build(
         report["query"] |= copies
     report["body"], lengths = _text(scheme, material, folder, vocabulary)
     report["named_passages"] = multiview.coverage(tables, lengths)
-    made = _of_views(settings, folder, passages, vocabulary, report)
-    report["drawn"] = made.drawn
-    return made
+    identified = _of_views(settings, folder, passages, vocabulary, report)
+    report["drawn"] = identified.drawn
+    return identified
 
 
 def _text(

@@ -39,10 +39,10 @@ class Judged:
         """The queries of these splits."""
         return [query for split in splits for query in self.queries[split].values()]
 
-    def count(self, name: str, split: str, number: Any) -> None:
-        """Adds to the report what is not nothing."""
-        if number:
-            self.report.setdefault(name, {})[split] = number
+    def count(self, name: str, split: str, value: Any) -> None:
+        """Adds a value to the report, unless it is 0 or empty."""
+        if value:
+            self.report.setdefault(name, {})[split] = value
 
 
 def read(collection: Collection, settings: Settings, passages: PassageStore) -> Judged:
@@ -77,7 +77,7 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
 def _qrels(
     collection: Collection, split: str, queries: Mapping[str, Query], tested: bool
 ) -> list[Qrel] | None:
-    """None of a test split that has answers instead."""
+    """The judgements of a split. Returns None for a test split that has answers instead."""
     try:
         return list(collection.qrels(split))
     except FileNotFoundError:
@@ -157,30 +157,30 @@ def _shared(judged: Judged, split: str, settings: Settings) -> None:
 def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Iterable[str]:
     """The report in lines, each with the setting that it depends on."""
     owner = type(settings).__name__
-    for split, found in report.get("shared_queries", {}).items():
+    for split, counts in report.get("shared_queries", {}).items():
         kept = settings.shared_queries == "keep"
         yield (
-            f"{found['queries']:,} {split} queries are test queries too ({found['by_id']:,} by "
-            f"their id, {found['by_text']:,} by their text) and are "
+            f"{counts['queries']:,} {split} queries are test queries too ({counts['by_id']:,} by "
+            f"their id, {counts['by_text']:,} by their text) and are "
             + ("learned from, so that measures are in part of memory" if kept else "left out")
             + f" ({owner}.shared_queries = {settings.shared_queries!r})"
         )
-    for split, number in report.get("repeated_judgements", {}).items():
+    for split, count in report.get("repeated_judgements", {}).items():
         rule = settings.contradictory_judgements
         grade = "" if rule == "error" else f"; of several grades the {rule} counts"
         yield (
-            f"{number:,} {split} judgements are of pairs that were judged before, and are left out"
+            f"{count:,} {split} judgements are of pairs that were judged before, and are left out"
             f"{grade} ({owner}.contradictory_judgements = {rule!r})"
         )
-    for split, number in report.get("queries_without_judgements", {}).items():
+    for split, count in report.get("queries_without_judgements", {}).items():
         yield (
-            f"{number:,} {split} queries have no judgement of a known passage, and are left out "
+            f"{count:,} {split} queries have no judgement of a known passage, and are left out "
             f"({owner}.unknown_judgements = {settings.unknown_judgements!r})"
         )
-    for split, number in report.get("queries_that_are_passages", {}).items():
+    for split, count in report.get("queries_that_are_passages", {}).items():
         kept = settings.self_hits == "keep"
         yield (
-            f"{number:,} {split} queries have the id of a passage, which "
+            f"{count:,} {split} queries have the id of a passage, which "
             + ("they may find" if kept else "they do not find, unless it is judged relevant")
             + f" ({owner}.self_hits = {settings.self_hits!r})"
         )
@@ -200,10 +200,10 @@ def queries(folder: Path, split: str) -> dict[str, Query]:
     """qid -> query of a split that was written."""
     alone = folder / UNJUDGED / split
     if alone.is_dir():
-        found = _opened(alone).all_queries()
+        asked = _opened(alone).all_queries()
     else:
-        found = _opened(folder / JUDGED).queries(split)
-    return {query.qid: query for query in found}
+        asked = _opened(folder / JUDGED).queries(split)
+    return {query.qid: query for query in asked}
 
 
 def qrels(folder: Path, split: str) -> list[Qrel]:

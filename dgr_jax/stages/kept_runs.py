@@ -47,15 +47,17 @@ def path_of(experiment: Experiment | DenseExperiment, system: str, split: str, o
 
 def search(
     experiment: Experiment | DenseExperiment,
-    made: Prepared,
+    prepared: Prepared,
     system: str,
     opened: Callable[[str], System],
     queries: Mapping[str, dict[str, Query]],
     runs: Mapping[str, Path],
     own: Mapping[str, frozenset[str]],
 ) -> None:
-    """Writes the runs (by split) that are not there yet, or not as they were written; own: the
-    queries of each that must not find the passage of their id."""
+    """Writes the runs (by split) that are not there yet, or have changed since they were written.
+
+    own: the queries of each split that must not find the passage of their id.
+    """
     first = processes.first()
     absent = [split for split, path in runs.items() if not _is_kept(path)] if first else None
     absent = processes.agree(absent)
@@ -65,16 +67,16 @@ def search(
     depth, student = experiment.evaluate.search.depth, opened(system)
     for split in absent:
         texts = {qid: query.text for qid, query in queries[split].items()}
-        found = _retrieve(student, made, texts)
+        retrieved = _retrieve(student, prepared, texts)
         if any(own.values()):
-            found = _without_self_hits(found, own[split], depth, f"{system} on {split}")
+            retrieved = _without_self_hits(retrieved, own[split], depth, f"{system} on {split}")
         if first:
-            lists = (rank_list for run in found for rank_list in trec.rank_lists(run))
+            lists = (rank_list for run in retrieved for rank_list in trec.rank_lists(run))
             written = runs[split].with_name(f"{runs[split].stem}.partial.trec")
             trec.write_run(written, lists, tag=f"dgr_jax-{system}")
             kept.adopt(written, runs[split])
         else:
-            collections.deque(found, maxlen=0)
+            collections.deque(retrieved, maxlen=0)
 
 
 def _is_kept(path: Path) -> bool:
@@ -109,12 +111,12 @@ def _blocks(queries: Mapping[str, Item]) -> Iterator[dict[str, Item]]:
     return (dict(items[start : start + BLOCK]) for start in range(0, len(items), BLOCK))
 
 
-def _retrieve(student: System, made: Prepared, queries: dict[str, str]) -> Iterator[Run]:
+def _retrieve(student: System, prepared: Prepared, queries: dict[str, str]) -> Iterator[Run]:
     """The run of a system in blocks."""
-    encoded = (student.encode(made.vocabulary, list(b.values())) for b in _blocks(queries))
-    found = student.passages_of_blocks(encoded)
-    for block, passages in zip(_blocks(queries), found, strict=True):
-        yield scored_passages(list(block), *passages, made.store.pids)
+    encoded = (student.encode(prepared.vocabulary, list(b.values())) for b in _blocks(queries))
+    retrieved = student.passages_of_blocks(encoded)
+    for block, passages in zip(_blocks(queries), retrieved, strict=True):
+        yield scored_passages(list(block), *passages, prepared.store.pids)
 
 
 def read(path: Path, queries: Mapping[str, Query]) -> Iterator[Run]:

@@ -38,7 +38,7 @@ def without_labels(experiment: _Labelled) -> _Labelled:
 
 
 def _lacks(experiment: _Labelled) -> tuple[bool, bool]:
-    """Whether it goes on without labels, and whether there are queries to measure on."""
+    """Whether the experiment goes on without labels, and whether it has queries to measure on."""
     prepare, collection = experiment.prepare, experiment.collection
     if prepare.train_splits != (TRAIN_SPLIT,):
         return False, True

@@ -104,11 +104,11 @@ def _check(experiment: Any, stage: Stage, settings: Any, named: Container[str]) 
     """Raises FileNotFoundError or ValueError where a stage could only fail."""
     folder = Path(experiment.model_dir) / stage.name
     damage = folders.damage(folder, settings)
-    made = damage is None and folders.is_made(folder, settings)
-    is_asked = lambda path: not made or path in named
+    is_made = damage is None and folders.is_made(folder, settings)
+    is_asked = lambda path: not is_made or path in named
     try:
         own = tuple(stage.settings(experiment).values())
-        if not made or any(map(is_asked, folders_of(own))):
+        if not is_made or any(map(is_asked, folders_of(own))):
             stage.check(experiment)
         for name, path in missing(experiment, stage).items():
             if is_asked(path):

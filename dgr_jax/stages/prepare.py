@@ -46,35 +46,35 @@ def prepare(
     everywhere: makes the generation examples on workers, see `generation_data.write`.
     """
     settings = experiment.prepare
-    passages, found = read(experiment, folder)
+    passages, splits = read(experiment, folder)
     if experiment.plan is not None:
         check_corpus(experiment.plan, len(passages))
     with _part("identifiers"):
-        asked = found.asked(measured_splits(settings))
-        made = identifiers.build(settings, folder, passages, asked)
+        asked = splits.asked(measured_splits(settings))
+        identified = identifiers.build(settings, folder, passages, asked)
     train = settings.train_split
     opened = Opened(
         passages,
-        made,
-        found.queries.get(train, {}),
-        found.qrels.get(train, []),
+        identified,
+        splits.queries.get(train, {}),
+        splits.qrels.get(train, []),
         judged.test_texts(settings, folder),
     )
     with _part("examples"):
         counts = generation_data.write(Work(settings, folder), opened, everywhere)
-    vocabulary = made.vocabulary
-    _follow_tasks(settings, folder, made)
+    vocabulary = identified.vocabulary
+    _follow_tasks(settings, folder, identified)
     report = {
         "passages": len(passages),
-        "queries": {split: len(queries) for split, queries in found.queries.items()},
-        "queries_cut": cut(vocabulary, found.queries, settings.query_length),
+        "queries": {split: len(queries) for split, queries in splits.queries.items()},
+        "queries_cut": cut(vocabulary, splits.queries, settings.query_length),
         "inputs_cut": generation_data.by_source(opened.counts, examples.INPUTS),
-        "qrels": {split: len(qrels) for split, qrels in found.qrels.items()},
-        **found.report,
+        "qrels": {split: len(qrels) for split, qrels in splits.qrels.items()},
+        **splits.report,
         "copies_of_test_queries": opened.counts[generation_data.COPIES],
         "examples": counts,
         "vocabulary": {"text": vocabulary.text_size, "size": vocabulary.size},
-        "identifiers": made.report,
+        "identifiers": identified.report,
     }
     write_report(folder, report, settings)
 
@@ -98,13 +98,13 @@ def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[Passag
         collection.check(settings.splits)
     with _part("passages"):
         passages = store.write(collection.passages(), folder / "passages")
-        found = judged.read(collection, settings, passages)
+        splits = judged.read(collection, settings, passages)
     if len(passages) < 2:
         raise ValueError(
             f"the collection has one passage, {passages.pids[0]!r}, expected two or more, for a "
             "student to choose from and a teacher to order"
         )
-    judged.write(folder, found)
+    judged.write(folder, splits)
     if not settings.train_splits:
         owner, sources = type(settings).__name__, " and ".join(settings.sources.rates())
         logger.info(
@@ -114,15 +114,15 @@ def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[Passag
             f"{owner}.{'train_split' if owner == 'Prepare' else 'train_splits'}",
         )
     learned = {
-        q.qid: q.text for split in settings.train_splits for q in found.queries[split].values()
+        q.qid: q.text for split in settings.train_splits for q in splits.queries[split].values()
     }
     with _part("vocabulary"):
         texts = itertools.chain((p.contents for p in passages), learned.values())
         settings.vocabulary.write(folder, texts)
-    return passages, found
+    return passages, splits
 
 
-def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
+def _follow_tasks(settings: Prepare, folder: Path, identified: Identified) -> None:
     """Registers the SeqIO tasks of the dataset, by the file of the collection in tasks/: they say
     what an example is. Where one makes other features than those written, it writes them.
 
@@ -137,9 +137,9 @@ def _follow_tasks(settings: Prepare, folder: Path, made: Identified) -> None:
 
     rates = settings.sources.rates()
     task_file(settings.tasks).register(
-        tasks.PreparedExamples(folder / "tfds", made.vocabulary, rates)
+        tasks.PreparedExamples(folder / "tfds", identified.vocabulary, rates)
     )
-    lengths = {"inputs": settings.query_length, "targets": made.length}
+    lengths = {"inputs": settings.query_length, "targets": identified.length}
     for source in rates:
         task, written = f"{settings.tasks}_{source}", folder / "arrays" / source
         blocks = datasets.arrays(task, lengths, GenerationConverter())

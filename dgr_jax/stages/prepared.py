@@ -98,13 +98,13 @@ def cut(
 ) -> dict[str, int]:
     """How many queries of each split have more tokens than fit, EOS counted."""
     return {
-        split: sum(len(vocabulary.encode(query.text)) >= length for query in found.values())
-        for split, found in queries.items()
+        split: sum(len(vocabulary.encode(query.text)) >= length for query in of_split.values())
+        for split, of_split in queries.items()
     }
 
 
 def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Iterator[str]:
-    found = report.get("identifiers", {})
+    identifiers = report.get("identifiers", {})
     yield (
         ", ".join(
             [f"{report['passages']:,} passages"]
@@ -137,14 +137,14 @@ def _readable(report: dict[str, Any], settings: Prepare | DensePrepare) -> Itera
     yield from judged.readable(report, settings)
     if "positives" in report:
         yield f"positives a query: {_line(report['positives'])}"
-    if line := _line(found):
+    if line := _line(identifiers):
         yield line
     for view in ("title", "body", "query", "named_passages", "drawn"):
-        if view in found:
-            yield f"{view.replace('_', ' ')}: {_line(found[view])}"
-    for number, level in enumerate(found.get("levels", []), start=1):
+        if view in identifiers:
+            yield f"{view.replace('_', ' ')}: {_line(identifiers[view])}"
+    for position, level in enumerate(identifiers.get("levels", []), start=1):
         usage = (f"{key.replace('_', ' ')} {_short(value)}" for key, value in level.items())
-        yield f"code {number}: {', '.join(usage)}"
+        yield f"code {position}: {', '.join(usage)}"
 
 
 def _line(report: Mapping[str, Any]) -> str:

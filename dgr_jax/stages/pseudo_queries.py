@@ -43,7 +43,7 @@ _PAIRS = 1024  # pairs tokenised together
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedPairs:
     """What the prepare stage left, opened."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Prepared:
         return frozenset(read_json(self.folder / "test_queries.json", list))
 
     @classmethod
-    def of(cls, experiment: PseudoQueries) -> Prepared:
+    def of(cls, experiment: PseudoQueries) -> PreparedPairs:
         return cls(Path(experiment.model_dir) / PREPARE.name)
 
 
@@ -152,14 +152,14 @@ def _features(
 
 def generate(experiment: PseudoQueries, folder: Path) -> None:
     """Learn to write the query of a passage."""
-    vocabulary = Prepared.of(experiment).vocabulary
+    vocabulary = PreparedPairs.of(experiment).vocabulary
     model = Transformer(with_vocabulary(experiment.model, vocabulary.size))
     train(experiment, folder, folder.name, experiment.generate, model, batches(experiment))
 
 
 def batches(experiment: PseudoQueries) -> ArraySource:
     """What the stage `generate` learns from, step by step."""
-    pairs, settings = Prepared.of(experiment).folder / "pairs", experiment.generate
+    pairs, settings = PreparedPairs.of(experiment).folder / "pairs", experiment.generate
     return ArraySource(pairs, settings.batch_size, settings.seed)
 
 
@@ -169,40 +169,42 @@ def sample(experiment: PseudoQueries, folder: Path) -> None:
     Passages are sampled in blocks that are kept, so that a cut-off stage goes on. While the device
     samples, the block before is filtered and written.
     """
-    made = Prepared.of(experiment)
-    starts = range(0, len(made.store), _BLOCK)
+    prepared = PreparedPairs.of(experiment)
+    starts = range(0, len(prepared.store), _BLOCK)
     missing = [start for start in starts if not _is_whole(folder, start)]
     length = experiment.prepare.passage_length
-    blocks = ((start, _inputs(made, start, length)) for start in missing)
+    blocks = ((start, _inputs(prepared, start, length)) for start in missing)
     speeds = []
     begin = time.perf_counter()
-    for start, sequences in zip(missing, _sampler(experiment, made).sequences(blocks), strict=True):
-        _write_block(folder, made, start, sequences)
+    for start, sequences in zip(
+        missing, _sampler(experiment, prepared).sequences(blocks), strict=True
+    ):
+        _write_block(folder, prepared, start, sequences)
         now = time.perf_counter()
         speeds.append(sequences.shape[0] * sequences.shape[1] / (now - begin))
         begin = now
-        done = f"{min(start + _BLOCK, len(made.store)):,}/{len(made.store):,} passages"
+        done = f"{min(start + _BLOCK, len(prepared.store)):,}/{len(prepared.store):,} passages"
         remark = ", compilation included" if start == missing[0] else ""
         logger.info("sample: %s, %.0f queries a second%s", done, speeds[-1], remark)
-    _join(folder, made, starts, speeds)
+    _join(folder, prepared, starts, speeds)
 
 
-def _sampler(experiment: PseudoQueries, made: Prepared) -> Sampler:
-    config = with_vocabulary(experiment.model, made.vocabulary.size)
+def _sampler(experiment: PseudoQueries, prepared: PreparedPairs) -> Sampler:
+    config = with_vocabulary(experiment.model, prepared.vocabulary.size)
     mesh = partitioning.make_mesh(experiment.mesh)
-    folder = made.folder.parent / GENERATE.name
+    folder = prepared.folder.parent / GENERATE.name
     params = trained.params(folder, Transformer(config), mesh, experiment.mesh.rules)
-    length, text_size = experiment.prepare.query_length, made.vocabulary.text_size
+    length, text_size = experiment.prepare.query_length, prepared.vocabulary.text_size
     return Sampler(
         *(config, params, experiment.sample, length, text_size, mesh), experiment.mesh.rules
     )
 
 
-def _inputs(made: Prepared, start: int, length: int) -> np.ndarray:
+def _inputs(prepared: PreparedPairs, start: int, length: int) -> np.ndarray:
     """Encoder inputs int32 [n, Q] of a block of passages."""
-    stop = min(start + _BLOCK, len(made.store))
-    texts = [made.store[i].contents for i in range(start, stop)]
-    return made.vocabulary.encode_inputs(texts, length)
+    stop = min(start + _BLOCK, len(prepared.store))
+    texts = [prepared.store[i].contents for i in range(start, stop)]
+    return prepared.vocabulary.encode_inputs(texts, length)
 
 
 def _counted(folder: Path, start: int) -> Path:
@@ -227,14 +229,14 @@ def _is_whole(folder: Path, start: int) -> bool:
     return False
 
 
-def _write_block(folder: Path, made: Prepared, start: int, sequences: np.ndarray) -> None:
+def _write_block(folder: Path, prepared: PreparedPairs, start: int, sequences: np.ndarray) -> None:
     """Writes the pseudo-queries of a block, int32 [n, S, T], then its counts."""
     counts: Counter = Counter()
     copied: set[str] = set()
     with lines.writing(_counted(folder, start).with_suffix(".tsv")) as handle:
-        for pid, rows in zip(made.store.pids[start : start + _BLOCK], sequences, strict=True):
-            texts = (made.vocabulary.decode(row.tolist()) for row in rows)
-            for text in kept(texts, made.test_queries, counts, copied):
+        for pid, rows in zip(prepared.store.pids[start : start + _BLOCK], sequences, strict=True):
+            texts = (prepared.vocabulary.decode(row.tolist()) for row in rows)
+            for text in kept(texts, prepared.test_queries, counts, copied):
                 handle.write(f"{pid}\t{text}\n".encode())
     texts = entry(_counted(folder, start).with_suffix(".tsv"))
     written = json.dumps({"counts": counts, "copied": sorted(copied), "texts": texts})
@@ -251,7 +253,7 @@ def kept(
     counts: samples, without_end_or_text, repeated, copies_of_test_queries and pseudo_queries (kept)
     are added to; copied: the test queries that were met are added.
     """
-    found: dict[str, str] = {}
+    queries: dict[str, str] = {}
     for text in texts:
         text = " ".join(text.split())
         same = normalised(text)
@@ -261,16 +263,18 @@ def kept(
         elif same in test_queries:
             counts["copies_of_test_queries"] += 1
             copied.add(same)
-        elif same in found:
+        elif same in queries:
             counts["repeated"] += 1
         else:
-            found[same] = text
-    counts["pseudo_queries"] += len(found)
-    counts["passages_without_any"] += not found
-    return list(found.values())
+            queries[same] = text
+    counts["pseudo_queries"] += len(queries)
+    counts["passages_without_any"] += not queries
+    return list(queries.values())
 
 
-def _join(folder: Path, made: Prepared, starts: Iterable[int], speeds: list[float]) -> None:
+def _join(
+    folder: Path, prepared: PreparedPairs, starts: Iterable[int], speeds: list[float]
+) -> None:
     """Writes all blocks as one file, and their report; then the blocks go."""
     counts: Counter = Counter()
     copied: set[str] = set()
@@ -281,8 +285,8 @@ def _join(folder: Path, made: Prepared, starts: Iterable[int], speeds: list[floa
             copied.update(block["copied"])
             with _counted(folder, start).with_suffix(".tsv").open("rb") as part:
                 shutil.copyfileobj(part, handle)
-    report: dict[str, Any] = {"passages": len(made.store), **counts}
-    report |= {"test_queries": len(made.test_queries), "test_queries_copied": len(copied)}
+    report: dict[str, Any] = {"passages": len(prepared.store), **counts}
+    report |= {"test_queries": len(prepared.test_queries), "test_queries_copied": len(copied)}
     if speeds:  # the first block also compiles
         report["queries_per_second"] = round(float(np.median(speeds[1:] or speeds)), 1)
     _report(folder, report)

@@ -34,7 +34,7 @@ from dgr_jax.training import hash_random
 
 logger = logging.getLogger(__name__)
 
-_WORDS = 4  # of a sentence at least
+_WORDS = 4  # a sentence that counts has at least so many
 _BLOCK = 2048  # passages that are counted together
 _SAY = 100_000  # passages after which it is said how far it is
 
@@ -90,8 +90,8 @@ def after_start(*stages: str) -> Callable[[Any], tuple[str, ...]]:
 
 
 def parameters(experiment: Experiment | DenseExperiment, model: Any, seed: int) -> Any:
-    """Those that a model starts from at random with this seed, but for the embeddings of stage
-    start; on the experiment's mesh."""
+    """Parameters that are random by this seed, but for the embeddings, which are those of stage
+    start. They lie on the experiment's mesh."""
     folder = Path(experiment.model_dir) / STAGE.name
     tokens, rows = (_load(folder / f"{name}.npy") for name in ("tokens", "rows"))
     mesh, rules = partitioning.make_mesh(experiment.mesh), experiment.mesh.rules

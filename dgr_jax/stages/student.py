@@ -58,8 +58,8 @@ def initial_params(
 
 
 def control(experiment: Experiment, folder: Path) -> None:
-    """Generation alone, from the checkpoint of distillation and on as many examples: the same ones
-    where those are the mixture's."""
+    """Trains generation alone, from the checkpoint that distillation starts from and on as many
+    examples. They are the same ones where those of distillation are the mixture's."""
     settings = _control(experiment)
     source = later(experiment, settings)
     train_student(experiment, folder, settings, source, generated(experiment))
@@ -98,7 +98,7 @@ def mixture(experiment: Experiment, settings: Training) -> Source:
 
 
 def later(experiment: Experiment, settings: Training) -> Source:
-    """The same, from where the student has left them that has learned to generate."""
+    """The same examples, from where the stage that learns to generate has left them."""
     return Later(mixture(experiment, settings), experiment.generate.steps)
 
 
@@ -106,10 +106,10 @@ def train_student(
     experiment: Experiment, folder: Path, settings: Training, source: Source, initial: Any
 ) -> None:
     """One training run, which leaves what `Retriever.load` needs."""
-    made = Prepared.load(experiment.model_dir)
-    config = experiment.sized(made.vocabulary.size)
-    opened = lambda params, search: assembled(experiment, folder, params, search, made)
-    measured = validation.of(experiment, settings, made, validation.reopened(opened))
+    prepared = Prepared.load(experiment.model_dir)
+    config = experiment.sized(prepared.vocabulary.size)
+    opened = lambda params, search: assembled(experiment, folder, params, search, prepared)
+    measured = validation.of(experiment, settings, prepared, validation.reopened(opened))
     model = Transformer(config)
     train(experiment, folder, folder.name, settings, model, source, initial, measured)
     if processes.first():

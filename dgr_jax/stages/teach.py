@@ -30,7 +30,7 @@ from dgr_jax.training import arrays, packing
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2048
-_KEYED = 256  # lists of several identifiers a passage are larger
+_KEYED = 256  # lists in a block where passages have several identifiers, which take more room
 
 
 def teach(experiment: Experiment, folder: Path) -> None:
@@ -43,9 +43,9 @@ def teach(experiment: Experiment, folder: Path) -> None:
     held together.
     """
     settings = experiment.teach
-    made = Prepared.load(experiment.model_dir)
-    candidates = CandidateLists.load(experiment, made)
-    asked = training_queries(experiment, made)
+    prepared = Prepared.load(experiment.model_dir)
+    candidates = CandidateLists.load(experiment, prepared)
+    asked = training_queries(experiment, prepared)
     texts, qrels = asked.texts, asked.qrels
     qids = list(texts)
     coverage = {source: Coverage() for source in dict.fromkeys(asked.sources.values())}
@@ -54,7 +54,7 @@ def teach(experiment: Experiment, folder: Path) -> None:
         texts,
         coverage={qid: coverage[source] for qid, source in asked.sources.items()},
         candidates=candidates,
-        store=made.store,
+        store=prepared.store,
         qrels=qrels,
         min_relevance=experiment.prepare.min_relevance,
         self_hits=asked.own,
@@ -68,11 +68,11 @@ def teach(experiment: Experiment, folder: Path) -> None:
         positives=lists.positive_passages,
     )
     counts: Counter = Counter()
-    features = _features if made.indexes is None else partial(_view_features, counts)
+    features = _features if prepared.indexes is None else partial(_view_features, counts)
     arrays.write_arrays(
-        folder / "rank_lists", features(experiment, lists, list(texts.values()), made)
+        folder / "rank_lists", features(experiment, lists, list(texts.values()), prepared)
     )
-    teacher = {source: found.report() for source, found in coverage.items()}
+    teacher = {source: counted.report() for source, counted in coverage.items()}
     report = {"teacher": teacher, "lists": lists.report}
     if counts:
         report["keys"] = counts
@@ -84,8 +84,8 @@ def teach(experiment: Experiment, folder: Path) -> None:
             "teach: keys of the student for %s of %s passages in lists; drawn for the others, none "
             "for %s",
             *(
-                f"{number:,}"
-                for number in (
+                f"{count:,}"
+                for count in (
                     counts["passages"] - counts["passages_without_keys"],
                     counts["passages"],
                     counts["passages_without_identifier"],
@@ -126,10 +126,10 @@ class CandidateLists(Mapping[str, list[str]]):
         self._passages, self._pids = passages, pids
 
     @classmethod
-    def load(cls, experiment: Experiment, made: Prepared) -> CandidateLists:
+    def load(cls, experiment: Experiment, prepared: Prepared) -> CandidateLists:
         folder = Path(experiment.model_dir) / retrieved.STAGE.name
         qids = kept.read_json(folder / "qids.json", list)
-        return cls(qids, _candidates(folder), made.store.pids)
+        return cls(qids, _candidates(folder), prepared.store.pids)
 
     def __getitem__(self, qid: str) -> list[str]:
         return [self._pids[i] for i in self._passages[self._row_of[qid]] if i >= 0]
@@ -148,10 +148,10 @@ def _candidates(folder: Path) -> np.ndarray:
 
 
 def _features(
-    experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
+    experiment: Experiment, lists: RankLists, texts: Sequence[str], prepared: Prepared
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of all rank lists in blocks."""
-    assert made.table is not None
+    assert prepared.table is not None
     for start in range(0, len(lists.passages), _BLOCK):
         block = slice(start, start + _BLOCK)
         yield rank_lists.features(
@@ -159,17 +159,21 @@ def _features(
             lists.passages[block],
             lists.teacher_scores[block],
             lists.positive_passages[block],
-            table=made.table,
-            vocabulary=made.vocabulary,
+            table=prepared.table,
+            vocabulary=prepared.vocabulary,
             query_length=experiment.prepare.query_length,
         )
 
 
 def _view_features(
-    counts: Counter, experiment: Experiment, lists: RankLists, texts: Sequence[str], made: Prepared
+    counts: Counter,
+    experiment: Experiment,
+    lists: RankLists,
+    texts: Sequence[str],
+    prepared: Prepared,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same of identifiers of several views, with the keys of the candidates."""
-    indexes, folder = made.indexes, Path(experiment.model_dir) / retrieved.STAGE.name
+    indexes, folder = prepared.indexes, Path(experiment.model_dir) / retrieved.STAGE.name
     assert indexes is not None
     keyed = Keyed(
         arrays.read_arrays(folder / "keys"), _candidates(folder), indexes.text, indexes.tables,
@@ -188,18 +192,18 @@ def _view_features(
             lists.teacher_scores[block],
             lists.positives[block],
             indexes.num_tokens,
-            vocabulary=made.vocabulary,
+            vocabulary=prepared.vocabulary,
             query_length=experiment.prepare.query_length,
         )
 
 
 def readable(teacher: dict[str, dict[str, float]], lists: dict[str, int]) -> Iterator[str]:
-    for source, found in teacher.items():
+    for source, report in teacher.items():
         yield (
-            f"{source}: {found['candidates_scored']:.1%} of {found['candidates']:,} candidates "
-            f"scored; a positive is among the candidates of {found['positive_in_candidates']:.1%} "
-            f"of {found['queries']:,} queries, and scored for {found['positive_scored']:.1%}; the "
-            f"teacher alone: Success@1 {found['Success@1']:.3f}, RR@10 {found['RR@10']:.3f}"
+            f"{source}: {report['candidates_scored']:.1%} of {report['candidates']:,} candidates "
+            f"scored; a positive is among the candidates of {report['positive_in_candidates']:.1%} "
+            f"of {report['queries']:,} queries, and scored for {report['positive_scored']:.1%}; "
+            f"the teacher alone: Success@1 {report['Success@1']:.3f}, RR@10 {report['RR@10']:.3f}"
         )
     left_out = ", ".join(
         f"{value:,} {name.replace('_', ' ')}"

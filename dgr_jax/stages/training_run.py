@@ -44,8 +44,8 @@ class _Together:
 
 
 def validated(settings: Settings, *trained: str) -> Settings:
-    """Those of a training stage and, where one of its `trained` asks for it, the search for the
-    questions that are held out."""
+    """The settings of a training stage and, where one of its `trained` asks for validation, also
+    the search for the questions that are held out."""
 
     def of(experiment: Any) -> Mapping[str, Any]:
         own = settings(experiment)

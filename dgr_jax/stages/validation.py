@@ -23,27 +23,27 @@ Opened = Callable[[Any, Any], Any]  # parameters, search -> what retrieves, such
 
 
 def of(
-    experiment: Experiment | DenseExperiment, settings: Training, made: Prepared, opened: Opened
+    experiment: Experiment | DenseExperiment, settings: Training, prepared: Prepared, opened: Opened
 ) -> Validation | None:
     """The validation that the settings of a training run ask for; None where they ask for none."""
     if not settings.validate_every:
         return None
     (split,) = experiment.prepare.held_out
-    queries, qrels = made.queries(split), made.qrels(split)
-    own = judged.self_hits(experiment.prepare, queries, made.store, qrels)
+    queries, qrels = prepared.queries(split), prepared.qrels(split)
+    own = judged.self_hits(experiment.prepare, queries, prepared.store, qrels)
     search = experiment.evaluate.validation_search
     wider = search.deeper() if own else search
     qids, texts = list(queries), [query.text for query in queries.values()]
 
     def measure(params: Any) -> float:
-        system = opened(params, wider).by_pid(made.store.pid_of)
+        system = opened(params, wider).by_pid(prepared.store.pid_of)
         blocks = (
-            system.encode(made.vocabulary, texts[start : start + BLOCK])
+            system.encode(prepared.vocabulary, texts[start : start + BLOCK])
             for start in range(0, len(texts), BLOCK)
         )
-        found = zip(*system.passages_of_blocks(blocks), strict=True)
-        passages, scores = (np.concatenate(parts) for parts in found)
-        run = scored_passages(qids, passages, scores, made.store.pids)
+        columns = zip(*system.passages_of_blocks(blocks), strict=True)
+        passages, scores = (np.concatenate(parts) for parts in columns)
+        run = scored_passages(qids, passages, scores, prepared.store.pids)
         measured = evaluation.evaluate(
             self_hits.without(run, own, search.depth),
             qrels,
