@@ -321,6 +321,11 @@ def test_the_example_of_the_document_is_what_is_built():
 # the whole student against the definition of the search
 
 
+def started(decoder, tokens):
+    """What beam search makes of a whole batch."""
+    return decoder._start(tokens, np.arange(len(tokens)), tokens.shape)
+
+
 @pytest.mark.parametrize(
     ("beams", "rows"),
     [
@@ -336,7 +341,7 @@ def test_beams_follow_the_definition(beams, rows):
     search = Search(num_beams=beams, depth=beams, batch_size=2, query_length=8)
     decoder = students.decoder(rows, search)
     tokens = QUERIES[:2]
-    result = decoder._start(tokens, (2, 8))
+    result = started(decoder, tokens)
     legal = reference.unique_rows(
         [row[row > 0].tolist() for row in np.asarray(decoder.table.tokens)]
     )
@@ -351,7 +356,7 @@ def test_beams_follow_the_definition(beams, rows):
 def test_a_thousand_beams():
     search = Search(num_beams=1000, depth=1000, batch_size=1, query_length=8)
     decoder = students.decoder(students.codes(3000), search)
-    result = decoder._start(QUERIES[:1], (1, 8))
+    result = started(decoder, QUERIES[:1])
     assert result.valid.all()
     rows = decoder.index.table_rows(result.rows)[0]
     assert len(set(rows.tolist())) == 1000
@@ -366,7 +371,7 @@ def test_bfloat16_activations():
     config = dataclasses.replace(students.CONFIG, dtype="bfloat16")
     search = Search(num_beams=10, depth=10, batch_size=2, query_length=8)
     decoder = students.decoder(students.codes(100), search, config=config)
-    result = decoder._start(QUERIES[:2], (2, 8))
+    result = started(decoder, QUERIES[:2])
     assert result.valid.all() and result.log_probs.dtype == jnp.float32
     rows = decoder.index.table_rows(result.rows)
     expected = teacher_forced(config, QUERIES[:2], decoder.table.tokens[rows])
@@ -379,9 +384,9 @@ def test_equal_scores_are_ordered_by_tokens_every_time(monkeypatch):
     monkeypatch.setattr(students, "parameters", lambda config: flat)
     search = Search(num_beams=10, depth=10, batch_size=2, query_length=8)
     decoder = students.decoder(students.codes(100), search)
-    first = decoder._start(QUERIES[:2], (2, 8))
+    first = started(decoder, QUERIES[:2])
     assert decoder.index.table_rows(first.rows).tolist() == [list(range(10))] * 2
-    again = decoder._start(QUERIES[:2], (2, 8))
+    again = started(decoder, QUERIES[:2])
     assert (np.asarray(first.rows) == np.asarray(again.rows)).all()
 
 
@@ -406,7 +411,7 @@ def test_samples_take_the_same_step():
     alone = decode_fn(decoder.config, 1, 3)
     greedy = alone(decoder.params, decoder._constraint, tokens)
     assert (drawn.rows == greedy.rows).all()
-    assert (decoder._start(QUERIES[:2], (2, 8)).rows == greedy.rows).all()
+    assert (started(decoder, QUERIES[:2]).rows == greedy.rows).all()
     np.testing.assert_allclose(drawn.log_probs, np.repeat(greedy.log_probs, 3, 1), atol=1e-4)
 
 
