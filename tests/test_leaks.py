@@ -534,7 +534,7 @@ def test_a_collection_without_labels_is_learned_and_asked(with_queries, command,
     assert said in log
     assert ("nothing to measure" in log) != with_queries
     metrics = json.loads((folder / "evaluate/metrics.json").read_text())
-    assert [*metrics] == ["bm25", "generate", "control", "distill"]
+    assert [*metrics] == ["bm25", "generate", "control", "distill", "planned"]
     assert [*metrics["distill"]] == ["test"] * with_queries
     lists = np.load(folder / "teach/rank_lists.npz")
     assert {qid.partition(":")[0] for qid in lists["qids"]} == {"passages", "pseudo_queries"}
@@ -542,7 +542,7 @@ def test_a_collection_without_labels_is_learned_and_asked(with_queries, command,
     assert "1. p" in answered.stdout
     shutil.rmtree(data)  # what is prepared says that there are no labels
     again = command("dgr_jax.train", f"--model_dir={folder}").stderr
-    assert again.count("done already") == 7
+    assert again.count("done already") == 8
 
 
 @pytest.mark.slow

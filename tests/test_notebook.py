@@ -103,8 +103,8 @@ def test_measures_stages_and_plots_are_those_of_the_run(executed, tiny_model_dir
     assert [row[0] for row in shown[1:]] == ["bm25", "generate", "control", "distill"]
     for system, *values in shown[1:]:
         assert values == [f"{v:.3f}" for v in measured[system]["test"].values()]
-    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * len(
-        test_experiment.BASE.stages
+    assert [row[2] for row in tables(executed["done"])[0][1:]] == ["done"] * (
+        len(test_experiment.BASE.stages) + 1  # start
     )
     for name, cell in (("success_at_k", "success-plot"), ("training_curves", "training-plot")):
         (shown,) = executed[cell].outputs
