@@ -95,6 +95,9 @@ def test_a_run_is_ranked_by_whole_identifiers(model_dir):
     alone = {p.pid: p.score for p in whole["a"]}
     expected = {p.pid: p.score + 0.5 * alone[p.pid] for p in given["a"]}
     assert [p.pid for p in summed] == sorted(expected, key=expected.get, reverse=True)
+    few = [p.pid for p in given["a"]][::2]
+    some = student.restrict(few).rerank(queries, given)["a"]
+    assert [p.pid for p in some] == [p.pid for p in ranked["a"] if p.pid in few]
     with pytest.raises(
         ValueError, match="rerank: got passage 'x' for query 'a', expected passages"
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 import tarfile
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage
 from dgr_jax.experiments.common import Evaluate
 from dgr_jax.experiments.study import Study
-from dgr_jax.model_dir import kept
+from dgr_jax.model_dir import kept, records
 from dgr_jax.models.dual_encoder import DualEncoderConfig
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import kinds
@@ -452,3 +453,18 @@ def loaded(*flags):
 def test_systems_that_cannot_be_added(added, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(test_experiment.BASE, evaluate=Evaluate(Search(), systems=tuple(added)))
+
+
+def test_bm25_answers_from_whole_stages_alone(tiny_model_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    question = "Why do bees dance?"
+    first = Retriever.load(folder, system="bm25").search([question], k=3)
+    (folder / "previous").mkdir(exist_ok=True)
+    shutil.copytree(folder / "evaluate", folder / "previous" / "evaluate")
+    records.write_record(folder / "evaluate", status="running")  # with other settings
+    assert Retriever.load(folder, system="bm25").search([question], k=3) == first
+    record = records.read_record(folder / "prepare")
+    records.write_record(folder / "prepare", **record | {"status": "running"})
+    with pytest.raises(ValueError, match="prepare: is not whole, and .*evaluate was trained on it"):
+        Retriever.load(folder, system="bm25")

@@ -23,6 +23,7 @@ from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.sampling import Sampling
 from dgr_jax.retrieval.system import System
 from dgr_jax.settings import describe
+from dgr_jax.stages import kept_runs
 from dgr_jax.stages import validation as searches
 from dgr_jax.stages.evaluate import _choices
 from dgr_jax.stages.pipeline import stage_settings
@@ -132,7 +133,7 @@ class Found(System):
 
 @pytest.mark.parametrize("self_hits", ["keep", "drop"])
 def test_the_measure_is_that_of_evaluation(tmp_path, monkeypatch, self_hits):
-    monkeypatch.setattr(searches, "BLOCK", 2)
+    monkeypatch.setattr(kept_runs, "BLOCK", 2)
     experiment = dataclasses.replace(
         test_experiment.BASE,
         prepare=dataclasses.replace(HELD_OUT, self_hits=self_hits, min_relevance=2),

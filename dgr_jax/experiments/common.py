@@ -17,6 +17,7 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
+from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
@@ -181,11 +182,12 @@ class Measured:
     """What experiments of every kind say of the systems that they measure.
 
     kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
-    compared where both are measured.
+    compared where both are measured. plan: None where there is none.
     """
 
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
     evaluate: Evaluate
+    plan: Lexical | None = None
 
     @property
     def kind(self) -> str:

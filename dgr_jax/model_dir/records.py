@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,12 @@ class Answering:
         return self._seen == (_mark(self.student), _mark(self.prepared))
 
 
-def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
+def answering(model_dir: Path, systems: Sequence[str], file: str = STUDENT) -> Answering:
     """The first of these systems, best first, that is trained, with the prepare stage that it was
     trained on.
 
     Both are looked for in MODEL_DIR and, while one of them is made again, in MODEL_DIR/previous.
+    file: what a stage leaves that can answer.
     Raises FileNotFoundError where none is trained, and ValueError where the identifiers that they
     were trained on do not exist any more; both messages name a process that writes meanwhile.
     """
@@ -134,7 +135,7 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
     while True:
         strangers: list[Path] = []
         for name in systems:
-            if answer := _whole(model_dir, name, systems, strangers):
+            if answer := _whole(model_dir, name, systems, strangers, file):
                 return answer
         # A writer that exchanges two versions of a stage moves two folders, one after the other.
         if not (writer := writer_lock.holder(model_dir)) or time.monotonic() > deadline:
@@ -144,7 +145,7 @@ def answering(model_dir: Path, systems: Sequence[str]) -> Answering:
     command = f"python -m dgr_jax.train --model_dir={model_dir}"
     if strangers:
         raise ValueError(f"{_stranger(strangers[0], model_dir / 'prepare', command)}{meanwhile}")
-    wanted = ", ".join(f"{name}/{STUDENT}" for name in systems)
+    wanted = ", ".join(f"{name}/{file}" for name in systems)
     raise FileNotFoundError(
         f"no trained student in {model_dir}: looked for {wanted}; train one with {command}"
         f"{meanwhile}"
@@ -164,21 +165,26 @@ def _stranger(student: Path, prepared: Path, command: str) -> str:
 
 
 def _whole(
-    model_dir: Path, name: str, systems: Sequence[str], strangers: list[Path]
+    model_dir: Path, name: str, systems: Sequence[str], strangers: list[Path], file: str
 ) -> Answering | None:
     """The newest finished version of a system whose prepare stage exists; versions whose prepare
     stage does not are added to `strangers`."""
-    for student in _versions(model_dir, name):
-        record = read_record(student)
-        if not (student / STUDENT).is_file() or record.get("status", "done") != "done":
-            continue
-        prepared = _trained_on(model_dir, record)
+    for student in finished(model_dir, name, file):
+        prepared = _trained_on(model_dir, read_record(student))
         if prepared is None:
             strangers.append(student)
             continue
         aside = _aside(model_dir, name, systems, student, prepared)
         return Answering(student, prepared, aside, (_mark(student), _mark(prepared)))
     return None
+
+
+def finished(model_dir: Path, stage: str, file: str) -> Iterator[Path]:
+    """The folders of a stage and of its earlier versions, of those that are done and left a file;
+    the newest first."""
+    for folder in _versions(model_dir, stage):
+        if (folder / file).is_file() and read_record(folder).get("status", "done") == "done":
+            yield folder
 
 
 def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.types import ScoredPassage
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK = 4096  # queries tokenised, and sorted by length, together
 

@@ -149,12 +149,17 @@ class Bm25Index:
 
     def places(self, scores: np.ndarray, k: int) -> list[int]:
         """The passage indices of `best`."""
-        threshold = 0.0
-        if k < len(scores):
-            threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-        # All passages as good as the k-th stay in, so that pids decide between equals.
-        matching = np.flatnonzero((scores >= threshold) & (scores > 0))
-        return sorted(matching.tolist(), key=lambda i: (-scores[i], self._pids[i]))[:k]
+        return places(scores, k, self._pids)
+
+
+def places(scores: np.ndarray, k: int, pids: Sequence[str]) -> list[int]:
+    """Indices of the k best of `scores` (f32 [P]) above 0, best first, ties by pid."""
+    threshold = 0.0
+    if k < len(scores):
+        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
+    # All passages as good as the k-th stay in, so that pids decide between equals.
+    matching = np.flatnonzero((scores >= threshold) & (scores > 0))
+    return sorted(matching.tolist(), key=lambda i: (-scores[i], pids[i]))[:k]
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,7 @@ class Searcher(TrainedSystem):
     model_settings: ClassVar = DualEncoderConfig
     search_settings: ClassVar = DenseSearch
     network: ClassVar = DualEncoder
+    together: ClassVar[bool] = False
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Searcher:

@@ -15,7 +15,7 @@ import jax
 
 from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
-from dgr_jax.model_dir import kept
+from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import PREVIOUS, STUDENT
 from dgr_jax.retrieval import bm25, planned, trained
 from dgr_jax.retrieval.dense import Searcher
@@ -31,7 +31,7 @@ TRAINED: dict[str, type[TrainedSystem]] = {
 }
 UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
 
-SYSTEMS = Path("evaluate", "systems.json")
+EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 
 # The systems of an experiment, of which older files say nothing; _OPTIONAL: those that are there.
 _OLD = {
@@ -120,19 +120,19 @@ def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: 
         }
         for system in settings
     }
-    partial = (model_dir / SYSTEMS).with_suffix(".partial")
+    path = model_dir / EVALUATION / SYSTEMS
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(said, indent=1), encoding="utf-8")
-    partial.replace(model_dir / SYSTEMS)
+    partial.replace(path)
 
 
 def untrained(model_dir: Path) -> Mapping[str, Any]:
-    """What `write_untrained` wrote, by name; {} where nothing was evaluated."""
-    path = model_dir / SYSTEMS
-    try:
-        with kept.reading(path):
+    """What `write_untrained` wrote, by name; {} where nothing was evaluated. While an evaluation is
+    made again, the last whole one counts."""
+    for folder in records.finished(model_dir, EVALUATION, SYSTEMS):
+        with contextlib.suppress(FileNotFoundError), kept.reading(folder / SYSTEMS) as path:
             return dict(kept.read_json(path))
-    except FileNotFoundError:
-        return {}
+    return {}
 
 
 def settings_of(said: Mapping[str, Any]) -> SystemSettings:

@@ -30,7 +30,8 @@ def rerank(
     weight: float | None = None,
 ) -> dict[str, list[ScoredPassage]]:
     """The passages of a run for each query (qid -> text), best first by log p(identifier); with a
-    weight, by their score in the run + weight * that.
+    weight, by their score in the run + weight * that. Those that the student is restricted from are
+    left out.
 
     Raises ValueError for a student of which passages have several identifiers or none, a run
     without passages for the queries, and passages that are not in the corpus.
@@ -42,6 +43,8 @@ def rerank(
             "passage"
         )
     planned = _planned([(qid, run.get(qid, ())) for qid in queries], store, weight is not None)
+    if decoder.allowed is not None:
+        planned.passages[~decoder.allowed[planned.passages]] = -1
     count = planned.passages.shape[1]
     together = max(1, _LOGITS // (count * student.config.vocab_size))
     search = replace(

@@ -92,7 +92,7 @@ class Retriever:
                     raise
                 continue
             if sources.unchanged:
-                for answering in sources.trained.values():
+                for answering in sources.answering:
                     if answering.aside:
                         logger.warning("%s: %s", answering.student, answering.aside)
                 return retriever
@@ -227,13 +227,15 @@ class Retriever:
 @dataclass(frozen=True)
 class _Sources:
     """What a system is opened from: trained ones by name, each with the prepare stage that it was
-    trained on; said: of a system that no stage trains, what `kinds.untrained` says of it."""
+    trained on; said: of a system that no stage trains, what `kinds.untrained` says of it;
+    answering: the trained ones or, where it is made of passages alone, the evaluation."""
 
     name: str
     model_dir: Path
     trained: Mapping[str, records.Answering]
     prepared: Path
     said: Mapping[str, Any]
+    answering: tuple[records.Answering, ...]
 
     @classmethod
     def of(cls, model_dir: Path, system: str | None) -> _Sources:
@@ -252,24 +254,27 @@ class _Sources:
                     return cls._made_of(model_dir, name, said)
         answering = records.answering(model_dir, names if system is None else (system,))
         name = answering.student.name.removesuffix(records.SWAP)
-        return cls(name, model_dir, {name: answering}, answering.prepared, {})
+        return cls(name, model_dir, {name: answering}, answering.prepared, {}, (answering,))
 
     @classmethod
     def _made_of(cls, model_dir: Path, system: str, said: Mapping[str, Any]) -> _Sources:
         names = kinds.settings_of(said).made_of
         trained = {name: records.answering(model_dir, (name,)) for name in names}
-        prepared = {a.prepared for a in trained.values()} or {model_dir / "prepare"}
+        answering = tuple(trained.values()) or (
+            records.answering(model_dir, (kinds.EVALUATION,), kinds.SYSTEMS),
+        )
+        prepared = {answer.prepared for answer in answering}
         if len(prepared) > 1:
             raise ValueError(
                 f"{model_dir}: {' and '.join(names)}, of which {system} is made, were trained on "
                 "different identifiers; train them again"
             )
-        return cls(system, model_dir, trained, prepared.pop(), said)
+        return cls(system, model_dir, trained, prepared.pop(), said, answering)
 
     @property
     def unchanged(self) -> bool:
         """Whether everything is still what it was when it was looked for."""
-        return all(answering.unchanged for answering in self.trained.values())
+        return all(answering.unchanged for answering in self.answering)
 
 
 def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:

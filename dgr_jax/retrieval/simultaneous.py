@@ -20,7 +20,7 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.decoding import array_folder
 from dgr_jax.model_dir import kept
-from dgr_jax.retrieval.bm25 import Bm25, Postings
+from dgr_jax.retrieval.bm25 import Bm25, Postings, places
 from dgr_jax.settings import fingerprint
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Planner(Protocol):
     def best(
         self, texts: Sequence[str], count: int, allowed: np.ndarray | None = None
     ) -> PlannedPassages:
-        """The `count` best passages of each query, equal ones in the order of the corpus; among
+        """The `count` best passages of each query, equal ones in the order of their pids; among
         those allowed, bool [P]."""
 
 
@@ -143,7 +143,7 @@ class Lexical:
             postings = self.bm25.fit(store).postings()
             if own and keep:
                 _save(own, postings, corpus)
-        return LexicalPlanner(self.bm25, postings, len(store))
+        return LexicalPlanner(self.bm25, postings, store.pids)
 
 
 class LexicalPlanner:
@@ -153,8 +153,8 @@ class LexicalPlanner:
     as one number for each passage too, which is added several times as fast.
     """
 
-    def __init__(self, bm25: Bm25, postings: Postings, num_passages: int) -> None:
-        self._postings, self._num_passages = postings, num_passages
+    def __init__(self, bm25: Bm25, postings: Postings, pids: Sequence[str]) -> None:
+        self._postings, self._pids, num_passages = postings, pids, len(pids)
         self._words_of = bm25.reader()
         self._word = {word: i for i, word in enumerate(postings.words)}
         common = np.flatnonzero(np.diff(postings.starts) > num_passages / _RARE)
@@ -172,7 +172,7 @@ class LexicalPlanner:
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """See Planner; 0 for passages without a word of the query."""
-        scores = np.zeros((len(texts), self._num_passages), np.float32)
+        scores = np.zeros((len(texts), len(self._pids)), np.float32)
         for row, text in zip(scores, texts, strict=True):
             self._add(text, row)
         return scores
@@ -183,10 +183,10 @@ class LexicalPlanner:
         """See Planner."""
         passages = np.full((len(texts), count), -1, np.int32)
         best = np.full((len(texts), count), -np.inf, np.float32)
-        scores = np.zeros(self._num_passages, np.float32)
+        scores = np.zeros(len(self._pids), np.float32)
         for place, text in enumerate(texts):
             self._add(text, scores)
-            chosen = _largest(scores if allowed is None else scores * allowed, count)
+            chosen = places(scores if allowed is None else scores * allowed, count, self._pids)
             passages[place, : len(chosen)] = chosen
             best[place, : len(chosen)] = scores[chosen]
             scores[:] = 0
@@ -228,12 +228,3 @@ def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
         )
     words = arrays.pop("words").tobytes().decode()
     return Postings(words=words.split("\n") if words else [], **arrays)
-
-
-def _largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest scores above 0, largest first, equal ones in their order."""
-    least = np.float32(0)
-    if count < len(scores):
-        least = np.partition(scores, len(scores) - count)[len(scores) - count]
-    places = np.flatnonzero((scores >= least) & (scores > 0))
-    return places[np.argsort(-scores[places], kind="stable")[:count]]

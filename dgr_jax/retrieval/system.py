@@ -162,6 +162,7 @@ class TrainedSystem(System):
     model_settings: ClassVar[Any]  # classes of its settings
     search_settings: ClassVar[Any]
     network: ClassVar[Any]  # settings of the model -> flax module
+    together: ClassVar[bool] = True  # whether all processes of a run search together
 
     @property
     def query_length(self) -> int:

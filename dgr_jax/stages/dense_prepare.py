@@ -17,6 +17,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data import direct, examples, loading
 from dgr_jax.data.task_files import task_file
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.experiments.common import Measured
 from dgr_jax.experiments.dense import DenseExperiment, DensePrepare
 from dgr_jax.retrieval.batching import BLOCK
 from dgr_jax.stages import generation_data
@@ -188,7 +189,7 @@ def sources(experiment: DenseExperiment) -> dict[str, str]:
     return kinds
 
 
-def one_process(experiment: DenseExperiment) -> None:
+def one_process(experiment: Measured) -> None:
     """Raises ValueError where there are several processes."""
     if processes.count() > 1:
         raise ValueError(

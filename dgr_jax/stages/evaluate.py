@@ -273,8 +273,8 @@ def _choices(experiment: Experiment | DenseExperiment) -> Iterator[str]:
 
 def _settings(experiment: Experiment | DenseExperiment) -> dict[str, Any]:
     """The settings of the stage. A plan that is None is left out, so that older stages stay."""
-    plan = getattr(experiment, "plan", None)
-    return {"evaluate": experiment.evaluate} | ({} if plan is None else {"plan": plan})
+    plan = {} if experiment.plan is None else {"plan": experiment.plan}
+    return {"evaluate": experiment.evaluate, **plan}
 
 
 def _upstream(experiment: Experiment | DenseExperiment) -> tuple[str, ...]:
@@ -285,14 +285,13 @@ def _upstream(experiment: Experiment | DenseExperiment) -> tuple[str, ...]:
 def _check(experiment: Experiment | DenseExperiment) -> None:
     """Raises ValueError where measures cannot be taken, or the prepared corpus is too small for the
     plan."""
-    if isinstance(experiment, DenseExperiment):
+    if not kinds.TRAINED[experiment.kind].together:
         one_process(experiment)
     check_measures(experiment)
     report = Path(experiment.model_dir) / PREPARE / "report.json"
-    plan = getattr(experiment, "plan", None)
-    if plan is not None and report.is_file():
+    if experiment.plan is not None and report.is_file():
         with kept.reading(report):
-            check_corpus(plan, kept.read_json(report)["passages"])
+            check_corpus(experiment.plan, kept.read_json(report)["passages"])
 
 
 STAGE = Stage("evaluate", evaluate, settings=_settings, upstream=_upstream, check=_check)

@@ -67,16 +67,16 @@ def search(
     depth, student = experiment.evaluate.search.depth, opened(system)
     for split in absent:
         texts = {qid: query.text for qid, query in queries[split].items()}
-        retrieved = _retrieve(student, prepared, texts)
+        blocks = retrieved(student, prepared, texts)
         if any(own.values()):
-            retrieved = _without_self_hits(retrieved, own[split], depth, f"{system} on {split}")
+            blocks = _without_self_hits(blocks, own[split], depth, f"{system} on {split}")
         if first:
-            lists = (rank_list for run in retrieved for rank_list in trec.rank_lists(run))
+            lists = (rank_list for run in blocks for rank_list in trec.rank_lists(run))
             written = runs[split].with_name(f"{runs[split].stem}.partial.trec")
             trec.write_run(written, lists, tag=f"dgr_jax-{system}")
             kept.adopt(written, runs[split])
         else:
-            collections.deque(retrieved, maxlen=0)
+            collections.deque(blocks, maxlen=0)
 
 
 def _is_kept(path: Path) -> bool:
@@ -111,7 +111,7 @@ def _blocks(queries: Mapping[str, Item]) -> Iterator[dict[str, Item]]:
     return (dict(items[start : start + BLOCK]) for start in range(0, len(items), BLOCK))
 
 
-def _retrieve(student: System, prepared: Prepared, queries: dict[str, str]) -> Iterator[Run]:
+def retrieved(student: System, prepared: Prepared, queries: dict[str, str]) -> Iterator[Run]:
     """The run of a system in blocks."""
     encoded = (student.encode(prepared.vocabulary, list(b.values())) for b in _blocks(queries))
     retrieved = student.passages_of_blocks(encoded)

@@ -7,15 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dgr_jax import evaluation
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.retrieval import self_hits
-from dgr_jax.retrieval.batching import BLOCK, scored_passages
-from dgr_jax.stages import judged
+from dgr_jax.stages import judged, kept_runs
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training.validation import MEASURE, Validation
 
@@ -33,17 +30,13 @@ def of(
     own = judged.self_hits(experiment.prepare, queries, prepared.store, qrels)
     search = experiment.evaluate.validation_search
     wider = search.deeper() if own else search
-    qids, texts = list(queries), [query.text for query in queries.values()]
+    texts = {qid: query.text for qid, query in queries.items()}
 
     def measure(params: Any) -> float:
         system = opened(params, wider).by_pid(prepared.store.pid_of)
-        blocks = (
-            system.encode(prepared.vocabulary, texts[start : start + BLOCK])
-            for start in range(0, len(texts), BLOCK)
-        )
-        columns = zip(*system.passages_of_blocks(blocks), strict=True)
-        passages, scores = (np.concatenate(parts) for parts in columns)
-        run = scored_passages(qids, passages, scores, prepared.store.pids)
+        run: kept_runs.Run = {}
+        for block in kept_runs.retrieved(system, prepared, texts):
+            run |= block
         measured = evaluation.evaluate(
             self_hits.without(run, own, search.depth),
             qrels,
