@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_a_run_is_ranked_by_whole_identifiers(model_dir):
         student.rerank(queries, {"a": [ScoredPassage("x", 1.0)]})
     with pytest.raises(ValueError, match="rerank: the run has no passages for the 3 queries"):
         student.rerank(queries, {"d": given["a"]})
+
+
+def test_an_evaluation_of_an_older_version_says_that_it_has_no_plan(model_dir):
+    """Not the one before it, that lies aside."""
+    kinds.write_untrained(model_dir, [Planned("planned", Lexical(planned=20))], depth=5)
+    (model_dir / "previous").mkdir(exist_ok=True)
+    shutil.copytree(model_dir / "evaluate", model_dir / "previous/evaluate")
+    assert list(kinds.untrained(model_dir)) == ["planned"]
+    (model_dir / "evaluate/systems.json").unlink()
+    assert kinds.untrained(model_dir) == {}
 
 
 @pytest.mark.slow

@@ -416,6 +416,7 @@ def test_a_kind_may_answer_where_no_system_is_named(measured, monkeypatch):
 
 def test_a_system_of_an_unknown_kind(tmp_path):
     (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate/stage.json").write_text("{}")
     kinds.write_untrained(tmp_path, [WeightedSum("sum", weight=2.0)], 7)
     said = kinds.untrained(tmp_path)["sum"]
     assert kinds.settings_of(said) == WeightedSum("sum", weight=2.0) and said["depth"] == 7

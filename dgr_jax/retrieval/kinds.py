@@ -127,9 +127,11 @@ def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: 
 
 
 def untrained(model_dir: Path) -> Mapping[str, Any]:
-    """What `write_untrained` wrote, by name; {} where nothing was evaluated. While an evaluation is
-    made again, the last whole one counts."""
-    for folder in records.finished(model_dir, EVALUATION, SYSTEMS):
+    """What `write_untrained` wrote, by name; {} where nothing was evaluated, or by a version that
+    left no such file. While an evaluation is made again, the last whole one counts."""
+    for folder in records.finished(model_dir, EVALUATION, records.RECORD):
+        if not (folder / SYSTEMS).is_file():
+            return {}
         with contextlib.suppress(FileNotFoundError), kept.reading(folder / SYSTEMS) as path:
             return dict(kept.read_json(path))
     return {}
