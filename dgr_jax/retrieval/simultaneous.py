@@ -72,6 +72,10 @@ class Plan(Protocol):
     @property
     def weight(self) -> float: ...
 
+    @property
+    def most(self) -> int:
+        """Passages that are planned for a query, at most."""
+
     def of_corpus(self, num_passages: int) -> Self:
         """These settings with a number of planned passages that so many passages have."""
 
@@ -117,12 +121,16 @@ class Lexical:
             num_beams=ranges.at_least(1),
             weight=ranges.above(0),
         )
-        planned = PLANNED if self.planned is None else self.planned
-        if self.ranked_by == "beams" and self.num_beams > planned:
+        if self.ranked_by == "beams" and self.num_beams > self.most:
             raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
+                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.most}, "
                 "Lexical.planned: beams write identifiers of planned passages alone"
             )
+
+    @property
+    def most(self) -> int:
+        """See Plan."""
+        return PLANNED if self.planned is None else self.planned
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
