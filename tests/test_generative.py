@@ -18,7 +18,8 @@ from dgr_jax import retrieve
 from dgr_jax.analysis import speed
 from dgr_jax.config import cli
 from dgr_jax.decoding import trie
-from dgr_jax.decoding.beam_search import BeamResult, sample
+from dgr_jax.decoding.beam_search import BeamResult
+from dgr_jax.decoding.sampling import sample
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval.batching import batches

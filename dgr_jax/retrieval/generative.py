@@ -6,7 +6,6 @@ Axis letters: B queries, Q query length, M beams, P passages.
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from dgr_jax import partitioning, ranges
+from dgr_jax import moved, partitioning, ranges
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import trie
@@ -358,8 +357,4 @@ class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem):
         return rows
 
 
-def __getattr__(name: str) -> Any:
-    """Finds `Retriever`, which was here in version 0.1."""
-    if name == "Retriever":
-        return importlib.import_module("dgr_jax.retrieval.retriever").Retriever
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved.names(__name__, Retriever="retrieval.retriever")
