@@ -11,8 +11,9 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.analysis import drift, speed
-from dgr_jax.capacity import formulas, kinds
+from dgr_jax.capacity import formulas
 from dgr_jax.capacity.counting import TAKEN, corpus_of
+from dgr_jax.capacity.planner import planner_of
 from dgr_jax.capacity.programs import ProgramShape
 from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.corpora import trec
@@ -96,11 +97,12 @@ def expected_flops(
     Empty with identifiers of several views: what they are is known once they are made.
     """
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    planner = kinds.PLANNERS[experiment.kind]
-    if planner.batches is None:
-        return {}
+    planner = planner_of(experiment)
     sizes = planner.sizes(experiment, corpus or planned_corpus(experiment))
-    config, batch = planner.batches(experiment, sizes, mesh)
+    shaped = planner.batches(experiment, sizes, mesh)
+    if shaped is None:
+        return {}
+    config, batch = shaped
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
         for stage, settings in training_stages(experiment).items()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dgr_jax import display
-from dgr_jax.capacity import chips, counting, kinds
+from dgr_jax.capacity import chips, counting
 from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.capacity.planner import planner_of
 from dgr_jax.capacity.planning import CapacityPlan
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
@@ -30,10 +31,13 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     """
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
-    planner = kinds.PLANNERS[experiment.kind]
+    planner = planner_of(experiment)
     programs = _programs(args.programs, planner.programs(experiment))
     if args.sweep is not None and planner.sweep is None:
-        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
+        raise ValueError(
+            f"--sweep: got a retriever of kind {experiment.kind!r}, expected one that writes "
+            "identifiers"
+        )
     corpus, origin = _corpus(args.passages, experiment)
     console.print(f"{corpus.passages:,} passages, {origin}")
     sizes = planner.sizes(experiment, corpus)
@@ -152,7 +156,7 @@ def _sweep(
     topology: Topology,
     compiled: int,
 ) -> None:
-    planner = kinds.PLANNERS[experiment.kind]
+    planner = planner_of(experiment)
     assert planner.sweep is not None  # as `show` has checked
     ranked = planner.sweep(name, experiment, sizes, topology)
     console.print(_of_meshes(f"{name}: meshes by formula", ranked))

@@ -81,7 +81,7 @@ class MultiviewSearch:
 
 
 @dataclass
-class MultiviewDecoder(TrainedSystem):
+class MultiviewDecoder(TrainedSystem, kind="multiview"):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
