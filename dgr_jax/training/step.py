@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import array_trees, partitioning
 from dgr_jax.training import hash_random
 from dgr_jax.training.objectives import Batch, LossFn, Metrics, Objective
 
@@ -103,7 +103,7 @@ def init_state(
             return _new_state(nn.unbox(params), optimizer, seed)
 
         return jax.jit(create, out_shardings=shardings)()
-    checkpoints.check_shapes(params, abstract.params, "initial parameters")
+    array_trees.check_shapes(params, abstract.params, "initial parameters")
     params = partitioning.place(params, shardings.params)
     start = jax.jit(lambda p: _new_state(p, optimizer, seed), out_shardings=shardings)
     return start(params)
