@@ -363,9 +363,8 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     try:
         params = _restored(path, abstract)
     except kept.Damaged:
-        params = _restored(
-            path, abstract
-        )  # its hashes are right, so a read may have been cut short
+        # Its hashes are right, so that a read may have been cut short.
+        params = _restored(path, abstract)
     check_finite(params, where)
     return params
 

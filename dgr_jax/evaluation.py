@@ -74,7 +74,7 @@ def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         raise ValueError(
             f"measure {empty[0]!r}: got no query to average over, expected one or more"
         )
-    return {name: _mean(scores.values()) for name, scores in values.items()}
+    return {name: math.fsum(scores.values()) / len(scores) for name, scores in values.items()}
 
 
 def per_query(
@@ -363,11 +363,6 @@ def _cell(value: float | None, best: float, systems: int) -> str | Text:
 
 def _p_value(p: float) -> str:
     return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
 
 
 def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:

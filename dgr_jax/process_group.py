@@ -1,6 +1,6 @@
 """One process among several: their messages, who of them is alive, and how they end together.
 
-It is spoken to through `dgr_jax.processes`.
+The package uses it through `dgr_jax.processes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""gin files and bindings -> the experiment that they describe, and what they say of mistakes."""
+"""Reads gin files and bindings: the experiment that they describe, or the mistake in them."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) 
 
 
 def _labelled(experiment: Any) -> Any:
-    """The experiment as its collection lets it be, see `stages.labels`."""
+    """The experiment, without labels where its collection has none; see `stages.labels`."""
     from dgr_jax.stages import labels
 
     return labels.without_labels(experiment)
 
 
 def _fill() -> None:
-    """Sets all that is still required to a word; settings that are no strings refuse it."""
+    """Sets every setting that is still required to a word; those that are no strings refuse it."""
     import gin
 
     for name in re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE):
@@ -159,7 +159,7 @@ def _check_included(
 ) -> None:
     """named: folders that an include may give in full; above: the files that include this one."""
     place = _place(file, paths)
-    if place is None:  # gin says so
+    if place is None:  # gin will say so
         return
     if place in above:
         raise Mistake(f"{above[-1]} includes {file}, which includes it")
@@ -200,7 +200,7 @@ def _without_packages() -> None:
 
 @functools.cache
 def _add_search_path(path: str) -> None:
-    """Once a process: gin never forgets one."""
+    """Adds a folder to gin's search path, once in a process, as gin cannot remove one."""
     import gin
 
     gin.add_config_file_search_path(path)
@@ -233,7 +233,7 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Raises what gin has to say as a Mistake: the place, gin's words, and the nearest names."""
+    """Turns gin's errors into a Mistake: the place, gin's words, and the nearest names."""
     try:
         yield
     except (SyntaxError, tokenize.TokenError) as error:
