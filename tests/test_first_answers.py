@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-import pytest
-
 from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.data.same_text import normalised
-from dgr_jax.retrieval.retriever import Retriever
-from tests.conftest import ROOT
 
 # The question of the README, and ten others: they were written from the passages alone, before any
 # of them was answered, and stay as they are whatever the answers.

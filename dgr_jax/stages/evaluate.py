@@ -133,15 +133,15 @@ def _report(
 def chosen_queries(
     experiment: Experiment | DenseExperiment, prepared: Prepared, split: str
 ) -> dict[str, Query]:
-    """qid -> query, at most Evaluate.max_queries of them."""
+    """qid -> query, at most Evaluate.max_queries of them, as Evaluate.variation has them."""
     queries = prepared.queries(split)
     settings = experiment.evaluate
-    if not settings.max_queries or settings.max_queries >= len(queries):
-        return queries
-    rng = np.random.default_rng(settings.seed)
-    keep = np.sort(rng.choice(len(queries), settings.max_queries, replace=False))
-    qids = list(queries)
-    return {qids[i]: queries[qids[i]] for i in keep}
+    if settings.max_queries and settings.max_queries < len(queries):
+        rng = np.random.default_rng(settings.seed)
+        keep = np.sort(rng.choice(len(queries), settings.max_queries, replace=False))
+        qids = list(queries)
+        queries = {qids[i]: queries[qids[i]] for i in keep}
+    return {qid: settings.variation.of(query) for qid, query in queries.items()}
 
 
 def first_test_split(experiment: Experiment | DenseExperiment) -> str:
