@@ -115,6 +115,7 @@ class PlannedDecoder(Decoder):
 
     def __post_init__(self) -> None:
         check(self.plan, self.search, self.table.num_passages)
+        self._weight = _number(self.plan)
         layout = self.index.layout
         fixed = layout.ends == "fixed"
         if self.plan.ranked_by == "beams":
@@ -205,7 +206,7 @@ class PlannedDecoder(Decoder):
         bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
         known = np.where(rows[..., None] >= 0, self.table.tokens[np.maximum(rows, 0)], 0)
         identifiers[: len(places), :, : known.shape[2]] = known
-        bonus[: len(places)] = scores / np.float32(self.plan.weight)
+        bonus[: len(places)] = scores / np.float32(self._weight)
         tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
         rows = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
         return _Scored(passages, scores, self._score(self.params, (tokens, *rows)), beside)
@@ -214,7 +215,7 @@ class PlannedDecoder(Decoder):
         if batch.result is None:
             return
         passages, scores, log_probs, beside = batch.result
-        count, weight = len(passages), self.plan.weight
+        count, weight = len(passages), self._weight
         if log_probs is None:
             totals, log_probs = scores, np.full_like(scores, -np.inf)
         elif beside is None:
@@ -317,6 +318,16 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     """Raises ValueError where a plan does not fit the search, or the corpus."""
     check_search(plan, search)
     check_corpus(plan, num_passages)
+
+
+def _number(plan: Plan) -> float:
+    """The weight of a plan that has one; otherwise raises ValueError."""
+    if plan.weight is None:
+        raise ValueError(
+            f"{type(plan).__name__}.weight: got None, expected a number: only an evaluation of an "
+            "experiment chooses it"
+        )
+    return plan.weight
 
 
 def check_corpus(plan: Plan, num_passages: int) -> None:
