@@ -560,6 +560,8 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert said[-1].startswith("not among them: the PFLOP of 22 training stages, whose identifiers")
     study_command.command(["--gin_file=studies/dgr_teachers_cpu.gin", *asked[:2]])
     assert "6 experiments; " in capsys.readouterr().out  # without the files that it needs
+    study_command.command(["--gin_file=studies/planning_cpu.gin", *asked[:2]])
+    assert capsys.readouterr().out.count("evaluate (plan of 150 kB) ?") == 2 * 3 * 4
     assert not list(tmp_path.iterdir())
 
 

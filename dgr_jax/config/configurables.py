@@ -30,7 +30,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def _components() -> tuple[type, ...]:
     from dgr_jax import partitioning
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset, variations
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.experiments.common import Evaluate, Teach, Training
@@ -60,6 +60,7 @@ def _components() -> tuple[type, ...]:
         Teach, Evaluate, partitioning.Mesh, t5.T5Config, Corpus, Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
+        variations.Variation,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
         simultaneous.Lexical,
