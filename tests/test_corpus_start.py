@@ -233,7 +233,8 @@ def test_the_stage_writes_what_the_definition_says(made):
     report = json.loads((folder / "start" / "report.json").read_text())
     assert report == {
         "passages": 240, "sentences": sum(sentences), "width": 16,
-        "pieces": prepared.vocabulary.pieces, "pieces_with_a_row": len(tokens), "codes_with_a_row": 0,
+        "pieces": prepared.vocabulary.pieces, "pieces_with_a_row": len(tokens),
+        "codes_with_a_row": 0,
     }  # fmt: skip
     assert sum(passages) == 240 and sum(sentences) > 900
     assert rows.shape == (len(tokens), 16) and 400 < len(tokens) < prepared.vocabulary.pieces

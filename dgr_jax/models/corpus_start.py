@@ -48,10 +48,10 @@ def embeddings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [m], their embeddings f32 [m, width]), from the counts of `counted`.
 
-    A is the transposed blocks side by side, with each token's row multiplied by its weight. With A ~ U s V^T for `width` singular values, the embeddings
-    are the rows of U sqrt(s), scaled to the length sqrt(width) of random embeddings. Where A has
-    fewer singular values, the last columns are 0. Tokens that occur in no text, or in every text,
-    have no row.
+    A is the transposed blocks side by side, with each token's row multiplied by its weight. With A
+    ~ U s V^T for `width` singular values, the embeddings are the rows of U sqrt(s), scaled to the
+    length sqrt(width) of random embeddings. Where A has fewer singular values, the last columns are
+    0. Tokens that occur in no text, or in every text, have no row.
     """
     of_all = weights(blocks)
     tokens = np.flatnonzero(of_all > 0)
@@ -137,7 +137,7 @@ def code_rows(
     stands at several positions counts at the first of them.
 
     passages: counts of `counted`, block by block, with their identifiers int32 [passages, T].
-    weighted: f32 [size, width], the tokens' embeddings times their weights. codes: all ids of codes.
+    weighted: f32 [size, width], the tokens' embeddings times their weights. codes: their ids.
     """
     width, no_code = weighted.shape[1], len(codes)
     rows = np.zeros((no_code + 1, width), np.float32)

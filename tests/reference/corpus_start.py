@@ -1,5 +1,7 @@
-"""Latent semantic analysis by its definition: a dense matrix and all of its singular vectors; and the
-rows of docid codes, passage by passage and code by code."""
+"""Latent semantic analysis by its definition: a dense matrix and all of its singular vectors.
+
+And the rows of docid codes, passage by passage and code by code.
+"""
 
 from __future__ import annotations
 
