@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from dgr_jax.config import cli, running
 
@@ -41,9 +42,9 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--run and --qrels go together")
     from dgr_jax.stages.measure_runs import measure_runs, names
 
-    asked = {"measures": names(args.measures)} if args.measures else {}
-    shown = {"per_query": args.per_query, "as_json": args.json}
-    measure_runs(args.run, args.qrels, args.min_relevance, **asked, **shown)
+    asked: dict[str, Any] = {"per_query": args.per_query, "as_json": args.json}
+    asked |= {"measures": names(args.measures)} if args.measures else {}
+    measure_runs(args.run, args.qrels, args.min_relevance, **asked)
 
 
 if __name__ == "__main__":

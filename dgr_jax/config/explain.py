@@ -65,8 +65,9 @@ def show(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     for macro in macros(args, bindings):
         given = FLAGS.get(macro.name, f"--gin.{macro.name}")
         console.print(f"{macro.name} = {macro.value or f'(must be given: {given}=...)'}")
-        said = [macro.meaning, macro.sets and f"sets {', '.join(macro.sets)}"]
-        said.append(macro.choices and f"choices: {', '.join(macro.choices)}")
+        said = [macro.meaning]
+        said += [f"sets {', '.join(macro.sets)}"] * bool(macro.sets)
+        said += [f"choices: {', '.join(macro.choices)}"] * bool(macro.choices)
         for line in filter(None, said):
             indent = " " * 4
             wrapped = textwrap.fill(

@@ -27,13 +27,13 @@ class _Planned(NamedTuple):
     trains: bool
     flops: float | None
     done: bool
-    index: float = 0.0
+    plan_bytes: float = 0.0
 
     @property
     def work(self) -> list[str]:
         """Its training FLOPs in words, or the index of its plan; nothing of other stages."""
         if not self.trains:
-            return [f"(plan of {readable(self.index)})"] * (self.index > 0)
+            return [f"(plan of {readable(self.plan_bytes)})"] * (self.plan_bytes > 0)
         return ["? PFLOP" if self.flops is None else f"{self.flops / 1e15:.3g} PFLOP"]
 
     @property
