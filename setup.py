@@ -72,6 +72,7 @@ setup(
             "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import platform
 import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import dgr_jax
 from dgr_jax import (
     evaluate,
+    plan,
     prepare,
     pseudo_queries,
     retrieve,
     shipped,
+    study,
     teach,
     train,
 )
@@ -108,6 +113,19 @@ def test_help_is_quick_and_light(name):
     for flag in ("--gin_file", "--gin_search_paths", "--model_dir", "--data_dir", "--gin.NAME="):
         assert flag in done.stdout
     assert "quickstart.gin" in done.stdout
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), plan, study], ids=lambda m: m.__name__)
+def test_every_command_says_its_versions(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.command(["--version"])
+    assert stopped.value.code == 0
+    printed = dict(line.split(" ") for line in capsys.readouterr().out.splitlines())
+    assert printed["dgr_jax"] == dgr_jax.__version__
+    assert printed["python"] == platform.python_version()
+    for name in ("jax", "flax", "numpy"):
+        assert printed[name] == metadata.version(name)
+    assert ("tensorflow" in printed) == (importlib.util.find_spec("tensorflow") is not None)
 
 
 def test_import_of_the_package_is_light():
@@ -751,6 +769,7 @@ def test_unknown_stage(capsys):
             ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
             "--rerank and --report_speed exclude each other",
         ),
+        (("--queries=q", "--output=o", "--model_dir=m", "--json"), "--json needs --query"),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )

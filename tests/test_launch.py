@@ -439,7 +439,8 @@ def test_the_job_set(tmp_path):
 def test_the_image():
     """What it copies is all that the package is made of; its Python is one that setup.py admits."""
     lines = (SCRIPTS / "Dockerfile").read_text().splitlines()
-    (python,) = (line.split(":")[1] for line in lines if line.startswith("FROM python:"))
+    pythons = {line.split()[1].split(":")[1] for line in lines if line.startswith("FROM python:")}
+    (python,) = pythons
     assert (3, 11) <= tuple(map(int, python.removesuffix("-slim").split("."))) <= (3, 13)
     copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
     assert all((SCRIPTS.parent / name).exists() for name in copied)

@@ -22,7 +22,7 @@ from dgr_jax import interrupts, processes
 from dgr_jax.config import requirements
 from dgr_jax.config.mistakes import FLAGS, Mistake
 from dgr_jax.display import LogFormatter, harmless
-from dgr_jax.model_dir import kept
+from dgr_jax.model_dir import kept, versions
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,15 @@ class _Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(harmless(message or ""), file)
+
+
+class _Versions(argparse.Action):
+    """--version: this package and what results depend on, one a line; imports none of it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name, version in versions.here().items():
+            sys.stdout.write(f"{name} {version}\n")
+        parser.exit()
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -64,6 +73,12 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
     p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
     p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
+    p.add_argument(
+        "--version",
+        action=_Versions,
+        nargs=0,
+        help="print the versions of this package, of Python and of the installed libraries",
+    )
     return p
 
 

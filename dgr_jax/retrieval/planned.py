@@ -120,6 +120,7 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
     def __post_init__(self) -> None:
         student = self.student
         check(self.plan, student.search, student.table.num_passages)
+        self._weight = _weight_of(self.plan)
         fixed = student.index.layout.ends == "fixed"
         if self.plan.ranked_by == "beams":
             settings = (self.plan.num_beams, fixed, student.mesh, student.rules)
@@ -218,13 +219,13 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
         known = np.where(rows[..., None] >= 0, student.table.tokens[np.maximum(rows, 0)], 0)
         identifiers[: len(places), :, : known.shape[2]] = known
-        bonus[: len(places)] = scores / np.float32(self.plan.weight)
+        bonus[: len(places)] = scores / np.float32(self._weight)
         tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
         placed = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
         return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
 
     def _rank(self, result: _Scored, count: int) -> tuple[np.ndarray, ...]:
-        passages, scores, weight = result.passages, result.scores, self.plan.weight
+        passages, scores, weight = result.passages, result.scores, self._weight
         if result.log_probs is None:
             totals, log_probs = scores, np.full_like(scores, -np.inf)
         else:
@@ -338,6 +339,16 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     """Raises ValueError where a plan does not fit the search, or the corpus."""
     check_search(plan, search)
     check_corpus(plan, num_passages)
+
+
+def _weight_of(plan: Plan) -> float:
+    """The weight of a plan that has one; otherwise raises ValueError."""
+    if plan.weight is None:
+        raise ValueError(
+            f"{type(plan).__name__}.weight: got None, expected a number: only an evaluation of an "
+            "experiment chooses it"
+        )
+    return plan.weight
 
 
 def check_corpus(plan: Plan, num_passages: int) -> None:
