@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.partitioning import Mesh
@@ -218,6 +219,7 @@ def test_the_same_passages_on_a_mesh(ranked_by):
         (dict(planned=41), {}, "Lexical.planned: got 41, expected at most 40, the passages of"),
         (dict(planned=10), dict(renormalise=True), "Search.renormalise: got True with a plan"),
         (dict(planned=10), dict(constrained=False), "Search.constrained: got False with a plan"),
+        (dict(weight=None), {}, "Lexical.weight: got None, expected a number: only an evaluation"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, search, message):
@@ -230,7 +232,7 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
     ("settings", "message"),
     [
         (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
-        (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
+        (dict(weight=0), "Lexical.weight: got 0, expected above 0, or None"),
         (
             dict(planned=5, num_beams=6),
             "Lexical.num_beams: got 6, expected at most 5, Lexical.planned",
@@ -324,6 +326,20 @@ def test_shipped_experiments_on_a_cpu_plan_by_words(name):
     for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
         args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
         assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan
+
+
+def test_settings_of_a_plan_that_is_not_there_are_refused():
+    flags = ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m", "--gin.Lexical.weight=0.3"]
+    load = lambda *more: gin_files.load_experiment(
+        *cli.parse(cli.parser("train", ""), [*flags, *more]), keep=False
+    )
+    with pytest.raises(Mistake) as error:
+        load()
+    assert str(error.value) == (
+        "--gin.Lexical.weight: got a setting of a plan that this experiment does not have, "
+        "expected --gin.PLAN=@Lexical() beside it"
+    )
+    assert load("--gin.PLAN=@Lexical()").plan == Lexical(weight=0.3)
 
 
 def test_as_many_passages_are_planned_as_there_are():

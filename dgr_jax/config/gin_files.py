@@ -317,7 +317,8 @@ def _winner(scope: str, name: str, key: str, bound: Iterable[tuple[str, str, str
 
 def _check_effects(bindings: Sequence[str]) -> None:
     """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
-    bindings that are more special; warns where the experiment makes no such component."""
+    bindings that are more special, or is of a plan that is not there; warns where the experiment
+    makes no other such component."""
     import gin
 
     bound = set(_settings(gin.config_str()))
@@ -327,6 +328,11 @@ def _check_effects(bindings: Sequence[str]) -> None:
         if any(_winner(s, name, key, bound) == scope for s in calls):
             continue
         given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+        if not calls and name in _known().plans():
+            raise Mistake(
+                f"{given}: got a setting of a plan that this experiment does not have, expected "
+                f"--gin.PLAN=@{name}() beside it"
+            )
         if not calls:
             logger.warning("%s has no effect: this experiment makes no %s", given, name)
             continue
