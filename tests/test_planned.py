@@ -15,7 +15,9 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
+from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 from tests import students, toy
 
@@ -242,6 +244,15 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         Lexical(**settings)
+
+
+def test_students_of_several_views_do_not_rerank():
+    views = MultiviewDecoder.__new__(MultiviewDecoder)
+    with pytest.raises(ValueError) as error:
+        rerank(views, None, None, {"q": "text"}, {})
+    assert str(error.value) == (
+        "rerank: got a MultiviewDecoder, expected a student with one identifier a passage"
+    )
 
 
 # plans of words
