@@ -32,8 +32,11 @@ def winner(scope: str, name: str, key: str, there: Iterable[tuple[str, str, str]
 
 def check_effects(bindings: Sequence[str]) -> None:
     """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
-    bindings that are more special; warns where the experiment makes no such component."""
+    bindings that are more special, or is of a plan that is not there; warns where the experiment
+    makes no other such component."""
     import gin
+
+    from dgr_jax.config import configurables  # imports JAX
 
     there = set(settings(gin.config_str()))
     called = settings(gin.operative_config_str())
@@ -42,6 +45,11 @@ def check_effects(bindings: Sequence[str]) -> None:
         if any(winner(s, name, key, there) == scope for s in calls):
             continue
         given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+        if not calls and name in configurables.plans():
+            raise Mistake(
+                f"{given}: got a setting of a plan that this experiment does not have, expected "
+                f"--gin.PLAN=@{name}() beside it"
+            )
         if not calls:
             logger.warning("%s has no effect: this experiment makes no %s", given, name)
             continue

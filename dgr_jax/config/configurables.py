@@ -81,6 +81,11 @@ def _components() -> tuple[type, ...]:
     )  # fmt: skip
 
 
+def plans() -> set[str]:
+    """The components that are plans, see `retrieval.simultaneous.Plan`."""
+    return {component.__name__ for component in _components() if hasattr(component, "planner")}
+
+
 def nested_defaults() -> Iterator[tuple[str, str, str]]:
     """(component, setting, component that the setting is by default).
 

@@ -13,7 +13,7 @@ _COUNTED, _DISTINCT, _GROWTH = 0.69, 0.8, 0.9
 _VOCABULARY, _HEAPS, _LETTERS = 11.0, 0.6, 6.5
 _NUMBER, _START = 4, 8  # bytes of an impact or a passage, and of where a word begins
 _HEADER = 128  # of an array on disk
-_SECONDS = 8e-9  # a passage and query on one core, see `benchmarks.planning`
+_QUERY, _PASSAGE = 1e-4, 25e-9  # seconds of one core, see `benchmarks.planning --plan_only`
 
 
 class PlanSizes(NamedTuple):
@@ -52,4 +52,4 @@ def of_words(
     postings = 2 * _NUMBER * entries * passages + (_START + letters) * known
     dense = float(_NUMBER) * common * passages
     disk = postings + known + 4 * _HEADER
-    return PlanSizes(disk, postings + dense, planned, _SECONDS * passages)
+    return PlanSizes(disk, postings + dense, planned, _QUERY + _PASSAGE * passages)
