@@ -171,12 +171,11 @@ def _default(value: Any) -> str:
         return f"`@{type(value).__name__}()`"
     if callable(value):
         return f"`@{value.__name__}()`"
-    return f"`{value!r}`".replace("|", "\\|")
+    return f"`{value!r}`"
 
 
 def _written(annotation: Any) -> str:
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    return text.replace("|", "\\|")
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
