@@ -71,7 +71,7 @@ def test_the_newest_and_the_oldest(run):
     ]
     installs = [call for call in calls if "-e" in call]
     assert installs == [
-        "venv-newest/bin/python pip install --quiet -e .[test,docs]",
+        "venv-newest/bin/python pip install --quiet -e .[test,docs,release]",
         "venv-oldest/bin/python pip install --quiet -e .[test] --constraint .ci/oldest.txt",
     ]
     assert [call for call in calls if "pytest" in call] == [
