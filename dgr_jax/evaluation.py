@@ -329,20 +329,21 @@ def measures_table(
     *,
     measures: Sequence[str] | None = None,
     title: str | None = None,
+    first: str = "system",
 ) -> Table:
     """A rich table, one row a system and one column a measure; the best of a column is bold.
 
     Args:
       results: {system: {measure: value}}; a missing value is shown as a dash.
       measures: the columns; by default every measure, in order of appearance.
-      title: the line above the table.
+      title: the line above the table. first: the name of the first column.
     """
     from rich.table import Table
 
     if measures is None:
         measures = list(dict.fromkeys(name for row in results.values() for name in row))
     table = Table(title=title and display.cell(title, "italic"), title_justify="left")
-    table.add_column("system", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for name in measures:
         table.add_column(name, justify="right", overflow="fold")
     best = {name: max(row.get(name, -math.inf) for row in results.values()) for name in measures}

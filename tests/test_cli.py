@@ -769,6 +769,7 @@ def test_unknown_stage(capsys):
             ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
             "--rerank and --report_speed exclude each other",
         ),
+        (("--queries=q", "--output=o", "--model_dir=m", "--json"), "--json needs --query"),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )

@@ -4,16 +4,21 @@ import argparse
 import contextlib
 import functools
 import importlib
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 
 import pytest
 
 from dgr_jax.config import cli, gin_files, questions
+from dgr_jax.corpora.beir import write_beir
+from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.studies.grid import Grid
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -176,3 +181,60 @@ def test_no_program_is_looked_over():
         f"dgr_jax.{name}" for name in
         ("train", "prepare", "retrieve", "evaluate", "pseudo_queries", "plan", "study")
     }  # fmt: skip
+
+
+# The tour and what is asked of its experiment, run in their order at the smallest size
+
+
+TEN_ANSWERS = ("--gin.NUM_BEAMS=16", "--gin.DEPTH=16")
+PAGES_RUN = ("tour.md", "how_to/evaluate.md")
+
+
+def at_the_smallest_size(words):
+    """The words of a call; of one that trains, with the settings of TINY before its own."""
+    if words[2:3] != ["dgr_jax.train"]:
+        return words
+    own = [word for word in words[3:] if not word.startswith("--gin_file=")]
+    files = [word for word in words[3:] if word.startswith("--gin_file=")]
+    return [*words[:3], *files, *TINY[1:], *TEN_ANSWERS, *own]
+
+
+@pytest.fixture
+def around(tmp_path):
+    """A folder with what the commands of a page name, but for an experiment."""
+    data = QuickstartCollection()
+    test = list(data.queries("test"))
+    qrels = {split: data.qrels(split) for split in ("train", "test")}
+    write_beir(tmp_path / "FOLDER", data.passages(), data.all_queries(), qrels)
+    lines = "".join(f"{query.qid}\t{query.text}\n" for query in test[:3])
+    (tmp_path / "queries.tsv").write_text(lines)
+    shutil.copy(tmp_path / "FOLDER" / "qrels" / "test.tsv", tmp_path / "qrels.tsv")
+    given = [f"{q.qid} Q0 {p.pid} 1 1.0 x\n" for q, p in zip(test[:3], data.passages())]  # noqa: B905
+    (tmp_path / "given.trec").write_text("".join(given))
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES_RUN)
+def test_the_commands_of_a_page_run_in_their_order(page, around):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    settings = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=around, env={**os.environ, **settings},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, (arguments, done.stderr)
+        return done.stdout
+
+    ours = [words for words in commands_of(ROOT / "docs" / page) if words[0] == "python"]
+    assert len(ours) > 5
+    if page != "tour.md":  # which begins with one
+        run("-m", "dgr_jax.train", *TINY, *TEN_ANSWERS, "--model_dir=DIR")
+    for words in ours:
+        if len(words) > 3:
+            run(*at_the_smallest_size(words)[1:])
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        assert len(run("-c", code).splitlines()) == 5

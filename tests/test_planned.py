@@ -14,7 +14,7 @@ from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
+from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 from tests import students, toy
 
@@ -48,15 +48,17 @@ def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
 
 
 def asked(decoder, queries=QUERIES):
-    planned = decoder.planner.best([""] * len(queries), decoder.plan.planned, decoder.allowed)
+    planned = decoder.planner.best(
+        [""] * len(queries), decoder.plan.planned, decoder.student.allowed
+    )
     return PlannedQueries(queries, planned)
 
 
 def expected_hits(decoder, queries):
     """[(passage, score)] of each query: plan score + weight * log p, of all that are planned."""
-    student = students.decoder(np.asarray(decoder.table.tokens), SEARCH)
+    student = students.decoder(np.asarray(decoder.student.table.tokens), SEARCH)
     log_probs = np.concatenate(list(exhaustive.identifier_log_probs(student, queries.tokens)))
-    rows = decoder.table.rows_of_passages()
+    rows = decoder.student.table.rows_of_passages()
     for query, (passages, scores) in enumerate(zip(*queries.planned, strict=True)):
         total = {
             int(p): s + decoder.plan.weight * log_probs[query, rows[p]]
@@ -93,8 +95,8 @@ def test_plan_and_log_probability_are_added(kind, ranked_by):
                 hit.parts["plan"] + 0.5 * hit.parts["log_prob"], abs=1e-5
             )
             assert hit.parts["log_prob"] < 0
-            row = decoder.table.rows_of_passages()[hit.passage]
-            assert hit.tokens.tolist() == decoder.table.tokens[row].tolist()
+            row = decoder.student.table.rows_of_passages()[hit.passage]
+            assert hit.tokens.tolist() == decoder.student.table.tokens[row].tolist()
 
 
 def test_few_beams_find_the_best_of_what_is_planned():
@@ -163,7 +165,7 @@ def test_where_few_are_planned_the_student_searches_all(ranked_by):
 def test_the_plan_alone_asks_no_student():
     plan = Lexical(planned=PLANNED, ranked_by="plan")
     decoder = planned_decoder(ROWS["rq"], plan)
-    decoder.params = None
+    decoder.student.params = None
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
     np.testing.assert_array_equal(passages, queries.planned.passages[:, : SEARCH.depth])
@@ -224,6 +226,21 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
     search = dataclasses.replace(SEARCH, **search)
     with pytest.raises(ValueError, match=message):
         planned_decoder(ROWS["rq"], Lexical(**plan), search=search)
+
+
+def test_only_students_with_one_identifier_a_passage_have_a_plan():
+    student = students.decoder(ROWS["rq"], SEARCH)
+    assert with_identifiers(student, "Planned") is student
+    message = "Planned: got a Drawn, expected a student with one identifier a passage"
+    with pytest.raises(ValueError, match=message):
+        with_identifiers(Drawn(), "Planned")
+
+
+def test_without_a_planner_no_texts_are_read():
+    student = students.decoder(ROWS["rq"], SEARCH)
+    decoder = PlannedDecoder.of(student, Lexical(planned=PLANNED, num_beams=4), None)
+    with pytest.raises(ValueError, match="encode: got no planner, expected one to plan texts"):
+        decoder.encode(None, ["a"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Nothing is written and nothing is fetched; a collection is read through once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,6 +71,19 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None
     )
     passages = _every(experiment.collection.passages())
     return _corpus(experiment, passages, 0, judged), type(experiment.collection).__name__
+
+
+def sample(experiment: Experiment | DenseExperiment) -> list[str]:
+    """The texts of at most about _ALL passages, where the corpus is at hand: evenly spaced ones of
+    what is prepared, otherwise the first of the collection."""
+    folder = Path(experiment.model_dir) / "prepare"
+    if records.is_done(folder, pipeline.settings_of(experiment, ["prepare"])["prepare"]):
+        store = Prepared.load(experiment.model_dir).store
+        return [passage.contents for _, passage in _spread(store)]
+    if _is_absent(experiment.collection):
+        return []
+    first = itertools.islice(experiment.collection.passages(), _ALL)
+    return [passage.contents for passage in first]
 
 
 def _is_absent(collection: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dgr_jax import display
-from dgr_jax.capacity import chips, counting, kinds
+from dgr_jax.capacity import chips, counting, disk, kinds
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.planning import CapacityPlan
 from dgr_jax.experiments.dense import DenseExperiment
@@ -39,6 +39,10 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     sizes = planner.sizes(experiment, corpus)
     mesh = mesh_of(args.mesh, experiment.mesh)
     console.print(planner.assumptions(experiment, sizes, topology))
+    if experiment.plan is not None:
+        sample = () if args.passages else counting.sample(experiment)
+        needed = experiment.plan.sizes(corpus.passages, corpus.words, sample)
+        console.print(f"{disk.plan_in_words(experiment.plan, needed)}, on one core")
     if args.sweep is not None:
         for name in programs:
             _sweep(console, name, experiment, sizes, topology, args.sweep)

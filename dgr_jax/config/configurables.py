@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import inspect
 import math
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def _components() -> tuple[type, ...]:
     from dgr_jax import partitioning
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset, variations
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.experiments.common import Evaluate, Teach, Training
@@ -60,6 +62,7 @@ def _components() -> tuple[type, ...]:
         Teach, Evaluate, partitioning.Mesh, t5.T5Config, Corpus, Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
+        variations.Variation,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
         simultaneous.Lexical,
@@ -97,6 +100,46 @@ def defaults(name: str) -> dict[str, Any]:
     """Setting -> default of a component or loss, for those that have one."""
     parameters = inspect.signature(configurables()[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def choices(name: str, setting: str) -> tuple[str, ...]:
+    """What a setting of a component or loss may be: '@NAME()' of components, words for others."""
+    for component in _components():
+        if component.__name__ == name:
+            return tuple(dict.fromkeys(_choices(typing.get_type_hints(component)[setting])))
+    annotation = str(inspect.signature(configurables()[name]).parameters[setting].annotation)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    return tuple(_WORDS.get(kind, kind) for kind in kinds)
+
+
+def _choices(hint: Any) -> Iterator[str]:
+    inner, outer = typing.get_args(hint), typing.get_origin(hint) or hint
+    if outer in (typing.Union, types.UnionType):
+        for kind in inner:
+            yield from _choices(kind)
+    elif isinstance(hint, typing.TypeVar):
+        yield from _choices(hint.__bound__)
+    elif outer is tuple:
+        yield f"a tuple, each {' or '.join(_choices(inner[0]))}"
+    elif outer is Callable:
+        from dgr_jax.losses import contrastive, ranking
+
+        of_all = inner[0] is Ellipsis
+        yield from (f"@{name}()" for name in (contrastive if of_all else ranking).LOSSES)
+    elif outer is types.NoneType:
+        yield "None"
+    elif outer.__name__ in _WORDS:
+        yield _WORDS[outer.__name__]
+    else:
+        yield from (f"@{c.__name__}()" for c in _components() if _fits(c, outer))
+
+
+def _fits(component: type, kind: type) -> bool:
+    """Whether it is of a kind, or has all that a protocol asks for."""
+    if not getattr(kind, "_is_protocol", False):
+        return issubclass(component, kind)
+    there = {*dir(component), *(field.name for field in dataclasses.fields(component))}
+    return there >= {name for name in vars(kind) if not name.startswith("_")}
 
 
 def _checked(component: type) -> Callable[..., Any]:

@@ -50,28 +50,14 @@ def load_experiment(
     Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
-    files = _gin_files(args)
+    files = files_of(args)
     if problem := requirements.problem():
         raise Mistake(problem)
     if keep and hasattr(args, "num_processes"):
         cli.join(args)
     if keep:
         interrupts.goes_on("the experiment")
-    import gin
-
-    register()
-    gin.clear_config()
-    paths = [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
-    _check_files(files, paths)
-    _without_packages()
-    for path in paths:
-        _add_search_path(path)
-    gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
-    for file in files:
-        _check_statements(file, paths)
-        with _explained(file):
-            gin.parse_config_file(file)
-    _bind(files, bindings)
+    read(files, search_paths(args), bindings)
     if fill or fill is None and not keep:
         _fill()
     kind = _kind(files, kinds)
@@ -83,6 +69,30 @@ def load_experiment(
     if keep and processes.first():
         _keep(experiment)
     return _labelled(experiment) if kind in EXPERIMENTS else experiment
+
+
+def search_paths(args: argparse.Namespace) -> list[str]:
+    """The folders that gin files are looked for in."""
+    return [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
+
+
+def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
+    """Brings into gin what files and bindings say, and nothing else. Raises Mistake for an unknown
+    file, macro, component or setting, with the nearest names."""
+    import gin
+
+    register()
+    gin.clear_config()
+    _check_files(files, paths)
+    _without_packages()
+    for path in paths:
+        _add_search_path(path)
+    gin.parse_config([f"{c}.{s} = @{d}()" for c, s, d in _known().nested_defaults()])
+    for file in files:
+        _check_statements(file, paths)
+        with _explained(file):
+            gin.parse_config_file(file)
+    _bind(files, bindings)
 
 
 def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) -> Any:
@@ -106,7 +116,8 @@ def _fill() -> None:
         gin.parse_config(f"{name} = 'NOT_GIVEN'")
 
 
-def _gin_files(args: argparse.Namespace) -> list[str]:
+def files_of(args: argparse.Namespace) -> list[str]:
+    """The gin files of the flags, or that of MODEL_DIR. Raises Mistake where there is none."""
     if args.gin_file:
         return args.gin_file
     if not args.model_dir:
@@ -134,7 +145,7 @@ def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
             )
 
 
-def _parsed(source: Any, where: str) -> list[Any]:
+def parsed(source: Any, where: str) -> list[Any]:
     """The statements of a gin file, or of a text, before gin obeys any of them."""
     from gin import config_parser
 
@@ -152,7 +163,7 @@ def _parsed(source: Any, where: str) -> list[Any]:
 def _check_statements(file: str, paths: Sequence[str]) -> None:
     """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
     folders: whoever reads a file of somebody else runs nothing of theirs."""
-    place = _place(file, paths)
+    place = place_of(file, paths)
     assert place is not None  # `_check_files` has found it
     named = [place.resolve().parent, *(Path(path).resolve() for path in paths if path != ".")]
     _check_included(file, paths, named, ())
@@ -162,13 +173,13 @@ def _check_included(
     file: str, paths: Sequence[str], named: Sequence[Path], above: tuple[Path, ...]
 ) -> None:
     """named: folders that an include may give in full; above: the files that include this one."""
-    place = _place(file, paths)
+    place = place_of(file, paths)
     if place is None:  # gin says so
         return
     if place in above:
         raise Mistake(f"{above[-1]} includes {file}, which includes it")
     with place.open(encoding="utf-8") as text:
-        statements = _parsed(text, file)
+        statements = parsed(text, file)
     for statement in statements:
         if module := getattr(statement, "module", None):
             raise Mistake(
@@ -176,7 +187,7 @@ def _check_included(
                 "gin files name the components of dgr_jax, and run no other code"
             )
         if included := getattr(statement, "filename", None):
-            within = _place(included, paths)
+            within = place_of(included, paths)
             free = not Path(included).is_absolute() and ".." not in Path(included).parts
             folders = [*named, Path.cwd()] if free else named
             if within and not any(within.resolve().is_relative_to(f) for f in folders):
@@ -187,7 +198,7 @@ def _check_included(
             _check_included(included, paths, named, (*above, place))
 
 
-def _place(file: str, paths: Sequence[str]) -> Path | None:
+def place_of(file: str, paths: Sequence[str]) -> Path | None:
     """Where gin finds a file: as it is named, or else in the first folder that has it."""
     places = (Path(folder, file) for folder in ("", *paths))
     return next((place for place in places if place.is_file()), None)
@@ -226,7 +237,7 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
                 raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
             raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
         given = f"--gin.{binding.replace(' = ', '=')}"
-        if [type(part).__name__ for part in _parsed(binding, given)] != ["BindingStatement"]:
+        if [type(part).__name__ for part in parsed(binding, given)] != ["BindingStatement"]:
             raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
         with _explained(given):
             gin.parse_config(binding)

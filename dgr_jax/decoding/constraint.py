@@ -90,6 +90,25 @@ class Constraint(Protocol):
         """The row id of complete states, -1 elsewhere; int32, shape of a leaf of the state."""
 
 
+def filled(offers: Candidates, width: int) -> Candidates:
+    """Candidates with slots that hold nothing, where there are fewer than `width`."""
+    missing = width - offers.log_probs.shape[1]
+    if missing <= 0:
+        return offers
+
+    def fill(leaf, value):
+        return jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2),
+                       constant_values=value)  # fmt: skip
+
+    return Candidates(
+        parent=fill(offers.parent, 0),
+        token_ids=fill(offers.token_ids, 0),
+        log_probs=fill(offers.log_probs, -jnp.inf),
+        next_state=jax.tree.map(lambda leaf: fill(leaf, -1), offers.next_state),
+        complete=fill(offers.complete, False),
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unconstrained:

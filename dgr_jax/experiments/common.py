@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from dgr_jax import ranges
+from dgr_jax.corpora.variations import Variation
 from dgr_jax.data.rules import DataRules
 from dgr_jax.experiments.stage import Stage
 from dgr_jax.models.initial import Corpus, Initial
@@ -150,6 +151,7 @@ class Evaluate(Generic[SearchKind]):
     max_queries: of each split at most (0: all), drawn by the seed.
     bm25: whether BM25 is measured beside; baseline: its settings.
     systems: others that no stage trains, such as a sum of trained ones.
+    variation: how the questions differ from those of the collection, to see what typos do.
     """
 
     search: SearchKind
@@ -163,6 +165,7 @@ class Evaluate(Generic[SearchKind]):
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
     systems: tuple[SystemSettings, ...] = unless_default(())
+    variation: Variation = unless_default(Variation())
 
     def __post_init__(self) -> None:
         ranges.check(

@@ -14,6 +14,7 @@ from dgr_jax import ranges
 from dgr_jax.models import pretrained
 from dgr_jax.models.stacking import stack_layers, unstack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.settings import unless_default
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,15 @@ class Corpus:
     No labels and no queries are used. See `corpus_start`, which says how, and `stages.start`.
 
     max_passages: of a larger collection, so many, evenly spaced.
+    codes: docid codes start from the passages that have them, in the space of the tokens, where
+      codes say what a passage is about (`Scheme.codes_of_content`).
+    shuffled: every embedding goes to another token. To compare with: it tells whether their content
+      helps, or their scale.
     """
 
     max_passages: int = 1_000_000
+    codes: bool = unless_default(False)
+    shuffled: bool = unless_default(False)
 
     def __post_init__(self) -> None:
         ranges.check(self, max_passages=ranges.at_least(1))
