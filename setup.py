@@ -73,6 +73,7 @@ setup(
             "yamllint>=1.35",
         ],  # fmt: skip
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "release": ["twine>=6"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
