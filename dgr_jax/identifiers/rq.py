@@ -40,7 +40,6 @@ class ResidualQuantization(Scheme):
     """
 
     codes_by_position = True  # a code of another level is another token
-    codes_of_content = True
 
     num_codes: int | None = None
     codebook_size: int | None = None

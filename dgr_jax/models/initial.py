@@ -29,14 +29,11 @@ class Corpus:
     No labels and no queries are used. See `corpus_start`, which says how, and `stages.start`.
 
     max_passages: of a larger collection, so many, evenly spaced.
-    codes: docid codes start from the passages that have them, in the space of the tokens, where
-      codes say what a passage is about (`Scheme.codes_of_content`).
-    shuffled: every embedding goes to another token. To compare with: it tells whether their content
-      helps, or their scale.
+    shuffled: each token gets the embedding of another one, to compare with: embeddings of the same
+      scale that say nothing.
     """
 
     max_passages: int = 1_000_000
-    codes: bool = unless_default(False)
     shuffled: bool = unless_default(False)
 
     def __post_init__(self) -> None:
