@@ -123,6 +123,15 @@ def join(args: argparse.Namespace) -> None:
 def parse(
     p: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
+    """What `flags` reads, while logging is set up as they say."""
+    args, bindings = flags(p, argv)
+    _configure_logging(args.verbose)
+    return args, bindings
+
+
+def flags(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """Flags, and gin bindings from --gin.NAME=VALUE, --model_dir and --data_dir."""
     given = list(sys.argv[1:] if argv is None else argv)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
@@ -133,7 +142,6 @@ def parse(
     for macro, flag in FLAGS.items():
         if value := getattr(args, flag.removeprefix("--")):
             bindings.append(f"{macro}={value!r}")
-    _configure_logging(args.verbose)
     return args, [_quoted(binding) for binding in bindings]
 
 
