@@ -50,11 +50,11 @@ def qrels(records: Any) -> Iterator[Qrel]:
     """Of records with qid, pid and, where it is not 1, relevance."""
     for place, record in _rows(records, "judgement"):
         grade = _field(record, GRADE, place, default=1)
-        if isinstance(grade, bool) or not isinstance(grade, Real) or int(grade) != grade:
+        if isinstance(grade, bool) or not isinstance(grade, Real) or not float(grade).is_integer():
             raise ValueError(f"{place}: got relevance {grade!r}, expected a whole number")
         qid = _text(record, ("qid", "query_id", "query-id"), place)
         pid = _text(record, ("pid", "docno", "doc_id", "corpus-id"), place)
-        yield Qrel(qid, pid, int(grade))
+        yield Qrel(qid, pid, int(float(grade)))
 
 
 def write(folder: Path, collection: Any, asked: Any, judged: Mapping[str, Any]) -> None:
