@@ -75,14 +75,14 @@ def write(folder: Path, collection: Any, asked: Any, judged: Mapping[str, Any]) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(left: Path, right: Path) -> bool:
     """Whether two folders hold the same files."""
     names = [
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        for folder in (one, other)
+        for folder in (left, right)
     ]
     return names[0] == names[1] and all(
-        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0]
+        filecmp.cmp(left / name, right / name, shallow=False) for name in names[0]
     )
 
 
