@@ -168,7 +168,7 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     def search(params):
         apply = functools.partial(generating.module.apply, {"params": params})
         encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
+        cross = apply(encoded, tokens, method="cross")
         return beam_search.beam_search(
             lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
             prepared.index.constraint(),

@@ -17,7 +17,7 @@ from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import PREVIOUS, STUDENT
-from dgr_jax.retrieval import bm25, planned, trained
+from dgr_jax.retrieval import bm25, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
@@ -29,7 +29,13 @@ TRAINED: dict[str, type[TrainedSystem]] = {
     "multiview": MultiviewDecoder,
     "dense": Searcher,
 }
-UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
+# In SystemSettings.kinds, once they are imported.
+UNTRAINED = (
+    bm25.Bm25Baseline,
+    planned.Planned,
+    student_planned.PlannedByLearned,
+    student_planned.PlannedByOnePass,
+)
 
 EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 

@@ -42,8 +42,8 @@ class _Scored(NamedTuple):
     the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
     a search of all passages finds; None: all queries have enough planned passages."""
 
-    passages: np.ndarray
-    scores: np.ndarray
+    passages: np.ndarray | jax.Array
+    scores: np.ndarray | jax.Array
     log_probs: jax.Array | None
     beside: BeamResult | None
 
@@ -164,25 +164,22 @@ class PlannedDecoder(Decoder):
     def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
         the identifier, -inf where it was not written."""
-        for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
-            plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+        for of_query in zip(*super().passages(queries), strict=True):
             yield [
                 SystemHit(
                     i,
                     score,
                     self.table.tokens[self._rows[i]],
-                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
+                    {"plan": plan, "log_prob": log_prob},
                 )
-                for i, score, log_prob in zip(
-                    passages.tolist(), *(part.tolist() for part in parts), strict=True
-                )
+                for i, score, plan, log_prob in zip(*(p.tolist() for p in of_query), strict=True)
                 if i >= 0
             ]
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
-        """Empty places for passages, scores and log-probabilities."""
+        """Empty places for passages, scores, plan scores and log-probabilities."""
         passages, scores = super()._nothing(queries)
-        return passages, scores, scores.copy()
+        return passages, scores, scores.copy(), scores.copy()
 
     def _lengths(self, queries: PlannedQueries) -> np.ndarray:
         return super()._lengths(queries.tokens)
@@ -213,8 +210,9 @@ class PlannedDecoder(Decoder):
     def _rank(self, batch: Any) -> None:
         if batch.result is None:
             return
-        passages, scores, log_probs, beside = batch.result
-        count, weight = len(passages), self.plan.weight
+        count, weight = len(batch.places), self.plan.weight
+        passages, scores = (np.asarray(part)[:count] for part in batch.result[:2])
+        log_probs, beside = batch.result[2:]
         if log_probs is None:
             totals, log_probs = scores, np.full_like(scores, -np.inf)
         elif beside is None:
@@ -226,10 +224,11 @@ class PlannedDecoder(Decoder):
             log_probs, new = joined(passages, log_probs, more, values)
             totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
             passages = np.concatenate([passages, more], 1)
+            scores = np.concatenate([scores, np.zeros_like(new)], 1)
             log_probs = np.concatenate([log_probs, new], 1)
         best = ranked(passages, totals, self.search.depth, self.pid_of)
         place = (best[0][:, :, None] == passages[:, None, :]).argmax(-1)
-        parts = (*best, np.take_along_axis(log_probs, place, 1))
+        parts = (*best, *(np.take_along_axis(part, place, 1) for part in (scores, log_probs)))
         for whole, part in zip(batch.found, parts, strict=True):
             whole[batch.places] = part
 

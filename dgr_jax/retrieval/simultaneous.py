@@ -84,6 +84,31 @@ class Plan(Protocol):
         """
 
 
+def check_plan(plan: Any) -> None:
+    """Raises ValueError where what is done with a plan cannot be."""
+    ranges.check(
+        plan,
+        planned=ranges.optional(ranges.at_least(1)),
+        ranked_by=ranges.one_of(*RANKED_BY),
+        num_beams=ranges.at_least(1),
+        weight=ranges.above(0),
+    )
+    planned, name = PLANNED if plan.planned is None else plan.planned, type(plan).__name__
+    if plan.ranked_by == "beams" and plan.num_beams > planned:
+        raise ValueError(
+            f"{name}.num_beams: got {plan.num_beams}, expected at most {planned}, "
+            f"{name}.planned: beams write identifiers of planned passages alone"
+        )
+
+
+def of_corpus(plan: Any, num_passages: int) -> Any:
+    """See Plan."""
+    if plan.planned is not None:
+        return plan
+    planned = min(PLANNED, num_passages)
+    return replace(plan, planned=planned, num_beams=min(plan.num_beams, planned))
+
+
 @dataclass(frozen=True)
 class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
@@ -110,26 +135,11 @@ class Lexical:
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
-        ranges.check(
-            self,
-            planned=ranges.optional(ranges.at_least(1)),
-            ranked_by=ranges.one_of(*RANKED_BY),
-            num_beams=ranges.at_least(1),
-            weight=ranges.above(0),
-        )
-        planned = PLANNED if self.planned is None else self.planned
-        if self.ranked_by == "beams" and self.num_beams > planned:
-            raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
-                "Lexical.planned: beams write identifiers of planned passages alone"
-            )
+        check_plan(self)
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
-        if self.planned is not None:
-            return self
-        planned = min(PLANNED, num_passages)
-        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
+        return of_corpus(self, num_passages)
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False

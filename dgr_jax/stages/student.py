@@ -15,12 +15,15 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval import set_identifiers
 from dgr_jax.retrieval.kinds import write_student
+from dgr_jax.retrieval.student_plans import Learned
 from dgr_jax.settings import describe
 from dgr_jax.stages import start, validation
 from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import assembled, params
 from dgr_jax.stages.training_run import Later, check_batches, train, validated
+from dgr_jax.training.plan_losses import WithSets
 from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
@@ -90,11 +93,24 @@ def mixture(experiment: Experiment, settings: Training) -> Source:
     """The examples of the generation objective."""
     arrays = Path(experiment.model_dir) / PREPARE / "arrays"
     rates = experiment.prepare.sources.rates()
-    return MixtureSource(
+    source = MixtureSource(
         {name: (arrays / name, rate) for name, rate in rates.items()},
         settings.batch_size,
         settings.seed,
     )
+    return with_sets(experiment, source)
+
+
+def with_sets(experiment: Experiment, source: Source) -> Source:
+    """The source, whose batches bring along set identifiers where the plan is trained on them."""
+    if not isinstance(experiment.plan, Learned):
+        return source
+    prepared = Prepared.load(experiment.model_dir)
+    folder, size = prepared.folder / "plans", experiment.plan.set_size
+    sets = set_identifiers.opened(
+        *(prepared.store, prepared.vocabulary, size, folder), keep=processes.first()
+    )
+    return WithSets(source, prepared.table, sets)
 
 
 def later(experiment: Experiment, settings: Training) -> Source:
