@@ -27,6 +27,7 @@ from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.plan_losses import CodeLoss, SetLoss
 from tests import students
 from tests.conftest import with_seqio
 
@@ -100,6 +101,13 @@ def batch_of(folder: Path, size: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def batch(tiny_model_dir):
     return batch_of(tiny_model_dir / "prepare" / "arrays" / "labelled", 3)
+
+
+def test_a_plan_that_needs_sets_is_refused(adapter, prepared):
+    message = "Student.objective: got Generation.plan=SetLoss, expected None: SeqIO tasks bring"
+    with pytest.raises(ValueError, match=message):
+        adapter.Student(prepared, CONFIG, None, objective=Generation(plan=SetLoss(4)))
+    adapter.Student(prepared, CONFIG, None, objective=Generation(plan=CodeLoss()))
 
 
 def test_without_t5x_it_says_where_it_is_had(monkeypatch):

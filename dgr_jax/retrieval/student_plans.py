@@ -63,7 +63,10 @@ class StudentPlan:
         raise NotImplementedError
 
     def members(self, identifiers: np.ndarray, config: T5Config, opening: Opening) -> np.ndarray:
-        """[P, M]: the members of every passage. identifiers: of the passages, int32 [P, T]."""
+        """[P, M]: the members of every passage. identifiers: of the passages, int32 [P, T].
+
+        Raises ValueError for a student that cannot make this plan.
+        """
         raise NotImplementedError
 
 
@@ -96,6 +99,11 @@ class Learned(StudentPlan):
 
     def members(self, identifiers: np.ndarray, config: T5Config, opening: Opening) -> np.ndarray:
         """See StudentPlan."""
+        if not config.decoder_query_tokens:
+            raise ValueError(
+                "Experiment.plan: got Learned with a student whose decoder reads no query "
+                "(T5Config.decoder_query_tokens is 0), expected one that was trained with this plan"
+            )
         return set_identifiers.opened(
             opening.store,
             Vocabulary.load(opening.prepared),
