@@ -132,6 +132,7 @@ def test_a_plan_of_the_student_s_own_changes_what_is_trained():
     assert one_pass.model == PLAIN.model
     assert one_pass.distill.objective.plan == CodeLoss(1.0, listnet)
     assert with_plan(Lexical()).generate == PLAIN.generate
+    assert with_plan(None, learned).generate == PLAIN.generate
     changed_stages = {s for s in STAGES if marks(learned)[s] != marks(PLAIN)[s]}
     assert changed_stages == LATER - {"start"}
     (system,) = one_pass.added
@@ -158,6 +159,9 @@ def test_a_search_with_a_plan_trains_nothing_again(settings):
 def test_plans_that_do_not_fit_are_refused(plan, message):
     with pytest.raises(ValueError, match=message):
         with_plan(plan)
+    own = dataclasses.replace(PLAIN.generate, objective=object())
+    with pytest.raises(ValueError, match="generate/Training.objective: got object with Experiment"):
+        with_plan(OnePass(), dataclasses.replace(PLAIN, generate=own))
     model = dataclasses.replace(PLAIN.model, prefix_adaptive_layers=1)
     identifiers = dataclasses.replace(PLAIN.prepare, identifiers=ResidualQuantization())
     adaptive = dataclasses.replace(PLAIN, model=model, prepare=identifiers)

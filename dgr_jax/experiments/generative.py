@@ -34,7 +34,8 @@ from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.student_planned import PlannedByLearned, PlannedByOnePass
 from dgr_jax.retrieval.student_plans import Learned, OnePass
 from dgr_jax.retrieval.system import SystemSettings
-from dgr_jax.training.plan_losses import CodeLoss, SetLoss
+from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.plan_losses import CodeLoss, PlanLoss, SetLoss
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class Experiment(Measured):
                 )
             assert isinstance(self.evaluate.search, Search)
             planned.check_search(self.plan, self.evaluate.search)
-            self._train_for(self.plan)
+        self._train_for(self.plan)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -211,12 +212,12 @@ class Experiment(Measured):
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
 
-    def _train_for(self, plan: Plan) -> None:
+    def _train_for(self, plan: Plan | None) -> None:
         """Changes what is trained to what a plan of the student's own needs.
 
         Raises ValueError where the settings of the plan do not fit.
         """
-        loss: SetLoss | CodeLoss
+        loss: PlanLoss | None = None
         if isinstance(plan, Learned):
             pieces, longest = self.prepare.vocabulary, self.prepare.query_length
             if not pieces.path:
@@ -232,11 +233,17 @@ class Experiment(Measured):
             loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss)
         elif isinstance(plan, OnePass):
             loss = CodeLoss(plan.loss_weight, plan.loss)
-        else:
-            return
         for name in ("generate", "distill"):
             training = getattr(self, name)
-            objective = dataclasses.replace(training.objective, plan=loss)
+            objective: Any = training.objective
+            if getattr(objective, "plan", None) == loss:
+                continue
+            if not isinstance(objective, (Generation, Distillation)):
+                raise ValueError(
+                    f"{name}/Training.objective: got {type(objective).__name__} with "
+                    f"Experiment.plan=@{type(plan).__name__}(), expected Generation or Distillation"
+                )
+            objective = dataclasses.replace(objective, plan=loss)
             object.__setattr__(self, name, dataclasses.replace(training, objective=objective))
 
     @property

@@ -132,7 +132,8 @@ class CodeLoss:
 
 @dataclass(frozen=True)
 class WithSets:
-    """A source whose batches bring along the sets of their passages, found by their identifiers.
+    """A source whose batches bring along the sets of their passages, found by their identifiers; of
+    passages with one identifier, that of the first.
 
     sets: [P, M] of all passages; 0: none. A batch may be one of several by name.
     """
