@@ -31,7 +31,7 @@ setup(
         "dgr_jax.gin_configs.runs": ["*.gin"],
         "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.gin_configs.t5x": ["*.gin"],
-        "dgr_jax": ["py.typed"],
+        "dgr_jax": ["py.typed", "*.pyi"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[
@@ -72,6 +72,8 @@ setup(
             "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "release": ["twine>=6"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],

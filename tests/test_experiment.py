@@ -170,7 +170,7 @@ def test_plans_that_do_not_fit_are_refused(plan, message):
 
 
 def test_batches_of_a_plan_in_shape():
-    sizes = estimated_sizes(with_plan(Learned(set_size=9)), CorpusSize(100))
+    sizes = estimated_sizes(with_plan(Learned(set_size=9)), CorpusSize(100, 50.0, 20, 0.0))
     shapes = lambda name, plan: {  # noqa: E731
         part: batch.shape
         for part, batch in jax.tree.leaves_with_path(
@@ -393,7 +393,8 @@ def test_defaults_that_fingerprints_are_compared_with_are_plain_values():
     for component in configurables._components():
         for field in dataclasses.fields(component):
             if field.metadata.get("fingerprint") == "unless default":
-                assert isinstance(field.default, (bool, int, float, str, tuple)), field
+                plain = isinstance(field.default, (bool, int, float, str, tuple))
+                assert plain or field.default is None, field
 
 
 def test_every_setting_says_of_what_type_it_is():

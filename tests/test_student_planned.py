@@ -58,17 +58,20 @@ def planned_decoder(plan, kind="rq", mesh=Mesh(data=1), devices=1, **settings):
 def plan_scores(decoder, queries=QUERIES):
     """[n, P] by the twin."""
     params = students.parameters(students.CONFIG)
-    config = decoder.config
+    config = decoder.student.config
     apply = functools.partial(Transformer(config).apply, {"params": params})
     encoded = apply(queries, method="encode")
     if isinstance(decoder.plan, Learned):
         table = np.asarray(query_tables.token_table(apply, encoded, queries)[0])
         members = SETS
     else:
-        length = decoder.index.layout.max_length
+        length = decoder.student.index.layout.max_length
         table = query_tables.code_table(apply, encoded, queries, length, config.vocab_size)
-        table, rows = np.asarray(table).reshape(len(queries), -1), decoder.table.rows_of_passages()
-        tokens = decoder.table.tokens[rows]
+        table, rows = (
+            np.asarray(table).reshape(len(queries), -1),
+            decoder.student.table.rows_of_passages(),
+        )
+        tokens = decoder.student.table.tokens[rows]
         places = np.arange(tokens.shape[1]) * config.vocab_size
         members = np.where(tokens > 0, tokens + places, 0)
     return np.stack([reference.sums(row, members) for row in table])
@@ -76,9 +79,9 @@ def plan_scores(decoder, queries=QUERIES):
 
 def expected_hits(decoder, queries=QUERIES, allowed=None):
     """[(passage, score, plan score)] of what is planned, best first."""
-    student = students.decoder(rows_of(decoder), SEARCH, config=decoder.config)
+    student = students.decoder(rows_of(decoder), SEARCH, config=decoder.student.config)
     log_probs = np.concatenate(list(exhaustive.identifier_log_probs(student, queries)))
-    rows, scores = decoder.table.rows_of_passages(), plan_scores(decoder, queries)
+    rows, scores = decoder.student.table.rows_of_passages(), plan_scores(decoder, queries)
     for query in range(len(queries)):
         order = sorted(range(COUNT), key=lambda p: (-round(scores[query, p], 4), PIDS[p]))
         order = [p for p in order if allowed is None or allowed[p]][:PLANNED]
@@ -94,7 +97,7 @@ def expected_hits(decoder, queries=QUERIES, allowed=None):
 
 
 def rows_of(decoder):
-    return np.asarray(decoder.table.tokens)[decoder.table.rows_of_passages()]
+    return np.asarray(decoder.student.table.tokens)[decoder.student.table.rows_of_passages()]
 
 
 CASES = [
@@ -148,7 +151,9 @@ class Encodes:
 
 def test_equal_passages_stand_in_the_order_of_their_pids():
     decoder = planned_decoder(PLANS["sets"], ranked_by="plan", planned=COUNT, num_beams=4)
-    decoder = dataclasses.replace(decoder, search=dataclasses.replace(SEARCH, depth=COUNT))
+    search = dataclasses.replace(SEARCH, depth=COUNT)
+    student = dataclasses.replace(decoder.student, search=search)
+    decoder = dataclasses.replace(decoder, student=student)
     first, second = sorted((2, 7), key=PIDS.__getitem__)
     for row in decoder.by_pid(PIDS.__getitem__).passages(QUERIES)[0].tolist():
         assert row.index(second) == row.index(first) + 1

@@ -159,6 +159,7 @@ class Experiment(Measured):
     plan: Plan | None = None
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+    planner: ClassVar = "planners:GENERATIVE"
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
@@ -189,6 +190,11 @@ class Experiment(Measured):
                 )
             assert isinstance(self.evaluate.search, Search)
             planned.check_search(self.plan, self.evaluate.search)
+            if self.plan.weight is None and not self.prepare.held_out:
+                raise ValueError(
+                    f"{type(self.plan).__name__}.weight: got None without questions held out of "
+                    "training, expected a number, or Prepare.validation above 0, such as 0.1"
+                )
         self._train_for(self.plan)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(

@@ -24,18 +24,12 @@ from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
-TRAINED: dict[str, type[TrainedSystem]] = {
-    "docid": Decoder,
-    "multiview": MultiviewDecoder,
-    "dense": Searcher,
-}
-# In SystemSettings.kinds, once they are imported.
-UNTRAINED = (
-    bm25.Bm25Baseline,
-    planned.Planned,
-    student_planned.PlannedByLearned,
-    student_planned.PlannedByOnePass,
+# These are in the two tables of kinds once they are imported; those from elsewhere come to them.
+SHIPPED = (
+    *(Decoder, MultiviewDecoder, Searcher, bm25.Bm25Baseline, planned.Planned),
+    *(student_planned.PlannedByLearned, student_planned.PlannedByOnePass),
 )
+TRAINED = TrainedSystem.kinds
 
 EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 

@@ -23,7 +23,7 @@ from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models import query_tables
 from dgr_jax.models.t5 import Reading, T5Config
 from dgr_jax.retrieval.generative import Decoder, applied, written_of
-from dgr_jax.retrieval.planned import Planned, PlannedDecoder, _Scored
+from dgr_jax.retrieval.planned import Planned, PlannedDecoder, _Scored, with_identifiers
 from dgr_jax.retrieval.simultaneous import PlannedPassages
 from dgr_jax.retrieval.student_plans import Learned, OnePass, StudentPlan
 from dgr_jax.retrieval.system import Opening, System
@@ -37,7 +37,7 @@ class PlanIndex(NamedTuple):
 
     members: int [blocks, R, M]; passages, rows: passage index and row of `identifiers`, int32
     [blocks, R], rows -1 where there is no identifier; allowed: bool [blocks, R]; identifiers: int32
-    [U, T]; weight: of the log-probability, f32 [].
+    [U, T]; weight: of the log-probability, f32 [], which each search gives.
     """
 
     members: Any
@@ -182,7 +182,7 @@ class StudentPlanner:
             rows=put(rows[order]),
             allowed=put(allowed),
             identifiers=identifiers,
-            weight=np.float32(plan.weight),
+            weight=np.float32(1),
         )
         index = partitioning.place(index, partitioning.replicated(decoder.mesh))
         vocabulary = Vocabulary.load(opening.prepared)
@@ -242,29 +242,27 @@ class StudentPlannedDecoder(PlannedDecoder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed = self.index.layout.ends == "fixed"
+        fixed = self.student.index.layout.ends == "fixed"
         # The weight is an argument, and what trains the plan is of no concern.
-        plan = replace(self.plan.once_trained(), weight=1.0)
-        self._search = planned_fn(self.config, plan, fixed, self.mesh, self.rules)
+        student, plan = self.student, replace(self.plan.once_trained(), weight=1.0)
+        self._search = planned_fn(student.config, plan, fixed, student.mesh, student.rules)
 
     def restrict(self, passage_mask: np.ndarray) -> StudentPlannedDecoder:
         """See Decoder.restrict."""
         student = self.student.restrict(passage_mask)
-        planner = self.planner.restricted(student.allowed)
-        restricted = replace(self, index=student.index, allowed=student.allowed, student=student)
-        restricted.planner = planner
-        return restricted
+        return replace(self, student=student, planner=self.planner.restricted(student.allowed))
 
     def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
         """See System."""
-        return Decoder.encode(self, vocabulary, texts)
+        return self.student.encode(vocabulary, texts)
 
     def _lengths(self, queries: np.ndarray) -> np.ndarray:
-        return Decoder._lengths(self, queries)
+        return self.student._lengths(queries)
 
     def _start(self, queries: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> _Scored:
         tokens = partitioning.place_padded(queries[places], shape, self.mesh)
-        passages, scores, *log_probs = self._search(self.params, self.planner.index, tokens)
+        index = self.planner.index._replace(weight=np.float32(self._weight))
+        passages, scores, *log_probs = self._search(self.student.params, index, tokens)
         return _Scored(passages, scores, log_probs[0] if log_probs else None, None)
 
 
@@ -280,7 +278,7 @@ class PlannedByLearned(Planned):
 
     def open(self, opening: Opening) -> System:
         """See SystemSettings."""
-        student: Any = opening.system("distill")
+        student = with_identifiers(opening.system("distill"), "Planned")
         plan = self.plan.of_corpus(student.table.num_passages)
         planner = StudentPlanner.of(student, plan, opening)
         return StudentPlannedDecoder.of(student, plan, planner)

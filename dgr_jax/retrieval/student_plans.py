@@ -5,7 +5,7 @@ Axis letters: B queries, P passages, T identifier length, V vocabulary, M member
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -17,8 +17,12 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.models import query_tables
 from dgr_jax.models.t5 import Reading, T5Config
 from dgr_jax.retrieval import set_identifiers
-from dgr_jax.retrieval.simultaneous import check_plan, of_corpus
+from dgr_jax.retrieval.plan_sizes import PlanSizes
+from dgr_jax.retrieval.simultaneous import PLANNED, check_plan, of_corpus
 from dgr_jax.retrieval.system import Opening
+
+_LENGTH = 8  # tokens of an identifier of millions of passages
+_SUM = 1e-9  # seconds of one core for a place of a table
 
 Ranking = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -29,7 +33,7 @@ class StudentPlan:
 
     planned: passages that are planned for each query. None: 100, or all of a smaller corpus.
     ranked_by, num_beams: as of Lexical.
-    weight: of the log-probability, which is added to the plan score.
+    weight: of the log-probability, which is added to the plan score. None: as of Lexical.
     loss_weight: of what trains the plan, beside the losses of the identifiers, in every stage that
       trains the student.
     loss: of the plan's scores of rank lists, such as @margin_mse(); None: that of the distillation.
@@ -38,19 +42,36 @@ class StudentPlan:
     planned: int | None = None
     ranked_by: str = "beams"
     num_beams: int = 10
-    weight: float = 1.0
+    weight: float | None = 1.0
     loss_weight: float = 1.0
     loss: Ranking | None = None
 
     searched: ClassVar = ("planned", "ranked_by", "num_beams", "weight")
+    kept_bytes: ClassVar = 0  # of a member on disk
 
     def __post_init__(self) -> None:
         check_plan(self)
         ranges.check(self, loss_weight=ranges.at_least(0))
 
+    @property
+    def members_of_a_passage(self) -> int:
+        """At most; of identifiers, whose length is not known here, that of long ones."""
+        return _LENGTH
+
+    @property
+    def most(self) -> int:
+        """See Plan."""
+        return PLANNED if self.planned is None else self.planned
+
     def of_corpus(self, num_passages: int) -> Self:
         """See Plan."""
         return of_corpus(self, num_passages)
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """See Plan. The index lies on the devices; the time is that of the sums alone."""
+        places = passages * self.members_of_a_passage
+        kept = self.kept_bytes * places
+        return PlanSizes(kept, 4.0 * places, min(self.most, passages), _SUM * places)
 
     def once_trained(self) -> Self:
         """The settings without those of training alone, which are not kept with a system."""
@@ -82,6 +103,13 @@ class Learned(StudentPlan):
 
     set_size: int = 64
     query_tokens: int | None = None
+
+    kept_bytes = 2
+
+    @property
+    def members_of_a_passage(self) -> int:
+        """See StudentPlan."""
+        return self.set_size
 
     def __post_init__(self) -> None:
         super().__post_init__()
