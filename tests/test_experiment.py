@@ -394,7 +394,7 @@ def test_defaults_that_fingerprints_are_compared_with_are_plain_values():
         for field in dataclasses.fields(component):
             if field.metadata.get("fingerprint") == "unless default":
                 plain = isinstance(field.default, (bool, int, float, str, tuple))
-                assert plain or field.default is None, field
+                assert plain or field.default == type(field.default)(), field
 
 
 def test_every_setting_says_of_what_type_it_is():
