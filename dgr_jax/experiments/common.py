@@ -18,7 +18,7 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
@@ -193,7 +193,7 @@ class Measured:
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
     planner: ClassVar[Any] = ""
     evaluate: Evaluate
-    plan: Lexical | None = None
+    plan: Plan | None = None
 
     @property
     def kind(self) -> str:
@@ -271,8 +271,9 @@ def texts(prepare: Any) -> tuple[Any, ...]:
 
 
 def sizes(config: T5Config) -> str:
-    """The settings of a model, but for its vocabulary and prefix-adaptive layers, as JSON."""
-    apart = ("vocab_size", "prefix_adaptive_layers")
+    """The settings of a model, but for its vocabulary, prefix-adaptive layers and what its decoder
+    reads of the query, as JSON."""
+    apart = ("vocab_size", "prefix_adaptive_layers", "decoder_query_tokens")
     described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
 

@@ -94,6 +94,31 @@ class Plan(Protocol):
         of them, evenly spread, or of all, which make it exact."""
 
 
+def check_plan(plan: Any) -> None:
+    """Raises ValueError where what is done with a plan cannot be."""
+    ranges.check(
+        plan,
+        planned=ranges.optional(ranges.at_least(1)),
+        ranked_by=ranges.one_of(*RANKED_BY),
+        num_beams=ranges.at_least(1),
+        weight=ranges.optional(ranges.above(0)),
+    )
+    name = type(plan).__name__
+    if plan.ranked_by == "beams" and plan.num_beams > plan.most:
+        raise ValueError(
+            f"{name}.num_beams: got {plan.num_beams}, expected at most {plan.most}, "
+            f"{name}.planned: beams write identifiers of planned passages alone"
+        )
+
+
+def of_corpus(plan: Any, num_passages: int) -> Any:
+    """See Plan."""
+    if plan.planned is not None:
+        return plan
+    planned = min(PLANNED, num_passages)
+    return replace(plan, planned=planned, num_beams=min(plan.num_beams, planned))
+
+
 @dataclass(frozen=True)
 class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
@@ -121,18 +146,7 @@ class Lexical:
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
-        ranges.check(
-            self,
-            planned=ranges.optional(ranges.at_least(1)),
-            ranked_by=ranges.one_of(*RANKED_BY),
-            num_beams=ranges.at_least(1),
-            weight=ranges.optional(ranges.above(0)),
-        )
-        if self.ranked_by == "beams" and self.num_beams > self.most:
-            raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.most}, "
-                "Lexical.planned: beams write identifiers of planned passages alone"
-            )
+        check_plan(self)
 
     @property
     def most(self) -> int:
@@ -141,10 +155,7 @@ class Lexical:
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
-        if self.planned is not None:
-            return self
-        planned = min(PLANNED, num_passages)
-        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
+        return of_corpus(self, num_passages)
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
