@@ -31,7 +31,7 @@ setup(
         "dgr_jax.gin_configs.runs": ["*.gin"],
         "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.gin_configs.t5x": ["*.gin"],
-        "dgr_jax": ["py.typed"],
+        "dgr_jax": ["py.typed", "*.pyi"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from dgr_jax.config import cli, running
 
@@ -40,11 +39,12 @@ def command(argv: Sequence[str] | None) -> None:
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not (args.run and args.qrels):
         parser.error("--run and --qrels go together")
+    from dgr_jax import evaluation
     from dgr_jax.stages.measure_runs import measure_runs, names
 
-    asked: dict[str, Any] = {"per_query": args.per_query, "as_json": args.json}
-    asked |= {"measures": names(args.measures)} if args.measures else {}
-    measure_runs(args.run, args.qrels, args.min_relevance, **asked)
+    measures = names(args.measures) if args.measures else evaluation.MEASURES
+    shown = {"per_query": args.per_query, "as_json": args.json}
+    measure_runs(args.run, args.qrels, args.min_relevance, measures=measures, **shown)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from dgr_jax import (
     teach,
     train,
 )
-from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config import bound, cli, configurables, gin_files
 from dgr_jax.config.mistakes import Failure, Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
@@ -316,14 +316,14 @@ def test_every_line_of_a_shipped_experiment_has_an_effect(name):
     load(f"--gin_file={name}", "--model_dir=m", *needed(name))
     import gin
 
-    bound = set(gin_files._settings(gin.config_str()))
+    set_there = set(bound.settings(gin.config_str()))
     used = {
-        (gin_files._winner(scope, component, key, bound), component, key)
-        for scope, component, key in gin_files._settings(gin.operative_config_str())
+        (bound.winner(scope, component, key, set_there), component, key)
+        for scope, component, key in bound.settings(gin.operative_config_str())
     }
     restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
-    replaced = {name for name in bound if name[1] in ranking.LOSSES}  # by another LOSS
-    assert bound - used - restated - replaced == set()
+    replaced = {name for name in set_there if name[1] in ranking.LOSSES}  # by another LOSS
+    assert set_there - used - restated - replaced == set()
 
 
 def test_settings_can_be_overridden_when_an_experiment_goes_on():

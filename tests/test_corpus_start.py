@@ -103,32 +103,6 @@ def test_the_same_texts_give_the_same_rows():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_rows_of_codes_are_those_of_the_definition():
-    random = np.random.default_rng(0)
-    passages, codes = texts(40, 60), range(60, 90)
-    embeddings, weights = random.normal(size=(60, 8)), random.uniform(size=60)
-    # Two levels, a code at several positions, the end of sequence, and passages that share all.
-    identifiers = np.stack(
-        [random.integers(60, 66, 40), random.integers(70, 74, 40), random.integers(70, 78, 40)], 1
-    )
-    identifiers[::5, 2] = 1
-    counts = corpus_start.counted(passages, 60, binary=False)
-    weighted = (embeddings * weights[:, None]).astype(np.float32)
-    cut = [counts[:25], counts[25:]], [identifiers[:25], identifiers[25:]]
-    tokens, rows = corpus_start.code_rows(*cut, weighted, codes)
-    expected = reference.code_rows(passages, identifiers, embeddings, weights, codes)
-    assert tokens.tolist() == sorted(expected) and tokens.dtype == np.int32
-    np.testing.assert_allclose(rows, [expected[token] for token in tokens], atol=1e-4)
-    assert rows.dtype == np.float32
-
-
-def test_one_passage_tells_nothing_of_its_codes():
-    counts = corpus_start.counted([[3, 4]], 9, binary=False)
-    weighted = np.ones((9, 4), np.float32)
-    tokens, rows = corpus_start.code_rows([counts], [np.array([[9, 10]])], weighted, range(9, 11))
-    assert tokens.shape == (0,) and rows.shape == (0, 4)
-
-
 # stages and settings
 
 
@@ -154,7 +128,6 @@ def test_an_experiment_that_starts_at_random_has_the_settings_that_it_had():
     ("change", "made_again"),
     [
         ({"initial": Corpus(max_passages=9)}, True),
-        ({"initial": Corpus(codes=True)}, True),
         ({"initial": Corpus(shuffled=True)}, True),
         ({"model": dataclasses.replace(CORPUS.model, emb_dim=64)}, True),
         ({"model": dataclasses.replace(CORPUS.model, dropout_rate=0.5)}, False),
@@ -234,7 +207,6 @@ def test_the_stage_writes_what_the_definition_says(made):
     assert report == {
         "passages": 240, "sentences": sum(sentences), "width": 16,
         "pieces": prepared.vocabulary.pieces, "pieces_with_a_row": len(tokens),
-        "codes_with_a_row": 0,
     }  # fmt: skip
     assert sum(passages) == 240 and sum(sentences) > 900
     assert rows.shape == (len(tokens), 16) and 400 < len(tokens) < prepared.vocabulary.pieces
@@ -266,6 +238,18 @@ def test_a_killed_stage_is_made_again_to_the_same_bytes(made, capsys):
         start_of(folder, None, partitioning.Mesh())
     run(flags)
     assert contents() == before
+
+
+def test_shuffled_embeddings_are_those_of_other_tokens(made):
+    flags, folder = made
+    names = ("tokens", "rows")
+    tokens, rows = (np.load(folder / "start" / f"{name}.npy") for name in names)
+    run(flags, "--gin.Corpus.shuffled=True")
+    same, shuffled = (np.load(folder / "start" / f"{name}.npy") for name in names)
+    run(flags)
+    np.testing.assert_array_equal(same, tokens)
+    np.testing.assert_array_equal(np.unique(shuffled, axis=0), np.unique(rows, axis=0))
+    assert (shuffled != rows).any(axis=1).mean() > 0.9
 
 
 def start_of(folder, model, mesh):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dgr_jax.processes import EXIT_LOST
+from dgr_jax.process_group import EXIT_LOST
 from dgr_jax.training.loop import EXIT_PREEMPTED
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

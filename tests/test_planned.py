@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
+from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 from tests import students, toy
 
@@ -220,6 +223,7 @@ def test_the_same_passages_on_a_mesh(ranked_by):
         (dict(planned=41), {}, "Lexical.planned: got 41, expected at most 40, the passages of"),
         (dict(planned=10), dict(renormalise=True), "Search.renormalise: got True with a plan"),
         (dict(planned=10), dict(constrained=False), "Search.constrained: got False with a plan"),
+        (dict(weight=None), {}, "Lexical.weight: got None, expected a number: only an evaluation"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, search, message):
@@ -247,7 +251,7 @@ def test_without_a_planner_no_texts_are_read():
     ("settings", "message"),
     [
         (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
-        (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
+        (dict(weight=0), "Lexical.weight: got 0, expected above 0, or None"),
         (
             dict(planned=5, num_beams=6),
             "Lexical.num_beams: got 6, expected at most 5, Lexical.planned",
@@ -257,6 +261,15 @@ def test_without_a_planner_no_texts_are_read():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         Lexical(**settings)
+
+
+def test_students_of_several_views_do_not_rerank():
+    views = MultiviewDecoder.__new__(MultiviewDecoder)
+    with pytest.raises(ValueError) as error:
+        rerank(views, None, None, {"q": "text"}, {})
+    assert str(error.value) == (
+        "rerank: got a MultiviewDecoder, expected a student with one identifier a passage"
+    )
 
 
 # plans of words
@@ -341,6 +354,20 @@ def test_shipped_experiments_on_a_cpu_plan_by_words(name):
     for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
         args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
         assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan
+
+
+def test_settings_of_a_plan_that_is_not_there_are_refused():
+    flags = ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m", "--gin.Lexical.weight=0.3"]
+    load = lambda *more: gin_files.load_experiment(
+        *cli.parse(cli.parser("train", ""), [*flags, *more]), keep=False
+    )
+    with pytest.raises(Mistake) as error:
+        load()
+    assert str(error.value) == (
+        "--gin.Lexical.weight: got a setting of a plan that this experiment does not have, "
+        "expected --gin.PLAN=@Lexical() beside it"
+    )
+    assert load("--gin.PLAN=@Lexical()").plan == Lexical(weight=0.3)
 
 
 def test_as_many_passages_are_planned_as_there_are():

@@ -106,28 +106,28 @@ def _judgements(experiment: Experiment | DenseExperiment, split: str) -> Iterato
 def _corpus(
     experiment: Experiment | DenseExperiment,
     passages: Iterable[tuple[int, Passage]],
-    number: int,
+    num_passages: int,
     judged: Iterable[tuple[str, int]],
 ) -> CorpusSize:
     """The size of a corpus, from some of its passages.
 
-    passages: those that are looked at, each with its number from 1. number: how many passages there
-    are; 0: as many as the last number. judged: (qid, relevance) of the training queries.
+    passages: those that are looked at, each with its number from 1. num_passages: how many
+    there are; 0: as many as the last number. judged: (qid, relevance) of the training queries.
     """
     sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
     for last, passage in passages:
-        if last <= _ALL or last % 100 == 0 or number:
+        if last <= _ALL or last % 100 == 0 or num_passages:
             seen += 1
             words += len(passage.contents.split())
             sentences += sum(1 for _ in sources.sentences(passage))
-    number = number or last
+    num_passages = num_passages or last
     positives = [qid for qid, grade in judged if grade >= experiment.prepare.min_relevance]
     written = sentences / seen
     if sources.pseudo_query_path:
         file = lines.place(sources.pseudo_query_path)
-        written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
+        written = _lines(file) / num_passages if file.is_file() else TAKEN.pseudo_queries
     return CorpusSize(
-        number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
+        num_passages, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
     )
 
 

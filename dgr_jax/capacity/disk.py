@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from dgr_jax import display
 from dgr_jax.capacity import counting
 from dgr_jax.capacity import dense as dense_plans
+from dgr_jax.capacity.planner import Line, planner_of
 from dgr_jax.capacity.sizes import (
     PreparedSizes,
     estimated_sizes,
@@ -43,15 +44,6 @@ _SPAN = 4 + 2 + 0.4  # bytes a token of a suffix array: position, token, branche
 _INT = 4
 
 
-class Line(NamedTuple):
-    """What a stage leaves: bytes on disk, and those that every device that searches holds of it."""
-
-    stage: str
-    what: str
-    size: float
-    on_device: float = 0.0
-
-
 def given(text: str) -> CorpusSize:
     """'8.8e6,55,5e5,20': passages, words of each, training queries, pseudo-queries a passage.
 
@@ -73,7 +65,7 @@ def lines(
 ) -> Iterator[Line]:
     """Everything of some size that an experiment writes. sample: texts of some passages."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
-    yield from _LINES[experiment.kind](experiment, corpus)
+    yield from planner_of(experiment).lines(experiment, corpus)
     if experiment.plan is not None:
         sizes = experiment.plan.sizes(corpus.passages, corpus.words, sample)
         yield Line("evaluate", plan_in_words(experiment.plan, sizes), sizes.disk)
@@ -87,7 +79,8 @@ def plan_in_words(plan: Plan, sizes: PlanSizes) -> str:
     )
 
 
-def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
+def generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
+    """The lines of a student that writes identifiers."""
     sizes = estimated_sizes(experiment, corpus)
     prepare, search, length = experiment.prepare, experiment.candidates.search, sizes.length
     yield from _identifiers(sizes)
@@ -118,7 +111,8 @@ def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
         yield _checkpoints(stage, settings, model)._replace(on_device=0.0)
 
 
-def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
+def dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
+    """The lines of a dense retriever."""
     prepare, pairs = experiment.prepare, _pairs(experiment, corpus)
     queries = round(sum((pairs | {"labelled": corpus.queries})[name] for name in pairs))
     positives = -(-corpus.pairs // max(1, corpus.queries))
@@ -143,13 +137,6 @@ def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
     yield Line("evaluate", "parameters", 0, weights.on_device)
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
-
-
-_LINES: Mapping[str, Callable[[Any, CorpusSize], Iterator[Line]]] = {  # by `Measured.kind`
-    "docid": _generative,
-    "multiview": _generative,
-    "dense": _dense,
-}
 
 
 def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:

@@ -65,10 +65,9 @@ def show(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     for macro in macros(args, bindings):
         given = FLAGS.get(macro.name, f"--gin.{macro.name}")
         console.print(f"{macro.name} = {macro.value or f'(must be given: {given}=...)'}")
-        said = [macro.meaning]
-        said += [f"sets {', '.join(macro.sets)}"] * bool(macro.sets)
-        said += [f"choices: {', '.join(macro.choices)}"] * bool(macro.choices)
-        for line in filter(None, said):
+        said = {"": macro.meaning, "sets ": ", ".join(macro.sets)}
+        said["choices: "] = ", ".join(macro.choices)
+        for line in (f"{what}{text}" for what, text in said.items() if text):
             indent = " " * 4
             wrapped = textwrap.fill(
                 line, width, initial_indent=indent, subsequent_indent=indent,

@@ -1,16 +1,16 @@
 """Beam search under a constraint, in one lax.while_loop with a decoder cache.
 
-The search: at every step all legal continuations of the M live beams are considered.  Those that
+The search: at every step all legal continuations of the M live beams are considered. Those that
 complete a sequence compete with the sequences completed before for M finished places; the best M
-of the others are the live beams of the next step.  With M at least the number of legal sequences
-this is exhaustive.  The loop ends when no live beam can reach the finished places.
+of the others are the live beams of the next step. With M at least the number of legal sequences
+this is exhaustive. The loop ends when no live beam can reach the finished places.
 
 Ties go to the beam that ranks higher, then to the smaller token; a sequence that was finished
 earlier stays before an equal one.
 
 Where a constraint knows that nothing is left to choose (a trie, whose live beams all stand on
 tails) and a score_fn is given, the loop stops: the rest of all sequences is scored in one pass,
-which reads the parameters once and reorders nothing.  The outcome is the same.
+which reads the parameters once and reorders nothing. The outcome is the same.
 
 A guide (see Guide) adds a bonus to what beams are chosen by, and never to a log-probability.
 """
@@ -122,15 +122,15 @@ def beam_search(
 
     step_fn: (tokens int32 [B, M], cache, position int32) -> (logits [B, M, V], cache); the tokens
       are those at `position`, start_id at position 0, where M is 1; logits of any float dtype.
-    cache: pytree, leaves [B, M, ...]; only these are reordered.  It must hold max_length steps.
-    max_length: None: of the constraint.  Sequences that have not ended by then are dropped.
+    cache: pytree, leaves [B, M, ...]; only these are reordered. It must hold max_length steps.
+    max_length: None: of the constraint. Sequences that have not ended by then are dropped.
     length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
       counting every token of the sequence.
     record: also returns the prefixes of every step.
     score_fn: (inputs int32 [B, M, W], targets int32 [B, M, W], cache, position int32) -> f32
       [B, M, W], the log-probabilities of the targets; the inputs are the tokens at `position` and
-      after.  None: every token takes a step.
-    guide: its bonus is added to what prefixes and sequences are ordered by.  Only what the
+      after. None: every token takes a step.
+    guide: its bonus is added to what prefixes and sequences are ordered by. Only what the
       constraint offers is ranked, and that may be the likeliest alone: give one that offers all,
       such as `guide.PlannedRows`, which is both.
 

@@ -41,7 +41,7 @@ def sample(
     temperature: divides the log-probabilities before drawing; log_probs are reported without it.
     best_tokens: the most likely legal tokens that a token is drawn from; all of them when no
       node has more children.
-    The other arguments are those of beam_search; M is num_samples.  Sequences that have not ended
+    The other arguments are those of beam_search; M is num_samples. Sequences that have not ended
     after max_length tokens are not valid.
 
     Raises ValueError for a temperature not above 0 and for sizes below 1.

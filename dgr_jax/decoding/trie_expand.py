@@ -1,6 +1,6 @@
 """The trie on the device: one step of constrained decoding.
 
-A state is a node and its depth.  Complete rows and dead beams are negative nodes: -1 is dead,
+A state is a node and its depth. Complete rows and dead beams are negative nodes: -1 is dead,
 -2 - n is the row that ends in node n.
 
 What a step costs follows the widest node that a live beam stands on, not the widest of the level:
@@ -124,9 +124,9 @@ class TrieConstraint:
 
     @property
     def completion_width(self) -> int:
-        """Tokens left from the depth on at which every beam would stand on a tail, were the
-        identifiers spread evenly; where they differ in length, half more than a tail has on
-        average, if that is less. 0 for less than 3, which would not pay for compiling it.
+        """How many tokens are left at the depth where every beam would stand on a tail if the
+        identifiers were spread evenly. Where they differ in length, it is at most 1.5 times what a
+        tail has on average. It is 0 for less than 3, which would not pay for compiling it.
 
         Shapes alone decide, so that indexes of one size class share it.
         """
@@ -150,7 +150,7 @@ class TrieConstraint:
     def expand(
         self, state: TrieState, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        """See Constraint.expand.  C = width ('fixed'), width + M ('token') or 2 * width ('mixed').
+        """See Constraint.expand. C = width ('fixed'), width + M ('token') or 2 * width ('mixed').
 
         Only where rows end without a closing token at different lengths ('mixed') may a node that
         owns a bitmap hide continuations: its `width` best, complete or not, are offered.
@@ -227,14 +227,14 @@ class TrieConstraint:
         tokens = self.tails.at[start + level].get(mode="clip").astype(jnp.int32)
         return tokens + self.base.at[level].get(mode="clip")
 
-    def _finish(self, state, found):
-        valid = found.log_probs > -jnp.inf
-        depth = jnp.take_along_axis(state.depth, found.parent, -1) + 1
-        complete = valid & self._completes(found.tokens, found.child, depth)
-        node = jnp.where(complete, -2 - found.child, found.child)
+    def _finish(self, state, offers):
+        valid = offers.log_probs > -jnp.inf
+        depth = jnp.take_along_axis(state.depth, offers.parent, -1) + 1
+        complete = valid & self._completes(offers.tokens, offers.child, depth)
+        node = jnp.where(complete, -2 - offers.child, offers.child)
         state = TrieState(jnp.where(valid, node, _DEAD), jnp.where(valid, depth, _DEAD))
-        tokens = jnp.where(valid, found.tokens, 0)
-        return Candidates(found.parent, tokens, found.log_probs, state, complete)
+        tokens = jnp.where(valid, offers.tokens, 0)
+        return Candidates(offers.parent, tokens, offers.log_probs, state, complete)
 
     def _completes(self, tokens, child, depth):
         """Whether the row ends with this token, which leads to `child` at `depth`."""
@@ -287,7 +287,7 @@ class TrieConstraint:
         return Continuations(beam, jnp.broadcast_to(self.ends_at, leaf.shape), log_probs, leaf)
 
     def _wide(self, step, width):
-        """Bitmaps for the nodes that own one, a gather for the others if there are any."""
+        """Continuations by the bitmaps of nodes that own one, and by a gather of any others."""
         widest = self.layout.gathers[-1]
         is_wide = step.children > widest
         rest = step._replace(children=jnp.where(is_wide, 0, step.children))
@@ -371,5 +371,5 @@ class TrieConstraint:
 
 
 def _finite(log_z):
-    """0 for the normaliser of nothing."""
+    """The normaliser, or 0 where nothing was normalised."""
     return jnp.where(log_z > -jnp.inf, log_z, 0.0)

@@ -184,11 +184,14 @@ class Evaluate(Generic[SearchKind]):
 class Measured:
     """What experiments of every kind say of the systems that they measure.
 
-    kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
+    kind: of the trained ones, that of a `TrainedSystem`; own_pairs: of systems that are
     compared where both are measured. plan: None where there is none.
+    planner: how it is planned: a `capacity.planner.Planner`, or the name of one in `capacity`, such
+    as 'planners:DENSE'; blank: it cannot be.
     """
 
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
+    planner: ClassVar[Any] = ""
     evaluate: Evaluate
     plan: Lexical | None = None
 

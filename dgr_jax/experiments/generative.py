@@ -154,6 +154,7 @@ class Experiment(Measured):
     plan: Lexical | None = None
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+    planner: ClassVar = "planners:GENERATIVE"
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)

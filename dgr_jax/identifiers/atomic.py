@@ -14,8 +14,6 @@ from dgr_jax.identifiers.table import IdentifierTable
 class Atomic(Scheme):
     """A token of its own for every passage (Tay et al. 2022, unstructured atomic identifiers)."""
 
-    codes_of_content = True
-
     def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, 1]: first_code_id + passage index."""
         count, first = len(material.store), material.first_code_id

@@ -108,12 +108,10 @@ class Scheme(abc.ABC):
     views: those that have a marker in the vocabulary, some of 'title', 'body' and 'query'; a
       passage then has many identifiers. (): it has one.
     span_tokens: tokens of an identifier of the view 'body', a span of the text.
-    codes_of_content: whether passages that share a code are alike, or have codes of their own.
     """
 
     views: tuple[str, ...] = ()
     span_tokens: int = 0
-    codes_of_content: bool = False
 
     @property
     def codes_by_position(self) -> bool:

@@ -30,7 +30,6 @@ class KMeansTree(Scheme):
     # A cluster of another level is another token. The places in leaves of different depth share
     # theirs, but no code follows them, and the prefix before one tells its position.
     codes_by_position = True
-    codes_of_content = True
 
     branching: int = 10
     leaf_size: int = 100

@@ -36,30 +36,26 @@ def counted(texts: Sequence[Sequence[int]], size: int, *, binary: bool) -> scipy
     return counts
 
 
-def weights(blocks: Sequence[scipy.sparse.csr_array]) -> np.ndarray:
-    """f32 [size]: log((1 + n) / (1 + number of texts with the token)), 0 for a token in none."""
-    count = sum(block.shape[0] for block in blocks)
-    seen: Any = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
-    return (np.log((1 + count) / (1 + seen)) * (seen > 0)).astype(np.float32)
-
-
 def embeddings(
     blocks: Sequence[scipy.sparse.csr_array], width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [m], their embeddings f32 [m, width]), from the counts of `counted`.
 
-    A is the transposed blocks side by side, with each token's row multiplied by its weight. With A
-    ~ U s V^T for `width` singular values, the embeddings are the rows of U sqrt(s), scaled to the
-    length sqrt(width) of random embeddings. Where A has fewer singular values, the last columns are
-    0. Tokens that occur in no text, or in every text, have no row.
+    A is the transposed blocks side by side, with each token's row multiplied by log((1 + n) / (1 +
+    number of texts with the token)). With A ~ U s V^T for `width` singular values, the embeddings
+    are the rows of U sqrt(s), scaled to the length sqrt(width) of random embeddings. Where A has
+    fewer singular values, the last columns are 0. Tokens that occur in no text, or in every text,
+    have no row.
     """
-    of_all = weights(blocks)
-    tokens = np.flatnonzero(of_all > 0)
-    scale = of_all[tokens, None]
+    count = sum(block.shape[0] for block in blocks)
+    seen: Any = sum(np.bincount(block.indices, minlength=block.shape[1]) for block in blocks)
+    weights = np.log((1 + count) / (1 + seen)) * (seen > 0)
+    tokens = np.flatnonzero(weights > 0)
+    scale = weights[tokens, None].astype(np.float32)
 
     def products(vectors: np.ndarray) -> np.ndarray:
         """A A^T of f32 [m, b]."""
-        whole = np.zeros((len(of_all), vectors.shape[1]), np.float32)
+        whole = np.zeros((len(seen), vectors.shape[1]), np.float32)
         whole[tokens] = scale * vectors
         total = np.zeros_like(whole)
         for block in blocks:
@@ -120,50 +116,6 @@ def _krylov(
         if stop // step % _SPAN == 0:
             logger.info("start: %d of %d directions", stop, span)
     return basis, inner
-
-
-def code_rows(
-    passages: Sequence[scipy.sparse.csr_array],
-    identifiers: Sequence[np.ndarray],
-    weighted: np.ndarray,
-    codes: range,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(docid codes int32 [c], their embeddings f32 [c, width]), in the space of the tokens.
-
-    The vector of a passage is the sum of its tokens' embeddings times their weights and counts,
-    scaled to length 1, less the mean of all passages. A code gets the mean, over the passages that
-    have it, of their vectors less the embeddings of the codes before it, which is what a centroid
-    of residual quantisation is; then the length sqrt(width) of random embeddings. A code that
-    stands at several positions counts at the first of them.
-
-    passages: counts of `counted`, block by block, with their identifiers int32 [passages, T].
-    weighted: f32 [size, width], the tokens' embeddings times their weights. codes: their ids.
-    """
-    width, no_code = weighted.shape[1], len(codes)
-    rows = np.zeros((no_code + 1, width), np.float32)
-    places = [np.where(np.isin(ids, codes), ids - codes.start, no_code) for ids in identifiers]
-    mean = sum(_unit(block @ weighted).sum(axis=0) for block in passages)
-    mean = mean / max(1, sum(block.shape[0] for block in passages))
-    for position in range(max((ids.shape[1] for ids in places), default=0)):
-        sums, seen = np.zeros_like(rows), np.zeros((no_code + 1, 1), np.float32)
-        for block, ids in zip(passages, places, strict=True):
-            vectors = _unit(block @ weighted) - mean - rows[ids[:, :position]].sum(axis=1)
-            here, ones = ids[:, position], np.ones(len(ids), np.float32)
-            having = scipy.sparse.csc_array(
-                (ones, here, np.arange(len(ids) + 1)), (no_code + 1, len(ids))
-            )
-            sums += having @ vectors
-            seen += having @ ones[:, None]
-        new = (seen[:, 0] > 0) & ~rows.any(axis=1)
-        new[no_code] = False
-        rows[new] = sums[new] / seen[new]
-    kept = np.flatnonzero(np.linalg.norm(rows, axis=1) > 1e-6)
-    return (kept + codes.start).astype(np.int32), math.sqrt(width) * _unit(rows[kept])
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """f32 [n, width] at length 1; a vector of 0 stays."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def put(params: Any, tokens: jax.Array, rows: jax.Array) -> Any:

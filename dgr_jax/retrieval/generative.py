@@ -219,7 +219,7 @@ def cut(
 
 
 @dataclass
-class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem):
+class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem, kind="docid"):
     """Parameters, index and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.

@@ -13,7 +13,7 @@ _COUNTED, _DISTINCT, _GROWTH = 0.69, 0.8, 0.9
 _VOCABULARY, _HEAPS, _LETTERS = 11.0, 0.6, 6.5
 _NUMBER, _START = 4, 8  # bytes of an impact or a passage, and of where a word begins
 _HEADER = 128  # of an array on disk
-_SECONDS = 8e-9  # a passage and query on one core, see `benchmarks.planning`
+_QUERY, _PASSAGE = 1e-4, 25e-9  # seconds of one core, see `benchmarks.planning --plan_only`
 
 
 class PlanSizes(NamedTuple):
@@ -41,15 +41,15 @@ def of_words(
     rare: words in more than one of so many passages have a number for every passage too.
     """
     if sample:
-        found = Counter(word for text in sample for word in set(words_of(text)))
-        entries = found.total() / len(sample)
-        common = sum(count > len(sample) / rare for count in found.values())
-        known = len(found) * (passages / len(sample)) ** _HEAPS
-        letters = sum(len(word.encode()) for word in found) / max(1, len(found))
+        passages_of = Counter(word for text in sample for word in set(words_of(text)))
+        entries = passages_of.total() / len(sample)
+        common = sum(count > len(sample) / rare for count in passages_of.values())
+        known = len(passages_of) * (passages / len(sample)) ** _HEAPS
+        letters = sum(len(word.encode()) for word in passages_of) / max(1, len(passages_of))
     else:
         entries, common, letters = _DISTINCT * words**_GROWTH, round(words / 4), _LETTERS
         known = _VOCABULARY * (passages * words * _COUNTED) ** _HEAPS
     postings = 2 * _NUMBER * entries * passages + (_START + letters) * known
     dense = float(_NUMBER) * common * passages
     disk = postings + known + 4 * _HEADER
-    return PlanSizes(disk, postings + dense, planned, _SECONDS * passages)
+    return PlanSizes(disk, postings + dense, planned, _QUERY + _PASSAGE * passages)

@@ -120,7 +120,7 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
     def __post_init__(self) -> None:
         student = self.student
         check(self.plan, student.search, student.table.num_passages)
-        self._weight = _number(self.plan)
+        self._weight = _weight_of(self.plan)
         fixed = student.index.layout.ends == "fixed"
         if self.plan.ranked_by == "beams":
             settings = (self.plan.num_beams, fixed, student.mesh, student.rules)
@@ -341,7 +341,7 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     check_corpus(plan, num_passages)
 
 
-def _number(plan: Plan) -> float:
+def _weight_of(plan: Plan) -> float:
     """The weight of a plan that has one; otherwise raises ValueError."""
     if plan.weight is None:
         raise ValueError(

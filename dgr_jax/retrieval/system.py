@@ -176,12 +176,19 @@ class SearchingSystem(System):
 
 
 class TrainedSystem(SearchingSystem):
-    """A system with trained parameters."""
+    """A system with trained parameters. A subclass with a kind, `class Mine(TrainedSystem,
+    kind="mine")`, is what experiments of this kind train, and what student.json knows by it."""
 
+    kinds: ClassVar[dict[str, type[TrainedSystem]]] = {}
     model_settings: ClassVar[Any]  # classes of its settings
     search_settings: ClassVar[Any]
     network: ClassVar[Any]  # settings of the model -> flax module
     together: ClassVar[bool] = True  # whether all processes of a run search together
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        super().__init_subclass__()
+        if kind:
+            TrainedSystem.kinds[kind] = cls
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Self:

@@ -2,7 +2,7 @@
 
 It is a stage of experiments whose `initial` is Corpus alone, and leaves
 
-    tokens.npy   int32 [m], those that occur in the passages, and codes of their identifiers
+    tokens.npy   int32 [m], those that occur in the passages
     rows.npy     f32 [m, D], their embeddings
 """
 
@@ -42,14 +42,10 @@ _SAY = 100_000  # passages after which it is said how far it is
 def start(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     """Writes the embeddings, and report.json with what they were made from."""
     assert isinstance(experiment.initial, Corpus)  # as the stage is there
-    settings, prepared = experiment.initial, Prepared.load(experiment.model_dir)
-    blocks = list(counted(prepared.store, prepared.vocabulary, settings))
+    prepared = Prepared.load(experiment.model_dir)
+    blocks = list(counted(prepared.store, prepared.vocabulary, experiment.initial))
     tokens, rows = corpus_start.embeddings(blocks, experiment.width)
-    codes, of_codes = tokens[:0], rows[:0]
-    if settings.codes and _have_content(experiment):
-        codes, of_codes = _codes(prepared, settings, blocks, tokens, rows)
-    tokens, rows = np.append(tokens, codes), np.append(rows, of_codes, axis=0)
-    if settings.shuffled:
+    if experiment.initial.shuffled:
         rows = np.random.default_rng(0).permutation(rows)
     np.save(folder / "tokens.npy", tokens)
     np.save(folder / "rows.npy", rows)
@@ -57,57 +53,22 @@ def start(experiment: Experiment | DenseExperiment, folder: Path) -> None:
         "passages": sum(block.shape[0] for block in blocks[1::2]),
         "sentences": sum(block.shape[0] for block in blocks[::2]),
         "pieces": prepared.vocabulary.pieces,
-        "pieces_with_a_row": len(tokens) - len(codes),
-        "codes_with_a_row": len(codes),
+        "pieces_with_a_row": len(tokens),
         "width": experiment.width,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     logger.info(
-        "start: embeddings of %s of %s pieces and of %s docid codes from %s sentences and %s "
-        "passages; all others start at random",
-        *(
-            f"{report[name]:,}"
-            for name in (
-                *("pieces_with_a_row", "pieces", "codes_with_a_row", "sentences", "passages"),
-            )
-        ),
+        "start: embeddings of %s of %s pieces from %s sentences and %s passages; all others start "
+        "at random",
+        *(f"{report[name]:,}" for name in ("pieces_with_a_row", "pieces", "sentences", "passages")),
     )
-
-
-def _have_content(experiment: Experiment | DenseExperiment) -> bool:
-    """Whether passages have docid codes that say what they are about."""
-    return isinstance(experiment, Experiment) and experiment.prepare.identifiers.codes_of_content
-
-
-def _codes(
-    prepared: Prepared,
-    settings: Corpus,
-    blocks: list[scipy.sparse.csr_array],
-    tokens: np.ndarray,
-    rows: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(docid codes, their embeddings), from the embeddings of the tokens of the passages."""
-    table, vocabulary = prepared.table, prepared.vocabulary
-    weighted = np.zeros((vocabulary.pieces, rows.shape[1]), np.float32)
-    weighted[tokens] = rows * corpus_start.weights(blocks)[tokens, None]
-    passages, chosen = blocks[1::2], _chosen(prepared.store, settings)
-    identifiers = table.tokens[table.rows_of_passages()[chosen]]
-    cuts = np.cumsum([block.shape[0] for block in passages])[:-1]
-    first = vocabulary.first_code_id
-    codes = range(first, first + table.num_code_tokens)
-    return corpus_start.code_rows(passages, np.split(identifiers, cuts), weighted, codes)
-
-
-def _chosen(store: PassageStore, settings: Corpus) -> range:
-    """The passages that count: all, or some that are evenly spaced."""
-    return range(0, len(store), -(-len(store) // settings.max_passages))
 
 
 def counted(
     store: PassageStore, vocabulary: Vocabulary, settings: Corpus
 ) -> Iterator[scipy.sparse.csr_array]:
     """Pieces of the sentences and of the passages, block by block of passages: two arrays each."""
-    chosen = _chosen(store, settings)
+    chosen = range(0, len(store), -(-len(store) // settings.max_passages))
     for first in range(0, len(chosen), _BLOCK):
         passages = [store[index] for index in chosen[first : first + _BLOCK]]
         sentences = [

@@ -1,7 +1,4 @@
-"""Latent semantic analysis by its definition: a dense matrix and all of its singular vectors.
-
-And the rows of docid codes, passage by passage and code by code.
-"""
+"""Latent semantic analysis by its definition: a dense matrix and all of its singular vectors."""
 
 from __future__ import annotations
 
@@ -31,28 +28,3 @@ def embeddings(sentences, passages, size, width):
     rows[:, : min(width, len(values))] = (left * np.sqrt(values))[:, :width]
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 1e-9) * width**0.5
-
-
-def code_rows(passages, identifiers, embeddings, weights, codes):
-    """code -> f64 [width]: the mean, over the passages that have it, of the passage's vector less
-    the rows of its codes before, at length sqrt(width).
-
-    passages: token lists; identifiers: a row of tokens of each; embeddings f64 [size, width].
-    """
-    vectors = []
-    for tokens in passages:
-        vector = np.zeros(embeddings.shape[1])
-        for token in set(tokens):
-            vector += math.log(1 + tokens.count(token)) * weights[token] * embeddings[token]
-        vectors.append(vector / np.linalg.norm(vector))
-    vectors = np.array(vectors) - np.mean(vectors, axis=0)
-    rows = {}
-    for position in range(len(identifiers[0])):
-        of_code = {}
-        for vector, identifier in zip(vectors, identifiers, strict=True):
-            before = [rows[c] for c in identifier[:position] if c in rows]
-            of_code.setdefault(identifier[position], []).append(vector - sum(before))
-        for code, left in of_code.items():
-            if code in codes and code not in rows:
-                rows[code] = np.mean(left, axis=0)
-    return {c: r / np.linalg.norm(r) * math.sqrt(len(r)) for c, r in rows.items() if r.any()}
