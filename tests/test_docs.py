@@ -217,9 +217,15 @@ def around(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES_RUN)
-def test_the_commands_of_a_page_run_in_their_order(page, around):
+def test_the_commands_of_a_page_run_in_their_order(page, around, together):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    settings = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    settings = {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
 
     def run(*arguments):
         done = subprocess.run(
