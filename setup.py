@@ -54,6 +54,9 @@ setup(
         "tensorboard>=2.18",
         f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
     ],
+    entry_points={
+        "pyterrier.artifact": ["dgr.dgr_jax = dgr_jax.integrations.pyterrier:DgrArtifact"]
+    },
     extras_require={
         "test": [
             "filelock>=3.12",
@@ -73,6 +76,12 @@ setup(
             "yamllint>=1.35",
         ],  # fmt: skip
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
+        "pyterrier": ["pyterrier>=1.0"],
+        "mteb": ["mteb>=2.0"],
+        "beir": ["beir>=2.0"],
+        "langchain": ["langchain-core>=1.0"],
+        "llamaindex": ["llama-index-core>=0.14"],
+        "haystack": ["haystack-ai>=2.20"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],
