@@ -46,6 +46,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling, simultaneous
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
+    from dgr_jax.teaching.listwise import ListwiseTeacher
     from dgr_jax.teaching.teachers import (
         BiEncoderTeacher,
         Bm25Teacher,
@@ -71,7 +72,7 @@ def _components() -> tuple[type, ...]:
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         RunTeacher, Bm25Teacher, CrossEncoderTeacher,
-        BiEncoderTeacher, VectorTeacher, FusionTeacher,
+        BiEncoderTeacher, VectorTeacher, ListwiseTeacher, FusionTeacher,
         TopM, TwoLists,
         DenseExperiment, DensePrepare, Lists,
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,

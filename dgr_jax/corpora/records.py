@@ -49,8 +49,8 @@ def queries(records: Any) -> Iterator[Query]:
 def qrels(records: Any) -> Iterator[Qrel]:
     """Of records with qid, pid and, where it is not 1, relevance."""
     for place, record in _rows(records, "judgement"):
-        grade = _field(record, GRADE, place, default=1)
-        if isinstance(grade, bool) or not isinstance(grade, Real) or int(grade) != grade:
+        grade: Any = _field(record, GRADE, place, default=1)
+        if isinstance(grade, bool) or not isinstance(grade, Real) or float(grade) % 1:
             raise ValueError(f"{place}: got relevance {grade!r}, expected a whole number")
         qid = _text(record, ("qid", "query_id", "query-id"), place)
         pid = _text(record, ("pid", "docno", "doc_id", "corpus-id"), place)

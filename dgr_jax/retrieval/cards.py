@@ -91,7 +91,7 @@ def _fields(
     measures: Mapping[str, Any], system: str, license: str, datasets: Sequence[str]
 ) -> dict[str, Any]:
     """What the hub reads."""
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "task": {"type": "text-retrieval"},
             "dataset": {"type": next(iter(datasets), "own"), "name": split, "split": split},
