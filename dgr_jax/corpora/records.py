@@ -54,7 +54,7 @@ def qrels(records: Any) -> Iterator[Qrel]:
             raise ValueError(f"{place}: got relevance {grade!r}, expected a whole number")
         qid = _text(record, ("qid", "query_id", "query-id"), place)
         pid = _text(record, ("pid", "docno", "doc_id", "corpus-id"), place)
-        yield Qrel(qid, pid, int(grade))
+        yield Qrel(qid, pid, int(float(grade)))
 
 
 def write(folder: Path, collection: Any, asked: Any, judged: Mapping[str, Any]) -> None:
