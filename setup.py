@@ -75,6 +75,8 @@ setup(
             "universal_pathlib>=0.2.6",
             "yamllint>=1.35",
         ],  # fmt: skip
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "release": ["twine>=6"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "pyterrier": ["pyterrier>=1.0"],
         "mteb": ["mteb>=2.0"],

@@ -32,7 +32,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def _components() -> tuple[type, ...]:
     from dgr_jax import partitioning
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset, variations
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.experiments.common import Evaluate, Teach, Training
@@ -63,6 +63,7 @@ def _components() -> tuple[type, ...]:
         Teach, Evaluate, partitioning.Mesh, t5.T5Config, Corpus, Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
+        variations.Variation,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
         simultaneous.Lexical,
@@ -81,10 +82,15 @@ def _components() -> tuple[type, ...]:
     )  # fmt: skip
 
 
+def plans() -> set[str]:
+    """The components that are plans, see `retrieval.simultaneous.Plan`."""
+    return {component.__name__ for component in _components() if hasattr(component, "planner")}
+
+
 def nested_defaults() -> Iterator[tuple[str, str, str]]:
     """(component, setting, component that the setting is by default).
 
-    Bound in gin, they make `TfidfSvd.dim` reach the embeddings that nobody chose.
+    They are bound in gin, so that `TfidfSvd.dim` also holds for embeddings that are a default.
     """
     known = _components()
     for component in known:
@@ -143,7 +149,7 @@ def _fits(component: type, kind: type) -> bool:
 
 
 def _checked(component: type) -> Callable[..., Any]:
-    """The component, with settings of a wrong type, and missing ones, named as gin knows them."""
+    """The component. It names settings that are missing, or of a wrong type, as gin knows them."""
     name, signature = component.__name__, inspect.signature(component)
     kinds = {f.name: _written(f.type) for f in dataclasses.fields(component)}
 
@@ -166,10 +172,11 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False",
 
 
 def _as(kind: str, value: Any, setting: str) -> Any:
-    """The value as an annotation asks: 1e5 for int, 1 for float, a list for tuple pass as such.
+    """The value in the type that an annotation asks for. 1e5 is taken for an int, 1 for a float
+    and a list for a tuple; a component may be of any class.
 
-    Raises ValueError where it is of another type, Missing where it is nothing but a mark (gin's
-    REQUIRED). Of components only that they are some is checked.
+    Raises ValueError for a value of another type, and Missing for gin's REQUIRED, which stands for
+    a value that must still be given.
     """
     if type(value) is object:
         raise Missing(f"{setting} is required")
@@ -198,7 +205,8 @@ def _as_tuple(inner: str, value: Any, setting: str) -> Any:
 
 
 def _as_component(value: Any, setting: str) -> Any:
-    """Anything but a plain value, and but a reference that nobody called: both lack @ or ()."""
+    """The value, where it is a component. Raises ValueError for a plain value, which lacks the @,
+    and for a function or class that was not called, which lacks the ()."""
     given = value.__name__ if inspect.isroutine(value) or inspect.isclass(value) else value
     if given is value and not isinstance(value, (str, int, float)):
         return value
@@ -227,7 +235,7 @@ def _loss_factory(
 
 
 def _known_as(name: str, make: Any, doc: str | None, signature: inspect.Signature) -> Any:
-    """A function as gin shall see it."""
+    """The function, with the name, the text and the parameters that gin shows for it."""
     make.__name__ = make.__qualname__ = name
     make.__doc__, make.__signature__ = doc, signature
     return make

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from dgr_jax import ranges
+from dgr_jax.corpora.variations import Variation
 from dgr_jax.data.rules import DataRules
 from dgr_jax.experiments.stage import Stage
 from dgr_jax.models.initial import Corpus, Initial
@@ -150,6 +151,7 @@ class Evaluate(Generic[SearchKind]):
     max_queries: of each split at most (0: all), drawn by the seed.
     bm25: whether BM25 is measured beside; baseline: its settings.
     systems: others that no stage trains, such as a sum of trained ones.
+    variation: how the questions differ from those of the collection, to see what typos do.
     """
 
     search: SearchKind
@@ -163,6 +165,7 @@ class Evaluate(Generic[SearchKind]):
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
     systems: tuple[SystemSettings, ...] = unless_default(())
+    variation: Variation = unless_default(Variation())
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -181,11 +184,14 @@ class Evaluate(Generic[SearchKind]):
 class Measured:
     """What experiments of every kind say of the systems that they measure.
 
-    kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
+    kind: of the trained ones, that of a `TrainedSystem`; own_pairs: of systems that are
     compared where both are measured. plan: None where there is none.
+    planner: how it is planned: a `capacity.planner.Planner`, or the name of one in `capacity`, such
+    as 'planners:DENSE'; blank: it cannot be.
     """
 
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
+    planner: ClassVar[Any] = ""
     evaluate: Evaluate
     plan: Lexical | None = None
 

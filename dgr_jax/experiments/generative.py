@@ -154,6 +154,7 @@ class Experiment(Measured):
     plan: Lexical | None = None
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+    planner: ClassVar = "planners:GENERATIVE"
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
@@ -184,6 +185,11 @@ class Experiment(Measured):
                 )
             assert isinstance(self.evaluate.search, Search)
             planned.check_search(self.plan, self.evaluate.search)
+            if self.plan.weight is None and not self.prepare.held_out:
+                raise ValueError(
+                    f"{type(self.plan).__name__}.weight: got None without questions held out of "
+                    "training, expected a number, or Prepare.validation above 0, such as 0.1"
+                )
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "

@@ -60,15 +60,16 @@ class Bm25:
         """The algorithm of PyStemmer that makes the stems; "" where words stay as they stand."""
         return self.language if self.stemmer == SNOWBALL else self.stemmer
 
-    def reader(self) -> Callable[[str], Iterable[str]]:
-        """What finds the words of a query: text -> words."""
-        return _words(self)
+    def reader(self, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
+        """What finds the words of a query: text -> words. alone: those of a passage, see
+        `words.words`."""
+        return _words(self, alone=alone)
 
     def fit(self, store: PassageStore) -> Bm25Index:
         """Indexes title and text of every passage."""
         if len(store) == 0:
             raise ValueError("the corpus has no passages to index")
-        words_of = _words(self, alone=True)
+        words_of = self.reader(alone=True)
         vocabulary: dict[str, int] = {}
         ids = [
             [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(passage.contents)]

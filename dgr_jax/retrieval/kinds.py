@@ -24,12 +24,9 @@ from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
-TRAINED: dict[str, type[TrainedSystem]] = {
-    "docid": Decoder,
-    "multiview": MultiviewDecoder,
-    "dense": Searcher,
-}
-UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
+# These are in the two tables of kinds once they are imported; those from elsewhere come to them.
+SHIPPED = (Decoder, MultiviewDecoder, Searcher, bm25.Bm25Baseline, planned.Planned)
+TRAINED = TrainedSystem.kinds
 
 EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 

@@ -239,7 +239,7 @@ class Retriever:
 
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
-        ranked = self._found(list(queries.values()))
+        ranked = self._retrieved(list(queries.values()))
         return scored_passages(list(queries), *ranked, self.store.pids)
 
     def rerank(
@@ -252,7 +252,7 @@ class Retriever:
         """The passages of a run in the order of the student, see `reranking.rerank`."""
         return rerank(self.decoder, self.vocabulary, self.store, queries, run, weight)
 
-    def _found(self, texts: Sequence[str]) -> Found:
+    def _retrieved(self, texts: Sequence[str]) -> Found:
         blocks = (
             self.decoder.encode(self.vocabulary, texts[start : start + BLOCK])
             for start in range(0, max(1, len(texts)), BLOCK)

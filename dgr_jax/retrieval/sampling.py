@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import partitioning, ranges
-from dgr_jax.decoding.beam_search import BeamResult, sample
+from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.decoding.sampling import sample
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.special_tokens import EOS_ID, UNK_ID

@@ -20,7 +20,9 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.decoding import array_folder
 from dgr_jax.model_dir import kept
+from dgr_jax.retrieval import plan_sizes
 from dgr_jax.retrieval.bm25 import Bm25, Postings, places
+from dgr_jax.retrieval.plan_sizes import PlanSizes
 from dgr_jax.settings import fingerprint
 
 if TYPE_CHECKING:
@@ -70,7 +72,11 @@ class Plan(Protocol):
     @property
     def num_beams(self) -> int: ...
     @property
-    def weight(self) -> float: ...
+    def weight(self) -> float | None: ...
+
+    @property
+    def most(self) -> int:
+        """Passages that are planned for a query, at most."""
 
     def of_corpus(self, num_passages: int) -> Self:
         """These settings with a number of planned passages that so many passages have."""
@@ -82,6 +88,10 @@ class Plan(Protocol):
 
         Raises ValueError for a kept one of another corpus.
         """
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """What a plan of so many passages would need, of so many words each; sample: texts of some
+        of them, evenly spread, or of all, which make it exact."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +109,15 @@ class Lexical:
     num_beams: identifiers that are written. With as many as are planned, all are.
     weight: of the log-probability. The default is a number that held-out training questions of two
       small collections agreed on (.2 to .3 on SQuAD, .1 to .2 on the embedded one, where .05 to .7
-      differ by .015 RR@10); it is not fitted to others.
+      differ by .015 RR@10); it is not fitted to others. None: an evaluation chooses the weight on
+      the questions held out of training (`Prepare.validation`), and says on how many.
     bm25: what words are, and what they count.
     """
 
     planned: int | None = None
     ranked_by: str = "beams"
     num_beams: int = 10
-    weight: float = 0.2
+    weight: float | None = 0.2
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
@@ -115,14 +126,18 @@ class Lexical:
             planned=ranges.optional(ranges.at_least(1)),
             ranked_by=ranges.one_of(*RANKED_BY),
             num_beams=ranges.at_least(1),
-            weight=ranges.above(0),
+            weight=ranges.optional(ranges.above(0)),
         )
-        planned = PLANNED if self.planned is None else self.planned
-        if self.ranked_by == "beams" and self.num_beams > planned:
+        if self.ranked_by == "beams" and self.num_beams > self.most:
             raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
+                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.most}, "
                 "Lexical.planned: beams write identifiers of planned passages alone"
             )
+
+    @property
+    def most(self) -> int:
+        """See Plan."""
+        return PLANNED if self.planned is None else self.planned
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
@@ -144,6 +159,12 @@ class Lexical:
             if own and keep:
                 _save(own, postings, corpus)
         return LexicalPlanner(self.bm25, postings, store.pids)
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """See Plan."""
+        planned = self.of_corpus(passages).planned or 0
+        words_of = self.bm25.reader(alone=True)
+        return plan_sizes.of_words(words_of, sample, passages, words, planned, _RARE)
 
 
 class LexicalPlanner:

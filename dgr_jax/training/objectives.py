@@ -7,19 +7,19 @@ name to a pair (sum, weight), added up the same way; its value is sum / weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from dgr_jax import ranges
+from dgr_jax import moved, ranges
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
 from dgr_jax.special_tokens import EOS_ID, PAD_ID
+from dgr_jax.training.list_decoding import decoded_lists, pad_to
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -82,11 +82,6 @@ class Generation:
             return loss_sum, _sum(weights), _tokens_right(logits, targets, weights)
 
         return loss
-
-
-def shift_right(tokens: jax.Array) -> jax.Array:
-    """Decoder inputs of targets [..., T]: the start token (0, as pad), then all but the last."""
-    return jnp.pad(tokens[..., :-1], [(0, 0)] * (tokens.ndim - 1) + [(1, 0)])
 
 
 def passage_scores(log_probs: jax.Array, tokens: jax.Array, weights: jax.Array) -> jax.Array:
@@ -152,10 +147,6 @@ def _check_prefixes(lengths: tuple[int, ...], shape: tuple[int, ...]) -> None:
         )
 
 
-def _pad_to(tokens: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
-
-
 def _ordered_pairs(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> Any:
     """Pairs of a list that the student orders as the teacher does: (right, all pairs)."""
     pairs = (teacher[:, :, None] > teacher[:, None, :]) & mask[:, :, None] & mask[:, None, :]
@@ -171,7 +162,7 @@ def _positive_first(
     Returns (such lists, lists that hold such a passage).
     """
     length = max(tokens.shape[-1], target.shape[-1])
-    same = _pad_to(tokens, length) == _pad_to(target, length)[:, None, None, :]
+    same = pad_to(tokens, length) == pad_to(target, length)[:, None, None, :]
     positive = jnp.any(jnp.all(same, axis=-1), axis=-1) & mask
     best = jnp.argmax(jnp.where(mask, student, -jnp.inf), axis=-1)
     first = jnp.take_along_axis(positive, best[:, None], axis=-1)[:, 0]
@@ -240,7 +231,7 @@ class Distillation:
             lists = batch["rank_list"]
             encode_rng, decode_rng, generation_rng = jax.random.split(rng, 3)
             shared = "generation" not in batch
-            log_probs, logits = _decoded_lists(
+            log_probs, logits = decoded_lists(
                 model, params, lists, shared and self.generation_weight != 0, encode_rng, decode_rng
             )
             rank_loss, metrics = self._rank_loss(log_probs, lists)
@@ -316,122 +307,4 @@ def _logits_of_generation(model: Any, params: Any, batch: Batch, rng: jax.Array)
     )
 
 
-def _decoded_lists(
-    model: Any,
-    params: Any,
-    lists: Batch,
-    with_target: bool,
-    encode_rng: jax.Array,
-    decode_rng: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Encodes each query once, or once a view, and decodes its L*K identifiers, and its target if
-    asked.
-
-    Returns log-probabilities [B, L, K, T] of the identifiers' tokens and, of the target, logits
-    [B, T', V] or None.
-    """
-    rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
-    inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
-    if with_target:
-        target = lists["decoder_input_tokens"]
-        target_length = target.shape[-1]
-        inputs = _with_target(inputs, target, lists["encoder_input_tokens"].ndim)
-    encoded, seen = _encoded_queries(model, params, lists, rows.views, encode_rng)
-    x = model.apply(
-        {"params": params},
-        encoded,
-        seen,
-        inputs,
-        deterministic=False,
-        method="decode",
-        rngs={"dropout": decode_rng},
-        **({} if rows.segments is None else {"segments": rows.segments}),
-    )
-    logits = functools.partial(model.apply, {"params": params}, method="logits")
-    # Parts of x and not of the logits, whose gradients would be put together again: they are large.
-    own = x[:, :-1, :length] if with_target else x
-    log_probs = generation.token_log_probs(logits(own), rows.targets)
-    if rows.segments is None:
-        log_probs = log_probs.reshape(lists["identifier_tokens"].shape)
-    else:
-        log_probs = _unpacked(log_probs, lists)
-    return log_probs, logits(x[:, -1, :target_length]) if with_target else None
-
-
-def _with_target(inputs: jax.Array, target: jax.Array, query_dims: int) -> jax.Array:
-    """Decoder inputs [B, R, T] and those of the target [B, T'], side by side as one row more."""
-    if query_dims == 3:
-        raise ValueError(
-            "Distillation: got rank lists of several views without generation examples; expected "
-            'batches {"rank_list": ..., "generation": ...}'
-        )
-    longest = max(inputs.shape[-1], target.shape[-1])
-    rows = [_pad_to(inputs, longest), _pad_to(target, longest)[:, None, :]]
-    return jnp.concatenate(rows, axis=1)
-
-
-def _encoded_queries(
-    model: Any, params: Any, lists: Batch, views: jax.Array | None, rng: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Each query, or each view of it, encoded once, and the tokens that a target may look at."""
-    queries = lists["encoder_input_tokens"]
-    encoded = model.apply(
-        {"params": params},
-        queries.reshape(-1, queries.shape[-1]),
-        deterministic=False,
-        method="encode",
-        rngs={"dropout": rng},
-    )
-    if queries.ndim == 2:
-        return encoded, queries
-    assert views is not None
-    return encoded.reshape(queries.shape[0], -1, encoded.shape[-1]), _of_view(queries, views)
-
-
-class _Rows(NamedTuple):
-    """What the decoder reads of the lists, int32 [B, R, T] each; views of a row, [B, R], or of a
-    token; views and segments None where there are none."""
-
-    targets: jax.Array
-    inputs: jax.Array
-    views: jax.Array | None
-    segments: jax.Array | None
-
-
-def _rows(lists: Batch) -> _Rows:
-    """A row for each identifier."""
-    tokens, views = lists["identifier_tokens"], lists.get("identifier_views")
-    targets = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-    of_row = None if views is None else views.reshape(targets.shape[:2])
-    return _Rows(targets, shift_right(targets), of_row, None)
-
-
-def _packed_rows(lists: Batch) -> _Rows:
-    """The rows of `training.packing`: an identifier begins where the segment is another one."""
-    targets, segments = lists["packed_tokens"], lists["packed_segments"]
-    views = lists["identifier_views"]
-    inputs = jnp.where(segments == shift_right(segments), shift_right(targets), PAD_ID)
-    identifier = jnp.maximum(segments - 1, 0).reshape(segments.shape[0], -1)
-    of_token = jnp.take_along_axis(views.reshape(views.shape[0], -1), identifier, axis=-1)
-    return _Rows(targets, inputs, of_token.reshape(segments.shape), segments)
-
-
-def _unpacked(log_probs: jax.Array, lists: Batch) -> jax.Array:
-    """[B, R, W] of packed rows -> those of each identifier's tokens [B, L, K, T], 0 at padding."""
-    tokens, starts = lists["identifier_tokens"], lists["packed_starts"]
-    flat = log_probs.reshape(log_probs.shape[0], -1)
-    places = jnp.minimum(starts[..., None] + jnp.arange(tokens.shape[-1]), flat.shape[-1] - 1)
-    unpacked = jnp.take_along_axis(flat, places.reshape(places.shape[0], -1), axis=-1)
-    return jnp.where(tokens != PAD_ID, unpacked.reshape(tokens.shape), 0.0)
-
-
-def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:
-    """What each target, or each token of it, may look at of a query's inputs [B, 3, Q] side by
-    side: int32 [B, R, 3*Q] or [B, R, T, 3*Q].
-
-    views: int32 [B, R] or [B, R, T], places of the inputs.
-    """
-    own = views[..., None] == jnp.arange(queries.shape[1])
-    inputs = queries.reshape(queries.shape[0], *(1,) * (views.ndim - 1), *queries.shape[1:])
-    shown = jnp.where(own[..., None], inputs, PAD_ID)
-    return shown.reshape(*views.shape, -1)
+__getattr__ = moved.names(__name__, shift_right="training.list_decoding")
