@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Retriever:
         self.decoder = decoder.by_pid(store.pid_of)
         self.vocabulary = vocabulary
         self.store = store
+        self._sources: _Sources | None = None  # of one that was loaded
 
     @classmethod
     def load(
@@ -92,6 +94,7 @@ class Retriever:
                     raise
                 continue
             if sources.unchanged:
+                retriever._sources = sources
                 for answering in sources.answering:
                     if answering.aside:
                         logger.warning("%s: %s", answering.student, answering.aside)
@@ -163,8 +166,51 @@ class Retriever:
         if not mask.any():
             raise ValueError("passages: got none of the corpus, expected one or more")
         some = copy.copy(self)
+        some._sources = None
         some.decoder = self.decoder.restrict(mask)
         return some
+
+    def save(self, folder: str | Path, **card: Any) -> Path:
+        """Writes what answers into a new folder, without what only training reads, see `hub`.
+
+        card: license and datasets, for the model card, by the names of the Hugging Face Hub.
+        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of.
+        """
+        from dgr_jax.retrieval import hub
+
+        if self._sources is None or not self._sources.trained:
+            raise ValueError(
+                "Retriever.save: got one that was restricted, made by hand, or has no trained "
+                "student, expected what Retriever.load returns for a trained one"
+            )
+        return hub.save(self._sources.model_dir, self._sources.trained, folder, **card)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        message: str = "A retriever of dgr_jax",
+        **card: Any,
+    ) -> str:
+        """Uploads what `save` writes to a repository of the Hugging Face Hub -> its address. The
+        passages, and config.gin with the paths in it, are published with it. A push that was cut
+        off goes on when it is asked again."""
+        from dgr_jax.retrieval import hub
+
+        with tempfile.TemporaryDirectory(prefix="dgr_jax-") as folder:
+            saved = self.save(Path(folder) / "retriever", **card)
+            return hub.push(saved, repo, private=private, message=message)
+
+    @classmethod
+    def from_hub(
+        cls, repo: str | Path, *, revision: str | None = None, **settings: Any
+    ) -> Retriever:
+        """Opens a repository of the Hugging Face Hub, or a folder that `save` wrote, and runs
+        nothing of it; settings: those of `load`."""
+        from dgr_jax.retrieval import hub
+
+        return cls.load(hub.fetch(repo, revision), **settings)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer.
