@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 RECORD, KEY = "stage.json", "files_made"
 MANIFEST = "files_made.json"
 MEMORY = "checked.json"
+INDEX = "index"  # folder of a MODEL_DIR, see index_versions
 # Files of a stage that no list names: they are added later, or nothing reads them once it is done.
 APART = (RECORD, "runs", "tfds", "tensorboard")
 UNFINISHED = (
@@ -350,18 +351,24 @@ def _stage_of(path: Path) -> Path | None:
 
 
 def _model_dir_of(path: Path) -> Path | None:
-    """The MODEL_DIR of a file; None for a file of no stage."""
+    """The MODEL_DIR of a file; None for a file of no stage and of no index."""
     stage = _stage_of(path)
     if stage is None:
-        return None
+        index = (parent for parent in path.parents if parent.name == INDEX)
+        return next(
+            (parent.parent for parent in index if (parent.parent / "prepare").is_dir()), None
+        )
     return stage.parent.parent if stage.parent.name == "previous" else stage.parent
 
 
 def _advice(path: Path) -> str:
     """The end of a message, which says how to make a file of a MODEL_DIR again."""
     folder, stage = _model_dir_of(path), _stage_of(path)
-    if folder is None or stage is None:
+    if folder is None:
         return ""
+    if stage is None:
+        command = f"python -m dgr_jax.update --model_dir={folder}"
+        return f". `{command} --rollback` goes back to the version before, --list names all"
     command = "train"
     with contextlib.suppress(OSError):
         if re.search(rb"^PseudoQueries\.model_dir", (folder / "config.gin").read_bytes(), re.M):

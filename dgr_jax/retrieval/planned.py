@@ -22,6 +22,7 @@ from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.kept_postings import PLANS
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, SystemHit, SystemSettings
 
@@ -269,7 +270,7 @@ class Planned(SystemSettings):
 
     def open(self, opening: Opening) -> PlannedDecoder:
         """See SystemSettings."""
-        plans = opening.prepared / "plans"
+        plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
         return PlannedDecoder.of(opening.system("distill"), self.plan, planner)
 

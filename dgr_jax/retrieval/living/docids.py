@@ -1,0 +1,67 @@
+"""Identifiers of schemes by which a passage has one: the table and its trie."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dgr_jax.decoding import trie
+from dgr_jax.identifiers.scheme import Addition
+from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.retrieval.living.change import Change
+
+
+def write(change: Change) -> None:
+    """Writes the table and the trie of a version; nothing where a passage has several identifiers,
+    or none.
+
+    The trie keeps its shapes as long as the identifiers fit, so that nothing is compiled again.
+    Raises ValueError, before anything is written, where a passage can have no identifier.
+    """
+    if not (change.old / "identifiers" / "identifiers.json").is_file():
+        return
+    table = IdentifierTable.load(change.old / "identifiers")
+    rows = np.zeros((0, 1), np.int32)
+    if change.added:
+        staying = changed(table, change.stay, rows, change.num_passages)
+        vocabulary = change.vocabulary
+        addition = Addition(
+            change.added, staying, vocabulary.encode, vocabulary.first_code_id, change.kept
+        )
+        rows = change.scheme.rows(addition)
+        for passage, row in zip(change.added, rows, strict=True):
+            if not row[0]:
+                raise ValueError(
+                    f"passages: {passage.pid!r} can have no identifier of "
+                    f"{type(change.scheme).__name__}: the vocabulary has no token of its text; "
+                    "nothing was changed"
+                )
+    table = changed(table, change.stay, rows, change.num_passages)
+    table.save(change.new / "identifiers")
+    index = trie.build(
+        table.tokens,
+        table.lengths,
+        vocab_size=change.vocabulary.size,
+        like=trie.load(change.old / "trie"),
+    )
+    index.save(change.new / "trie")
+
+
+def changed(
+    table: IdentifierTable, stay: np.ndarray, rows: np.ndarray, num_passages: int
+) -> IdentifierTable:
+    """The identifiers of the passages that stay, bool [P], renumbered, and rows int32 [n, T] of
+    those after them."""
+    of_entry = np.repeat(np.arange(len(table)), np.diff(table.offsets))
+    keep = stay[table.passages]
+    number = np.cumsum(stay) - 1
+    width = max(table.tokens.shape[1], rows.shape[1])
+    wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])))
+            for part in (table.tokens[of_entry[keep]], rows)]  # fmt: skip
+    later = np.arange(len(rows)) + np.count_nonzero(stay)
+    return IdentifierTable.from_rows(
+        np.concatenate(wide),
+        view=table.view,
+        num_code_tokens=table.num_code_tokens,
+        passages=np.concatenate([number[table.passages[keep]], later]),
+        num_passages=num_passages,
+    )
