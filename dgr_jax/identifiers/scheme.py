@@ -168,6 +168,11 @@ class Scheme(abc.ABC):
             "another scheme (IDENTIFIERS), or prepare and train again with all passages"
         )
 
+    def view_tables(self, material: Material) -> dict[str, IdentifierTable | None]:
+        """View -> its table of passages that come later, as one of `tables`, their indices from 0
+        on; None where they have no row. For schemes of several views alone."""
+        raise NotImplementedError
+
     def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:
         """int32 [n], the tokens of each passage whose spans are identifiers; `counts` is filled
         while they are read. For schemes of several views alone."""

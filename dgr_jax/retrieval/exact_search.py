@@ -154,6 +154,8 @@ class Index:
         devices.
       mesh: vectors are divided over all its devices; None takes one device.
       hidden: rows that are never found, ascending.
+      capacity: vectors that it has room for on the devices, so that nothing is compiled again for
+        an index of more; 0: as many as there are.
 
     Raises ValueError for vectors of another dtype or shape, and for too many to count in int32.
     """
@@ -164,6 +166,7 @@ class Index:
         settings: ExactSearch = ExactSearch(),
         mesh: jax.sharding.Mesh | None = None,
         hidden: Sequence[int] | np.ndarray = (),
+        capacity: int = 0,
     ) -> None:
         _check_vectors(vectors, "vectors")
         self.visible = np.ones(len(vectors), bool)
@@ -171,7 +174,8 @@ class Index:
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
-        self.plan = BlockPlan.of(self.num_passages, self.dim, settings, self.mesh.size)
+        held = max(self.num_passages, capacity)
+        self.plan = BlockPlan.of(held, self.dim, settings, self.mesh.size)
         self._vectors: Any = vectors
         self._resident: Block | None = None
         if self.plan.blocks == 1:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,10 +57,14 @@ class Change:
         return Vocabulary.load(self.prepared)
 
     @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Those of the prepare stage, as it has recorded them."""
+        return read_record(self.prepared).get("settings", {}).get("prepare", {})
+
+    @cached_property
     def scheme(self) -> Scheme:
-        """How passages get identifiers, as the prepare stage recorded it."""
-        said = read_record(self.prepared).get("settings", {}).get("prepare", {})
-        return from_described(Scheme, said.get("identifiers"), f"{self.prepared}")
+        """How passages get identifiers."""
+        return from_described(Scheme, self.settings.get("identifiers"), str(self.prepared))
 
     @property
     def kept(self) -> Path:

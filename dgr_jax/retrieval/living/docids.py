@@ -22,7 +22,7 @@ def write(change: Change) -> None:
     table = IdentifierTable.load(change.old / "identifiers")
     rows = np.zeros((0, 1), np.int32)
     if change.added:
-        staying = changed(table, change.stay, rows, change.num_passages)
+        staying = changed(table, change.stay, change.num_passages)
         vocabulary = change.vocabulary
         addition = Addition(
             change.added, staying, vocabulary.encode, vocabulary.first_code_id, change.kept
@@ -35,33 +35,39 @@ def write(change: Change) -> None:
                     f"{type(change.scheme).__name__}: the vocabulary has no token of its text; "
                     "nothing was changed"
                 )
-    table = changed(table, change.stay, rows, change.num_passages)
-    table.save(change.new / "identifiers")
-    index = trie.build(
-        table.tokens,
-        table.lengths,
-        vocab_size=change.vocabulary.size,
-        like=trie.load(change.old / "trie"),
-    )
-    index.save(change.new / "trie")
+    save(change, changed(table, change.stay, change.num_passages, rows))
+
+
+def save(change: Change, table: IdentifierTable, view: str = "") -> None:
+    """Writes a table and its trie."""
+    table.save(change.new / "identifiers" / view)
+    before = trie.load(change.old / "trie" / view)
+    size = change.vocabulary.size
+    index = trie.build(table.tokens, table.lengths, vocab_size=size, like=before)
+    index.save(change.new / "trie" / view)
 
 
 def changed(
-    table: IdentifierTable, stay: np.ndarray, rows: np.ndarray, num_passages: int
+    table: IdentifierTable,
+    stay: np.ndarray,
+    num_passages: int,
+    rows: np.ndarray | None = None,
+    owners: np.ndarray | None = None,
 ) -> IdentifierTable:
-    """The identifiers of the passages that stay, bool [P], renumbered, and rows int32 [n, T] of
-    those after them."""
+    """The identifiers of the passages that stay, bool [P], renumbered, and rows int32 [N, T] of
+    those after them: owners int [N], numbers among these, None for one row of each."""
+    rows = np.zeros((0, 1), np.int32) if rows is None else rows
+    owners = np.arange(len(rows)) if owners is None else owners
     of_entry = np.repeat(np.arange(len(table)), np.diff(table.offsets))
     keep = stay[table.passages]
     number = np.cumsum(stay) - 1
     width = max(table.tokens.shape[1], rows.shape[1])
     wide = [np.pad(part, ((0, 0), (0, width - part.shape[1])))
             for part in (table.tokens[of_entry[keep]], rows)]  # fmt: skip
-    later = np.arange(len(rows)) + np.count_nonzero(stay)
     return IdentifierTable.from_rows(
         np.concatenate(wide),
         view=table.view,
         num_code_tokens=table.num_code_tokens,
-        passages=np.concatenate([number[table.passages[keep]], later]),
+        passages=np.concatenate([number[table.passages[keep]], owners + np.count_nonzero(stay)]),
         num_passages=num_passages,
     )

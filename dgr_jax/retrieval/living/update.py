@@ -22,13 +22,13 @@ from dgr_jax.corpora.types import Passage
 from dgr_jax.model_dir import records
 from dgr_jax.model_dir.index_versions import Version, Versions, now
 from dgr_jax.retrieval import kinds
-from dgr_jax.retrieval.living import docids, words
+from dgr_jax.retrieval.living import docids, vectors, views, words
 from dgr_jax.retrieval.living.change import Change
 
 logger = logging.getLogger(__name__)
 
 # What a version has of each kind of system. Each of them writes nothing where it is not used.
-PARTS = (docids.write, words.write)
+PARTS = (docids.write, views.write, vectors.write, words.write)
 
 
 def versions(model_dir: str | Path) -> Versions:
