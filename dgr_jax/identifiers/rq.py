@@ -14,6 +14,7 @@ from dgr_jax.identifiers import embeddings, kept_models, kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
 from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
+from dgr_jax.settings import unless_default
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class ResidualQuantization(Scheme):
     0 leaves every passage at its nearest code, and collisions to the tie code alone.
     train_passages: codebooks are trained on a sample of this size; then all passages are coded
     in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
+    reserve: further tie codes, for passages that come later (`dgr_jax.update`); with them, every
+    passage has a tie code.
     """
 
     codes_by_position = True  # a code of another level is another token
@@ -48,6 +51,7 @@ class ResidualQuantization(Scheme):
     spread: int = 1024
     train_passages: int = 200_000
     full_batch: int = 50_000
+    reserve: int = unless_default(0)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -57,6 +61,7 @@ class ResidualQuantization(Scheme):
             spread=ranges.at_least(0),
             train_passages=ranges.at_least(1),
             full_batch=ranges.at_least(0),
+            reserve=ranges.at_least(0),
         )
 
     def tables(self, material: Material) -> list[IdentifierTable]:
@@ -122,7 +127,7 @@ class ResidualQuantization(Scheme):
                 raise ValueError(
                     f"ResidualQuantization: no identifier is left for {left:,} passages with "
                     f"{num_codes} codes of {size} and {ties} tie codes; prepare and train again "
-                    "with all passages"
+                    "with all passages, or with ResidualQuantization.reserve"
                 )
             row[:num_codes] = taken[:-1] + before
             row[num_codes:] = taken[-1] + first_tie
@@ -134,7 +139,10 @@ class ResidualQuantization(Scheme):
         levels = (size,) * num_codes
         if math.prod(levels) < 2 * passages:
             levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
-        return Sizes((TableSizes(passages, levels),), codes=sum(levels))
+        elif self.reserve:
+            levels = (*levels, 1)
+        table = TableSizes(passages, levels)
+        return Sizes((table,), codes=sum(levels) + self.reserve)
 
     def sized(self, num_passages: int) -> ResidualQuantization:
         """These settings with the number and the size of codes that so many passages need.
@@ -185,9 +193,9 @@ class ResidualQuantization(Scheme):
         ties, (num_codes, size) = tie_codes(codes), self._shape()
         rows = codes + np.arange(num_codes, dtype=np.int32) * size
         num_code_tokens = num_codes * size
-        if ties.any():
+        if ties.any() or self.reserve:
             rows = np.column_stack([rows, ties + num_code_tokens])
-            num_code_tokens += int(ties.max()) + 1
+            num_code_tokens += int(ties.max()) + 1 + self.reserve
         own = _distinct(codes)[1]
         if own < _ENOUGH * len(codes):
             self._warn(own, len(codes), int(ties.max()) + 1)

@@ -14,6 +14,7 @@ from dgr_jax.identifiers import embeddings, kept_models, kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
 from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.settings import unless_default
 from dgr_jax.special_tokens import EOS_ID
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class KMeansTree(Scheme):
     A cluster of more than `leaf_size` passages is split into at most `branching` clusters; in a
     leaf the passages are numbered in corpus order. train_passages: a larger cluster is split by
     centroids trained on a sample of this size. full_batch: as in `ResidualQuantization`.
+    reserve: further places in every leaf, for passages that come later (`dgr_jax.update`).
     """
 
     # A cluster of another level is another token. The places in leaves of different depth share
@@ -40,6 +42,7 @@ class KMeansTree(Scheme):
     embeddings: Embeddings = field(default_factory=TfidfSvd)
     train_passages: int = 200_000
     full_batch: int = 50_000
+    reserve: int = unless_default(0)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -48,6 +51,7 @@ class KMeansTree(Scheme):
             leaf_size=ranges.at_least(1),
             train_passages=ranges.at_least(1),
             full_batch=ranges.at_least(0),
+            reserve=ranges.at_least(0),
         )
 
     def tables(self, material: Material) -> list[IdentifierTable]:
@@ -77,7 +81,7 @@ class KMeansTree(Scheme):
         rows[passage, depths] = first_place + places
         if depths.min() < depths.max():
             rows[passage, depths + 1] = EOS_ID
-        num_code_tokens = first_place - first_code_id + int(places.max()) + 1
+        num_code_tokens = first_place - first_code_id + int(places.max()) + 1 + self.reserve
         table = IdentifierTable.from_rows(rows, view="semantic", num_code_tokens=num_code_tokens)
         return [table.require_docids()]
 
@@ -89,7 +93,7 @@ class KMeansTree(Scheme):
         levels = (self.branching,) * (splits + (splits > 1)) + (leaf_size,)
         mean = splits + 1 + uneven
         table = TableSizes(corpus.passages, levels, closing=uneven, mean_length=mean)
-        return Sizes((table,), codes=sum(levels))
+        return Sizes((table,), codes=sum(levels) + self.reserve)
 
     def rows(self, addition: Addition) -> np.ndarray:
         """See Scheme: the first free place of the nearest leaf that has one; the centroids stay as
@@ -105,7 +109,8 @@ class KMeansTree(Scheme):
                 raise ValueError(
                     f"KMeansTree: no identifier is left for "
                     f"{addition.table.num_passages + len(texts):,} passages in leaves of "
-                    f"{tree.places} places; prepare and train again with all passages"
+                    f"{tree.places} places; prepare and train again with all passages, or "
+                    "with KMeansTree.reserve"
                 )
             row[: len(taken)] = taken
         return rows

@@ -22,7 +22,7 @@ def write(change: Change) -> None:
     table = IdentifierTable.load(change.old / "identifiers")
     rows = np.zeros((0, 1), np.int32)
     if change.added:
-        staying = changed(table, change.stay, change.num_passages)
+        staying = changed(table, change.stay, change.num_passages - len(change.added))
         vocabulary = change.vocabulary
         addition = Addition(
             change.added, staying, vocabulary.encode, vocabulary.first_code_id, change.kept
