@@ -25,6 +25,7 @@ from dgr_jax.identifiers.embeddings import TfidfSvd
 from dgr_jax.identifiers.kept_models import KEPT
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.identifiers.scheme import Material
+from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.model_dir import index_versions, kept, records, writer_lock
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.bm25 import Bm25Baseline
@@ -334,11 +335,29 @@ def test_a_damaged_index_says_how_to_go_back(model_dir):
         Retriever.load(model_dir, system="distill")
 
 
-def test_an_older_model_dir_is_refused(model_dir):
+def test_an_older_model_dir_learns_again_what_it_has_not_kept(model_dir, caplog):
+    versions, places = update.versions(model_dir), []
+    update.update(versions, [ZEBRA, BEES])
+    expected = IdentifierTable.load(versions.at(1) / "identifiers").tokens
+    update.rollback(versions)
     shutil.rmtree(model_dir / "prepare" / KEPT)
-    with pytest.raises(ValueError, match="an older version made this prepare stage, and kept no"):
-        Retriever.load(model_dir, system="distill").add([ZEBRA])
-    assert update.update(update.versions(model_dir), [], ["bees-02"]).passages == 24
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            update.update(versions, [ZEBRA, BEES])
+            table = IdentifierTable.load(versions.at(versions.current()) / "identifiers")
+            places.append(table.tokens)
+            update.rollback(versions)
+    np.testing.assert_array_equal(places, [expected] * 2)
+    assert caplog.text.count("it is learned again, once") == 1
+    shutil.rmtree(versions.folder / KEPT)
+    record = records.read_record(model_dir / "prepare")
+    record["settings"]["prepare"]["seed"] = 5
+    records.write_record(model_dir / "prepare", **record)
+    with pytest.raises(
+        ValueError, match="what is learned now gives other identifiers than"
+    ):
+        update.update(versions, [ZEBRA])
+    assert not list(versions.folder.glob("*partial*"))
 
 
 def test_what_cannot_be_changed_is_named_and_changes_nothing(model_dir):

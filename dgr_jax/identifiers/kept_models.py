@@ -12,6 +12,10 @@ from dgr_jax.model_dir import kept
 KEPT = "scheme"  # folder of the prepare stage
 
 
+class Missing(ValueError):
+    """Nothing was kept."""
+
+
 def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npy file for each array, in place of what the folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -24,17 +28,13 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """What `save` wrote, memory-mapped.
 
-    Raises ValueError where nothing was kept, as by older versions.
+    Raises Missing where nothing was kept, as by older versions.
     """
     arrays = {}
     for name in names:
         path = folder / f"{name}.npy"
         if not kept.is_listed(path) and not path.is_file():
-            raise ValueError(
-                f"{folder}: there is no {path.name}: an older version made this prepare stage, and "
-                "kept no model that gives identifiers to passages that come later; remove "
-                f"{folder.parent.parent} and train again"
-            )
+            raise Missing(f"{path} is missing: nothing gives identifiers to later passages")
         with kept.reading(path) as file:
             large = file.stat().st_size > 4096
             arrays[name] = np.load(file, mmap_mode="r" if large else None, allow_pickle=False)

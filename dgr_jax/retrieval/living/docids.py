@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from pathlib import Path
+
 import numpy as np
 
+from dgr_jax.corpora.store import PassageStore
 from dgr_jax.decoding import trie
-from dgr_jax.identifiers.scheme import Addition
+from dgr_jax.identifiers import kept_models
+from dgr_jax.identifiers.scheme import Addition, Material
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval.living.change import Change
+
+logger = logging.getLogger(__name__)
 
 
 def write(change: Change) -> None:
@@ -27,7 +36,10 @@ def write(change: Change) -> None:
         addition = Addition(
             change.added, staying, vocabulary.encode, vocabulary.first_code_id, change.kept
         )
-        rows = change.scheme.rows(addition)
+        try:
+            rows = change.scheme.rows(addition)
+        except kept_models.Missing:
+            rows = change.scheme.rows(addition._replace(kept=_learned_again(change)))
         for passage, row in zip(change.added, rows, strict=True):
             if not row[0]:
                 raise ValueError(
@@ -36,6 +48,43 @@ def write(change: Change) -> None:
                     "nothing was changed"
                 )
     save(change, changed(table, change.stay, change.num_passages, rows))
+
+
+def _learned_again(change: Change) -> Path:
+    """The folder of what an older version has not kept with the prepare stage: what gives its
+    identifiers to the passages that it has is learned once more, and kept with the index.
+
+    Raises ValueError where that gives other identifiers than the students have learned.
+    """
+    folder = change.new.parent / kept_models.KEPT
+    if folder.is_dir():
+        return folder
+    logger.info(
+        "index: an older version made the prepare stage, and kept nothing that gives identifiers "
+        "to later passages; it is learned again, once, which takes as long as it took then"
+    )
+    vocabulary, partial = change.vocabulary, folder.with_name(f"{kept_models.KEPT}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    passages = PassageStore(change.prepared / "passages")
+    seed = int(change.settings.get("seed", 0))
+    material = Material(
+        passages, vocabulary.encode, vocabulary.first_code_id, seed=seed, keep=partial
+    )
+    (table,) = change.scheme.tables(material)
+    known = IdentifierTable.load(change.prepared / "identifiers")
+    if not np.array_equal(table.tokens, known.tokens) or not np.array_equal(
+        table.passages, known.passages
+    ):
+        shutil.rmtree(partial)
+        raise ValueError(
+            f"{change.prepared}: an older version kept nothing that gives identifiers to later "
+            "passages, and what is learned now gives other identifiers than those that students "
+            f"write; remove {change.prepared} and train again"
+        )
+    kept.write_manifest(partial)
+    partial.rename(folder)
+    return folder
 
 
 def save(change: Change, table: IdentifierTable, view: str = "") -> None:
