@@ -353,9 +353,7 @@ def test_an_older_model_dir_learns_again_what_it_has_not_kept(model_dir, caplog)
     record = records.read_record(model_dir / "prepare")
     record["settings"]["prepare"]["seed"] = 5
     records.write_record(model_dir / "prepare", **record)
-    with pytest.raises(
-        ValueError, match="what is learned now gives other identifiers than"
-    ):
+    with pytest.raises(ValueError, match="what is learned now gives other identifiers than"):
         update.update(versions, [ZEBRA])
     assert not list(versions.folder.glob("*partial*"))
 

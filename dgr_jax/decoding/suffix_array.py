@@ -45,7 +45,7 @@ _FILL = {"starts": np.iinfo(np.int32).max}
 
 @dataclasses.dataclass(frozen=True)
 class SuffixArray:
-    """An index of all substrings on the host.  Axis letters: N tokens, P passages, V vocabulary.
+    """An index of all substrings on the host. Axis letters: N tokens, P passages, V vocabulary.
 
     tokens uint16 | uint32 [N + P]: the passages, each followed by a 0.
     suffixes int32 [N]: positions in `tokens`, sorted by the text that begins there.

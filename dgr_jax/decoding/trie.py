@@ -135,7 +135,7 @@ def build(
 
     rows: int [U, T], in any order, repeated rows allowed; T at most 64 tokens.
     lengths: int [U]; None: every row has T tokens.
-    eos_id: appended to every row, so that a row may be a prefix of another.  Leave it out when
+    eos_id: appended to every row, so that a row may be a prefix of another. Leave it out when
       the rows already end so, or all have the same length.
     vocab_size: tokens that the model scores, at most 2^30.
     like: an index whose shapes this one has, as long as all fit, so that nothing is compiled again;

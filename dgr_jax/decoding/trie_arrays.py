@@ -24,7 +24,7 @@ _BIG = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """What the device holds, unpadded.  Axis letters: n nodes, i internal nodes, U rows, L depths.
+    """What the device holds, unpadded. Axis letters: n nodes, i internal nodes, U rows, L depths.
 
     edge_tokens uint8/16/32 [n]: token by which a node is reached, less the base of its depth.
     directory uint32 [ceil(n/32), 2]: 32 is-internal bits, and the internal nodes before them.

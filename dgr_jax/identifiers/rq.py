@@ -320,11 +320,11 @@ class _Cells:
         return self._taken[before]
 
 
-def _cells(number: int, size: int) -> float:
+def _cells(codes: int, size: int) -> float:
     """Passages for which so many codes of this size are enough, see `sized`."""
-    if number == 1:
+    if codes == 1:
         return size
-    return size**number / (4 * min(16, max(1, size // 4)) ** min(number - 2, 2))
+    return size**codes / (4 * min(16, max(1, size // 4)) ** min(codes - 2, 2))
 
 
 def _distinct(codes: np.ndarray) -> tuple[int, int]:

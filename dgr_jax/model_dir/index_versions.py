@@ -190,6 +190,13 @@ class Versions:
         self.switch(before)
         return before
 
+    def copy_current(self, model_dir: Path) -> None:
+        """Copies the version that answers into another MODEL_DIR of the same students."""
+        if version := self.current():
+            target = model_dir / INDEX / self.identity
+            shutil.copytree(self.at(version), target / str(version))
+            shutil.copyfile(self.folder / CURRENT, target / CURRENT)
+
     def drop(self, most: int = MOST) -> None:
         """Removes all but the newest `most` versions; the current one stays."""
         current, versions = self.current(), [version.version for version in self.all()]

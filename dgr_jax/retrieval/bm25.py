@@ -71,7 +71,7 @@ class Bm25:
         """Indexes title and text of every passage."""
         if len(store) == 0:
             raise ValueError("the corpus has no passages to index")
-        words_of = _words(self, alone=True)
+        words_of = self.reader(alone=True)
         vocabulary: dict[str, int] = {}
         ids = [
             [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(passage.contents)]
@@ -170,11 +170,12 @@ class Bm25Index:
 
 def places(scores: np.ndarray, k: int, pids: Sequence[str]) -> list[int]:
     """Indices of the k best of `scores` (f32 [P]) above 0, best first, ties by pid."""
-    threshold = 0.0
-    if k < len(scores):
-        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    # All passages as good as the k-th stay in, so that pids decide between equals.
-    matching = np.flatnonzero((scores >= threshold) & (scores > 0))
+    matching = np.flatnonzero(scores > 0)  # alone, as partition is slow where most are 0
+    if k < len(matching):
+        of_matching = scores[matching]
+        threshold = np.partition(of_matching, len(matching) - k)[len(matching) - k]
+        # All passages as good as the k-th stay in, so that pids decide between equals.
+        matching = matching[of_matching >= threshold]
     return sorted(matching.tolist(), key=lambda i: (-scores[i], pids[i]))[:k]
 
 

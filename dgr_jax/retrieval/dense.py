@@ -223,7 +223,7 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Searcher(TrainedSystem):
+class Searcher(TrainedSystem, kind="dense"):
     """A dual encoder and an index of its passages, ready to answer token batches.
 
     pid_of: passage index -> pid: equal scores stand, and are cut, in the order of `ranking`; None:

@@ -37,11 +37,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dgr_jax import partitioning, ranges
 from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import kept
+from dgr_jax.retrieval.batching import Found
 from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
-
-Found = tuple[np.ndarray, np.ndarray]
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _FEW = 2048  # rows with at most this many scores are sorted as they are

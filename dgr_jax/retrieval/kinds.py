@@ -17,19 +17,19 @@ from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import PREVIOUS, STUDENT
-from dgr_jax.retrieval import bm25, planned, trained
+from dgr_jax.retrieval import bm25, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
-TRAINED: dict[str, type[TrainedSystem]] = {
-    "docid": Decoder,
-    "multiview": MultiviewDecoder,
-    "dense": Searcher,
-}
-UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
+# These are in the two tables of kinds once they are imported; those from elsewhere come to them.
+SHIPPED = (
+    *(Decoder, MultiviewDecoder, Searcher, bm25.Bm25Baseline, planned.Planned),
+    *(student_planned.PlannedByLearned, student_planned.PlannedByOnePass),
+)
+TRAINED = TrainedSystem.kinds
 
 EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +233,49 @@ class Retriever:
         some._index = _Index(decoder.restrict(mask), store, None)
         return some
 
+    def save(self, folder: str | Path, **card: Any) -> Path:
+        """Writes what answers into a new folder, without what only training reads, see `hub`.
+
+        card: license and datasets, for the model card, by the names of the Hugging Face Hub.
+        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of.
+        """
+        from dgr_jax.retrieval import hub
+
+        opened = self._index.opened
+        if opened is None or not opened.sources.trained:
+            raise ValueError(
+                "Retriever.save: got one that was restricted, made by hand, or has no trained "
+                "student, expected what Retriever.load returns for a trained one"
+            )
+        return hub.save(opened.asked.model_dir, opened.sources.trained, folder, **card)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        message: str = "A retriever of dgr_jax",
+        **card: Any,
+    ) -> str:
+        """Uploads what `save` writes to a repository of the Hugging Face Hub -> its address. The
+        passages, and config.gin with the paths in it, are published with it. A push that was cut
+        off goes on when it is asked again."""
+        from dgr_jax.retrieval import hub
+
+        with tempfile.TemporaryDirectory(prefix="dgr_jax-") as folder:
+            saved = self.save(Path(folder) / "retriever", **card)
+            return hub.push(saved, repo, private=private, message=message)
+
+    @classmethod
+    def from_hub(
+        cls, repo: str | Path, *, revision: str | None = None, **settings: Any
+    ) -> Retriever:
+        """Opens a repository of the Hugging Face Hub, or a folder that `save` wrote, and runs
+        nothing of it; settings: those of `load`."""
+        from dgr_jax.retrieval import hub
+
+        return cls.load(hub.fetch(repo, revision), **settings)
+
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer.
 
@@ -261,7 +305,7 @@ class Retriever:
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
         decoder, store, _ = self._index
-        ranked = self._found(decoder, list(queries.values()))
+        ranked = self._retrieved(decoder, list(queries.values()))
         return scored_passages(list(queries), *ranked, store.pids)
 
     def rerank(
@@ -275,7 +319,7 @@ class Retriever:
         decoder, store, _ = self._index
         return rerank(decoder, self.vocabulary, store, queries, run, weight)
 
-    def _found(self, decoder: System, texts: Sequence[str]) -> Found:
+    def _retrieved(self, decoder: System, texts: Sequence[str]) -> Found:
         blocks = (
             decoder.encode(self.vocabulary, texts[start : start + BLOCK])
             for start in range(0, max(1, len(texts)), BLOCK)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 import numpy as np
 
 from dgr_jax import ranges
-from dgr_jax.retrieval import kept_postings
+from dgr_jax.retrieval import kept_postings, plan_sizes
 from dgr_jax.retrieval.bm25 import Bm25, places
 from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
+from dgr_jax.retrieval.plan_sizes import PlanSizes
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -63,7 +64,11 @@ class Plan(Protocol):
     @property
     def num_beams(self) -> int: ...
     @property
-    def weight(self) -> float: ...
+    def weight(self) -> float | None: ...
+
+    @property
+    def most(self) -> int:
+        """Passages that are planned for a query, at most."""
 
     def of_corpus(self, num_passages: int) -> Self:
         """These settings with a number of planned passages that so many passages have."""
@@ -75,6 +80,35 @@ class Plan(Protocol):
 
         Raises ValueError for a kept one of another corpus.
         """
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """What a plan of so many passages would need, of so many words each; sample: texts of some
+        of them, evenly spread, or of all, which make it exact."""
+
+
+def check_plan(plan: Any) -> None:
+    """Raises ValueError where what is done with a plan cannot be."""
+    ranges.check(
+        plan,
+        planned=ranges.optional(ranges.at_least(1)),
+        ranked_by=ranges.one_of(*RANKED_BY),
+        num_beams=ranges.at_least(1),
+        weight=ranges.optional(ranges.above(0)),
+    )
+    name = type(plan).__name__
+    if plan.ranked_by == "beams" and plan.num_beams > plan.most:
+        raise ValueError(
+            f"{name}.num_beams: got {plan.num_beams}, expected at most {plan.most}, "
+            f"{name}.planned: beams write identifiers of planned passages alone"
+        )
+
+
+def of_corpus(plan: Any, num_passages: int) -> Any:
+    """See Plan."""
+    if plan.planned is not None:
+        return plan
+    planned = min(PLANNED, num_passages)
+    return replace(plan, planned=planned, num_beams=min(plan.num_beams, planned))
 
 
 @dataclass(frozen=True)
@@ -92,37 +126,28 @@ class Lexical:
     num_beams: identifiers that are written. With as many as are planned, all are.
     weight: of the log-probability. The default is a number that held-out training questions of two
       small collections agreed on (.2 to .3 on SQuAD, .1 to .2 on the embedded one, where .05 to .7
-      differ by .015 RR@10); it is not fitted to others.
+      differ by .015 RR@10); it is not fitted to others. None: an evaluation chooses the weight on
+      the questions held out of training (`Prepare.validation`), and says on how many.
     bm25: what words are, and what they count.
     """
 
     planned: int | None = None
     ranked_by: str = "beams"
     num_beams: int = 10
-    weight: float = 0.2
+    weight: float | None = 0.2
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
-        ranges.check(
-            self,
-            planned=ranges.optional(ranges.at_least(1)),
-            ranked_by=ranges.one_of(*RANKED_BY),
-            num_beams=ranges.at_least(1),
-            weight=ranges.above(0),
-        )
-        planned = PLANNED if self.planned is None else self.planned
-        if self.ranked_by == "beams" and self.num_beams > planned:
-            raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
-                "Lexical.planned: beams write identifiers of planned passages alone"
-            )
+        check_plan(self)
+
+    @property
+    def most(self) -> int:
+        """See Plan."""
+        return PLANNED if self.planned is None else self.planned
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
-        if self.planned is not None:
-            return self
-        planned = min(PLANNED, num_passages)
-        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
+        return of_corpus(self, num_passages)
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
@@ -135,6 +160,12 @@ class Lexical:
             if own and keep:
                 held.save(own, self.bm25, store.pids)
         return LexicalPlanner(self.bm25, held.postings, store.pids)
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """See Plan."""
+        planned = self.of_corpus(passages).planned or 0
+        words_of = self.bm25.reader(alone=True)
+        return plan_sizes.of_words(words_of, sample, passages, words, planned, _RARE)
 
 
 class LexicalPlanner:

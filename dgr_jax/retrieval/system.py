@@ -155,14 +155,14 @@ class Trained:
     rules: partitioning.Rules
 
 
-class TrainedSystem(System):
-    """A system with trained parameters; search: its settings."""
+class SearchingSystem(System):
+    """A system that searches as settings say."""
 
-    search: Any
-    model_settings: ClassVar[Any]  # classes of its settings
-    search_settings: ClassVar[Any]
-    network: ClassVar[Any]  # settings of the model -> flax module
-    together: ClassVar[bool] = True  # whether all processes of a run search together
+    if TYPE_CHECKING:  # for a field of a dataclass, it must not be there
+
+        @property
+        def search(self) -> Any:
+            """The settings of its search."""
 
     @property
     def query_length(self) -> int:
@@ -173,6 +173,22 @@ class TrainedSystem(System):
     def batch_size(self) -> int:
         """Queries that are answered together."""
         return self.search.batch_size
+
+
+class TrainedSystem(SearchingSystem):
+    """A system with trained parameters. A subclass with a kind, `class Mine(TrainedSystem,
+    kind="mine")`, is what experiments of this kind train, and what student.json knows by it."""
+
+    kinds: ClassVar[dict[str, type[TrainedSystem]]] = {}
+    model_settings: ClassVar[Any]  # classes of its settings
+    search_settings: ClassVar[Any]
+    network: ClassVar[Any]  # settings of the model -> flax module
+    together: ClassVar[bool] = True  # whether all processes of a run search together
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        super().__init_subclass__()
+        if kind:
+            TrainedSystem.kinds[kind] = cls
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Self:
