@@ -24,11 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dgr_jax.model_dir import kept, writer_lock
+from dgr_jax.model_dir.places import INDEX
 from dgr_jax.model_dir.records import read_record
 
 logger = logging.getLogger(__name__)
 
-INDEX = kept.INDEX
 CURRENT, ABOUT = "current.json", "version.json"
 MOST = 10  # versions that are kept
 

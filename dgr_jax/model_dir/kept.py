@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgr_jax.model_dir.places import RECORD, model_dir_of, stage_of
+
 logger = logging.getLogger(__name__)
 
-RECORD, KEY = "stage.json", "files_made"
+KEY = "files_made"
 MANIFEST = "files_made.json"
 MEMORY = "checked.json"
-INDEX = "index"  # folder of a MODEL_DIR, see index_versions
 # Files of a stage that no list names: they are added later, or nothing reads them once it is done.
 APART = (RECORD, "runs", "tfds", "tensorboard")
 UNFINISHED = (
@@ -345,25 +346,9 @@ def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
     return [name]
 
 
-def _stage_of(path: Path) -> Path | None:
-    """The folder of the stage that a file belongs to; None for a file of no stage."""
-    return next((parent for parent in path.parents if (parent / RECORD).is_file()), None)
-
-
-def _model_dir_of(path: Path) -> Path | None:
-    """The MODEL_DIR of a file; None for a file of no stage and of no index."""
-    stage = _stage_of(path)
-    if stage is None:
-        index = (parent for parent in path.parents if parent.name == INDEX)
-        return next(
-            (parent.parent for parent in index if (parent.parent / "prepare").is_dir()), None
-        )
-    return stage.parent.parent if stage.parent.name == "previous" else stage.parent
-
-
 def _advice(path: Path) -> str:
     """The end of a message, which says how to make a file of a MODEL_DIR again."""
-    folder, stage = _model_dir_of(path), _stage_of(path)
+    folder, stage = model_dir_of(path), stage_of(path)
     if folder is None:
         return ""
     if stage is None:
@@ -382,7 +367,7 @@ def _advice(path: Path) -> str:
 def _memory(folder: Path) -> Iterator[list[str]]:
     """A context with a list for the names of checked files; reads the checks that other processes
     remembered in MODEL_DIR, and adds those of large files in the list."""
-    place = _model_dir_of(folder / "any")
+    place = model_dir_of(folder / "any")
     if place is not None and place not in _remembered:
         _remembered.add(place)
         for name, look in _remembered_in(place).items():

@@ -153,8 +153,7 @@ class Index:
         devices.
       mesh: vectors are divided over all its devices; None takes one device.
       hidden: rows that are never found, ascending.
-      capacity: vectors that it has room for on the devices, so that nothing is compiled again for
-        an index of more; 0: as many as there are.
+      capacity: vectors for which the devices have room; an index of more is not compiled again.
 
     Raises ValueError for vectors of another dtype or shape, and for too many to count in int32.
     """
@@ -173,8 +172,7 @@ class Index:
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
-        held = max(self.num_passages, capacity)
-        self.plan = BlockPlan.of(held, self.dim, settings, self.mesh.size)
+        self.plan = BlockPlan.of(max(capacity, len(vectors)), self.dim, settings, self.mesh.size)
         self._vectors: Any = vectors
         self._resident: Block | None = None
         if self.plan.blocks == 1:
