@@ -46,8 +46,8 @@ class StudentPlan:
     loss_weight: float = 1.0
     loss: Ranking | None = None
 
-    searched: ClassVar = ("planned", "ranked_by", "num_beams", "weight")
-    kept_bytes: ClassVar = 0  # of a member on disk
+    searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight")
+    kept_bytes: ClassVar[int] = 0  # of a member on disk
 
     def __post_init__(self) -> None:
         check_plan(self)
