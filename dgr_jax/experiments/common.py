@@ -142,6 +142,11 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
     return evaluate.bm25 and evaluate.baseline != WORDS
 
 
+def _has_variation(evaluate: Evaluate) -> bool:
+    """Whether questions are varied, which they were not in older versions."""
+    return evaluate.variation != Variation()
+
+
 @dataclass(frozen=True)
 class Evaluate(Generic[SearchKind]):
     """Runs and measures of every system on the test splits.
@@ -165,7 +170,7 @@ class Evaluate(Generic[SearchKind]):
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
     systems: tuple[SystemSettings, ...] = unless_default(())
-    variation: Variation = unless_default(Variation())
+    variation: Variation = field(default=Variation(), metadata={"fingerprint": _has_variation})
 
     def __post_init__(self) -> None:
         ranges.check(

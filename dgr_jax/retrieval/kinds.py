@@ -88,6 +88,16 @@ def best_first(model_dir: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for order in orders for name in order))
 
 
+def params_of(
+    student: Student, folder: Path, mesh: jax.sharding.Mesh, rules: partitioning.Rules
+) -> Any:
+    """The parameters of a trained system, placed on the mesh."""
+    kind = TRAINED[student.kind]
+    with kept.reading(folder / STUDENT):
+        model = restored(kind.model_settings, student.model)
+    return trained.params(folder, kind.network(model), mesh, rules)
+
+
 def open_student(
     student: Student,
     folder: Path,
@@ -96,10 +106,13 @@ def open_student(
     mesh: jax.sharding.Mesh,
     rules: partitioning.Rules,
     settings: Mapping[str, Any],
+    params: Any,
 ) -> System:
-    """A trained system, from the folder of its stage and that of the prepare stage.
+    """A trained system, from the folder of its stage and that of the prepare stage, or of a version
+    of the index.
 
-    settings: of its search, which replace those that it was written with.
+    settings: of its search, which replace those that it was written with. params: see
+    `params_of`.
     """
     kind = TRAINED[student.kind]
     with kept.reading(folder / STUDENT):
@@ -107,7 +120,7 @@ def open_student(
         search = restored(kind.search_settings, student.search)
     search = dataclasses.replace(search, **settings)
     source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
-    return kind.opened(source, trained.params(folder, kind.network(model), mesh, rules))
+    return kind.opened(source, params)
 
 
 def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:

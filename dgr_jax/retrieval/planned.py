@@ -23,6 +23,7 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.kept_postings import PLANS
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, System, SystemHit, SystemSettings
 
@@ -289,7 +290,7 @@ class Planned(SystemSettings):
 
     def open(self, opening: Opening) -> PlannedDecoder:
         """See SystemSettings."""
-        plans = opening.prepared / "plans"
+        plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
         student = with_identifiers(opening.system("distill"), "Planned")
         return PlannedDecoder.of(student, self.plan, planner)
