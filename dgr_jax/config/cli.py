@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
+import dataclasses
 import io
 import logging
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dgr_jax import interrupts, processes
-from dgr_jax.config import requirements
+from dgr_jax.config import compiled, requirements
 from dgr_jax.config.mistakes import FLAGS, Mistake
 from dgr_jax.display import LogFormatter, harmless
 from dgr_jax.model_dir import kept
@@ -38,11 +39,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
-    p = _Parser(
-        prog=f"python -m dgr_jax.{command}",
-        allow_abbrev=False,
-        description=description,
+    """The flags of a command of an experiment; `--gin.name=value` is described, and read by
+    `parse`."""
+    p = plain_parser(
+        command,
+        description,
         epilog="Any binding can be set as --gin.NAME=VALUE, such as --gin.SEED=1 or "
         "--gin.Search.num_beams=40. gin files shipped with the package: "
         + ", ".join(sorted(f.name for f in resources("gin_configs").glob("*.gin"))),
@@ -62,8 +63,45 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
     p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
-    p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
     return p
+
+
+def plain_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """The flags that every command has; to be read by `parse_plain`."""
+    p = _Parser(
+        prog=f"python -m dgr_jax.{command}",
+        allow_abbrev=False,
+        description=description,
+        epilog=epilog,
+    )
+    p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
+    compiled.add_flag(p)
+    return p
+
+
+def settings(p: argparse.ArgumentParser, kind: Any) -> None:
+    """Adds a flag for each field of a dataclass of settings, whose metadata say what it is."""
+    for field in dataclasses.fields(kind):
+        of: dict[str, Any] = {"type": type(field.default), "metavar": field.name.upper()}
+        if isinstance(field.default, bool):
+            of = {"action": argparse.BooleanOptionalAction}
+        help = f"{field.metadata['help']} (default: {field.default})"
+        p.add_argument(f"--{field.name}", default=field.default, help=help, **of)
+
+
+def set_from(args: argparse.Namespace, kind: Any) -> Any:
+    """The settings of the flags that `settings` added."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def parse_plain(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a command without gin files."""
+    args = p.parse_args(argv)
+    _configure_logging(args.verbose)
+    compiled.keep(args)
+    return args
 
 
 def several(p: argparse.ArgumentParser) -> None:
@@ -110,14 +148,13 @@ def parse(
     """Flags, and gin bindings from --gin.NAME=VALUE, --model_dir and --data_dir."""
     given = list(sys.argv[1:] if argv is None else argv)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
-    args = p.parse_args([a for a in given if not a.startswith("--gin.")])
+    args = parse_plain(p, [a for a in given if not a.startswith("--gin.")])
     for binding in bindings:
         if not binding.partition("=")[0].strip() or "=" not in binding:
             p.error(f"--gin.{binding}: expected --gin.NAME=VALUE")
     for macro, flag in FLAGS.items():
         if value := getattr(args, flag.removeprefix("--")):
             bindings.append(f"{macro}={value!r}")
-    _configure_logging(args.verbose)
     return args, [_quoted(binding) for binding in bindings]
 
 

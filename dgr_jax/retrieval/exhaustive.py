@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from scipy.special import logsumexp
 
 from dgr_jax import partitioning
 from dgr_jax.identifiers.table import IdentifierTable
@@ -170,6 +169,8 @@ def of_passages(
 ) -> np.ndarray:
     """log p(identifier | query) [n, U] -> log p(passage | query), f64 [n, P]: an identifier is
     shared equally by its passages; over all that are allowed, the chances sum to 1."""
+    from scipy.special import logsumexp  # which takes long to import
+
     shared = np.diff(table.offsets)
     each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
     by_passage = np.full((len(log_probs), table.num_passages), -np.inf)

@@ -254,6 +254,7 @@ class Decoder(TrainedSystem):
     counts: Counter[str] = field(default_factory=Counter)
     pid_of: PidOf | None = None
     rules: partitioning.Rules = partitioning.RULES
+    sizes: tuple[int, ...] = ()
 
     scores_all: ClassVar[bool] = True
     writes: ClassVar[bool] = True
@@ -323,7 +324,7 @@ class Decoder(TrainedSystem):
 
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
-        (ranked,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
+        (ranked,) = self._ranked([tokens], self.padded(len(tokens)))
         return ranked
 
     def ranked(self, rows: np.ndarray, log_probs: np.ndarray) -> Found:

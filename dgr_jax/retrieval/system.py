@@ -114,6 +114,10 @@ class System(Protocol):
         leaves nothing."""
         ...
 
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """From now on, the number of queries that `passages` and `hits` get is padded to the least
+        of these sizes that is enough, so that few shapes are compiled; here nothing is padded."""
+
     def by_pid(self, pid_of: PidOf) -> Self:
         """The same system, which brings passages of equal score into the order of their pids; here
         one that does so already."""
@@ -156,9 +160,11 @@ class Trained:
 
 
 class TrainedSystem(System):
-    """A system with trained parameters; search: its settings."""
+    """A system with trained parameters; search: its settings; sizes: see `pad_to`, none: one query,
+    or a whole batch."""
 
     search: Any
+    sizes: tuple[int, ...] = ()
     model_settings: ClassVar[Any]  # classes of its settings
     search_settings: ClassVar[Any]
     network: ClassVar[Any]  # settings of the model -> flax module
@@ -173,6 +179,15 @@ class TrainedSystem(System):
     def batch_size(self) -> int:
         """Queries that are answered together."""
         return self.search.batch_size
+
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """See System."""
+        self.sizes = tuple(sorted(sizes))
+
+    def padded(self, queries: int) -> int:
+        """The size of the batches in which so many queries are answered."""
+        usual = (1, self.batch_size)
+        return next((size for size in self.sizes or usual if size >= queries), self.batch_size)
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Self:
