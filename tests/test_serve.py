@@ -79,7 +79,24 @@ def test_a_filter_finds_only_what_it_admits(asked):
     assert unknown.status_code == 422 and "got 'nobody', expected pids of the 12" in unknown.text
 
 
+def test_a_search_explains_itself(asked):
+    query = {"query": "who dances", "k": 1}
+    told = asked.post("/search?explain=true", json=query).json()["results"][0]["explanation"]
+    assert told["levels"][0]["live"] and told["pid"] is None and told["path"] == []
+    assert (
+        told
+        == asked.post("/search", json={**query, "explain": True}).json()["results"][0][
+            "explanation"
+        ]
+    )
+    followed = asked.post("/search?explain=true", json={**query, "explain_pid": "bees-01"}).json()
+    assert followed["results"][0]["explanation"]["path"][-1]["complete"]
+    unknown = asked.post("/search?explain=true", json={**query, "explain_pid": "nobody"})
+    assert unknown.status_code == 422 and unknown.json()["error"].startswith("pid: got 'nobody'")
+
+
 BAD = [
+    ({"queries": ["x", "y"], "explain": True}, "explain: expected one query"),
     ({"query": "x", "k": 0}, "k: got 0, expected 1 to 4"),
     ({"query": "x", "k": 5}, "k: got 5, expected 1 to 4"),
     ({"query": "x", "k": "2"}, "k: input should be a valid integer"),

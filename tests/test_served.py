@@ -158,40 +158,44 @@ def test_sigterm_lets_requests_end_and_a_new_version_answers(tiny_model_dir, tmp
     settings = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(together / "compiled")}
     command = [sys.executable, "-m", "dgr_jax.serve", f"--model_dir={model}", "--port=0"]
     command += ["--batch_size=2", "--watch_s=0.2", "--system=distill", "--system=bm25"]
+    command += ["--waiting=2000", "--deadline_s=90", "--drain_s=90"]
     running = subprocess.Popen(
         command, env=os.environ | settings, cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     try:
         port = next(int(line.rpartition(":")[2]) for line in running.stderr if "http://" in line)
 
-        def ask(path="/search", query="Why do bees dance?"):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            body = None if path != "/search" else json.dumps({"query": query, "k": 3})
+        def ask(path="/search", queries=1, sent=threading.Event()):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
+            asked = {"queries": ["Why do bees dance?"] * queries, "k": 3}
+            body = None if path != "/search" else json.dumps(asked)
             kind = {"Content-Type": "application/json"}
             connection.request("GET" if body is None else "POST", path, body, kind)
+            sent.set()
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read()) if path != "/metrics" else None
+            return answer.status, json.loads(answer.read()), time.monotonic()
 
         deadline = time.monotonic() + 300
         while ask("/readyz")[0] != 200:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        status, first = ask()
+        status, first, _ = ask()
         assert status == 200 and len(first["results"][0]["hits"]) == 3
         record = model / "distill" / "stage.json"
         record.write_text(json.dumps({**json.loads(record.read_text()), "seconds": 1234}))
         assert any("a new version answers" in line for line in running.stderr)
-        assert ask() == (200, first)
+        assert ask()[:2] == (200, first)
 
-        answers = []
-        asking = [threading.Thread(target=lambda: answers.append(ask())) for _ in range(20)]
-        for thread in asking:
-            thread.start()
-        time.sleep(0.05)
+        answers, sent = [], [threading.Event() for _ in range(20)]
+        ask_much = lambda event: answers.append(ask(queries=64, sent=event))
+        for event in sent:
+            threading.Thread(target=ask_much, args=(event,)).start()
+        assert all(event.wait(60) for event in sent)
+        time.sleep(0.5)  # all are accepted
+        ended = time.monotonic()
         running.send_signal(signal.SIGTERM)
-        for thread in asking:
-            thread.join()
-        assert running.wait(60) == 0
+        assert running.wait(100) == 0
     finally:
         running.kill()
-    assert {status for status, _ in answers} == {200}
+    assert [status for status, _, _ in answers] == [200] * 20
+    assert max(at for _, _, at in answers) > ended

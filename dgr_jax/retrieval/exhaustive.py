@@ -89,7 +89,7 @@ def identifier_log_probs(
     tokens: queries int32 [., Q]. block: identifiers scored together, R; None: as many as have 64M
     logits.
     """
-    legal = _legal_rows(decoder)
+    legal = legal_rows(decoder)
     rows = np.asarray(decoder.table.tokens[legal], np.int32)
     size = partitioning.shared_rows(decoder.search.batch_size, decoder.mesh)
     of_shard = size // partitioning.batch_shards(decoder.mesh)
@@ -112,7 +112,7 @@ def identifier_log_probs(
         yield log_probs
 
 
-def _legal_rows(decoder: IdentifierWriter) -> np.ndarray:
+def legal_rows(decoder: IdentifierWriter) -> np.ndarray:
     """Rows of the table with a passage that may be returned, ascending."""
     table = decoder.table
     if decoder.allowed is None:

@@ -27,6 +27,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
+from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
@@ -342,6 +343,28 @@ class Decoder(TrainedSystem):
         rows = self._rows
         for passages, scores in zip(*self.passages(tokens), strict=True):
             yield [SystemHit(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+
+    def may_write(self, queries: np.ndarray) -> Writes | None:
+        """See System; None without a constraint, and with several identifiers a passage."""
+        if not self.search.constrained:
+            return None
+        legal = exhaustive.legal_rows(self)
+
+        def row_of(passage: int) -> int:
+            place = int(np.searchsorted(legal, self._rows[passage]))
+            there = place < len(legal) and legal[place] == self._rows[passage]
+            return place if there else -1
+
+        return Writes(
+            *(self.config, self.params, self.mesh, self.rules, queries[0]),
+            rows=np.asarray(self.table.tokens[legal], np.int32),
+            bonus=None,
+            num_beams=self.search.num_beams,
+            fixed=self.index.layout.ends == "fixed",
+            renormalise=self.search.renormalise,
+            row_of=row_of,
+            missing=lambda passage: "no identifier of it may be written",
+        )
 
     @functools.cached_property
     def _rows(self) -> np.ndarray:

@@ -21,6 +21,7 @@ from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, SystemHit, SystemSettings
@@ -178,6 +179,38 @@ class PlannedDecoder(Decoder):
                 )
                 if i >= 0
             ]
+
+    def may_write(self, queries: PlannedQueries) -> Writes | None:
+        """See System: of the planned identifiers; None where the plan decides alone."""
+        if self.plan.ranked_by == "plan":
+            return None
+        passages, scores = (part[0] for part in queries.planned)
+        there = passages[passages >= 0]
+        rows = self._rows[there]
+        order = np.argsort(rows, kind="stable")
+        order = order[rows[order] >= 0]
+        passages, scores = there[order], scores[: len(there)][order]
+        place = {int(passage): row for row, passage in enumerate(passages)}
+
+        def missing(passage: int) -> str:
+            return (
+                f"it is not among the {len(place)} planned passages, of which the last has the "
+                f"plan score {scores.min():.2f}"
+            )
+
+        if not len(passages):
+            return self.student.may_write(queries.tokens) if self.student else None
+        all_are = self.plan.ranked_by == "identifiers"
+        return Writes(
+            *(self.config, self.params, self.mesh, self.rules, queries.tokens[0]),
+            rows=np.asarray(self.table.tokens[self._rows[passages]], np.int32),
+            bonus=scores / np.float32(self.plan.weight),
+            num_beams=self.plan.planned if all_are else self.plan.num_beams,
+            fixed=self.index.layout.ends == "fixed",
+            renormalise=False,
+            row_of=lambda passage: place.get(passage, -1),
+            missing=missing,
+        )
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
         """Empty places for passages, scores and log-probabilities."""

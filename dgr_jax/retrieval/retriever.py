@@ -21,6 +21,7 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
+from dgr_jax.retrieval.explanation import Explanation, explain
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.system import Opening, System, SystemHit
 
@@ -205,6 +206,11 @@ class Retriever:
     ) -> dict[str, list[ScoredPassage]]:
         """The passages of a run in the order of the student, see `reranking.rerank`."""
         return rerank(self.decoder, self.vocabulary, self.store, queries, run, weight)
+
+    def explain(self, query: str, pid: str | None = None) -> Explanation:
+        """What the search for a query has looked at, and at which step it lost a passage; see
+        `explanation.explain`."""
+        return explain(self.decoder, self.vocabulary, self.store, query, pid)
 
     def _found(self, texts: Sequence[str]) -> Found:
         blocks = (

@@ -18,6 +18,7 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import Found, _pairs
+from dgr_jax.retrieval.explanation import Writes
 
 _NO_TOKENS = np.zeros(0, np.int32)
 
@@ -96,6 +97,11 @@ class System(Protocol):
     def passages_of_blocks(self, blocks: Iterable[Any]) -> Iterator[Found]:
         """`passages` of each block of queries, which a generator may encode."""
         return map(self.passages, blocks)
+
+    def may_write(self, queries: Any) -> Writes | None:
+        """What may be written for one query that `encode` made, as `explanation` looks at it; None:
+        no identifiers are, or they cannot be looked at."""
+        return None
 
     def candidates(self, blocks: Iterable[Any], limit: int) -> Iterator[dict[str, np.ndarray]]:
         """What a teacher is asked to order of each block: passages and scores as of

@@ -139,6 +139,14 @@ class Api:
         answer = lambda items: served.search(retriever, items)
         hits = await self._ask((id(retriever), "search"), answer, asked, body)
         answers = results_json(texts, hits)
+        if body.explain:
+            explain = lambda items: [served.explain(retriever, *item) for item in items]
+            of = [(texts[0], body.explain_pid)]
+            try:
+                (told,) = await self._ask(object(), explain, of, body)
+            except ValueError as error:
+                raise Refused(422, str(error)) from None
+            answers[0]["explanation"] = told
         return {"model": model.name, "system": name, "results": answers}
 
     async def _restricted(self, body: SearchBody, opened: OpenSystem) -> Retriever:

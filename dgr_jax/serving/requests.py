@@ -96,6 +96,8 @@ class SearchBody(_Body):
             )  # fmt: skip
         if self.explain_pid is not None and not self.explain:
             raise Refused(422, "explain_pid: has no effect without explain")
+        if self.explain and self.query is None and len(self.queries or ()) != 1:
+            raise Refused(422, "explain: expected one query")
 
 
 class PassageBody(_Body):

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
@@ -212,3 +213,11 @@ def search(retriever: Retriever, asked: Sequence[tuple[str, int]]) -> list[list[
     k = max(k for _, k in asked)
     found = retriever.search([query for query, _ in asked], k)
     return [hits[:own] for hits, (_, own) in zip(found, asked, strict=True)]
+
+
+def explain(retriever: Retriever, query: str, pid: str | None) -> dict[str, Any] | ValueError:
+    """What `Retriever.explain` tells, as JSON; the error, where it has one to tell."""
+    try:
+        return retriever.explain(query, pid).as_json()
+    except ValueError as error:
+        return error

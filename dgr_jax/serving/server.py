@@ -67,6 +67,7 @@ def serve(
     )
     server = Server(config)
     listening = config.bind_socket()
+    listening.listen(config.backlog)  # whoever comes before the server has started, waits
     logger.info("http://%s:%d", *listening.getsockname()[:2])
     with listening, interrupts.held("answers what was asked, then ends"):
         server.run(sockets=[listening])
