@@ -65,6 +65,7 @@ setup(
             "mypy>=2.2",
             "nbclient>=0.10",
             "nbformat>=5.9",
+            "playwright>=1.49",
             "prometheus_client>=0.20",
             "pydivsufsort>=0.0.18",
             "pytest>=8",
