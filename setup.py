@@ -78,7 +78,7 @@ setup(
             "uvicorn>=0.30",
             "yamllint>=1.35",
         ],  # fmt: skip
-        "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "uvicorn>=0.30"],
+        "serve": ["fastapi>=0.115", "httptools>=0.6", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],

@@ -37,7 +37,14 @@ class Client:
         self.writer: asyncio.StreamWriter | None = None
 
     async def ask(self, body: bytes) -> int:
-        """-> the status."""
+        """-> the status; 0 where the connection was closed."""
+        try:
+            return await self._ask(body)
+        except (OSError, asyncio.IncompleteReadError):
+            self.writer = None
+            return 0
+
+    async def _ask(self, body: bytes) -> int:
         if self.writer is None:
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         head = f"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" \

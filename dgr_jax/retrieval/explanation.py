@@ -158,8 +158,8 @@ def searched(writes: Writes, passage: int | None = None) -> tuple[list[Level], F
         ended = ended[offers.scores[ended] >= _least(finished, beams)]
         shown = np.concatenate([kept, ended])
         others = np.setdiff1d(np.arange(len(offers.low)), shown)
-        told = (offers.take(shown), offers.take(_best(offers, others, SHOWN)))
-        levels.append(Level(*(part.told(rows, depth + 1) for part in told), len(others)))
+        dropped = offers.take(_best(offers, others, SHOWN)).told(rows, depth + 1)
+        levels.append(Level(offers.take(shown).told(rows, depth + 1), dropped, len(others)))
         live = offers.take(kept)
         ends = not len(live.low) or live.scores[0] <= _least(finished, beams)
         if way and way.step(log_probs[-1:], depth):

@@ -340,9 +340,14 @@ class Decoder(TrainedSystem):
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System."""
-        rows = self._rows
         for passages, scores in zip(*self.passages(tokens), strict=True):
-            yield [SystemHit(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+            written = self._tokens_of(passages)
+            pairs = _pairs(passages, scores)
+            yield [SystemHit(*pair, own) for pair, own in zip(pairs, written, strict=True)]
+
+    def _tokens_of(self, passages: np.ndarray) -> np.ndarray:
+        """The identifiers int32 [n, T] of the n passages that are there, int [.]; -1: free."""
+        return np.asarray(self.table.tokens[self._rows[passages[passages >= 0]]])
 
     def may_write(self, queries: np.ndarray) -> Writes | None:
         """See System; None without a constraint, and with several identifiers a passage."""

@@ -167,17 +167,10 @@ class PlannedDecoder(Decoder):
         the identifier, -inf where it was not written."""
         for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
             plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+            columns = (part[passages >= 0].tolist() for part in (passages, *parts))
             yield [
-                SystemHit(
-                    i,
-                    score,
-                    self.table.tokens[self._rows[i]],
-                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
-                )
-                for i, score, log_prob in zip(
-                    passages.tolist(), *(part.tolist() for part in parts), strict=True
-                )
-                if i >= 0
+                SystemHit(i, score, own, {"plan": plan.get(i, 0.0), "log_prob": log_prob})
+                for i, score, log_prob, own in zip(*columns, self._tokens_of(passages), strict=True)
             ]
 
     def may_write(self, queries: PlannedQueries) -> Writes | None:

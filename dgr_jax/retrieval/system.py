@@ -123,6 +123,7 @@ class System(Protocol):
     def pad_to(self, sizes: Sequence[int]) -> None:
         """From now on, the number of queries that `passages` and `hits` get is padded to the least
         of these sizes that is enough, so that few shapes are compiled; here nothing is padded."""
+        return None
 
     def by_pid(self, pid_of: PidOf) -> Self:
         """The same system, which brings passages of equal score into the order of their pids; here

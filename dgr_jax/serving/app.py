@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 import time
@@ -63,9 +64,10 @@ class Api:
         self.failure = ""  # why it never becomes ready
         self.metrics = Metrics(lambda: len(self.batcher or ()))
         for model in models:
-            model.told = lambda outcome, name=model.name: self.metrics.versions.labels(
-                name, outcome
-            ).inc()
+            model.told = functools.partial(self._tell, model.name)
+
+    def _tell(self, name: str, outcome: str) -> None:
+        self.metrics.versions.labels(name, outcome).inc()
 
     @contextlib.asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
@@ -255,7 +257,7 @@ def _add_routes(app: FastAPI, api: Api) -> None:
         start = time.perf_counter()
         answer = await unless_gone(request, api.search(body))
         if api.service.log_queries:
-            asked = body.queries or [body.query]
+            asked = [result["query"] for result in answer["results"]]
             logger.info("%.0f ms: %r", 1000 * (time.perf_counter() - start), asked)
         return JSONResponse(answer)
 

@@ -16,6 +16,7 @@ from dgr_jax.serving.settings import Service
 logger = logging.getLogger(__name__)
 
 TOKEN = "DGR_JAX_ADMIN_TOKEN"  # variable of the environment
+_KEPT = 60  # seconds that a connection stays open without a request
 _LEAST_TOKEN = 16  # characters
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -63,6 +64,8 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        loop="asyncio",  # another one would take the signals for itself
+        timeout_keep_alive=_KEPT,
         timeout_graceful_shutdown=max(1, round(service.drain_s)),
     )
     server = Server(config)
