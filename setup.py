@@ -31,7 +31,7 @@ setup(
         "dgr_jax.gin_configs.runs": ["*.gin"],
         "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.gin_configs.t5x": ["*.gin"],
-        "dgr_jax": ["py.typed"],
+        "dgr_jax": ["py.typed", "*.pyi"],
         "dgr_jax.serving": ["page.html"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
@@ -55,6 +55,9 @@ setup(
         "tensorboard>=2.18",
         f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
     ],
+    entry_points={
+        "pyterrier.artifact": ["dgr.dgr_jax = dgr_jax.integrations.pyterrier:DgrArtifact"]
+    },
     extras_require={
         "test": [
             "fastapi>=0.115",
@@ -78,8 +81,16 @@ setup(
             "uvicorn>=0.30",
             "yamllint>=1.35",
         ],  # fmt: skip
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+        "release": ["twine>=6"],
         "serve": ["fastapi>=0.115", "httptools>=0.6", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
+        "pyterrier": ["pyterrier>=1.0"],
+        "mteb": ["mteb>=2.0"],
+        "beir": ["beir>=2.0"],
+        "langchain": ["langchain-core>=1.0"],
+        "llamaindex": ["llama-index-core>=0.14"],
+        "haystack": ["haystack-ai>=2.20"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],

@@ -48,7 +48,7 @@ class Folder:
         monkeypatch.setattr(Served, "compile", self.compile)
         self.compiled = []
 
-    def open(self, model_dir, wanted, sizes):
+    def open(self, model_dir, wanted, sizes, before=None):
         if self.broken:
             raise ValueError("stage.json: no text")
         system = OpenSystem(Numbered(self.version))

@@ -166,16 +166,19 @@ class Trained:
     rules: partitioning.Rules
 
 
-class TrainedSystem(System):
-    """A system with trained parameters; search: its settings; sizes: see `pad_to`, none: one query,
-    or a whole batch."""
+class SearchingSystem(System):
+    """A system that searches as settings say.
 
-    search: Any
+    sizes: see `pad_to`; none: one query, or a whole batch.
+    """
+
     sizes: tuple[int, ...] = ()
-    model_settings: ClassVar[Any]  # classes of its settings
-    search_settings: ClassVar[Any]
-    network: ClassVar[Any]  # settings of the model -> flax module
-    together: ClassVar[bool] = True  # whether all processes of a run search together
+
+    if TYPE_CHECKING:  # for a field of a dataclass, it must not be there
+
+        @property
+        def search(self) -> Any:
+            """The settings of its search."""
 
     @property
     def query_length(self) -> int:
@@ -195,6 +198,22 @@ class TrainedSystem(System):
         """The size of the batches in which so many queries are answered."""
         usual = (1, self.batch_size)
         return next((size for size in self.sizes or usual if size >= queries), self.batch_size)
+
+
+class TrainedSystem(SearchingSystem):
+    """A system with trained parameters. A subclass with a kind, `class Mine(TrainedSystem,
+    kind="mine")`, is what experiments of this kind train, and what student.json knows by it."""
+
+    kinds: ClassVar[dict[str, type[TrainedSystem]]] = {}
+    model_settings: ClassVar[Any]  # classes of its settings
+    search_settings: ClassVar[Any]
+    network: ClassVar[Any]  # settings of the model -> flax module
+    together: ClassVar[bool] = True  # whether all processes of a run search together
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        super().__init_subclass__()
+        if kind:
+            TrainedSystem.kinds[kind] = cls
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Self:

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 import dgr_jax
 from dgr_jax.corpora.types import Passage
+from dgr_jax.model_dir.writer_lock import Locked
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.serving import page, served
 from dgr_jax.serving.batches import Batcher, Closed, Full, Late
@@ -183,6 +184,8 @@ class Api:
             await asyncio.to_thread(model.change, method, argument)
         except NotImplementedError as error:
             raise Refused(501, str(error)) from None
+        except Locked as error:
+            raise Refused(409, str(error)) from None
         except ValueError as error:
             raise Refused(422, str(error)) from None
         return {"model": model.name, "changed": len(argument)}

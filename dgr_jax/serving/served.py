@@ -83,24 +83,36 @@ class Served:
     default: str
 
     @classmethod
-    def open(cls, model_dir: Path, wanted: Sequence[str] = (), sizes: Sequence[int] = ()) -> Served:
+    def open(
+        cls,
+        model_dir: Path,
+        wanted: Sequence[str] = (),
+        sizes: Sequence[int] = (),
+        before: Served | None = None,
+    ) -> Served:
         """Opens the wanted systems; none named: all that are finished.
 
-        sizes: what the number of queries that are decoded together is padded to.
+        sizes: what the number of queries that are decoded together is padded to. before: the
+        version before; parameters that stay are not read again.
         Raises FileNotFoundError where no student is trained, and ValueError for an unknown system.
         """
         mark, untrained = mark_of(model_dir), kinds.untrained(model_dir)
         best = kinds.best_first(model_dir)
         opened: dict[str, OpenSystem] = {}
         for name in wanted or (*untrained, *best):
+            old = before.systems.get(name) if before else None
             try:
-                retriever = Retriever.load(model_dir, system=name)
+                if old:
+                    retriever = old.retriever.newest()
+                else:
+                    retriever = Retriever.load(model_dir, system=name)
             except FileNotFoundError:
                 if wanted:
                     raise
                 continue  # it is not trained, or not yet
             retriever.decoder.pad_to(sizes)
-            opened[name] = OpenSystem(retriever)
+            same = old if old and retriever is old.retriever else None
+            opened[name] = same or OpenSystem(retriever)
         if not opened:
             Retriever.load(model_dir)  # says what is missing
         preferred = (n for n, s in untrained.items() if kinds.settings_of(s).preferred)
@@ -181,7 +193,7 @@ class Model:
             except OSError:  # a stage changes its place at this moment
                 return False
             try:
-                served = Served.open(self.model_dir, self._wanted, self._sizes)
+                served = Served.open(self.model_dir, self._wanted, self._sizes, self.served)
                 served.compile(self._sizes, self._goes_on)
             except Exception as error:
                 self._refused = mark

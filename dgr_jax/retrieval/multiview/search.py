@@ -27,16 +27,10 @@ from dgr_jax.decoding.trie import Trie
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
-from dgr_jax.retrieval.multiview.index import (
-    MultiviewIndex,
-    Scored,
-    Written,
-    best,
-    written_rows,
-    written_spans,
-)
+from dgr_jax.retrieval.multiview.index import MultiviewIndex, Scored, best
 from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+from dgr_jax.retrieval.multiview.written import Written, written_rows, written_spans
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.special_tokens import EOS_ID
@@ -81,7 +75,7 @@ class MultiviewSearch:
 
 
 @dataclass
-class MultiviewDecoder(TrainedSystem):
+class MultiviewDecoder(TrainedSystem, kind="multiview"):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
