@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,12 +119,20 @@ def summary(name: str, took: list[float], statuses: list[int], seconds: float) -
             "p99": p99, "failed": failed}  # fmt: skip
 
 
-def row(measured: dict, base: float) -> str:
+def row(measured: dict, base: float, used: float) -> str:
+    """base: queries a second of one by one; used: processor seconds of whoever answered."""
+    each = 1000 * used / max(1, measured["queries"])
     times = " | ".join(f"{measured[name]:.1f}" for name in ("p50", "p95", "p99"))
     return (
         f"| {measured['load']} | {measured['queries']:,} | {measured['a_second']:.1f} | "
-        f"{measured['a_second'] / base:.2f} | {times} | {measured['failed']} |"
+        f"{measured['a_second'] / base:.2f} | {times} | {each:.1f} | {measured['failed']} |"
     )
+
+
+def processor_seconds(process: subprocess.Popen) -> float:
+    """What a process has used of all processors."""
+    used = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, used)) / os.sysconf("SC_CLK_TCK")
 
 
 def bytes_of(process: subprocess.Popen) -> int:
@@ -162,20 +171,26 @@ def main() -> None:
         retriever.search([queries[0]], K), retriever.search([""], K)  # compiled
         print(device_name(retriever.decoder.mesh.devices.flat[0]), flush=True)
         asyncio.run(closed(port, 64, 1, bodies))
-        before, memory = alone(retriever, queries, args.seconds), bytes_of(service)
+        memory, used = bytes_of(service), time.process_time()
+        before = alone(retriever, queries, args.seconds)
         base, best = before["a_second"], 0.0
-        print("| load | queries | a second | of one by one | p50 ms | p95 | p99 | failed |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        print(row(before, base), flush=True)
+        columns = "load | queries | a second | of one by one | p50 ms | p95 | p99 | processor ms"
+        print(f"| {columns} | failed |\n|---|---|---|---|---|---|---|---|---|")
+        print(row(before, base, time.process_time() - used), flush=True)
+
+        def loaded(load: Any) -> float:
+            used = processor_seconds(service)
+            measured = asyncio.run(load)
+            print(row(measured, base, processor_seconds(service) - used), flush=True)
+            return measured["a_second"]
+
         for clients in map(int, args.clients.split(",")):
-            measured = asyncio.run(closed(port, clients, args.seconds, bodies))
-            best = max(best, measured["a_second"])
-            print(row(measured, base), flush=True)
+            best = max(best, loaded(closed(port, clients, args.seconds, bodies)))
         for share in map(float, args.rates.split(",")):
-            print(
-                row(asyncio.run(opened(port, share * best, args.seconds, bodies)), base), flush=True
-            )
-        print(row(alone(retriever, queries, args.seconds), base), flush=True)
+            loaded(opened(port, share * best, args.seconds, bodies))
+        used = time.process_time()
+        again = alone(retriever, queries, args.seconds)
+        print(row(again, base, time.process_time() - used))
         print(
             f"memory of the service: {memory >> 20} MB before, {bytes_of(service) >> 20} MB after"
         )

@@ -38,7 +38,7 @@ def test_it_searches_as_the_device_does(kind, settings):
     levels, followed = searched(student.may_write(QUERY))
     assert followed is None
     best = sorted(written(levels).values(), reverse=True)[:BEAMS]
-    by_row = dict(zip(student._rows[passages[passages >= 0]], scores, strict=False))
+    by_row = dict(zip(student.rows[passages[passages >= 0]], scores, strict=False))
     np.testing.assert_allclose(best, sorted(by_row.values(), reverse=True), atol=1e-4)
     for before, level in zip(levels, levels[1:], strict=False):
         assert all(
