@@ -25,6 +25,11 @@ def test_the_citation_is_of_this_version():
         assert {"type", "title", "authors"} <= reference.keys()
 
 
+def test_the_readme_compares_this_version():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| | dgr_jax {dgr_jax.__version__} |" in readme
+
+
 def test_the_changelog_is_as_keep_a_changelog_says():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"^## (.*)$", text, re.MULTILINE)

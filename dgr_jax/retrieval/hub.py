@@ -22,6 +22,7 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.model_dir import kept, records
+from dgr_jax.model_dir.index_versions import Versions
 from dgr_jax.models import tensor_files
 from dgr_jax.retrieval import cards, kinds, trained
 
@@ -57,6 +58,7 @@ def save(
         partial.mkdir(parents=True)
         for prepared in {answer.prepared for answer in answering.values()}:
             _copy(prepared, partial / "prepare")
+            Versions.of(model_dir, prepared).copy_current(partial)
         for name, answer in answering.items():
             kept.whole(answer.student)
             _copy(answer.student, partial / name, _parameters(answer.student))
