@@ -54,6 +54,9 @@ setup(
         "tensorboard>=2.18",
         f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
     ],
+    entry_points={
+        "pyterrier.artifact": ["dgr.dgr_jax = dgr_jax.integrations.pyterrier:DgrArtifact"]
+    },
     extras_require={
         "test": [
             "filelock>=3.12",
@@ -75,6 +78,12 @@ setup(
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "release": ["twine>=6"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
+        "pyterrier": ["pyterrier>=1.0"],
+        "mteb": ["mteb>=2.0"],
+        "beir": ["beir>=2.0"],
+        "langchain": ["langchain-core>=1.0"],
+        "llamaindex": ["llama-index-core>=0.14"],
+        "haystack": ["haystack-ai>=2.20"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],

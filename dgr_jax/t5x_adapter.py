@@ -187,6 +187,12 @@ class Student(t5x_models.BaseTransformerModel):
         renormalise: bool = False,
         loss_normalizing_factor: float | None = None,
     ) -> None:
+        if objective.plan is not None and objective.plan.members:
+            raise ValueError(
+                f"Student.objective: got {type(objective).__name__}.plan="
+                f"{type(objective.plan).__name__}, expected None: SeqIO tasks bring along no sets "
+                "of passages; train with python -m dgr_jax.train, Experiment.plan=@Learned()"
+            )
         self.config = with_vocabulary(config, prepared.collection.vocabulary.size)
         inputs, targets = tasks.vocabularies(prepared.collection.vocabulary)
         self._objective = objective

@@ -244,6 +244,7 @@ def test_fit_makes_the_same_bytes_as_the_command(tmp_path):
 def test_progress_goes_to_stderr_unless_logging_is_set_up(capfd, monkeypatch):
     logger = logging.getLogger("dgr_jax")
     monkeypatch.setattr(logging.Logger, "hasHandlers", lambda self: False)
+    monkeypatch.setattr(logger, "propagate", False)
     before = (logger.level, list(logger.handlers))
     with builder._told(True):
         logger.info("prepare: started")

@@ -532,7 +532,7 @@ def test_what_is_required_counts_only_where_it_is_used():
 
 def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     load(QUICKSTART, "--gin.KMeansTree.branching=5")
-    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.gin_files"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.bound"] == [
         "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
     ]
 

@@ -399,7 +399,7 @@ def test_samples_take_the_same_step():
     apply = jax.tree_util.Partial(Transformer(decoder.config).apply, {"params": decoder.params})
     tokens = jnp.asarray(QUERIES[:2])
     encoded = apply(tokens, method="encode")
-    cross = apply(encoded, method="cross")
+    cross = apply(encoded, tokens, method="cross")
     drawn = sample(
         lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
         decoder._constraint,

@@ -17,6 +17,11 @@ QRELS = "q1 0 a 1\nq2 0 b 1\nq3 0 c 1\n"
 RUN = "q1 Q0 a 1 3 t\nq1 Q0 x 2 2 t\nq2 Q0 y 1 3 t\nq2 Q0 b 2 2 t\nq3 Q0 c 1 1 t\nq3 Q0 z 2 0.5 t\n"
 
 
+@pytest.fixture(autouse=True)
+def logging_of_the_tests(monkeypatch):
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+
+
 @pytest.fixture
 def files(tmp_path):
     """name, text -> the path of a file."""
@@ -120,8 +125,7 @@ def test_a_grade_that_no_judgement_reaches_is_said(files, caplog):
 # For programs
 
 
-def test_json_of_runs_query_by_query(files, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+def test_json_of_runs_query_by_query(files, capsys):
     qrels, run = files("q.txt", QRELS + "q4 0 d 1\n"), files("run.txt", RUN)
     flags = [f"--run={run}", f"--qrels={qrels}", "--measures=RR@10, P(rel=1,judged_only=True)@2"]
     evaluate.command([*flags, "--per_query", "--json"])

@@ -48,6 +48,8 @@ def test_without_a_text_at_hand_sizes_are_those_of_english(store, tmp_path):
     assert sizes.disk == pytest.approx(disk, rel=0.2)
     assert sizes.memory == pytest.approx(memory, rel=0.25)
     assert Lexical().sizes(6, WORDS).planned == 6
+    large = Lexical().sizes(8_800_000, 55)
+    assert 2e9 < large.disk < large.memory < 3e9 and large.seconds == pytest.approx(0.0353)
 
 
 def experiment(*flags):

@@ -252,7 +252,7 @@ def vectors(passages):
 
 
 def words(passages):
-    opening = Opening(None, passages, 6, None, None, None)
+    opening = Opening(passages.folder, passages, 6, None, None, None)
     system = Bm25Baseline("bm25").open(opening)
     return system, system.encode(None, TEXTS)
 

@@ -27,6 +27,7 @@ from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.plan_losses import CodeLoss, SetLoss
 from tests import students
 from tests.conftest import with_seqio
 
@@ -102,6 +103,13 @@ def batch(tiny_model_dir):
     return batch_of(tiny_model_dir / "prepare" / "arrays" / "labelled", 3)
 
 
+def test_a_plan_that_needs_sets_is_refused(adapter, prepared):
+    message = "Student.objective: got Generation.plan=SetLoss, expected None: SeqIO tasks bring"
+    with pytest.raises(ValueError, match=message):
+        adapter.Student(prepared, CONFIG, None, objective=Generation(plan=SetLoss(4)))
+    adapter.Student(prepared, CONFIG, None, objective=Generation(plan=CodeLoss()))
+
+
 def test_without_t5x_it_says_where_it_is_had(monkeypatch):
     monkeypatch.setitem(sys.modules, "t5x", None)
     monkeypatch.delitem(sys.modules, "dgr_jax.t5x_adapter", raising=False)
@@ -168,7 +176,7 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     def search(params):
         apply = functools.partial(generating.module.apply, {"params": params})
         encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
+        cross = apply(encoded, tokens, method="cross")
         return beam_search.beam_search(
             lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
             prepared.index.constraint(),

@@ -43,9 +43,18 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import dual_encoder, t5
     from dgr_jax.models.initial import Corpus, Pretrained
-    from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling, simultaneous
+    from dgr_jax.retrieval import (
+        bm25,
+        dense,
+        exact_search,
+        generative,
+        sampling,
+        simultaneous,
+        student_plans,
+    )
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
+    from dgr_jax.teaching.listwise import ListwiseTeacher
     from dgr_jax.teaching.teachers import (
         BiEncoderTeacher,
         Bm25Teacher,
@@ -65,14 +74,14 @@ def _components() -> tuple[type, ...]:
         variations.Variation,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
-        simultaneous.Lexical,
+        simultaneous.Lexical, student_plans.Learned, student_plans.OnePass,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
         title.Title, multiview.Multiview, embeddings.TfidfSvd, embeddings.SentenceEncoder,
         embeddings.FromFile, objectives.Generation, objectives.Distillation,
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         RunTeacher, Bm25Teacher, CrossEncoderTeacher,
-        BiEncoderTeacher, VectorTeacher, FusionTeacher,
+        BiEncoderTeacher, VectorTeacher, ListwiseTeacher, FusionTeacher,
         TopM, TwoLists,
         DenseExperiment, DensePrepare, Lists,
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,

@@ -50,11 +50,11 @@ def qrels(records: Any) -> Iterator[Qrel]:
     """Of records with qid, pid and, where it is not 1, relevance."""
     for place, record in _rows(records, "judgement"):
         grade = _field(record, GRADE, place, default=1)
-        if isinstance(grade, bool) or not isinstance(grade, Real) or int(grade) != grade:
+        if isinstance(grade, bool) or not isinstance(grade, Real) or not float(grade).is_integer():
             raise ValueError(f"{place}: got relevance {grade!r}, expected a whole number")
         qid = _text(record, ("qid", "query_id", "query-id"), place)
         pid = _text(record, ("pid", "docno", "doc_id", "corpus-id"), place)
-        yield Qrel(qid, pid, int(grade))
+        yield Qrel(qid, pid, int(float(grade)))
 
 
 def write(folder: Path, collection: Any, asked: Any, judged: Mapping[str, Any]) -> None:
@@ -75,14 +75,14 @@ def write(folder: Path, collection: Any, asked: Any, judged: Mapping[str, Any]) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(left: Path, right: Path) -> bool:
     """Whether two folders hold the same files."""
     names = [
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        for folder in (one, other)
+        for folder in (left, right)
     ]
     return names[0] == names[1] and all(
-        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0]
+        filecmp.cmp(left / name, right / name, shallow=False) for name in names[0]
     )
 
 

@@ -18,7 +18,7 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
@@ -142,6 +142,11 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
     return evaluate.bm25 and evaluate.baseline != WORDS
 
 
+def _has_variation(evaluate: Evaluate) -> bool:
+    """Whether questions are varied, which they were not in older versions."""
+    return evaluate.variation != Variation()
+
+
 @dataclass(frozen=True)
 class Evaluate(Generic[SearchKind]):
     """Runs and measures of every system on the test splits.
@@ -165,7 +170,7 @@ class Evaluate(Generic[SearchKind]):
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
     systems: tuple[SystemSettings, ...] = unless_default(())
-    variation: Variation = unless_default(Variation())
+    variation: Variation = field(default=Variation(), metadata={"fingerprint": _has_variation})
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -193,7 +198,7 @@ class Measured:
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
     planner: ClassVar[Any] = ""
     evaluate: Evaluate
-    plan: Lexical | None = None
+    plan: Plan | None = None
 
     @property
     def kind(self) -> str:
@@ -271,8 +276,9 @@ def texts(prepare: Any) -> tuple[Any, ...]:
 
 
 def sizes(config: T5Config) -> str:
-    """The settings of a model, but for its vocabulary and prefix-adaptive layers, as JSON."""
-    apart = ("vocab_size", "prefix_adaptive_layers")
+    """The settings of a model, but for its vocabulary, prefix-adaptive layers and what its decoder
+    reads of the query, as JSON."""
+    apart = ("vocab_size", "prefix_adaptive_layers", "decoder_query_tokens")
     described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
 

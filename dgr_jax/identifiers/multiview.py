@@ -85,6 +85,17 @@ class Multiview(Scheme):
         make = {"title": self._titles, "query": self._queries}
         return [table(material) for view, table in make.items() if view in self.views]
 
+    def view_tables(self, material: Material) -> dict[str, IdentifierTable | None]:
+        """See Scheme: nothing that was learned limits them."""
+        titles = ((index, passage.title) for index, passage in enumerate(material.store))
+        named = {
+            "title": lambda: _table(material, "title", titles, self.title_tokens),
+            "query": lambda: _table(
+                material, "query", material.pseudo_queries(), self.query_tokens
+            ),
+        }
+        return {view: make() for view, make in named.items() if view in self.views}
+
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """A title of its own for every passage, and all of its pseudo-queries, at most."""
         rows, tables = corpus.passages, []

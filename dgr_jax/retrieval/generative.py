@@ -22,7 +22,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.models.t5 import Reading, T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batched import BatchedSystem
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs
@@ -127,11 +127,32 @@ def written(
     **settings: Any,
 ) -> BeamResult:
     """Identifiers that a student writes for queries int32 [B, Q]: beam_search with its settings."""
-    apply: Any = functools.partial(
+    apply = applied(config, params)
+    encoded = apply(tokens, method="encode")
+    return written_of(apply, encoded, tokens, constraint, num_beams, length, **settings)
+
+
+def applied(config: T5Config, params: Any) -> Any:
+    """`Transformer.apply` with parameters."""
+    return functools.partial(
         Transformer(config).apply, {"params": _cast_kernels(params, config.dtype)}
     )
-    encoded = apply(tokens, method="encode")
-    cross = apply(encoded, method="cross")
+
+
+def written_of(
+    apply: Any,
+    encoded: jax.Array,
+    tokens: jax.Array,
+    constraint: Any,
+    num_beams: int,
+    length: int,
+    *,
+    reading: Reading | None = None,
+    **settings: Any,
+) -> BeamResult:
+    """`written` of queries that are encoded [B, Q, D]; reading: and read, see `Transformer.read`;
+    None: they are read here, where the decoder reads queries."""
+    cross = apply(encoded, tokens, reading, method="cross")
     cache = apply(encoded, num_beams, length, method="init_cache")
 
     def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:

@@ -23,6 +23,7 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.kept_postings import PLANS
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, System, SystemHit, SystemSettings
 
@@ -43,8 +44,8 @@ class _Scored(NamedTuple):
     the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
     a search of all passages finds; None: all queries have enough planned passages."""
 
-    passages: np.ndarray
-    scores: np.ndarray
+    passages: np.ndarray | jax.Array
+    scores: np.ndarray | jax.Array
     log_probs: jax.Array | None
     beside: BeamResult | None
 
@@ -177,25 +178,22 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
         the identifier, -inf where it was not written."""
         student = self.student
-        for query, (passages, *parts) in enumerate(zip(*self._answers(queries), strict=True)):
-            plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+        for of_query in zip(*self._answers(queries), strict=True):
             yield [
                 SystemHit(
                     i,
                     score,
                     student.table.tokens[student.rows[i]],
-                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
+                    {"plan": plan, "log_prob": log_prob},
                 )
-                for i, score, log_prob in zip(
-                    passages.tolist(), *(part.tolist() for part in parts), strict=True
-                )
+                for i, score, plan, log_prob in zip(*(p.tolist() for p in of_query), strict=True)
                 if i >= 0
             ]
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
-        """Empty places for passages, scores and log-probabilities."""
+        """Empty places for passages, scores, plan scores and log-probabilities."""
         passages, scores = super()._nothing(queries)
-        return passages, scores, scores.copy()
+        return passages, scores, scores.copy(), scores.copy()
 
     def _lengths(self, queries: PlannedQueries) -> np.ndarray:
         return self.student._lengths(queries.tokens)
@@ -225,7 +223,8 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
 
     def _rank(self, result: _Scored, count: int) -> tuple[np.ndarray, ...]:
-        passages, scores, weight = result.passages, result.scores, self._weight
+        passages, scores = (np.asarray(part)[:count] for part in result[:2])
+        weight = self._weight
         if result.log_probs is None:
             totals, log_probs = scores, np.full_like(scores, -np.inf)
         else:
@@ -237,10 +236,11 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
                 log_probs, new = joined(passages, log_probs, more, values)
                 totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
                 passages = np.concatenate([passages, more], 1)
+                scores = np.concatenate([scores, np.zeros_like(new)], 1)
                 log_probs = np.concatenate([log_probs, new], 1)
         best = ranked(passages, totals, self.search.depth, self.pid_of)
         place = (best[0][:, :, None] == passages[:, None, :]).argmax(-1)
-        return *best, np.take_along_axis(log_probs, place, 1)
+        return *best, *(np.take_along_axis(part, place, 1) for part in (scores, log_probs))
 
     def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
         """Passages and log-probabilities [B, M] that the student found for the queries that are
@@ -290,7 +290,7 @@ class Planned(SystemSettings):
 
     def open(self, opening: Opening) -> PlannedDecoder:
         """See SystemSettings."""
-        plans = opening.prepared / "plans"
+        plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
         student = with_identifiers(opening.system("distill"), "Planned")
         return PlannedDecoder.of(student, self.plan, planner)

@@ -72,7 +72,7 @@ def sample_fn(
     def draw(params: Any, key: jax.Array, tokens: jax.Array) -> BeamResult:
         apply = functools.partial(model.apply, {"params": params})
         encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
+        cross = apply(encoded, tokens, method="cross")
 
         def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
             logits, cache = apply(last, cache, position, cross, tokens, method="step")

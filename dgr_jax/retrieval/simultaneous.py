@@ -8,34 +8,26 @@ Axis letters: B queries, P passages, n planned passages of a query.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from dgr_jax import ranges
-from dgr_jax.decoding import array_folder
-from dgr_jax.model_dir import kept
-from dgr_jax.retrieval import plan_sizes
-from dgr_jax.retrieval.bm25 import Bm25, Postings, places
+from dgr_jax.retrieval import kept_postings, plan_sizes
+from dgr_jax.retrieval.bm25 import Bm25, places
+from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
 from dgr_jax.retrieval.plan_sizes import PlanSizes
-from dgr_jax.settings import fingerprint
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
-
-logger = logging.getLogger(__name__)
 
 PLANNED = 100  # passages of a query, where no number is given
 RANKED_BY = ("beams", "identifiers", "plan")
 
 _RARE = 8  # a word is common that stands in more than one of so many passages
-
-_FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
 
 class PlannedPassages(NamedTuple):
@@ -94,6 +86,31 @@ class Plan(Protocol):
         of them, evenly spread, or of all, which make it exact."""
 
 
+def check_plan(plan: Any) -> None:
+    """Raises ValueError where what is done with a plan cannot be."""
+    ranges.check(
+        plan,
+        planned=ranges.optional(ranges.at_least(1)),
+        ranked_by=ranges.one_of(*RANKED_BY),
+        num_beams=ranges.at_least(1),
+        weight=ranges.optional(ranges.above(0)),
+    )
+    name = type(plan).__name__
+    if plan.ranked_by == "beams" and plan.num_beams > plan.most:
+        raise ValueError(
+            f"{name}.num_beams: got {plan.num_beams}, expected at most {plan.most}, "
+            f"{name}.planned: beams write identifiers of planned passages alone"
+        )
+
+
+def of_corpus(plan: Any, num_passages: int) -> Any:
+    """See Plan."""
+    if plan.planned is not None:
+        return plan
+    planned = min(PLANNED, num_passages)
+    return replace(plan, planned=planned, num_beams=min(plan.num_beams, planned))
+
+
 @dataclass(frozen=True)
 class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
@@ -121,18 +138,7 @@ class Lexical:
     bm25: Bm25 = Bm25()
 
     def __post_init__(self) -> None:
-        ranges.check(
-            self,
-            planned=ranges.optional(ranges.at_least(1)),
-            ranked_by=ranges.one_of(*RANKED_BY),
-            num_beams=ranges.at_least(1),
-            weight=ranges.optional(ranges.above(0)),
-        )
-        if self.ranked_by == "beams" and self.num_beams > self.most:
-            raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {self.most}, "
-                "Lexical.planned: beams write identifiers of planned passages alone"
-            )
+        check_plan(self)
 
     @property
     def most(self) -> int:
@@ -141,24 +147,19 @@ class Lexical:
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
-        if self.planned is not None:
-            return self
-        planned = min(PLANNED, num_passages)
-        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
+        return of_corpus(self, num_passages)
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
     ) -> LexicalPlanner:
         """See Plan."""
-        own = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
-        pids = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
-        corpus = {"passages": len(store), "pids": pids}
-        postings = _load(own, corpus) if own else None
-        if postings is None:
-            postings = self.bm25.fit(store).postings()
+        own = folder and kept_postings.place(folder, self.bm25)
+        held = KeptPostings.load(own, store.pids) if own else None
+        if held is None:
+            held = self.bm25.fit(store).kept()
             if own and keep:
-                _save(own, postings, corpus)
-        return LexicalPlanner(self.bm25, postings, store.pids)
+                held.save(own, self.bm25, store.pids)
+        return LexicalPlanner(self.bm25, held.postings, store.pids)
 
     def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
         """See Plan."""
@@ -223,29 +224,3 @@ class LexicalPlanner:
             elif i is not None:
                 part = slice(starts[i], starts[i + 1])
                 np.add.at(scores, passages[part], impacts[part])
-
-
-def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
-    words = np.frombuffer("\n".join(postings.words).encode(), np.uint8)
-    arrays = postings._asdict() | {"words": words}
-    array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings={"corpus": corpus})
-
-
-def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
-    """What was kept in a folder; None where nothing whole is there."""
-    if not (folder / "header.json").is_file():
-        return None
-    needed = {"corpus": corpus, "sha256": Postings._fields}
-    try:
-        arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
-    except kept.Damaged as damage:
-        logger.warning("%s; the plan is made again", damage.what)
-        return None
-    if header["corpus"] != corpus:
-        raise ValueError(
-            f"{folder}: is the plan of another corpus: got one of "
-            f"{header['corpus']['passages']:,} passages, expected the {corpus['passages']:,} that "
-            "are prepared; remove the folder to make it again"
-        )
-    words = arrays.pop("words").tobytes().decode()
-    return Postings(words=words.split("\n") if words else [], **arrays)

@@ -76,7 +76,7 @@ def _written(query: str) -> str:
 _LIMITS = {
     "num_beams": "the beams (--num_beams)",
     "passages": "all of them",
-    "planned": "the passages that are planned (Lexical.planned)",
+    "planned": "the passages that are planned (`planned` of Experiment.plan, as Lexical.planned)",
     "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
 }
 

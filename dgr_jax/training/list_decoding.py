@@ -1,7 +1,9 @@
-"""The identifiers of rank lists through a model: a query is encoded once, all of them in one pass.
+"""The identifiers of rank lists, and of generation examples, through a model: a query is encoded
+once, all of its identifiers are decoded in one pass; and the table of a plan where one is trained.
 
-Axis letters: B queries, L passages of a list, K identifiers of a passage, T tokens of one, R rows
-that the decoder reads, W tokens of a packed row, Q tokens of a query, V vocabulary.
+Axis letters: B queries, G generation examples, L passages of a list, K identifiers of a passage, T
+tokens of one, R rows that the decoder reads, W tokens of a packed row, Q tokens of a query, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 
 from dgr_jax.losses import generation
 from dgr_jax.special_tokens import PAD_ID
+from dgr_jax.training.plan_losses import PlanLoss
 
 Lists = Mapping[str, Any]
 
@@ -29,6 +32,40 @@ def pad_to(tokens: jax.Array, length: int) -> jax.Array:
     return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
 
 
+def decoded_examples(
+    model: Any, params: Any, batch: Mapping[str, Any], rng: jax.Array, plan: PlanLoss | None
+) -> tuple[jax.Array, Any]:
+    """Logits [G, T, V] of generation targets, and the table of the plan; None: there is none."""
+    queries, inputs = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    apply = functools.partial(model.apply, {"params": params})
+    if plan is None:
+        return apply(queries, inputs, deterministic=False, rngs={"dropout": rng}), None
+    encode_rng, decode_rng = jax.random.split(rng)
+    encoded = apply(queries, method="encode", deterministic=False, rngs={"dropout": encode_rng})
+    table, known = _planned(model, apply, plan, encoded, queries, inputs.shape[-1], decode_rng)
+    dropout = {"deterministic": False, "rngs": {"dropout": decode_rng}}
+    x = apply(encoded, queries, inputs[:, None], method="decode", **dropout, **known)
+    return apply(x[:, 0], method="logits"), table
+
+
+def _planned(
+    model: Any,
+    apply: Any,
+    plan: PlanLoss | None,
+    encoded: jax.Array,
+    queries: jax.Array,
+    length: int,
+    rng: jax.Array,
+) -> tuple[Any, dict[str, Any]]:
+    """The table of the plan, and what `decode` is told so that a query is read once."""
+    if plan is None:
+        return None, {}
+    dropout = {"deterministic": False, "rngs": {"dropout": jax.random.fold_in(rng, 1)}}
+    shape = length, model.config.vocab_size
+    table, reading = plan.table(apply, encoded, queries, shape, **dropout)
+    return table, {} if reading is None else {"reading": reading}
+
+
 def decoded_lists(
     model: Any,
     params: Any,
@@ -36,12 +73,13 @@ def decoded_lists(
     with_target: bool,
     encode_rng: jax.Array,
     decode_rng: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
+    plan: PlanLoss | None = None,
+) -> tuple[jax.Array, jax.Array | None, Any]:
     """Encodes each query once, or once a view, and decodes its L*K identifiers, and its target if
     asked.
 
-    Returns log-probabilities [B, L, K, T] of the identifiers' tokens and, of the target, logits
-    [B, T', V] or None.
+    Returns log-probabilities [B, L, K, T] of the identifiers' tokens, of the target logits
+    [B, T', V] or None, and the table of the plan or None.
     """
     rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
     inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
@@ -50,15 +88,16 @@ def decoded_lists(
         target_length = target.shape[-1]
         inputs = _with_target(inputs, target, lists["encoder_input_tokens"].ndim)
     encoded, seen = _encoded_queries(model, params, lists, rows.views, encode_rng)
-    x = model.apply(
-        {"params": params},
-        encoded,
-        seen,
-        inputs,
+    apply = functools.partial(model.apply, {"params": params})
+    table, known = _planned(model, apply, plan, encoded, seen, inputs.shape[-1], decode_rng)
+    if rows.segments is not None:
+        known["segments"] = rows.segments
+    x = apply(
+        *(encoded, seen, inputs),
         deterministic=False,
         method="decode",
         rngs={"dropout": decode_rng},
-        **({} if rows.segments is None else {"segments": rows.segments}),
+        **known,
     )
     logits = functools.partial(model.apply, {"params": params}, method="logits")
     # Parts of x and not of the logits, whose gradients would be put together again: they are large.
@@ -68,7 +107,7 @@ def decoded_lists(
         log_probs = log_probs.reshape(lists["identifier_tokens"].shape)
     else:
         log_probs = _unpacked(log_probs, lists)
-    return log_probs, logits(x[:, -1, :target_length]) if with_target else None
+    return log_probs, logits(x[:, -1, :target_length]) if with_target else None, table
 
 
 def _with_target(inputs: jax.Array, target: jax.Array, query_dims: int) -> jax.Array:

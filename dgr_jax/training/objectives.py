@@ -18,8 +18,10 @@ from dgr_jax import moved, ranges
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
+from dgr_jax.settings import unless_default
 from dgr_jax.special_tokens import EOS_ID, PAD_ID
-from dgr_jax.training.list_decoding import decoded_lists, pad_to
+from dgr_jax.training.list_decoding import decoded_examples, decoded_lists, pad_to
+from dgr_jax.training.plan_losses import PlanLoss
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -52,10 +54,15 @@ def _tokens_right(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 @dataclass(frozen=True)
 class Generation:
-    """Cross entropy of an identifier's tokens given the query; weight: the number of tokens."""
+    """Cross entropy of an identifier's tokens given the query; weight: the number of tokens.
+
+    plan: also what trains a plan of the student, an example as heavy as its tokens. It is that of
+      Experiment.plan.
+    """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    plan: PlanLoss | None = unless_default(None)
 
     def __post_init__(self) -> None:
         ranges.check(self, label_smoothing=ranges.from_to_below(0, 1), z_loss=ranges.at_least(0))
@@ -64,13 +71,7 @@ class Generation:
         """f over a generation batch."""
 
         def loss(params: Any, batch: Batch, rng: jax.Array) -> Any:
-            logits = model.apply(
-                {"params": params},
-                batch["encoder_input_tokens"],
-                batch["decoder_input_tokens"],
-                deterministic=False,
-                rngs={"dropout": rng},
-            )
+            logits, table = decoded_examples(model, params, batch, rng, self.plan)
             targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
             loss_sum, _ = generation.cross_entropy(
                 logits,
@@ -79,7 +80,12 @@ class Generation:
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
             )
-            return loss_sum, _sum(weights), _tokens_right(logits, targets, weights)
+            metrics = _tokens_right(logits, targets, weights)
+            if self.plan is not None:
+                plan_loss = _sum(self.plan.of_examples(table, batch) * jnp.sum(weights, -1))
+                loss_sum += self.plan.weight * plan_loss
+                metrics["plan_loss"] = plan_loss, _sum(weights)
+            return loss_sum, _sum(weights), metrics
 
         return loss
 
@@ -197,6 +203,8 @@ class Distillation:
       scoring: how search scores passages of identifiers of several views; such lists also have
         the features of `data.rank_lists.view_features`, and the query once a view. With those of
         `training.packing` beside them the identifiers are decoded side by side.
+      plan: also what trains a plan of the student: its loss of the lists, or `loss` where it has
+        none, and that of the generation examples. It is that of Experiment.plan.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -205,6 +213,7 @@ class Distillation:
     prefix_lengths: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
     scoring: Scoring = Scoring()
+    plan: PlanLoss | None = unless_default(None)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -231,18 +240,28 @@ class Distillation:
             lists = batch["rank_list"]
             encode_rng, decode_rng, generation_rng = jax.random.split(rng, 3)
             shared = "generation" not in batch
-            log_probs, logits = decoded_lists(
-                model, params, lists, shared and self.generation_weight != 0, encode_rng, decode_rng
+            with_target = shared and self.generation_weight != 0
+            log_probs, logits, table = decoded_lists(
+                model, params, lists, with_target, encode_rng, decode_rng, self.plan
             )
             rank_loss, metrics = self._rank_loss(log_probs, lists)
+            if self.plan is not None:
+                plan_loss, more = self._plan_loss(self.plan, table, lists)
+                rank_loss, metrics = rank_loss + self.plan.weight * plan_loss, metrics | more
             queries = rank_loss.shape[0]
             loss_sum = jnp.sum(rank_loss)
             if self.generation_weight:
                 examples = lists if shared else batch["generation"]
                 if not shared:
-                    logits = _logits_of_generation(model, params, examples, generation_rng)
+                    logits, table = decoded_examples(
+                        model, params, examples, generation_rng, self.plan
+                    )
                 assert logits is not None
                 per_example, more = self._generation_loss(logits, examples)
+                if self.plan is not None:
+                    plan_loss = jnp.mean(self.plan.of_examples(table, examples))
+                    per_example += self.plan.weight * plan_loss
+                    more["plan_loss"] = plan_loss, jnp.float32(1)
                 loss_sum += self.generation_weight * queries * per_example
                 metrics |= more
             return loss_sum, jnp.float32(queries), metrics
@@ -283,6 +302,16 @@ class Distillation:
             metrics["positive_first"] = _positive_first(student, mask, tokens, target)
         return loss, metrics
 
+    def _plan_loss(self, plan: PlanLoss, table: Any, lists: Batch) -> tuple[jax.Array, Metrics]:
+        """The table of each query -> loss of the plan's scores of its list [B]."""
+        student, mask = plan.of_lists(table, lists), _rankable(lists)
+        mask &= jnp.sum(mask, axis=-1, keepdims=True) >= 2
+        loss = (plan.loss or self.loss)(student, lists["teacher_scores"], mask)
+        return loss, {
+            "plan_rank_loss": (_sum(loss), jnp.float32(loss.size)),
+            "plan_pairs_right": _ordered_pairs(student, lists["teacher_scores"], mask),
+        }
+
     def _generation_loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
         """Logits [G, T, V] -> mean over examples of their mean token loss, []."""
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
@@ -294,17 +323,6 @@ class Distillation:
         examples = targets.shape[0]
         metrics = {"generation_loss": (loss_sum, jnp.float32(examples))}
         return loss_sum / examples, metrics | _tokens_right(logits, targets, weights)
-
-
-def _logits_of_generation(model: Any, params: Any, batch: Batch, rng: jax.Array) -> jax.Array:
-    """Logits [G, T, V] of the generation targets."""
-    return model.apply(
-        {"params": params},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        deterministic=False,
-        rngs={"dropout": rng},
-    )
 
 
 __getattr__ = moved.names(__name__, shift_right="training.list_decoding")
