@@ -99,8 +99,11 @@ class Learned(StudentPlan):
 
     set_size: pieces of a passage at most, see `set_identifiers`.
     query_tokens: tokens of the query that are read. None: as many as the encoder reads.
+    weight: the default is what 144 held-out training questions of the embedded collection chose of
+      .05 to 1.5.
     """
 
+    weight: float | None = 1.5
     set_size: int = 64
     query_tokens: int | None = None
 
