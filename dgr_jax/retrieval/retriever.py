@@ -20,6 +20,7 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
+from dgr_jax.retrieval.explanation import Explanation, explain
 from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.sources import Sources
@@ -324,6 +325,12 @@ class Retriever:
         """The passages of a run in the order of the student, see `reranking.rerank`."""
         decoder, store, _ = self._index
         return rerank(decoder, self.vocabulary, store, queries, run, weight)
+
+    def explain(self, query: str, pid: str | None = None) -> Explanation:
+        """What the search for a query has looked at, and at which step it lost a passage; see
+        `explanation.explain`."""
+        decoder, store, _ = self._index
+        return explain(decoder, self.vocabulary, store, query, pid)
 
     def _retrieved(self, decoder: System, texts: Sequence[str]) -> Found:
         blocks = (
