@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,14 @@ def test_what_cannot_be_saved(saved, tmp_path):
     again = retriever.save(tmp_path / "again")
     assert answers(Retriever.load(again)) == answers(retriever)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_an_index_that_was_changed_is_not_saved(tmp_path):
+    retriever = Retriever.__new__(Retriever)
+    sources = SimpleNamespace(version=3, trained={"distill": None})
+    retriever._index = SimpleNamespace(opened=SimpleNamespace(sources=sources))
+    with pytest.raises(ValueError, match="Retriever.save: got version 3 of the index, expected 0"):
+        retriever.save(tmp_path / "folder")
 
 
 # The hub
