@@ -127,8 +127,15 @@ def test_generation_with_a_plan(kind):
     assert loss == pytest.approx(plain[0] + WEIGHT * 3 * expected.sum(), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", PLANS)
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("sets", True),
+        ("codes", False),
+        pytest.param("sets", False, marks=pytest.mark.slow),
+        pytest.param("codes", True, marks=pytest.mark.slow),
+    ],
+)
 def test_distillation_with_a_plan(kind, own):
     """Generation examples are the targets of the lists, or a batch of their own."""
     batch = {"rank_list": LISTS} | ({"generation": EXAMPLES} if own else {})
@@ -147,6 +154,7 @@ def test_distillation_with_a_plan(kind, own):
     assert 0 <= metrics["plan_pairs_right"] <= 1
 
 
+@pytest.mark.slow
 def test_a_plan_may_have_a_loss_of_its_own():
     plain = Distillation(RANKNET, generation_weight=0.0)
     other = dataclasses.replace(plain, plan=SetLoss(5, 1.0, functools.partial(ranking.margin_mse)))
@@ -159,7 +167,7 @@ def test_a_plan_may_have_a_loss_of_its_own():
     assert value(other, {"rank_list": LISTS})[0] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("kind", ["sets", pytest.param("codes", marks=pytest.mark.slow)])
 def test_gradients_are_finite_also_of_nothing(kind):
     """Also where a batch has no passage that is known, and a query is blank."""
     loss = Generation(plan=PLANS[kind]).loss_fn(MODEL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -125,6 +126,10 @@ def reading(model_dir):
     said = json.loads(path.read_text())
     said["model"]["decoder_query_tokens"] = 8
     path.write_text(json.dumps(said))
+    record = json.loads((model_dir / "distill/stage.json").read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    record["files_made"][path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    (model_dir / "distill/stage.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("kind", ["sets", "codes"])
@@ -152,7 +157,7 @@ def test_a_student_that_plans_by_itself_answers(model_dir, kind):
     assert sorted(p.pid for p in ranked["a"]) == sorted(p.pid for p in run["a"])
     alone = Retriever.load(model_dir, ranked_by="plan", planned=9)
     assert alone.decoder.plan.planned == 9
-    assert [h.parts["log_prob"] for h in alone.search(QUESTIONS[:1])[0]] == [-np.inf] * 5
+    assert [h.parts["log_prob"] for h in alone.search(QUESTIONS[:1], k=5)[0]] == [-np.inf] * 5
     with pytest.raises(ValueError, match="loss: the planned retriever of .* has no such setting"):
         Retriever.load(model_dir, loss=None)
 

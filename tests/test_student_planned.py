@@ -102,7 +102,7 @@ def rows_of(decoder):
 
 CASES = [
     ("sets", "rq", "beams"),
-    ("sets", "text", "beams"),
+    pytest.param("sets", "text", "beams", marks=pytest.mark.slow),
     ("codes", "rq", "beams"),
     ("sets", "rq", "identifiers"),
     pytest.param("codes", "text", "identifiers", marks=pytest.mark.slow),
@@ -219,3 +219,10 @@ def test_a_student_that_reads_no_query_is_refused():
 def test_settings_are_checked(plan, settings, message):
     with pytest.raises(ValueError, match=message):
         plan(**settings)
+
+
+def test_what_a_plan_needs_before_it_is_made():
+    needed = Learned(set_size=32).sizes(1000, 50.0)
+    assert (needed.disk, needed.memory, needed.planned) == (2 * 32_000, 4 * 32_000, 100)
+    assert OnePass(planned=20, num_beams=4).sizes(10, 50.0)[:3] == (0, 4 * 80, 10)
+    assert needed.seconds > 0

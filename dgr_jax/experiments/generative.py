@@ -31,7 +31,6 @@ from dgr_jax.retrieval import planned, set_identifiers
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.retrieval.simultaneous import Plan
-from dgr_jax.retrieval.student_planned import PlannedByLearned, PlannedByOnePass
 from dgr_jax.retrieval.student_plans import Learned, OnePass
 from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.training.objectives import Distillation, Generation
@@ -272,14 +271,7 @@ class Experiment(Measured):
         """See Measured: at last `planned`, the best student with the plan."""
         if self.plan is None:
             return self.evaluate.systems
-        of_plan: SystemSettings
-        if isinstance(self.plan, Learned):
-            of_plan = PlannedByLearned("planned", self.plan.once_trained())
-        elif isinstance(self.plan, OnePass):
-            of_plan = PlannedByOnePass("planned", self.plan.once_trained())
-        else:
-            of_plan = planned.Planned("planned", self.plan)
-        return (*self.evaluate.systems, of_plan)
+        return (*self.evaluate.systems, planned.system_of(self.plan))
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of every student, with a vocabulary."""

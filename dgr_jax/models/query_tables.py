@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgr_jax.models.t5 import Reading
 
@@ -51,7 +52,7 @@ def code_table(
     return log_probs.at[..., 0].set(0.0)
 
 
-def code_members(identifiers: jax.Array, vocab_size: int) -> jax.Array:
+def code_members(identifiers: jax.Array | np.ndarray, vocab_size: int) -> jax.Array:
     """Identifiers int32 [..., T] -> their members, the same shape; padding stays 0."""
     places = jnp.arange(identifiers.shape[-1], dtype=jnp.int32) * vocab_size
     return jnp.where(identifiers > 0, identifiers + places, 0)

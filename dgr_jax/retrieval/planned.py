@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.batched import BatchedSystem
+from dgr_jax.retrieval.batched import BatchedSystem, Queries
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.explanation import Writes
-from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
 from dgr_jax.retrieval.kept_postings import PLANS
+from dgr_jax.retrieval.plan_scores import joined, ranked, summed
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, System, SystemHit, SystemSettings
 
@@ -101,7 +102,7 @@ def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules)
 
 
 @dataclass
-class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
+class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
     """A student that answers for the passages that a plan names.
 
     student: its parameters and identifiers. Its trie is used only where a query has fewer planned
@@ -121,20 +122,13 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
     writes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        student = self.student
-        check(self.plan, student.search, student.table.num_passages)
+        check(self.plan, self.student.search, self.student.table.num_passages)
         self._weight = _weight_of(self.plan)
-        fixed = student.index.layout.ends == "fixed"
-        if self.plan.ranked_by == "beams":
-            settings = (self.plan.num_beams, fixed, student.mesh, student.rules)
-            self._score = guided_fn(student.config, *settings)
-        else:
-            self._score = score_fn(student.config, student.mesh, student.rules)
 
     @classmethod
     def of(
         cls, student: Decoder, plan: Plan, planner: Planner | None, *, beside: bool = True
-    ) -> PlannedDecoder:
+    ) -> Self:
         """A student with a plan."""
         plan = plan.of_corpus(student.table.num_passages)
         search = replace(student.search, num_beams=plan.num_beams)
@@ -154,10 +148,6 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         """See System: what the student says of itself."""
         return self.student.describe()
 
-    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
-        """See System."""
-        return replace(self, student=self.student.restrict(passage_mask))
-
     @property
     def index_bytes(self) -> int:
         """Bytes that a search reads beside the parameters: the plan, and the identifiers."""
@@ -169,14 +159,7 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         """See System."""
         return {"planned": self.plan.most, "depth": self.search.depth}
 
-    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
-        """Queries as `passages` takes them: planned already."""
-        if self.planner is None:
-            raise ValueError("PlannedDecoder.encode: got no planner, expected one to plan texts")
-        planned = self.planner.best(texts, self.plan.most, self.student.allowed)
-        return PlannedQueries(super().encode(vocabulary, texts), planned)
-
-    def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
+    def hits(self, queries: Queries) -> Iterator[list[SystemHit]]:
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
         the identifier, -inf where it was not written."""
         for passages, *parts in zip(*self._answers(queries), strict=True):
@@ -187,63 +170,10 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
                 for i, score, plan, log_prob, tokens in rows
             ]
 
-    def may_write(self, queries: PlannedQueries) -> Writes | None:
-        """See System: the planned identifiers; None where the plan decides alone."""
-        student, of_plan = self.student, self.plan.ranked_by
-        passages, scores = (part[0] for part in queries.planned)
-        there = np.flatnonzero(passages >= 0)
-        there = there[np.argsort(student.rows[passages[there]], kind="stable")]
-        there = there[student.rows[passages[there]] >= 0]
-        if of_plan == "plan" or not len(there):
-            return None if of_plan == "plan" else student.may_write(queries.tokens)
-        passages, scores = passages[there], scores[there]
-        place = {passage: row for row, passage in enumerate(passages.tolist())}
-        missing = (
-            f"it is not among the {len(place)} planned passages, of which the last has the plan "
-            f"score {scores.min():.2f}"
-        )
-        return Writes(
-            *(student.config, student.params, self.mesh, student.rules, queries.tokens[0]),
-            rows=np.asarray(student.table.tokens[student.rows[passages]], np.int32),
-            bonus=scores / np.float32(self._weight),
-            num_beams=self.plan.num_beams if of_plan == "beams" else len(place),
-            fixed=student.index.layout.ends == "fixed",
-            renormalise=False,
-            row_of=lambda passage: place.get(passage, -1),
-            missing=lambda passage: missing,
-        )
-
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
         """Empty places for passages, scores, plan scores and log-probabilities."""
         passages, scores = super()._nothing(queries)
         return passages, scores, scores.copy(), scores.copy()
-
-    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
-        return self.student._lengths(queries.tokens)
-
-    def _start(
-        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
-    ) -> _Scored:
-        student = self.student
-        passages, scores = (part[places] for part in queries.planned)
-        if self.plan.ranked_by == "plan":
-            return _Scored(passages, scores, None, None)
-        short = self.beside and (passages < 0).any()
-        beside = student._start(queries.tokens, places, shape) if short else None
-        rows = np.where(passages >= 0, student.rows[np.maximum(passages, 0)], -1)
-        order = np.argsort(rows, axis=1, kind="stable")
-        passages, scores, rows = (
-            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
-        )
-        size, length = shape[0], student.index.layout.max_length
-        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
-        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
-        known = np.where(rows[..., None] >= 0, student.table.tokens[np.maximum(rows, 0)], 0)
-        identifiers[: len(places), :, : known.shape[2]] = known
-        bonus[: len(places)] = scores / np.float32(self._weight)
-        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
-        placed = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
-        return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
 
     def _rank(self, result: _Scored, count: int) -> tuple[np.ndarray, ...]:
         passages, scores = (np.asarray(part)[:count] for part in result[:2])
@@ -275,6 +205,85 @@ class PlannedDecoder(BatchedSystem[PlannedQueries, _Scored]):
         return rank_passages(rows, log_probs, student.table, beams, student.allowed)
 
 
+@dataclass
+class PlannedDecoder(StudentWithPlan[PlannedQueries]):
+    """A student with a plan that reads the texts of queries before the student does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        student = self.student
+        fixed = student.index.layout.ends == "fixed"
+        if self.plan.ranked_by == "beams":
+            settings = (self.plan.num_beams, fixed, student.mesh, student.rules)
+            self._score = guided_fn(student.config, *settings)
+        else:
+            self._score = score_fn(student.config, student.mesh, student.rules)
+
+    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
+        """See System."""
+        return replace(self, student=self.student.restrict(passage_mask))
+
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
+        """Queries as `passages` takes them: planned already."""
+        if self.planner is None:
+            raise ValueError("PlannedDecoder.encode: got no planner, expected one to plan texts")
+        planned = self.planner.best(texts, self.plan.most, self.student.allowed)
+        return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def may_write(self, queries: PlannedQueries) -> Writes | None:
+        """See System: the planned identifiers; None where the plan decides alone."""
+        student, of_plan = self.student, self.plan.ranked_by
+        passages, scores = (part[0] for part in queries.planned)
+        there = np.flatnonzero(passages >= 0)
+        there = there[np.argsort(student.rows[passages[there]], kind="stable")]
+        there = there[student.rows[passages[there]] >= 0]
+        if of_plan == "plan" or not len(there):
+            return None if of_plan == "plan" else student.may_write(queries.tokens)
+        passages, scores = passages[there], scores[there]
+        place = {passage: row for row, passage in enumerate(passages.tolist())}
+        missing = (
+            f"it is not among the {len(place)} planned passages, of which the last has the plan "
+            f"score {scores.min():.2f}"
+        )
+        return Writes(
+            *(student.config, student.params, self.mesh, student.rules, queries.tokens[0]),
+            rows=np.asarray(student.table.tokens[student.rows[passages]], np.int32),
+            bonus=scores / np.float32(self._weight),
+            num_beams=self.plan.num_beams if of_plan == "beams" else len(place),
+            fixed=student.index.layout.ends == "fixed",
+            renormalise=False,
+            row_of=lambda passage: place.get(passage, -1),
+            missing=lambda passage: missing,
+        )
+
+    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
+        return self.student._lengths(queries.tokens)
+
+    def _start(
+        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
+    ) -> _Scored:
+        student = self.student
+        passages, scores = (part[places] for part in queries.planned)
+        if self.plan.ranked_by == "plan":
+            return _Scored(passages, scores, None, None)
+        short = self.beside and (passages < 0).any()
+        beside = student._start(queries.tokens, places, shape) if short else None
+        rows = np.where(passages >= 0, student.rows[np.maximum(passages, 0)], -1)
+        order = np.argsort(rows, axis=1, kind="stable")
+        passages, scores, rows = (
+            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
+        )
+        size, length = shape[0], student.index.layout.max_length
+        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
+        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
+        known = np.where(rows[..., None] >= 0, student.table.tokens[np.maximum(rows, 0)], 0)
+        identifiers[: len(places), :, : known.shape[2]] = known
+        bonus[: len(places)] = scores / np.float32(self._weight)
+        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
+        placed = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
+        return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
+
+
 def with_identifiers(system: System, owner: str) -> Decoder:
     """The system as a student with one identifier a passage. Raises ValueError for another one, of
     which the `owner` has no use."""
@@ -287,12 +296,20 @@ def with_identifiers(system: System, owner: str) -> Decoder:
 
 
 @dataclass(frozen=True)
-class Planned(SystemSettings):
-    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`."""
+class PlannedSystem(SystemSettings):
+    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`.
 
-    plan: Lexical
+    Every subclass says by the type of its `plan` which plans it is for.
+    """
 
+    plan: Plan
+
+    of_plans: ClassVar[dict[type, type[PlannedSystem]]] = {}
     preferred: ClassVar[bool] = True
+
+    def __init_subclass__(cls, plans: type, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        PlannedSystem.of_plans[plans] = cls
 
     @property
     def made_of(self) -> tuple[str, ...]:
@@ -305,11 +322,24 @@ class Planned(SystemSettings):
 
     def given(self) -> dict[str, Any]:
         """See SystemSettings: the settings of the plan."""
-        return {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
+        return {name: getattr(self.plan, name) for name in self.plan.searched}
 
-    def replaced(self, **settings: Any) -> Planned:
+    def replaced(self, **settings: Any) -> Self:
         """See SystemSettings."""
-        return replace(self, plan=replace(self.plan, **settings))
+        plan: Any = self.plan
+        return replace(self, plan=replace(plan, **settings))
+
+
+def system_of(plan: Plan) -> PlannedSystem:
+    """The settings of the system `planned`, with a plan."""
+    return PlannedSystem.of_plans[type(plan)]("planned", plan.once_trained())
+
+
+@dataclass(frozen=True)
+class Planned(PlannedSystem, plans=Lexical):
+    """The distilled student with the plan Lexical."""
+
+    plan: Lexical
 
     def open(self, opening: Opening) -> PlannedDecoder:
         """See SystemSettings."""
@@ -317,45 +347,6 @@ class Planned(SystemSettings):
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
         student = with_identifiers(opening.system("distill"), "Planned")
         return PlannedDecoder.of(student, self.plan, planner)
-
-
-def joined(
-    passages: np.ndarray, log_probs: np.ndarray, more: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of planned passages [B, n], with those that another search has written of
-    them; and those of its other passages [B, M], -inf for planned ones.
-
-    more, values: passages and log-probabilities of the other search [B, M], -1 and -inf: none.
-    """
-    same = more[:, :, None] == passages[:, None, :]
-    written = np.where(same, values[:, :, None], -np.inf).max(1).astype(np.float32)
-    new = np.where(same.any(2), -np.inf, values).astype(np.float32)
-    return np.where(log_probs > -np.inf, log_probs, written), new
-
-
-def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarray:
-    """Plan score + weight * log-probability of planned passages, f32 [B, n] each.
-
-    Those without a log-probability (-inf), which no beam wrote, come after all others: their plan
-    scores are shifted, so that the best is as much below the last of the others as one less in
-    log-probability would be.
-    """
-    totals = scores + np.float32(weight) * log_probs
-    written, planned = log_probs > -np.inf, scores > -np.inf
-    last = np.min(totals, axis=1, where=written, initial=np.inf, keepdims=True)
-    best = np.max(scores, axis=1, where=planned & ~written, initial=-np.inf, keepdims=True)
-    shift = np.where(np.isfinite(last) & np.isfinite(best), last - best - np.float32(weight), 0)
-    return np.where(written, totals, scores + shift.astype(np.float32))
-
-
-def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: PidOf | None) -> Found:
-    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders
-    them."""
-    scores = np.where(passages >= 0, scores, -np.inf).astype(np.float32)
-    order = np.lexsort((passages, -scores))
-    passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
-    query, place = np.nonzero(scores > -np.inf)
-    return cut(query, passages[query, place], scores[query, place], (len(passages), depth), pid_of)
 
 
 def check(plan: Plan, search: Search, num_passages: int) -> None:

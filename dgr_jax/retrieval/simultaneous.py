@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -73,13 +73,12 @@ class Plan(Protocol):
     def of_corpus(self, num_passages: int) -> Self:
         """These settings with a number of planned passages that so many passages have."""
 
-    def planner(
-        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
-    ) -> Planner:
-        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The settings that whoever opens a system with it may give; all others are of training."""
 
-        Raises ValueError for a kept one of another corpus.
-        """
+    def once_trained(self) -> Self:
+        """The settings without those of training alone, which are not kept with a system."""
 
     def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
         """What a plan of so many passages would need, of so many words each; sample: texts of some
@@ -137,6 +136,8 @@ class Lexical:
     weight: float | None = 0.2
     bm25: Bm25 = Bm25()
 
+    searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight", "bm25")
+
     def __post_init__(self) -> None:
         check_plan(self)
 
@@ -149,10 +150,17 @@ class Lexical:
         """See Plan."""
         return of_corpus(self, num_passages)
 
+    def once_trained(self) -> Lexical:
+        """See Plan."""
+        return self
+
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
     ) -> LexicalPlanner:
-        """See Plan."""
+        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
+
+        Raises ValueError for a kept one of another corpus.
+        """
         own = folder and kept_postings.place(folder, self.bm25)
         held = KeptPostings.load(own, store.pids) if own else None
         if held is None:

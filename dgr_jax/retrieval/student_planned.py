@@ -23,7 +23,7 @@ from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models import query_tables
 from dgr_jax.models.t5 import Reading, T5Config
 from dgr_jax.retrieval.generative import Decoder, applied, written_of
-from dgr_jax.retrieval.planned import Planned, PlannedDecoder, _Scored, with_identifiers
+from dgr_jax.retrieval.planned import PlannedSystem, StudentWithPlan, _Scored, with_identifiers
 from dgr_jax.retrieval.simultaneous import PlannedPassages
 from dgr_jax.retrieval.student_plans import Learned, OnePass, StudentPlan
 from dgr_jax.retrieval.system import Opening, System
@@ -84,14 +84,15 @@ def planned_fn(
     A query is encoded once, and read once: what is written goes on from what the plan has read.
     fixed: whether all identifiers have T tokens.
     """
-    assert plan.planned is not None  # of_corpus
+    count = plan.planned
+    assert count is not None  # of_corpus
 
     def search(params: Any, index: PlanIndex, tokens: jax.Array) -> tuple[jax.Array, ...]:
         apply = applied(config, params)
         encoded = apply(tokens, method="encode")
         length = index.identifiers.shape[1]
         table, reading = plan.table(apply, config, encoded, tokens, length)
-        scores, passages, rows = _best(table, index, plan.planned)
+        scores, passages, rows = _best(table, index, count)
         if plan.ranked_by == "plan":
             return passages, scores
         order = jnp.argsort(rows, axis=1, stable=True)
@@ -237,8 +238,11 @@ def _blocks(array: np.ndarray, block: int) -> np.ndarray:
 
 
 @dataclass
-class StudentPlannedDecoder(PlannedDecoder):
+class StudentPlannedDecoder(StudentWithPlan[np.ndarray]):
     """A student that plans by itself: queries are tokens, as for a student alone."""
+
+    plan: StudentPlan
+    planner: StudentPlanner
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -250,6 +254,7 @@ class StudentPlannedDecoder(PlannedDecoder):
     def restrict(self, passage_mask: np.ndarray) -> StudentPlannedDecoder:
         """See Decoder.restrict."""
         student = self.student.restrict(passage_mask)
+        assert student.allowed is not None
         return replace(self, student=student, planner=self.planner.restricted(student.allowed))
 
     def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> np.ndarray:
@@ -267,14 +272,10 @@ class StudentPlannedDecoder(PlannedDecoder):
 
 
 @dataclass(frozen=True)
-class PlannedByLearned(Planned):
-    """The distilled student with the plan Learned, as a system beside the others."""
+class PlannedByStudent(PlannedSystem, plans=StudentPlan):
+    """The distilled student with a plan of its own."""
 
-    plan: Learned
-
-    def given(self) -> dict[str, Any]:
-        """See SystemSettings."""
-        return {name: getattr(self.plan, name) for name in self.plan.searched}
+    plan: StudentPlan
 
     def open(self, opening: Opening) -> System:
         """See SystemSettings."""
@@ -285,7 +286,14 @@ class PlannedByLearned(Planned):
 
 
 @dataclass(frozen=True)
-class PlannedByOnePass(PlannedByLearned):
-    """The distilled student with the plan OnePass, as a system beside the others."""
+class PlannedByLearned(PlannedByStudent, plans=Learned):
+    """The distilled student with the plan Learned."""
+
+    plan: Learned
+
+
+@dataclass(frozen=True)
+class PlannedByOnePass(PlannedByStudent, plans=OnePass):
+    """The distilled student with the plan OnePass."""
 
     plan: OnePass

@@ -38,9 +38,10 @@ class PlanLoss(Protocol):
     """weight: of the losses of the plan; loss: of rank lists, None: that of the identifiers;
     members: how many each passage of a batch brings along, 0: none."""
 
-    weight: float
-    loss: Ranking | None
-
+    @property
+    def weight(self) -> float: ...
+    @property
+    def loss(self) -> Ranking | None: ...
     @property
     def members(self) -> int: ...
 
