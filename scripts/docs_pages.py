@@ -79,7 +79,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         parsers.append(parser)
         raise _Stop
 
-    with mock.patch.object(cli, "parse", parse):
+    with mock.patch.object(cli, "parse", parse), mock.patch.object(cli, "parse_plain", parse):
         try:
             importlib.import_module(f"dgr_jax.{name}").command([])
         except _Stop:
