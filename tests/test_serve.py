@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from dgr_jax import serve
+from dgr_jax.model_dir.writer_lock import Locked
 from dgr_jax.serving import server
 from dgr_jax.serving.app import Api, application
 from dgr_jax.serving.served import Filter, Model, OpenSystem
@@ -343,6 +344,14 @@ def test_changes_are_off_without_a_token(asked):
         assert answer.status_code == 403 and "without an admin token" in answer.json()["error"]
 
 
+def full(method, argument):
+    raise OSError(28, "No space left on device")
+
+
+def locked(method, argument):
+    raise Locked("process 7 writes into it")
+
+
 def test_changes_need_the_token_and_a_retriever_that_can(retriever):
     changed = []
 
@@ -362,6 +371,12 @@ def test_changes_need_the_token_and_a_retriever_that_can(retriever):
         assert added.json() == {"model": "small", "changed": 1}
         gone = running.request("DELETE", "/passages", json={"pids": ["x"]}, headers=token)
         assert gone.status_code == 422 and gone.json()["error"].startswith("pids: got 'x'")
+        api.models["small"].change = full
+        assert running.post("/passages", json=body, headers=token).json() == {
+            "error": "nothing was changed: No space left on device"
+        }
+        api.models["small"].change = locked
+        assert running.post("/passages", json=body, headers=token).status_code == 409
         api.models["small"].change = lambda *_: Model.change(api.models["small"], "frob", [])
         assert running.post("/passages", json=body, headers=token).status_code == 501
     assert [method for method, _ in changed] == ["add", "remove"]

@@ -15,6 +15,7 @@ import time
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
 from dgr_jax.retrieval.retriever import Hit
 from dgr_jax.serving import served
@@ -149,6 +150,36 @@ def test_the_mark_of_a_folder(tiny_model_dir, tmp_path):
     (model / "index" / "abc").mkdir(parents=True)
     (model / "index" / "abc" / "current.json").write_text('{"version": 1}')
     assert mark_of(model) != before
+
+
+@pytest.mark.slow
+def test_passages_are_added_and_removed_over_http(tiny_model_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    model = Model("m", folder, ("distill", "bm25"), (1,))
+    token = {"Authorization": "Bearer " + "t" * 16}
+    added = {"pid": "new-1", "title": "Tin whistles", "text": "Tin whistles have six holes."}
+    asked = {"query": "tin whistles holes", "k": 1, "system": "bm25"}
+    api = Api([model], Service(batch_size=1, deadline_s=60), "t" * 16)
+    with TestClient(application(api)) as http:
+        while http.get("/readyz").status_code != 200:
+            time.sleep(0.1)
+        found = lambda: http.post("/search", json=asked).json()["results"][0]["hits"][0]["pid"]
+        before, count = found(), len(model.served.systems["distill"].retriever.store)
+        compiled = model.served.systems["distill"].retriever.decoder._decode._cache_size()
+        done = http.post("/passages", json={"passages": [added]}, headers=token)
+        assert done.json() == {"model": "m", "changed": 1}
+        assert found() == "new-1" != before
+        student = model.served.systems["distill"].retriever
+        assert len(student.store) == count + 1 and student.version == 1
+        only = {"query": "tin whistles", "k": 1, "filter": {"pids": ["new-1"]}}
+        hits = http.post("/search", json=only).json()["results"][0]["hits"]
+        assert [hit["pid"] for hit in hits] == ["new-1"]
+        assert student.decoder._decode._cache_size() == compiled
+        unknown = http.request("DELETE", "/passages", json={"pids": ["no"]}, headers=token)
+        assert unknown.status_code == 422 and "'no'" in unknown.json()["error"]
+        gone = http.request("DELETE", "/passages", json={"pids": ["new-1"]}, headers=token)
+        assert gone.status_code == 200 and found() == before
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ class Api:
         except Closed:
             raise Refused(503, "the service ends") from None
 
-    async def change(self, request: Request, name: str | None, method: str, argument: Any) -> Any:
+    async def change(self, name: str | None, method: str, argument: Any) -> Any:
         """Adds or removes passages. Raises Refused."""
         model = self.model(name)
         try:
@@ -188,6 +188,8 @@ class Api:
             raise Refused(409, str(error)) from None
         except ValueError as error:
             raise Refused(422, str(error)) from None
+        except OSError as error:
+            raise Refused(507, f"nothing was changed: {error.strerror or error}") from None
         return {"model": model.name, "changed": len(argument)}
 
     def admit(self, request: Request) -> None:
@@ -246,6 +248,7 @@ def application(api: Api) -> FastAPI:
     )
     _answer_errors(app)
     _add_routes(app, api)
+    _add_status(app, api)
     app.add_middleware(BodyGuard, service=api.service)
     app.add_middleware(Measured, metrics=api.metrics, known=frozenset(app.openapi()["paths"]))
     return app
@@ -269,14 +272,16 @@ def _add_routes(app: FastAPI, api: Api) -> None:
         """Adds passages, or replaces those of the same pid; needs the admin token."""
         api.admit(request)
         passages = [Passage(p.pid, p.text, p.title) for p in body.passages]
-        return JSONResponse(await api.change(request, body.model, "add", passages))
+        return JSONResponse(await api.change(body.model, "add", passages))
 
     @app.delete("/passages", responses={401: {}, 403: {}, 501: {}})
     async def remove(request: Request, body: RemoveBody) -> Response:
         """Removes passages; needs the admin token."""
         api.admit(request)
-        return JSONResponse(await api.change(request, body.model, "remove", body.pids))
+        return JSONResponse(await api.change(body.model, "remove", body.pids))
 
+
+def _add_status(app: FastAPI, api: Api) -> None:
     @app.get("/models")
     async def models() -> Response:
         """What is served."""

@@ -190,7 +190,7 @@ class Model:
                 mark = mark_of(self.model_dir)
                 if mark in (self.served.mark, self._refused):
                     return False
-            except OSError:  # a stage changes its place at this moment
+            except (OSError, ValueError):  # a stage changes its place at this moment
                 return False
             try:
                 served = Served.open(self.model_dir, self._wanted, self._sizes, self.served)
