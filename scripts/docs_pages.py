@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dgr_jax.config import cli, configurables
+from dgr_jax.config import configurables
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(
@@ -75,15 +76,13 @@ def _parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command, which is stopped where it would read its flags."""
     parsers: list[argparse.ArgumentParser] = []
 
-    def parse(parser: argparse.ArgumentParser, argv: object) -> None:
+    def parse_args(parser: argparse.ArgumentParser, *_: object) -> None:
         parsers.append(parser)
         raise _Stop
 
-    with mock.patch.object(cli, "parse", parse), mock.patch.object(cli, "parse_plain", parse):
-        try:
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        with contextlib.suppress(_Stop):
             importlib.import_module(f"dgr_jax.{name}").command([])
-        except _Stop:
-            pass
     return parsers[0]
 
 
