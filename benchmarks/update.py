@@ -1,6 +1,6 @@
 """Passages into the index of a trained student, beside making all of it again.
 
-    python benchmarks/update.py --passages=10000,100000 --added=1000 --schemes=rq,title,multiview
+    python -m benchmarks.update --passages=10000,100000 --added=1000 --schemes=rq,title,multiview
 
 The passages are drawn: words of a Zipf law, by topic. Nothing of a student is needed but what the
 prepare stage leaves. A rebuild is that: passages, identifiers, tries, suffix array and postings of

@@ -384,7 +384,7 @@ def test_what_is_written_of_a_student_is_read_again(tmp_path, kind, model, searc
     systems = ("dense",) if kind == "dense" else ("generate", "distill")
     assert kinds.read_student(tmp_path) == dataclasses.replace(student, systems=systems)
     (tmp_path / "student.json").write_text(json.dumps(said | {"kind": "oracle"}))
-    with pytest.raises(kept.Damaged, match=r"got kind 'oracle', expected one of docid, multi"):
+    with pytest.raises(kept.Damaged, match=r"got kind 'oracle', expected one of dense, docid"):
         kinds.read_student(tmp_path)
 
 

@@ -71,7 +71,7 @@ def read_student(folder: Path) -> Student:
         old = "dense" if "t5" in model else "multiview" if "scoring" in search else "docid"
         kind = said.get("kind", old)
         if kind not in TRAINED:
-            raise ValueError(f"got kind {kind!r}, expected one of {', '.join(TRAINED)}")
+            raise ValueError(f"got kind {kind!r}, expected one of {', '.join(sorted(TRAINED))}")
         there = [n for n in _OLD[old] if n not in _OPTIONAL or (folder.parent / n).is_dir()]
         return Student(kind, model, search, tuple(said.get("systems", there)))
 
