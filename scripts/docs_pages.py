@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -18,10 +19,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dgr_jax.config import cli, configurables
+from dgr_jax.config import configurables
 
-COMMANDS = ("train", "prepare", "retrieve", "teach", "evaluate", "pseudo_queries", "plan", "study")
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "dgr_jax").glob("*.py")
+    if "cli.main(command)" in path.read_text(encoding="utf-8")
+)
 COPIED = {  # files at the top of the repository -> their place on the site
     "README.md": "index.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
@@ -71,15 +76,13 @@ def _parser(name: str) -> argparse.ArgumentParser:
     """The parser of a command, which is stopped where it would read its flags."""
     parsers: list[argparse.ArgumentParser] = []
 
-    def parse(parser: argparse.ArgumentParser, argv: object) -> None:
+    def parse_args(parser: argparse.ArgumentParser, *_: object) -> None:
         parsers.append(parser)
         raise _Stop
 
-    with mock.patch.object(cli, "parse", parse):
-        try:
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        with contextlib.suppress(_Stop):
             importlib.import_module(f"dgr_jax.{name}").command([])
-        except _Stop:
-            pass
     return parsers[0]
 
 
@@ -93,19 +96,19 @@ def _values(action: argparse.Action) -> list[str]:
 def components() -> str:
     """All that gin files can name: every component and loss, its settings and their defaults."""
     classes = {c.__name__: c for c in configurables._components()}
-    by_room: dict[str, list[str]] = {room: [] for room in ROOMS}
+    by_room: dict[str, list[str]] = {room: [] for room in ROOMS}  # then others, by their names
     for name in configurables.configurables():
         room = classes[name].__module__.split(".")[1] if name in classes else "losses"
-        by_room[room].append(name)
+        by_room.setdefault(room, []).append(name)
     parts = [
         "# gin components\n",
         "What gin files can name, `@NAME()`, and what can be set of it: `NAME.setting = value` in "
         "a file, `--gin.NAME.setting=value` on a command line. Settings without a default must be "
         "given. Gin files bind many of these to macros (`SEED`, `LOSS`, `NUM_BEAMS`).\n",
     ]
-    for room, title in ROOMS.items():
-        parts.append(f"## {title}\n")
-        for name in sorted(by_room[room], key=str.lower):
+    for room, names in by_room.items():
+        parts.append(f"## {ROOMS.get(room, room.capitalize())}\n")
+        for name in sorted(names, key=str.lower):
             parts.append(_component(name, classes.get(name)))
     return "\n".join(parts) + "\n"
 

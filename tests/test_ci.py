@@ -25,7 +25,7 @@ case $1 in
   *) echo "$0 $*" >> "$FAKE/calls" ;;
 esac
 """
-NAMES = ("python3.14", "python3.13", "python3.12", "python3.11", "python3")
+NAMES = ("python3.14", "python3.13", "python3.12", "python3.11", "python3", "chromium")
 DEFAULT, SLOW = "--dist loadfile -n 2", "--dist loadfile -n 3 -m slow"
 
 

@@ -111,6 +111,14 @@ def flags_read(monkeypatch, run):
 
 def check_experiment(monkeypatch, name, arguments):
     """The flags of a command, and the experiment that they describe."""
+    command = importlib.import_module(f"dgr_jax.{name}").command
+    if arguments in (["--version"], ["--help"]):
+        with pytest.raises(SystemExit, match="^0$"):
+            command(arguments)
+        return
+    if name == "serve":  # of finished experiments
+        flags_read(monkeypatch, lambda: command(arguments))
+        return
     read = []
 
     def parse(parser, argv):
@@ -120,10 +128,8 @@ def check_experiment(monkeypatch, name, arguments):
     original = cli.parse
     with monkeypatch.context() as patch:
         patch.setattr(cli, "parse", parse)
-        with pytest.raises((Stop, SystemExit)):
-            importlib.import_module(f"dgr_jax.{name}").command(arguments)
-    if arguments == ["--version"]:
-        return
+        with pytest.raises(Stop):
+            command(arguments)
     ((parser, args, bindings),) = read
     if name == "retrieve":
         questions.check(parser, args, bindings)
@@ -157,19 +163,20 @@ def test_a_command_of_the_documents_is_one(text, folder, monkeypatch):
     elif words[0].startswith("scripts/"):
         assert (ROOT / words[0]).is_file()
         check_experiment(monkeypatch, "train", words[words.index("--") + 1 :])
-    elif words[1] != "-m":
-        monkeypatch.setattr(sys, "argv", words[1:])
-        path = str(ROOT / words[1])
-        monkeypatch.syspath_prepend(str((ROOT / words[1]).parent))
-        flags_read(monkeypatch, lambda: runpy.run_path(path, run_name="__main__"))
+    elif words[1] != "-m" or words[2].startswith(("benchmarks.", "tests.campaigns.")):
+        if "exact_search" in text:
+            pytest.importorskip("faiss")
+        own = words[1:] if words[1] != "-m" else [f"{words[2].replace('.', '/')}.py", *words[3:]]
+        path = ROOT / own[0]
+        monkeypatch.setattr(sys, "argv", own)
+        monkeypatch.syspath_prepend(str(path.parent))
+        monkeypatch.syspath_prepend(str(ROOT))
+        flags_read(monkeypatch, lambda: runpy.run_path(str(path), run_name="__main__"))
+    elif words[2] == "dgr_jax.serve":
+        serve = importlib.import_module("dgr_jax.serve")
+        flags_read(monkeypatch, lambda: serve.command(words[3:]))
     elif words[2].startswith("dgr_jax."):
         check_experiment(monkeypatch, words[2].removeprefix("dgr_jax."), words[3:])
-    elif words[2].startswith(("benchmarks.", "tests.campaigns.")):
-        if "exact_search" in words[2]:
-            pytest.importorskip("faiss")
-        monkeypatch.setattr(sys, "argv", words[2:])
-        monkeypatch.syspath_prepend(str(ROOT))
-        flags_read(monkeypatch, lambda: runpy.run_module(words[2], run_name="__main__"))
     else:
         assert words[2] in ("venv", "pytest", "t5x.train", "t5x.infer", "t5x.eval")
 

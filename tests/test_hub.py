@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +117,14 @@ def test_what_cannot_be_saved(saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
+def test_an_index_that_was_changed_is_not_saved(tmp_path):
+    retriever = Retriever.__new__(Retriever)
+    sources = SimpleNamespace(version=3, trained={"distill": None})
+    retriever._index = SimpleNamespace(opened=SimpleNamespace(sources=sources))
+    with pytest.raises(ValueError, match="Retriever.save: got version 3 of the index, expected 0"):
+        retriever.save(tmp_path / "folder")
+
+
 # The hub
 
 
@@ -204,3 +216,23 @@ def test_pyterrier_opens_it_as_an_artifact(saved):
     )  # fmt: skip
     found = DgrArtifact.load(str(saved)).retriever(num_results=5).search(QUESTIONS[0])
     assert found["docno"].tolist() == [pid for pid, _ in answers(Retriever.load(saved))[0]]
+
+
+def test_pyterrier_publishes_and_fetches_it_in_its_own_format(saved, tmp_path, monkeypatch):
+    pytest.importorskip("pyterrier")
+    from dgr_jax.integrations.pyterrier import DgrArtifact
+
+    monkeypatch.setenv("PYTERRIER_HOME", str(tmp_path / "home"))
+    DgrArtifact.load(str(saved)).build_package(str(tmp_path / "package.tar.lz4"))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/package.tar.lz4"
+            fetched = DgrArtifact.from_url(url)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert fetched.path.is_relative_to(tmp_path / "home")
+    assert answers(Retriever.load(fetched.path)) == answers(Retriever.load(saved))

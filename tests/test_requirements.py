@@ -127,6 +127,15 @@ def test_the_small_install_is_what_is_needed():
         )
 
 
+def test_every_extra_is_explained():
+    after = SETUP.partition("extras_require={")[2]
+    extras = re.findall(r'^        "(\w+)": \[', after, re.MULTILINE)
+    assert len(extras) > 10
+    page = (ROOT / "docs" / "how_to" / "install.md").read_text(encoding="utf-8")
+    explained = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
+    assert set(extras) <= set(explained)
+
+
 # As where they are not installed: no finder finds them.
 BLOCK = """
 import sys

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
+import dataclasses
 import io
 import logging
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dgr_jax import interrupts, processes
-from dgr_jax.config import requirements
+from dgr_jax.config import compiled, requirements
 from dgr_jax.config.mistakes import FLAGS, Mistake
 from dgr_jax.display import LogFormatter, harmless
 from dgr_jax.model_dir import kept, versions
@@ -47,12 +48,11 @@ class _Versions(argparse.Action):
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every command has. Its help describes `--gin.NAME=VALUE`, which
-    `parse` reads."""
-    p = _Parser(
-        prog=f"python -m dgr_jax.{command}",
-        allow_abbrev=False,
-        description=description,
+    """A parser with the flags of every command of an experiment. Its help describes
+    `--gin.NAME=VALUE`, which `parse` reads."""
+    p = plain_parser(
+        command,
+        description,
         epilog="Any binding can be set as --gin.NAME=VALUE, such as --gin.SEED=1 or "
         "--gin.Search.num_beams=40. gin files shipped with the package: "
         + ", ".join(sorted(f.name for f in resources("gin_configs").glob("*.gin"))),
@@ -72,6 +72,17 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
     p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
+    return p
+
+
+def plain_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the flags that every command has, to be read by `parse_plain`."""
+    p = _Parser(
+        prog=f"python -m dgr_jax.{command}",
+        allow_abbrev=False,
+        description=description,
+        epilog=epilog,
+    )
     p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
     p.add_argument(
         "--version",
@@ -79,7 +90,37 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         nargs=0,
         help="print the versions of this package, of Python and of the installed libraries",
     )
+    compiled.add_flag(p)
     return p
+
+
+def settings(p: argparse.ArgumentParser, kind: Any) -> None:
+    """Adds a flag for each field of a dataclass of settings, whose metadata say what it is."""
+    for field in dataclasses.fields(kind):
+        of: dict[str, Any] = {"type": type(field.default), "metavar": field.name.upper()}
+        if isinstance(field.default, bool):
+            of = {"action": argparse.BooleanOptionalAction}
+        help = f"{field.metadata['help']} (default: {field.default})"
+        p.add_argument(f"--{field.name}", default=field.default, help=help, **of)
+
+
+def set_from(args: argparse.Namespace, kind: Any) -> Any:
+    """The settings of the flags that `settings` added."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def parse_plain(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a command without gin files, while all is set up as they say."""
+    args = p.parse_args(argv)
+    _set_up(args)
+    return args
+
+
+def _set_up(args: argparse.Namespace) -> None:
+    _configure_logging(args.verbose)
+    compiled.keep(args)
 
 
 def several(p: argparse.ArgumentParser) -> None:
@@ -125,7 +166,7 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """What `flags` reads, while logging is set up as they say."""
     args, bindings = flags(p, argv)
-    _configure_logging(args.verbose)
+    _set_up(args)
     return args, bindings
 
 

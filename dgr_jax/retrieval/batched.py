@@ -65,7 +65,7 @@ class BatchedSystem(SearchingSystem, Generic[Queries, Result]):
 
     def _answers(self, queries: Queries) -> tuple[np.ndarray, ...]:
         """Passages, scores and whatever else `_rank` says of them, [n, D] each."""
-        (block,) = self._ranked([queries], 1 if len(queries) == 1 else self.batch_size)
+        (block,) = self._ranked([queries], self.padded(len(queries)))
         return block
 
     def _ranked(

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from scipy.special import logsumexp
 
 from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import ranking, words
@@ -256,6 +255,10 @@ class Searcher(TrainedSystem, kind="dense"):
                 f"{self.encoder.config.dim}, that of the encoder; embed the passages again"
             )
 
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """See System: a query is encoded alone or in a whole batch, and vectors are padded to
+        powers of two; there is nothing to choose."""
+
     @property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices that it runs on."""
@@ -290,6 +293,8 @@ class Searcher(TrainedSystem, kind="dense"):
 
     def log_probs(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """See System: the softmax of the scores over all passages."""
+        from scipy.special import logsumexp  # which takes long to import
+
         for start in range(0, len(tokens), self.search.batch_size):
             block = tokens[start : start + self.search.batch_size]
             vectors = self.encoder.queries(block, self.search)

@@ -26,6 +26,7 @@ from dgr_jax.models.t5 import Reading, T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batched import BatchedSystem
 from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs
+from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 from dgr_jax.special_tokens import EOS_ID
@@ -261,6 +262,7 @@ class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem, kind="docid"
     counts: Counter[str] = field(default_factory=Counter)
     pid_of: PidOf | None = None
     rules: partitioning.Rules = partitioning.RULES
+    sizes: tuple[int, ...] = ()
 
     scores_all: ClassVar[bool] = True
     writes: ClassVar[bool] = True
@@ -334,9 +336,35 @@ class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem, kind="docid"
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System."""
-        rows = self.rows
         for passages, scores in zip(*self.passages(tokens), strict=True):
-            yield [SystemHit(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+            pairs = zip(_pairs(passages, scores), self.tokens_of(passages), strict=True)
+            yield [SystemHit(*pair, tokens) for pair, tokens in pairs]
+
+    def tokens_of(self, passages: np.ndarray) -> np.ndarray:
+        """The identifiers int32 [n, T] of the n passages that are there, int [.]; -1: free."""
+        return np.asarray(self.table.tokens[self.rows[passages[passages >= 0]]])
+
+    def may_write(self, queries: np.ndarray) -> Writes | None:
+        """See System; None without a constraint."""
+        if not self.search.constrained:
+            return None
+        legal = exhaustive.legal_rows(self)
+
+        def row_of(passage: int) -> int:
+            place = int(np.searchsorted(legal, self.rows[passage]))
+            there = place < len(legal) and legal[place] == self.rows[passage]
+            return place if there else -1
+
+        return Writes(
+            *(self.config, self.params, self.mesh, self.rules, queries[0]),
+            rows=np.asarray(self.table.tokens[legal], np.int32),
+            bonus=None,
+            num_beams=self.search.num_beams,
+            fixed=self.index.layout.ends == "fixed",
+            renormalise=self.search.renormalise,
+            row_of=row_of,
+            missing=lambda passage: "no identifier of it may be written",
+        )
 
     @functools.cached_property
     def rows(self) -> np.ndarray:

@@ -104,9 +104,10 @@ class KeptPostings:
             return None
         corpus = _corpus(pids)
         needed = {"corpus": corpus, "sha256": Postings._fields}
-        kind = {"kind": _FORMAT, "version": _VERSION}
         try:
-            arrays, header = array_folder.load(folder, needed=needed, **kind)
+            arrays, header = array_folder.load(
+                folder, kind=_FORMAT, version=_VERSION, needed=needed
+            )
         except kept.Damaged as damage:
             logger.warning("%s; the plan is made again", damage.what)
             return None

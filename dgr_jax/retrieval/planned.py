@@ -22,6 +22,7 @@ from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem, Queries
 from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
 from dgr_jax.retrieval.kept_postings import PLANS
 from dgr_jax.retrieval.plan_scores import joined, ranked, summed
@@ -116,6 +117,7 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
     planner: Planner | None
     beside: bool = True
     pid_of: PidOf | None = None
+    sizes: tuple[int, ...] = ()
 
     writes: ClassVar[bool] = True
 
@@ -160,17 +162,12 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
     def hits(self, queries: Queries) -> Iterator[list[SystemHit]]:
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
         the identifier, -inf where it was not written."""
-        student = self.student
-        for of_query in zip(*self._answers(queries), strict=True):
+        for passages, *parts in zip(*self._answers(queries), strict=True):
+            columns = (part[passages >= 0].tolist() for part in (passages, *parts))
+            rows = zip(*columns, self.student.tokens_of(passages), strict=True)
             yield [
-                SystemHit(
-                    i,
-                    score,
-                    student.table.tokens[student.rows[i]],
-                    {"plan": plan, "log_prob": log_prob},
-                )
-                for i, score, plan, log_prob in zip(*(p.tolist() for p in of_query), strict=True)
-                if i >= 0
+                SystemHit(i, score, tokens, {"plan": plan, "log_prob": log_prob})
+                for i, score, plan, log_prob, tokens in rows
             ]
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
@@ -232,6 +229,32 @@ class PlannedDecoder(StudentWithPlan[PlannedQueries]):
             raise ValueError("PlannedDecoder.encode: got no planner, expected one to plan texts")
         planned = self.planner.best(texts, self.plan.most, self.student.allowed)
         return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def may_write(self, queries: PlannedQueries) -> Writes | None:
+        """See System: the planned identifiers; None where the plan decides alone."""
+        student, of_plan = self.student, self.plan.ranked_by
+        passages, scores = (part[0] for part in queries.planned)
+        there = np.flatnonzero(passages >= 0)
+        there = there[np.argsort(student.rows[passages[there]], kind="stable")]
+        there = there[student.rows[passages[there]] >= 0]
+        if of_plan == "plan" or not len(there):
+            return None if of_plan == "plan" else student.may_write(queries.tokens)
+        passages, scores = passages[there], scores[there]
+        place = {passage: row for row, passage in enumerate(passages.tolist())}
+        missing = (
+            f"it is not among the {len(place)} planned passages, of which the last has the plan "
+            f"score {scores.min():.2f}"
+        )
+        return Writes(
+            *(student.config, student.params, self.mesh, student.rules, queries.tokens[0]),
+            rows=np.asarray(student.table.tokens[student.rows[passages]], np.int32),
+            bonus=scores / np.float32(self._weight),
+            num_beams=self.plan.num_beams if of_plan == "beams" else len(place),
+            fixed=student.index.layout.ends == "fixed",
+            renormalise=False,
+            row_of=lambda passage: place.get(passage, -1),
+            missing=lambda passage: missing,
+        )
 
     def _lengths(self, queries: PlannedQueries) -> np.ndarray:
         return self.student._lengths(queries.tokens)

@@ -20,6 +20,7 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
+from dgr_jax.retrieval.explanation import Explanation, explain
 from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.sources import Sources
@@ -237,7 +238,8 @@ class Retriever:
         """Writes what answers into a new folder, without what only training reads, see `hub`.
 
         card: license and datasets, for the model card, by the names of the Hugging Face Hub.
-        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of.
+        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of, and for one
+        of which passages came or went since it was trained.
         """
         from dgr_jax.retrieval import hub
 
@@ -246,6 +248,11 @@ class Retriever:
             raise ValueError(
                 "Retriever.save: got one that was restricted, made by hand, or has no trained "
                 "student, expected what Retriever.load returns for a trained one"
+            )
+        if self.version:
+            raise ValueError(
+                f"Retriever.save: got version {self.version} of the index, expected 0, the "
+                "passages that the student was trained on"
             )
         return hub.save(opened.asked.model_dir, opened.sources.trained, folder, **card)
 
@@ -318,6 +325,12 @@ class Retriever:
         """The passages of a run in the order of the student, see `reranking.rerank`."""
         decoder, store, _ = self._index
         return rerank(decoder, self.vocabulary, store, queries, run, weight)
+
+    def explain(self, query: str, pid: str | None = None) -> Explanation:
+        """What the search for a query has looked at, and at which step it lost a passage; see
+        `explanation.explain`."""
+        decoder, store, _ = self._index
+        return explain(decoder, self.vocabulary, store, query, pid)
 
     def _retrieved(self, decoder: System, texts: Sequence[str]) -> Found:
         blocks = (

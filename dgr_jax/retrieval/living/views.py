@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,9 @@ def write(change: Change) -> None:
     if not (change.old / FILE).is_file():
         return
     vocabulary, old = change.vocabulary, ViewIndexes.load(change.old, change.vocabulary)
+    passages: Any = change.added  # of a store, only what a sequence has is read
     material = Material(
-        change.added, vocabulary.encode, vocabulary.first_code_id, vocabulary.marker,
+        passages, vocabulary.encode, vocabulary.first_code_id, vocabulary.marker,
         lambda: _pseudo_queries(change),
     )  # fmt: skip
     counts: Counter[str] = Counter()

@@ -95,6 +95,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
     span_tokens: int = 10
     opening: np.ndarray | None = None
     rules: partitioning.Rules = partitioning.RULES
+    sizes: tuple[int, ...] = ()
 
     writes: ClassVar[bool] = True
     model_settings: ClassVar = T5Config
@@ -215,13 +216,12 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] without marker -> passage index int32 and score f32 [n, depth], best first;
         free places hold -1 and -inf."""
-        size = 1 if len(tokens) == 1 else self.search.batch_size
-        return best(list(self._scored([tokens], size)), self.search.depth)
+        scored = self._scored([tokens], self.padded(len(tokens)))
+        return best(list(scored), self.search.depth)
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System: the tokens are those of the identifier of most weight."""
-        size = 1 if len(tokens) == 1 else self.search.batch_size
-        for result in self._scored([tokens], size):
+        for result in self._scored([tokens], self.padded(len(tokens))):
             best_of = result.query.tokens[result.packed.members[: self.search.depth, 0]]
             rows = zip(result.passages.tolist(), result.scores.tolist(), best_of, strict=False)
             yield [SystemHit(*row) for row in rows]
