@@ -144,7 +144,7 @@ def encoder(config: T5Config, params: Any) -> Callable[[np.ndarray], None]:
     @jax.jit
     def encode(params, tokens):
         apply = functools.partial(Transformer(config).apply, {"params": params})
-        return apply(apply(tokens, method="encode"), method="cross")
+        return apply(apply(tokens, method="encode"), tokens, method="cross")
 
     return lambda tokens: jax.block_until_ready(encode(params, tokens))
 

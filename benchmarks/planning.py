@@ -2,6 +2,7 @@
 
     python -m benchmarks.planning --passages 1000 100000 --output=planning.json
     python -m benchmarks.planning --model_dir=MODEL_DIR  # a finished experiment, its test queries
+    python -m benchmarks.planning --plan_only --passages 1000 100000 8800000
 
 All answer the same queries in turns, tokens and plans made anew each time:
 
@@ -13,6 +14,11 @@ All answer the same queries in turns, tokens and plans made anew each time:
 `kept` is the share of the ten best by `identifiers` that `beams` finds among its ten best. Passages
 without --model_dir are of drawn words, and the student has drawn parameters: it knows nothing, and
 only `kept` says something of quality. With it, RR@10 and a paired test stand beside.
+
+--plan_only: no student and no texts. Postings are drawn with the document frequencies of stems that
+were counted in passages of MS MARCO (SHARES; a passage has 31 of them), and a query has six words,
+drawn by how often they occur, which have as many postings as an average query of MS MARCO (a
+seventh of the passages). Milliseconds a query, alone and in batches of 32.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import tempfile
 import time
 
@@ -36,10 +43,11 @@ from dgr_jax.decoding import trie
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import scored_passages
+from dgr_jax.retrieval.bm25 import Bm25, Postings
 from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.planned import PlannedDecoder
 from dgr_jax.retrieval.retriever import Retriever
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Lexical, LexicalPlanner
 from dgr_jax.stages.prepared import Prepared
 
 WORDS, CODES, LENGTH, TEXT = 30_000, 256, 4, 4000
@@ -52,6 +60,13 @@ SIZES = dict(
     num_encoder_layers=2,
     num_decoder_layers=2,
 )
+
+
+# Rank of a word -> share of the passages that it stands in; between them on lines of log and log.
+SHARES = {1: 0.21, 10: 0.106, 30: 0.064, 100: 0.035, 300: 0.0168, 1000: 0.0064, 3000: 0.0015,
+          10_000: 0.0002, 2_000_000: 2e-8}  # fmt: skip
+RARE = 300  # postings
+GIB = 1 << 30
 
 
 class Hashed:
@@ -145,6 +160,72 @@ def with_judgements(report, found, made, split, min_relevance):
     }
 
 
+class Pids:
+    """The pids of drawn passages, without memory."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return f"p{i:08}"
+
+
+def drawn_postings(passages):
+    """Postings of drawn impacts, in the order of the passages within each word."""
+    random = np.random.default_rng(0)
+    ranks = np.arange(1, int(min(2_000_000, 40 * passages)))
+    shares = np.exp(np.interp(np.log(ranks), np.log(list(SHARES)), np.log(list(SHARES.values()))))
+    sizes = random.poisson(shares * passages)
+    sizes = -np.sort(-np.minimum(sizes[sizes > 0], passages))
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    needed = 8 * int(starts[-1]) + 4 * passages * int((sizes > passages / 8).sum())
+    print(f"{starts[-1]:,} postings of {len(sizes):,} words: {needed / GIB:.2f} GiB", flush=True)
+    if needed > 6 * GIB:
+        raise SystemExit("--passages: expected fewer, of which postings take at most 6 GiB")
+    places = np.empty(starts[-1], np.int32)
+    for start, size in zip(starts, sizes, strict=False):
+        if size < RARE:  # few, in whatever order: all at once
+            places[start:] = random.integers(0, passages, len(places) - start)
+            break
+        gaps = np.cumsum(random.exponential(size=size + 1).astype(np.float32), dtype=np.float64)
+        places[start : start + size] = (gaps[:-1] / gaps[-1] * passages).astype(np.int32)
+    np.minimum(places, passages - 1, out=places)
+    impacts = random.random(starts[-1], np.float32) + np.float32(0.1)
+    return Postings([f"w{i}" for i in range(len(sizes))], starts, places, impacts)
+
+
+def plan_alone(passages, arguments):
+    """Milliseconds a query of a plan by words, alone and in batches, in several rounds."""
+    start = time.perf_counter()
+    postings = drawn_postings(passages)
+    planner = LexicalPlanner(Bm25(stemmer="", stop_words=""), postings, Pids(passages))
+    row = {"passages": passages, "made_in_seconds": round(time.perf_counter() - start, 1)}
+    row["index_bytes"] = planner.nbytes
+    sizes = np.diff(postings.starts)
+    random = np.random.default_rng(1)
+    words = random.choice(len(sizes), (arguments.queries, 6), p=sizes / sizes.sum())
+    row["postings_a_query"] = round(float(sizes[words].sum(1).mean()))
+    texts = [" ".join(f"w{word}" for word in query) for query in words]
+    for batch in (1, 32):
+        blocks = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+        planner.best(blocks[0], arguments.planned)
+        times = []
+        for _ in range(arguments.rounds):
+            before = time.perf_counter(), time.process_time()
+            for block in blocks:
+                planner.best(block, arguments.planned)
+            after = time.perf_counter(), time.process_time()
+            times.append([1e3 * (b - a) / len(texts) for a, b in zip(before, after, strict=True)])
+        by_clock, by_processor = np.median(times, 0).round(3).tolist()
+        row[f"ms_a_query_in_batches_of_{batch}"] = by_clock
+        row[f"processor_ms_a_query_in_batches_of_{batch}"] = by_processor
+    row["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20), 2)
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--passages", type=int, nargs="+", default=[1000, 100_000])
@@ -154,6 +235,7 @@ def main():
     parser.add_argument("--plain_beams", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model_dir", help="instead of drawn passages")
+    parser.add_argument("--plan_only", action="store_true", help="of drawn postings, no student")
     parser.add_argument("--split", default="test")
     parser.add_argument("--min_relevance", type=int, default=1)
     parser.add_argument("--output", type=pathlib.Path)
@@ -186,6 +268,10 @@ def main():
         with_judgements(report["rows"][0], found, made, arguments.split, arguments.min_relevance)
         print(json.dumps(report["rows"][0]), flush=True)
     for passages in () if arguments.model_dir else arguments.passages:
+        if arguments.plan_only:
+            report["rows"].append(plan_alone(passages, arguments))
+            print(json.dumps(report["rows"][-1]), flush=True)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             store, texts = drawn(passages, arguments.queries, folder)
             student = student_of(passages, Search(num_beams=beams, depth=beams, query_length=12))

@@ -50,7 +50,8 @@ from dgr_jax.losses.generation import token_log_probs
 from dgr_jax.losses.ranking import distilled_ranknet
 from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.training.objectives import Distillation, Generation, passage_scores, shift_right
+from dgr_jax.training.list_decoding import shift_right
+from dgr_jax.training.objectives import Distillation, Generation, passage_scores
 from dgr_jax.training.optimizers import Adafactor, AdamW, Constant
 from dgr_jax.training.step import init_state, make_train_step
 

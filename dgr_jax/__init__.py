@@ -23,11 +23,19 @@ if any(flag == "-m" and module.startswith("dgr_jax.") for flag, module in _argum
         signal.signal(signal.SIGINT, _end_early)
 
 
+# What the package offers by itself -> where it is; `__init__.pyi` tells editors of it.
+_OFFERED = {"GenerativeRetriever": "config.builder", "Retriever": "retrieval.retriever"}
+
+
 def __getattr__(name: str) -> object:
     """`from dgr_jax import Retriever`, imported when it is asked for: it needs JAX."""
-    if name == "Retriever":
-        return importlib.import_module("dgr_jax.retrieval.retriever").Retriever
+    if name in _OFFERED:
+        return getattr(importlib.import_module(f"dgr_jax.{_OFFERED[name]}"), name)
     raise AttributeError(f"module 'dgr_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_OFFERED]
 
 
 moved.install()

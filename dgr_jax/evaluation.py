@@ -74,7 +74,7 @@ def means(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         raise ValueError(
             f"measure {empty[0]!r}: got no query to average over, expected one or more"
         )
-    return {name: _mean(scores.values()) for name, scores in values.items()}
+    return {name: math.fsum(scores.values()) / len(scores) for name, scores in values.items()}
 
 
 def per_query(
@@ -224,9 +224,7 @@ def answer_hits(
     cutoffs = {}
     for name in measures:
         if (cutoff := answer_cutoff(name)) is None:
-            raise ValueError(
-                f"unknown measure {name!r} of answers: expected 'AnswerHits@5' or alike"
-            )
+            raise ValueError(f"unknown measure {name!r} of answers: expected 'AnswerHits@5'")
         cutoffs[name] = cutoff
     ranks = answer_ranks(run, queries, passage_text, depth=max(cutoffs.values(), default=1))
     return {
@@ -329,20 +327,21 @@ def measures_table(
     *,
     measures: Sequence[str] | None = None,
     title: str | None = None,
+    first: str = "system",
 ) -> Table:
     """A rich table, one row a system and one column a measure; the best of a column is bold.
 
     Args:
       results: {system: {measure: value}}; a missing value is shown as a dash.
       measures: the columns; by default every measure, in order of appearance.
-      title: the line above the table.
+      title: the line above the table. first: the name of the first column.
     """
     from rich.table import Table
 
     if measures is None:
         measures = list(dict.fromkeys(name for row in results.values() for name in row))
     table = Table(title=title and display.cell(title, "italic"), title_justify="left")
-    table.add_column("system", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for name in measures:
         table.add_column(name, justify="right", overflow="fold")
     best = {name: max(row.get(name, -math.inf) for row in results.values()) for name in measures}
@@ -363,11 +362,6 @@ def _cell(value: float | None, best: float, systems: int) -> str | Text:
 
 def _p_value(p: float) -> str:
     return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
 
 
 def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:

@@ -1,4 +1,4 @@
-"""Modules that had another name in version 0.1: the old names work until 0.3, with a warning.
+"""What had another place in version 0.1: the old names work until 0.3, with a warning.
 
 What stood in one module and now stands in several is looked for in these, in their order.
 """
@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,19 @@ NAMES = {  # old module -> new ones, separated by blanks
     "versions": "model_dir.versions",
     "writer_lock": "model_dir.writer_lock",
 }
+
+
+def names(module: str, **homes: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module from which some names have moved: name -> where it is now."""
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home = f"dgr_jax.{homes[name]}"
+        warnings.warn(f"{module}.{name} is now in {home}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(home), name)
+
+    return get
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -18,28 +18,28 @@ class Range(NamedTuple):
 
 def at_least(least: float, note: str = "") -> Range:
     """From `least` on. note: what the words say beside."""
-    return Range(f"at least {least:g}{note}", _number(lambda value: value >= least))
+    return Range(f"at least {least:g}{note}", _real(lambda value: value >= least))
 
 
 def above(limit: float) -> Range:
     """More than `limit`."""
-    return Range(f"above {limit:g}", _number(lambda value: value > limit))
+    return Range(f"above {limit:g}", _real(lambda value: value > limit))
 
 
 def below(limit: float) -> Range:
     """Less than `limit`."""
-    return Range(f"below {limit:g}", _number(lambda value: value < limit))
+    return Range(f"below {limit:g}", _real(lambda value: value < limit))
 
 
 def between(least: float, most: float) -> Range:
     """`least` to `most`, both included."""
-    return Range(f"{least:,} to {most:,}", _number(lambda value: least <= value <= most))
+    return Range(f"{least:,} to {most:,}", _real(lambda value: least <= value <= most))
 
 
 def from_to_below(least: float, limit: float) -> Range:
     """From `least` on, below `limit`."""
     words = f"at least {least:g}, below {limit:g}"
-    return Range(words, _number(lambda value: least <= value < limit))
+    return Range(words, _real(lambda value: least <= value < limit))
 
 
 def one_of(*allowed: Any) -> Range:
@@ -57,12 +57,12 @@ def each(inner: Range) -> Range:
     return Range(f"each {inner.words}", lambda values: all(map(inner.holds, values)))
 
 
-def _number(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _real(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, Real) and math.isfinite(value) and holds(value)
 
 
 _COUNTS = ("int", "int | None")
-FINITE = Range("a finite number", _number(lambda value: True))
+FINITE = Range("a finite number", _real(lambda value: True))
 SEED = between(0, 2**32 - 1)  # what every library that draws takes
 
 

@@ -16,6 +16,9 @@ DESCRIPTION = (
 def command(argv: Sequence[str] | None) -> None:
     parser = cli.parser("retrieve", DESCRIPTION)
     parser.add_argument("--query", action="append", default=[], help="a question; may be repeated")
+    parser.add_argument(
+        "--json", action="store_true", help="for --query: print a JSON object a question, on a line"
+    )
     parser.add_argument("--queries", help="TSV of qid and text, or a BEIR queries.jsonl")
     parser.add_argument("--output", help="TREC run to write for --queries (.gz too)")
     parser.add_argument(

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,6 +80,37 @@ def restored(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: of(hints.get(name), value) for name, value in values.items()})
+
+
+def from_described(kind: type[Settings], described: Any, where: str) -> Settings:
+    """Settings of a kind, from what `describe` and JSON have made of them; fields that are left out
+    have their defaults.
+
+    where: whose they are, for messages. Raises ValueError for another class than those that were
+    imported.
+    """
+    name = described.get("is") if isinstance(described, Mapping) else described
+    known: dict[str, Any] = {
+        c.__name__: c for c in _subclasses(kind) if dataclasses.is_dataclass(c)
+    }
+    if name not in known:
+        raise ValueError(
+            f"{where}: was made with {name!r}, expected one of {', '.join(sorted(known))}: import "
+            "the module that defines it"
+        )
+    hints, values = typing.get_type_hints(known[name]), {}
+    for setting, value in described.items():
+        if isinstance(value, Mapping):
+            value = from_described(hints[setting], value, where)
+        if setting != "is":
+            values[setting] = tuple(value) if isinstance(value, list) else value
+    return known[name](**values)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    for cls in kind.__subclasses__():
+        yield from _subclasses(cls)
 
 
 def folders_of(value: Any) -> set[str]:

@@ -70,16 +70,16 @@ class PreparedCollection:
                 "python -m dgr_jax.prepare --model_dir=DIR"
             )
         self.settings: dict[str, Any] = settings
-        self.made = Prepared.load(self.folder)
+        self.collection = Prepared.load(self.folder)
         try:
-            self.table = self.made.table
+            self.table = self.collection.table
         except ValueError as error:
             raise ValueError(f"PREPARED: {error}") from error
-        self.index = trie.load(self.made.folder / "trie")
+        self.index = trie.load(self.collection.folder / "trie")
         self._register()
 
     def _register(self) -> None:
-        prepared, settings = self.made, self.settings
+        prepared, settings = self.collection, self.settings
         name = settings["tasks"]
         rates = {part: settings["sources"][part] for part in self._parts()}
         task_file(name).register(
@@ -96,7 +96,7 @@ class PreparedCollection:
             )
 
     def _parts(self) -> list[str]:
-        return sorted(path.name for path in (self.made.folder / "arrays").iterdir())
+        return sorted(path.name for path in (self.collection.folder / "arrays").iterdir())
 
     def _rank_lists(self) -> Mapping[str, Any] | None:
         folder = self.folder / "teach"
@@ -105,9 +105,9 @@ class PreparedCollection:
 
     def _questions(self, split: str) -> Any:
         """(text, identifiers of its positives int32 [n, T], best first) of each judged query."""
-        table, store = self.table, self.made.store
-        rows, qrels = table.rows_of_passages(), self.made.qrels(split)
-        for qid, query in self.made.queries(split).items():
+        table, store = self.table, self.collection.store
+        rows, qrels = table.rows_of_passages(), self.collection.qrels(split)
+        for qid, query in self.collection.queries(split).items():
             judged = sorted(qrels.get(qid, {}).items(), key=lambda item: -item[1])
             good = [pid for pid, grade in judged if grade >= self.settings["min_relevance"]]
             positives = [row for pid in good if (row := rows[store.index_of(pid)]) >= 0]
@@ -187,8 +187,14 @@ class Student(t5x_models.BaseTransformerModel):
         renormalise: bool = False,
         loss_normalizing_factor: float | None = None,
     ) -> None:
-        self.config = with_vocabulary(config, prepared.made.vocabulary.size)
-        inputs, targets = tasks.vocabularies(prepared.made.vocabulary)
+        if objective.plan is not None and objective.plan.members:
+            raise ValueError(
+                f"Student.objective: got {type(objective).__name__}.plan="
+                f"{type(objective.plan).__name__}, expected None: SeqIO tasks bring along no sets "
+                "of passages; train with python -m dgr_jax.train, Experiment.plan=@Learned()"
+            )
+        self.config = with_vocabulary(config, prepared.collection.vocabulary.size)
+        inputs, targets = tasks.vocabularies(prepared.collection.vocabulary)
         self._objective = objective
         self._num_decodes, self._return_all = num_decodes, return_all_decodes
         self._constraint = prepared.index.constraint(renormalise=renormalise)
@@ -310,7 +316,7 @@ def initial_checkpoint(
 
     Returns target/checkpoint_0. Raises ValueError for weights of another size.
     """
-    vocabulary = collection(prepared).made.vocabulary
+    vocabulary = collection(prepared).collection.vocabulary
     config = with_vocabulary(config, vocabulary.size)
     params = Pretrained(source, seed).params(
         config, pieces=vocabulary.pieces, text_tokens=vocabulary.first_view_id

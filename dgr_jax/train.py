@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dgr_jax.config import cli, gin_files, running
+from dgr_jax.config import cli, explain, gin_files, running
 
 DESCRIPTION = (
     "Prepare a collection, teach a T5 student to write passage identifiers, distil it from a "
@@ -28,8 +28,16 @@ def command(argv: Sequence[str] | None) -> None:
         help="for --plan: passages, words of each, training queries, pseudo-queries a passage, as "
         "8.8e6,55,5e5,20 (default: those of the corpus that lies there are counted)",
     )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="print every macro of the gin files: value, meaning and choices; start nothing",
+    )
     cli.several(parser)
     args, bindings = cli.parse(parser, argv)
+    if args.explain:
+        explain.show(args, bindings)
+        return
     if not args.plan:
         running.run(args, bindings, args.stages)
         return

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from dgr_jax.decoding import constraint as constraints
 from dgr_jax.decoding import trie, trie_build
-from dgr_jax.decoding.beam_search import beam_search, sample, score_by_token
+from dgr_jax.decoding.beam_search import beam_search, score_by_token
+from dgr_jax.decoding.sampling import sample
 from dgr_jax.decoding.trie_expand import TrieConstraint
 from tests.reference import decoding as reference
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import array_trees, checkpoints, partitioning
 from dgr_jax.checkpoints import Checkpoints
 from dgr_jax.model_dir import kept
 from dgr_jax.partitioning import Mesh, make_mesh
@@ -317,10 +317,10 @@ def test_another_optimizer_is_refused(tmp_path, states):
 def test_names_that_differ():
     shape = jnp.zeros((2,))
     with pytest.raises(ValueError) as error:
-        checkpoints.check_shapes({"a": shape}, {"a": shape, "b": {"c": shape}}, "here")
+        array_trees.check_shapes({"a": shape}, {"a": shape, "b": {"c": shape}}, "here")
     assert str(error.value) == f"here: b/c is missing; {ADVICE}"
     with pytest.raises(ValueError) as error:
-        checkpoints.check_shapes({"a": shape, "d": shape}, {"a": shape}, "here")
+        array_trees.check_shapes({"a": shape, "d": shape}, {"a": shape}, "here")
     assert str(error.value) == f"here: d is not part of the configured model; {ADVICE}"
 
 

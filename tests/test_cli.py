@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
+import importlib.util
 import platform
 import re
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import dgr_jax
 from dgr_jax import (
     evaluate,
     prepare,
@@ -22,7 +26,7 @@ from dgr_jax import (
     teach,
     train,
 )
-from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config import bound, cli, configurables, gin_files
 from dgr_jax.config.mistakes import Failure, Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query
@@ -36,6 +40,11 @@ from tests.conftest import ROOT
 
 COMMANDS = {"train": train, "prepare": prepare, "retrieve": retrieve, "teach": teach,
             "evaluate": evaluate, "pseudo_queries": pseudo_queries}  # fmt: skip
+ALL_COMMANDS = sorted(
+    path.stem
+    for path in (ROOT / "dgr_jax").glob("*.py")
+    if "cli.main(command)" in path.read_text(encoding="utf-8")
+)
 GIN = ROOT / "gin_configs"
 OTHERS = {"pseudo_queries.gin"}  # of other commands than train
 EXPERIMENTS = sorted(path.name for path in GIN.glob("*.gin") if path.name not in OTHERS)
@@ -108,6 +117,19 @@ def test_help_is_quick_and_light(name):
     for flag in ("--gin_file", "--gin_search_paths", "--model_dir", "--data_dir", "--gin.NAME="):
         assert flag in done.stdout
     assert "quickstart.gin" in done.stdout
+
+
+@pytest.mark.parametrize("name", ALL_COMMANDS)
+def test_every_command_says_its_versions(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"dgr_jax.{name}").command(["--version"])
+    assert stopped.value.code == 0
+    printed = dict(line.split(" ") for line in capsys.readouterr().out.splitlines())
+    assert printed["dgr_jax"] == dgr_jax.__version__
+    assert printed["python"] == platform.python_version()
+    for name in ("jax", "flax", "numpy"):
+        assert printed[name] == metadata.version(name)
+    assert ("tensorflow" in printed) == (importlib.util.find_spec("tensorflow") is not None)
 
 
 def test_import_of_the_package_is_light():
@@ -298,14 +320,14 @@ def test_every_line_of_a_shipped_experiment_has_an_effect(name):
     load(f"--gin_file={name}", "--model_dir=m", *needed(name))
     import gin
 
-    bound = set(gin_files._settings(gin.config_str()))
+    set_there = set(bound.settings(gin.config_str()))
     used = {
-        (gin_files._winner(scope, component, key, bound), component, key)
-        for scope, component, key in gin_files._settings(gin.operative_config_str())
+        (bound.winner(scope, component, key, set_there), component, key)
+        for scope, component, key in bound.settings(gin.operative_config_str())
     }
     restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
-    replaced = {name for name in bound if name[1] in ranking.LOSSES}  # by another LOSS
-    assert bound - used - restated - replaced == set()
+    replaced = {name for name in set_there if name[1] in ranking.LOSSES}  # by another LOSS
+    assert set_there - used - restated - replaced == set()
 
 
 def test_settings_can_be_overridden_when_an_experiment_goes_on():
@@ -514,7 +536,7 @@ def test_what_is_required_counts_only_where_it_is_used():
 
 def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     load(QUICKSTART, "--gin.KMeansTree.branching=5")
-    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.gin_files"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.bound"] == [
         "--gin.KMeansTree.branching has no effect: this experiment makes no KMeansTree"
     ]
 
@@ -751,6 +773,7 @@ def test_unknown_stage(capsys):
             ("--queries=q", "--model_dir=m", "--rerank=r.trec", "--report_speed"),
             "--rerank and --report_speed exclude each other",
         ),
+        (("--queries=q", "--output=o", "--model_dir=m", "--json"), "--json needs --query"),
         (("--query=why", "--model_dir=m", "--data_dir=d"), "--data_dir has no effect on --query"),
     ],
 )
@@ -882,11 +905,12 @@ def test_tasks_are_names(name):
         task_file(name)
 
 
-# README
+# README and docs; every command that they name: test_docs
 
 
-def test_readme_says_what_a_gin_file_needs():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_documents_say_what_a_gin_file_needs():
+    page = ROOT / "docs" / "how_to" / "own_data.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| `--gin_file=")]
     named = {name: row for row in rows for name in re.findall(r"[\w/]+\.gin", row.split("|")[1])}
     assert len(named) >= 10
@@ -898,7 +922,17 @@ def test_readme_says_what_a_gin_file_needs():
                 assert f"--gin.{needed}" in row, (name, needed)
 
 
-def test_readme_imports():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for line in re.findall(r"^from dgr_jax\S* import .*$", text, re.MULTILINE):
-        exec(line, {})
+def test_the_documents_import_what_is_there():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for line in re.findall(r"^from dgr_jax\S* import .*$", text, re.MULTILINE):
+            if "t5x" not in line and ".integrations." not in line:
+                exec(line, {})
+                continue
+            # Packages of others, which need not be here.
+            _, module, _, names = line.split(" ", 3)
+            source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+            for name in names.split(", "):
+                defined = rf"^ *(class|def) {name}\b"
+                file = source if source.is_file() else source.with_suffix("") / f"{name}.py"
+                assert file.stem == name or re.search(defined, file.read_text(), re.MULTILINE)

@@ -128,6 +128,7 @@ def test_an_experiment_that_starts_at_random_has_the_settings_that_it_had():
     ("change", "made_again"),
     [
         ({"initial": Corpus(max_passages=9)}, True),
+        ({"initial": Corpus(shuffled=True)}, True),
         ({"model": dataclasses.replace(CORPUS.model, emb_dim=64)}, True),
         ({"model": dataclasses.replace(CORPUS.model, dropout_rate=0.5)}, False),
         ({"generate": dataclasses.replace(CORPUS.generate, seed=1)}, False),
@@ -138,6 +139,11 @@ def test_settings_of_the_stage(change, made_again):
         pipeline.settings_of(e)["start"] for e in (CORPUS, dataclasses.replace(CORPUS, **change))
     )
     assert (before != after) == made_again
+
+
+def test_finished_starts_of_older_versions_stay_finished():
+    described = pipeline.settings_of(CORPUS)["start"]
+    assert described["initial"] == {"is": "Corpus", "max_passages": 1_000_000}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +238,18 @@ def test_a_killed_stage_is_made_again_to_the_same_bytes(made, capsys):
         start_of(folder, None, partitioning.Mesh())
     run(flags)
     assert contents() == before
+
+
+def test_shuffled_embeddings_are_those_of_other_tokens(made):
+    flags, folder = made
+    names = ("tokens", "rows")
+    tokens, rows = (np.load(folder / "start" / f"{name}.npy") for name in names)
+    run(flags, "--gin.Corpus.shuffled=True")
+    same, shuffled = (np.load(folder / "start" / f"{name}.npy") for name in names)
+    run(flags)
+    np.testing.assert_array_equal(same, tokens)
+    np.testing.assert_array_equal(np.unique(shuffled, axis=0), np.unique(rows, axis=0))
+    assert (shuffled != rows).any(axis=1).mean() > 0.9
 
 
 def start_of(folder, model, mesh):

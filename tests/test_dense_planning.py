@@ -81,7 +81,7 @@ def test_the_command(capsys):
     ):
         plan.command([*flags, "--programs=decode"])
     with pytest.raises(
-        ValueError, match="--sweep: got a dense retriever, expected one that writes"
+        ValueError, match="--sweep: got a retriever of kind .dense., expected one that writes"
     ):
         plan.command([*flags, "--sweep"])
 

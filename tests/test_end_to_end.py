@@ -604,8 +604,8 @@ def test_own_data_through_every_stage(experiment, write, command, tiny_model_dir
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the checkout, which stays as it is."""
+def packages(tmp_path_factory):
+    """{"checkout": a wheel of it, "sdist": a source distribution}, from a copy that may change."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -614,13 +614,44 @@ def wheel(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, timeout=300)
+    (sdist,) = folder.glob("dgr_jax-*.tar.gz")
+    return {"checkout": wheel_of(source, folder / "of_checkout"), "sdist": sdist}
+
+
+def wheel_of(source, folder):
+    """The wheel that pip builds of a folder or a source distribution."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q",
-         "--disable-pip-version-check", "--wheel-dir", str(folder)],
-        cwd=source, check=True, timeout=300,
+        [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation",
+         "-q", "--disable-pip-version-check", "--wheel-dir", str(folder)],
+        check=True, timeout=300,
     )  # fmt: skip
-    (built,) = folder.glob("dgr_jax-*.whl")
-    return built
+    (wheel,) = folder.glob("dgr_jax-*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(packages):
+    return packages["checkout"]
+
+
+@pytest.mark.slow
+def test_the_sdist_makes_the_same_wheel(packages, tmp_path):
+    wheels = packages["checkout"], wheel_of(packages["sdist"], tmp_path)
+    names = [set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_an_index_would_take_the_packages(packages):
+    pytest.importorskip("twine")
+    files = [str(path) for path in packages.values()]
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from dgr_jax import plots
 from dgr_jax.analysis import beam_losses
 from dgr_jax.corpora import store, trec
 from dgr_jax.corpora.types import Passage, Query
+from dgr_jax.corpora.variations import Variation
 from dgr_jax.experiments.common import Evaluate
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
@@ -150,6 +151,19 @@ def test_a_plan_is_one_system_more_and_kept_with_its_settings(measured):
     compared = json.loads((measured.model_dir / "evaluate/comparisons.json").read_text())["test"]
     pairs = {tuple(c["systems"].split(" against ")) for c in compared}
     assert ("planned", "distill") in pairs and ("distill", "control") in pairs
+
+
+def test_varied_questions_are_searched_beside_the_others(measured, unplotted):
+    """Each has one word: 'word1' becomes one that the student does not know."""
+    unchanged, opened = measured(measures=("RR@10",))
+    varied = Variation(typos=1.0)
+    measured.tokens.update({varied.of(query).text: 0 for query in QUERIES.values()})
+    found, opened = measured(measures=("RR@10",), variation=varied)
+    assert opened == SYSTEMS
+    assert found["RR@10"] < unchanged["RR@10"]
+    assert measured(measures=("RR@10",)) == (unchanged, [])
+    assert measured(measures=("RR@10",), variation=varied) == (found, [])
+    assert len(list((measured.model_dir / "generate/runs").glob("*.trec"))) == 2
 
 
 def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured, unplotted):

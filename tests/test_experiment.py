@@ -6,8 +6,11 @@ import dataclasses
 import functools
 import json
 
+import jax
 import pytest
 
+from dgr_jax.capacity import programs
+from dgr_jax.capacity.sizes import estimated_sizes
 from dgr_jax.config import configurables
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.quickstart import QuickstartCollection
@@ -18,22 +21,25 @@ from dgr_jax.experiments.generative import Candidates, Experiment, Prepare
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
+from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.identifiers.semantic import KMeansTree
 from dgr_jax.identifiers.string import NaiveString
 from dgr_jax.identifiers.title import Title
 from dgr_jax.losses.ranking import distilled_ranknet, listnet
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.partitioning import Mesh
+from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.student_plans import Learned, OnePass
 from dgr_jax.settings import describe, fingerprint, paths
 from dgr_jax.stages.pipeline import stage_settings
 from dgr_jax.teaching.list_recipes import TopM
 from dgr_jax.teaching.teachers import Bm25Teacher, FusionTeacher, RunTeacher, VectorTeacher
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor, Constant
+from dgr_jax.training.plan_losses import CodeLoss, SetLoss
 
 BASE = Experiment(
     model_dir="model",
@@ -108,6 +114,74 @@ def marks(experiment: Experiment, files=None) -> dict[str, str]:
 def test_a_setting_belongs_to_the_stages_that_depend_on_it(path, value, stages):
     before, after = marks(BASE), marks(changed(path, value))
     assert {stage for stage in STAGES if before[stage] != after.get(stage)} == stages
+
+
+PLAIN = dataclasses.replace(BASE, prepare=dataclasses.replace(BASE.prepare, query_length=16))
+
+
+def with_plan(plan, base=PLAIN):
+    return dataclasses.replace(base, plan=plan)
+
+
+def test_a_plan_of_the_student_s_own_changes_what_is_trained():
+    learned = with_plan(Learned(loss_weight=0.5, set_size=9))
+    assert learned.model.decoder_query_tokens == 16
+    assert learned.generate.objective.plan == learned.distill.objective.plan == SetLoss(9, 0.5)
+    assert with_plan(Learned(query_tokens=4)).model.decoder_query_tokens == 4
+    one_pass = with_plan(OnePass(loss=listnet))
+    assert one_pass.model == PLAIN.model
+    assert one_pass.distill.objective.plan == CodeLoss(1.0, listnet)
+    assert with_plan(Lexical()).generate == PLAIN.generate
+    assert with_plan(None, learned).generate == PLAIN.generate
+    changed_stages = {s for s in STAGES if marks(learned)[s] != marks(PLAIN)[s]}
+    assert changed_stages == LATER - {"start"}
+    (system,) = one_pass.added
+    assert (system.name, system.plan) == ("planned", OnePass())
+    assert json.dumps(dataclasses.asdict(system))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(planned=50), dict(weight=2.0), dict(ranked_by="plan"), dict(num_beams=3)],
+)
+def test_a_search_with_a_plan_trains_nothing_again(settings):
+    before, after = marks(with_plan(Learned())), marks(with_plan(Learned(**settings)))
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Learned(query_tokens=17), "Learned.query_tokens: got 17, expected at most 16, Prepare"),
+        (Learned(set_size=9000), "Learned.set_size: got 9000, expected at most 8,000, the pieces"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        with_plan(plan)
+    own = dataclasses.replace(PLAIN.generate, objective=object())
+    with pytest.raises(ValueError, match="generate/Training.objective: got object with Experiment"):
+        with_plan(OnePass(), dataclasses.replace(PLAIN, generate=own))
+    model = dataclasses.replace(PLAIN.model, prefix_adaptive_layers=1)
+    identifiers = dataclasses.replace(PLAIN.prepare, identifiers=ResidualQuantization())
+    adaptive = dataclasses.replace(PLAIN, model=model, prepare=identifiers)
+    with pytest.raises(ValueError, match="T5Config.decoder_query_tokens: got 16 with T5Config.pre"):
+        with_plan(Learned(), adaptive)
+
+
+def test_batches_of_a_plan_in_shape():
+    sizes = estimated_sizes(with_plan(Learned(set_size=9)), CorpusSize(100, 50.0, 20, 0.0))
+    shapes = lambda name, plan: {  # noqa: E731
+        part: batch.shape
+        for part, batch in jax.tree.leaves_with_path(
+            programs.abstract_batch(name, with_plan(plan), sizes, make_mesh())
+        )
+        if "members" in str(part[-1])
+    }
+    assert list(shapes("generate", Learned(set_size=9)).values()) == [(64, 9)]
+    of_lists = shapes("distill", Learned(set_size=9)).values()
+    assert sorted(of_lists) == [(16, 5, 9), (16, 9), (64, 9)]
+    assert not shapes("distill", OnePass())
 
 
 def test_generation_examples_of_the_lists_themselves():
@@ -319,7 +393,8 @@ def test_defaults_that_fingerprints_are_compared_with_are_plain_values():
     for component in configurables._components():
         for field in dataclasses.fields(component):
             if field.metadata.get("fingerprint") == "unless default":
-                assert isinstance(field.default, (bool, int, float, str, tuple)), field
+                plain = isinstance(field.default, (bool, int, float, str, tuple))
+                assert plain or field.default == type(field.default)(), field
 
 
 def test_every_setting_says_of_what_type_it_is():

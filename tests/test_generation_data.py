@@ -96,7 +96,7 @@ def test_parts_are_the_whole(tmp_path, small_parts):
             whole = list(examples.pairs(source, settings, store=made, **judged))
             cut = examples.parts(source, settings, num_passages=23, num_qrels=9)
             read[len(cut)] += 1
-            assert [part.number for part in cut] == list(range(len(cut)))
+            assert [part.place for part in cut] == list(range(len(cut)))
             found = [
                 pair
                 for part in cut

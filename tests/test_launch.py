@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dgr_jax.processes import EXIT_LOST
+from dgr_jax.process_group import EXIT_LOST
 from dgr_jax.training.loop import EXIT_PREEMPTED
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -439,7 +439,8 @@ def test_the_job_set(tmp_path):
 def test_the_image():
     """What it copies is all that the package is made of; its Python is one that setup.py admits."""
     lines = (SCRIPTS / "Dockerfile").read_text().splitlines()
-    (python,) = (line.split(":")[1] for line in lines if line.startswith("FROM python:"))
+    pythons = {line.split()[1].split(":")[1] for line in lines if line.startswith("FROM python:")}
+    (python,) = pythons
     assert (3, 11) <= tuple(map(int, python.removesuffix("-slim").split("."))) <= (3, 13)
     copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
     assert all((SCRIPTS.parent / name).exists() for name in copied)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import threading
 
 import pytest
 
-from dgr_jax.stages.measure_runs import measure_runs
+from dgr_jax import evaluate
+from dgr_jax.config import cli
+from dgr_jax.stages.measure_runs import measure_runs, names
 
 QRELS = "q1 0 a 1\nq2 0 b 1\nq3 0 c 1\n"
 RUN = "q1 Q0 a 1 3 t\nq1 Q0 x 2 2 t\nq2 Q0 y 1 3 t\nq2 Q0 b 2 2 t\nq3 Q0 c 1 1 t\nq3 Q0 z 2 0.5 t\n"
+
+
+@pytest.fixture(autouse=True)
+def logging_of_the_tests(monkeypatch):
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
 
 
 @pytest.fixture
@@ -112,3 +120,57 @@ def test_a_grade_that_no_judgement_reaches_is_said(files, caplog):
     assert (
         message.startswith("--min_relevance=2: the highest grade of ") and " is 1, so " in message
     )
+
+
+# For programs
+
+
+def test_json_of_runs_query_by_query(files, capsys):
+    qrels, run = files("q.txt", QRELS + "q4 0 d 1\n"), files("run.txt", RUN)
+    flags = [f"--run={run}", f"--qrels={qrels}", "--measures=RR@10, P(rel=1,judged_only=True)@2"]
+    evaluate.command([*flags, "--per_query", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    (row,) = said.pop("runs")
+    assert said == {"qrels": qrels, "queries": 4, "min_relevance": 1}
+    assert (row["run"], row["queries"]) == (run, 3)
+    assert row["measures"]["RR@10"] == pytest.approx(2.5 / 4)
+    assert [row["per_query"][qid]["RR@10"] for qid in ("q1", "q2", "q3", "q4")] == [1, 0.5, 1, 0]
+    assert row["per_query"]["q2"]["P(rel=1,judged_only=True)@2"] == 0.5
+    evaluate.command([*flags, "--json"])
+    assert "per_query" not in json.loads(capsys.readouterr().out)["runs"][0]
+
+
+def test_tables_say_how_many_of_the_queries_a_run_has(files, capsys):
+    qrels, run = files("q.txt", QRELS + "q4 0 d 1\n"), files("run.txt", RUN)
+    measure_runs([run], qrels, 1, measures=("RR@10",), per_query=True)
+    out = capsys.readouterr().out
+    assert "run.txt: has 3 of the 4 judged queries" in out
+    cells = [line.split("│")[1:3] for line in out.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ["run.txt", "0.625"], ["q1", "1.000"], ["q2", "0.500"], ["q3", "1.000"], ["q4", "0.000"],
+    ]  # fmt: skip
+
+
+def test_names_of_measures_may_hold_commas():
+    assert names("RR@10,P(rel=2,judged_only=True)@5, AP") == (
+        "RR@10", "P(rel=2,judged_only=True)@5", "AP",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ("MRR@ten", "unknown measure 'MRR@ten'"),
+        ("AnswerHits@5", "--measures: got 'AnswerHits@5', expected measures of judgements"),
+    ],
+)
+def test_measures_are_known_before_a_file_is_read(measure, message):
+    with pytest.raises(ValueError, match=message):
+        measure_runs(["no file"], "no file", 1, measures=(measure,))
+
+
+@pytest.mark.parametrize("flag", ["--measures=RR@10", "--per_query", "--json"])
+def test_flags_of_runs_need_runs(flag, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.command(["--gin_file=quickstart.gin", flag])
+    assert f"{flag.partition('=')[0]} needs --run and --qrels" in capsys.readouterr().err

@@ -44,6 +44,17 @@ except AttributeError as error:
     assert str(error) == "module 'dgr_jax.cli' has no attribute 'nothing'"
 else:
     raise AssertionError
+from dgr_jax.decoding import beam_search, sampling
+from dgr_jax.training.list_decoding import shift_right
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert beam_search.sample is sampling.sample
+assert [str(w.message) for w in said] == [
+    "dgr_jax.decoding.beam_search.sample is now in dgr_jax.decoding.sampling"
+]
+from dgr_jax.training.objectives import shift_right as before
+assert before is shift_right
+assert not hasattr(beam_search, "nothing")
 from dgr_jax import Retriever
 from dgr_jax.retrieval.generative import Retriever as there
 from dgr_jax.retrieval.retriever import Retriever as here

@@ -15,13 +15,8 @@ from dgr_jax.decoding.beam_search import BeamResult, beam_search
 from dgr_jax.decoding.passage_scoring import VIEWS, Scoring, passage_scores
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.multiview import index as multiview
-from dgr_jax.retrieval.multiview.index import (
-    MultiviewIndex,
-    Written,
-    best,
-    written_rows,
-    written_spans,
-)
+from dgr_jax.retrieval.multiview.index import MultiviewIndex, best
+from dgr_jax.retrieval.multiview.written import Written, written_rows, written_spans
 from tests.reference import multiview as reference
 from tests.test_beam_search import compiled, start, step_fn
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dgr_jax.losses import ranking
-from dgr_jax.training import objectives
+from dgr_jax.training import list_decoding, objectives
 from dgr_jax.training.objectives import Distillation, Generation
 from tests import toy
 
@@ -252,7 +252,7 @@ def test_metrics_of_the_order():
 
 def test_shift_right():
     tokens = jnp.array([[4, 5, 1, 0]])
-    np.testing.assert_array_equal(objectives.shift_right(tokens), [[0, 4, 5, 1]])
+    np.testing.assert_array_equal(list_decoding.shift_right(tokens), [[0, 4, 5, 1]])
 
 
 def test_every_ranking_loss_fits():

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from dgr_jax.config import cli, gin_files
+from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store as stores
 from dgr_jax.corpora.types import Passage
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
+from dgr_jax.retrieval.multiview.search import MultiviewDecoder
+from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
+from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 from tests import students, toy
 
@@ -48,15 +51,17 @@ def planned_decoder(rows, plan, mesh=Mesh(data=1), devices=1, search=SEARCH):
 
 
 def asked(decoder, queries=QUERIES):
-    planned = decoder.planner.best([""] * len(queries), decoder.plan.planned, decoder.allowed)
+    planned = decoder.planner.best(
+        [""] * len(queries), decoder.plan.planned, decoder.student.allowed
+    )
     return PlannedQueries(queries, planned)
 
 
 def expected_hits(decoder, queries):
     """[(passage, score)] of each query: plan score + weight * log p, of all that are planned."""
-    student = students.decoder(np.asarray(decoder.table.tokens), SEARCH)
+    student = students.decoder(np.asarray(decoder.student.table.tokens), SEARCH)
     log_probs = np.concatenate(list(exhaustive.identifier_log_probs(student, queries.tokens)))
-    rows = decoder.table.rows_of_passages()
+    rows = decoder.student.table.rows_of_passages()
     for query, (passages, scores) in enumerate(zip(*queries.planned, strict=True)):
         total = {
             int(p): s + decoder.plan.weight * log_probs[query, rows[p]]
@@ -93,8 +98,8 @@ def test_plan_and_log_probability_are_added(kind, ranked_by):
                 hit.parts["plan"] + 0.5 * hit.parts["log_prob"], abs=1e-5
             )
             assert hit.parts["log_prob"] < 0
-            row = decoder.table.rows_of_passages()[hit.passage]
-            assert hit.tokens.tolist() == decoder.table.tokens[row].tolist()
+            row = decoder.student.table.rows_of_passages()[hit.passage]
+            assert hit.tokens.tolist() == decoder.student.table.tokens[row].tolist()
 
 
 def test_few_beams_find_the_best_of_what_is_planned():
@@ -163,7 +168,7 @@ def test_where_few_are_planned_the_student_searches_all(ranked_by):
 def test_the_plan_alone_asks_no_student():
     plan = Lexical(planned=PLANNED, ranked_by="plan")
     decoder = planned_decoder(ROWS["rq"], plan)
-    decoder.params = None
+    decoder.student.params = None
     queries = asked(decoder)
     passages, scores = decoder.passages(queries)
     np.testing.assert_array_equal(passages, queries.planned.passages[:, : SEARCH.depth])
@@ -218,6 +223,7 @@ def test_the_same_passages_on_a_mesh(ranked_by):
         (dict(planned=41), {}, "Lexical.planned: got 41, expected at most 40, the passages of"),
         (dict(planned=10), dict(renormalise=True), "Search.renormalise: got True with a plan"),
         (dict(planned=10), dict(constrained=False), "Search.constrained: got False with a plan"),
+        (dict(weight=None), {}, "Lexical.weight: got None, expected a number: only an evaluation"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, search, message):
@@ -226,11 +232,26 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
         planned_decoder(ROWS["rq"], Lexical(**plan), search=search)
 
 
+def test_only_students_with_one_identifier_a_passage_have_a_plan():
+    student = students.decoder(ROWS["rq"], SEARCH)
+    assert with_identifiers(student, "Planned") is student
+    message = "Planned: got a Drawn, expected a student with one identifier a passage"
+    with pytest.raises(ValueError, match=message):
+        with_identifiers(Drawn(), "Planned")
+
+
+def test_without_a_planner_no_texts_are_read():
+    student = students.decoder(ROWS["rq"], SEARCH)
+    decoder = PlannedDecoder.of(student, Lexical(planned=PLANNED, num_beams=4), None)
+    with pytest.raises(ValueError, match="encode: got no planner, expected one to plan texts"):
+        decoder.encode(None, ["a"])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
-        (dict(weight=0), "Lexical.weight: got 0, expected above 0"),
+        (dict(weight=0), "Lexical.weight: got 0, expected above 0, or None"),
         (
             dict(planned=5, num_beams=6),
             "Lexical.num_beams: got 6, expected at most 5, Lexical.planned",
@@ -240,6 +261,15 @@ def test_plans_that_do_not_fit_are_refused(plan, search, message):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         Lexical(**settings)
+
+
+def test_students_of_several_views_do_not_rerank():
+    views = MultiviewDecoder.__new__(MultiviewDecoder)
+    with pytest.raises(ValueError) as error:
+        rerank(views, None, None, {"q": "text"}, {})
+    assert str(error.value) == (
+        "rerank: got a MultiviewDecoder, expected a student with one identifier a passage"
+    )
 
 
 # plans of words
@@ -324,6 +354,20 @@ def test_shipped_experiments_on_a_cpu_plan_by_words(name):
     for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
         args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
         assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan
+
+
+def test_settings_of_a_plan_that_is_not_there_are_refused():
+    flags = ["--gin_file=beir.gin", "--data_dir=d", "--model_dir=m", "--gin.Lexical.weight=0.3"]
+    load = lambda *more: gin_files.load_experiment(
+        *cli.parse(cli.parser("train", ""), [*flags, *more]), keep=False
+    )
+    with pytest.raises(Mistake) as error:
+        load()
+    assert str(error.value) == (
+        "--gin.Lexical.weight: got a setting of a plan that this experiment does not have, "
+        "expected --gin.PLAN=@Lexical() beside it"
+    )
+    assert load("--gin.PLAN=@Lexical()").plan == Lexical(weight=0.3)
 
 
 def test_as_many_passages_are_planned_as_there_are():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -15,6 +16,8 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.planned import Planned
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.student_planned import PlannedByLearned, PlannedByOnePass
+from dgr_jax.retrieval.student_plans import Learned, OnePass
 from tests.test_old_model_dir import KEPT
 
 QUESTIONS = ["Why do bees dance?", "Xyzzy?"]
@@ -115,6 +118,65 @@ def test_an_evaluation_of_an_older_version_says_that_it_has_no_plan(model_dir):
     assert list(kinds.untrained(model_dir)) == ["planned"]
     (model_dir / "evaluate/systems.json").unlink()
     assert kinds.untrained(model_dir) == {}
+
+
+def reading(model_dir):
+    """The student, which has read no query, is told to: it needs no other parameters."""
+    path = model_dir / "distill/student.json"
+    said = json.loads(path.read_text())
+    said["model"]["decoder_query_tokens"] = 8
+    path.write_text(json.dumps(said))
+    record = json.loads((model_dir / "distill/stage.json").read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    record["files_made"][path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    (model_dir / "distill/stage.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("kind", ["sets", "codes"])
+def test_a_student_that_plans_by_itself_answers(model_dir, kind):
+    plan = (Learned if kind == "sets" else OnePass)(planned=20, num_beams=5, weight=0.7)
+    system = PlannedByLearned if kind == "sets" else PlannedByOnePass
+    kinds.write_untrained(model_dir, [system("planned", plan)], depth=5)
+    if kind == "sets":
+        message = "Experiment.plan: got Learned with a student whose decoder reads no query"
+        with pytest.raises(ValueError, match=message):
+            Retriever.load(model_dir)
+        reading(model_dir)
+    planned = Retriever.load(model_dir, depth=10)
+    assert planned.decoder.plan == plan
+    for hits in planned.search(QUESTIONS, k=5):
+        assert len(hits) == 5
+        for hit in hits:
+            total = hit.parts["plan"] + plan.weight * hit.parts["log_prob"]
+            assert hit.score == pytest.approx(total, abs=1e-4)
+    few = [hit.pid for hit in planned.search(QUESTIONS[:1], k=4)[0]][1:]
+    (some,) = planned.restrict(few).search(QUESTIONS[:1], k=5)
+    assert sorted(hit.pid for hit in some) == sorted(few)
+    run = planned.run({"a": QUESTIONS[0]})
+    ranked = planned.rerank({"a": QUESTIONS[0]}, run, weight=0.5)
+    assert sorted(p.pid for p in ranked["a"]) == sorted(p.pid for p in run["a"])
+    alone = Retriever.load(model_dir, ranked_by="plan", planned=9)
+    assert alone.decoder.plan.planned == 9
+    assert [h.parts["log_prob"] for h in alone.search(QUESTIONS[:1], k=5)[0]] == [-np.inf] * 5
+    with pytest.raises(ValueError, match="loss: the planned retriever of .* has no such setting"):
+        Retriever.load(model_dir, loss=None)
+
+
+@pytest.mark.slow
+def test_an_experiment_with_a_plan_of_its_own(tmp_path, command):
+    plan = ("--gin.PLAN=@Learned()", "--gin.Learned.planned=20", "--gin.Learned.set_size=16")
+    few = ("--gin.GENERATE_STEPS=3", "--gin.DISTILL_STEPS=2", "--gin.Candidates.max_queries=20")
+    folder = tmp_path / "model"
+    given = f"--model_dir={folder}", "--gin_file=quickstart.gin"
+    command("dgr_jax.train", *given, *plan, *few)
+    metrics = json.loads((folder / "evaluate/metrics.json").read_text())
+    assert metrics["planned"]["test"]["RR@10"] > metrics["distill"]["test"]["RR@10"]
+    assert [path.name for path in (folder / "prepare/plans").iterdir()] == ["sets-16"]
+    assert type(Retriever.load(folder).decoder.plan) is Learned
+    refused = command(
+        "dgr_jax.train", *given, *plan, *few, "--gin.Learned.query_tokens=99", check=False
+    )
+    assert "Learned.query_tokens: got 99, expected at most 32, Prepare.query" in refused.stderr
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from dgr_jax import partitioning, prepare, processes
 from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.interrupts import EXIT_INTERRUPTED
-from dgr_jax.processes import EXIT_LOST, EXIT_STOPPED
+from dgr_jax.process_group import EXIT_LOST, EXIT_STOPPED
 from dgr_jax.stages import pipeline
 from tests.conftest import ROOT, TINY
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dgr_jax import pseudo_queries, train
-from dgr_jax.config import cli, configurables, gin_files
+from dgr_jax.config import bound, cli, configurables, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
@@ -280,13 +280,13 @@ def test_the_shipped_experiment_is_read_and_read_again(load):
     load(GIN, "--model_dir=m", "--data_dir=d")
     import gin
 
-    bound = set(gin_files._settings(gin.config_str()))
+    set_there = set(bound.settings(gin.config_str()))
     used = {
-        (gin_files._winner(scope, component, key, bound), component, key)
-        for scope, component, key in gin_files._settings(gin.operative_config_str())
+        (bound.winner(scope, component, key, set_there), component, key)
+        for scope, component, key in bound.settings(gin.operative_config_str())
     }
     restated = {("", component, key) for component, key, _ in configurables.nested_defaults()}
-    assert bound - used - restated == set()
+    assert set_there - used - restated == set()
 
 
 def test_queries_are_written_without_a_prefix_adaptive_decoder(load):

@@ -116,14 +116,24 @@ def test_versions_are_compared_by_number(version, numbers):
 # an environment of these packages
 
 
-def test_the_line_for_a_machine_without_tensorflow():
-    """README: what stands there is what is needed, no more and no less."""
-    (line,) = re.findall(
-        r"pip install --no-deps \. && \\\n  pip install ((?:.*\\\n)*.*)",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-    )
-    named = {Requirement(name.strip("'")).name for name in line.replace("\\\n", " ").split()}
-    assert named == {Requirement(text).name for text in requirements.PACKAGES.values()}
+def test_the_small_install_is_what_is_needed():
+    """scripts/without_tensorflow.txt: no more and no less; the documents name it."""
+    text = (ROOT / "scripts" / "without_tensorflow.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert sorted(lines) == sorted(requirements.PACKAGES.values())
+    for page in ("README.md", "docs/how_to/install.md"):
+        assert "pip install -r scripts/without_tensorflow.txt && pip install --no-deps ." in (
+            (ROOT / page).read_text(encoding="utf-8")
+        )
+
+
+def test_every_extra_is_explained():
+    after = SETUP.partition("extras_require={")[2]
+    extras = re.findall(r'^        "(\w+)": \[', after, re.MULTILINE)
+    assert len(extras) > 10
+    page = (ROOT / "docs" / "how_to" / "install.md").read_text(encoding="utf-8")
+    explained = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)))
+    assert set(extras) <= set(explained)
 
 
 # As where they are not installed: no finder finds them.

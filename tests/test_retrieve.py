@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +56,24 @@ def test_what_passages_hold_is_not_obeyed(capsys):
         "  1. [bold]:bee:\\x1b[31m b p\\x1b]0;x\\x07  0.500  \\x1b\n"
         "     a\\x9b31m\\u202e :bee: [red]\n"
     )
+
+
+def test_json_has_a_line_for_each_question_and_controls_no_terminal(capsys):
+    hit = Hit(1, "p\x1b", -1.5, "Bees", "\u202eBecause.\n", "3 4", {"plan": 2.0})
+    ask._print_json(Stub(hit), ["why\nso?", "when?"], 10)
+    out = capsys.readouterr().out
+    assert out.isascii() and "\x1b" not in out
+    first, second = map(json.loads, out.splitlines())
+    assert first == {
+        "query": "why\nso?",
+        "hits": [
+            {
+                "rank": 1, "pid": "p\x1b", "score": -1.5, "title": "Bees",
+                "text": "\u202eBecause.\n", "identifier": "3 4", "parts": {"plan": 2.0},
+            }
+        ],
+    }  # fmt: skip
+    assert second["query"] == "when?"
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "7"])

@@ -29,6 +29,7 @@ from dgr_jax.experiments.dense import Lists
 from dgr_jax.experiments.study import Study
 from dgr_jax.losses import contrastive
 from dgr_jax.model_dir import records
+from dgr_jax.models.initial import Corpus
 from dgr_jax.retrieval.exhaustive import Lost
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.settings import describe
@@ -188,8 +189,8 @@ def test_rows_of_other_rules_for_judgements_are_not_the_same():
         assert (base.compared("generate") == other.compared("generate")) != same
 
 
-def shipped(name, tmp_path, *more):
-    flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", "--data_dir=d", *more)
+def shipped(name, tmp_path, *more, data=("--data_dir=d",)):
+    flags = (f"--gin_file=studies/{name}.gin", f"--model_dir={tmp_path}", *data, *more)
     args, bindings = cli.parse(cli.parser("study", ""), flags)
     own = gin_files.load_experiment(args, [], ("Study",), keep=False)
     return grid_of(own, str(tmp_path), [b for b in bindings if not b.startswith("MODEL_DIR")])
@@ -560,6 +561,8 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert said[-1].startswith("not among them: the PFLOP of 22 training stages, whose identifiers")
     study_command.command(["--gin_file=studies/dgr_teachers_cpu.gin", *asked[:2]])
     assert "6 experiments; " in capsys.readouterr().out  # without the files that it needs
+    study_command.command(["--gin_file=studies/planning_cpu.gin", *asked[:2]])
+    assert capsys.readouterr().out.count("evaluate (plan of 133 kB) ?") == 2 * 2 * 4
     assert not list(tmp_path.iterdir())
 
 
@@ -707,3 +710,17 @@ def test_rows_of_a_plan(tmp_path, monkeypatch):
     alone = grid_of(study(systems=("planned",), axes={"plan": plans}), tmp_path)
     with pytest.raises(ValueError, match=r"Study.systems: got \('planned',\) for .*none, expected"):
         alone.experiment(alone.runs[0])
+
+
+@pytest.mark.parametrize("name", ["start", "start_cpu", "start_laptop_cpu"])
+def test_rows_of_the_shipped_studies_of_starts_differ_in_their_start_alone(name, tmp_path):
+    grid = shipped(name, tmp_path, data=() if name == "start_cpu" else ("--data_dir=d",))
+    assert len(grid.runs) == 5 * 3 * 2
+    for identifiers in ("rq", "semantic", "atomic", "title", "multiview"):
+        runs = [run for run in grid.runs if run.labels["identifiers"] == identifiers]
+        experiments = [grid.experiment(run) for run in runs if run.seed == 1]
+        assert [e.initial for e in experiments] == [None, Corpus(), Corpus(shuffled=True)]
+        compared = [e.compared("generate") for e in experiments]
+        assert {k for one in compared for k in one if one[k] != compared[0][k]} == {"start"}
+        prepared = {json.dumps(describe(e.prepare)) for e in experiments}
+        assert len(prepared) == 1

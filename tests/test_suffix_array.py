@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgr_jax.decoding import suffix_array, suffix_array_branches, suffix_array_expand
-from dgr_jax.decoding.beam_search import beam_search, sample
+from dgr_jax.decoding.beam_search import beam_search
+from dgr_jax.decoding.sampling import sample
 from dgr_jax.decoding.suffix_array_expand import SpanState
 from tests.reference import decoding as decoding_reference
 from tests.reference import suffix_array as reference

@@ -252,7 +252,7 @@ def vectors(passages):
 
 
 def words(passages):
-    opening = Opening(None, passages, 6, None, None, None)
+    opening = Opening(passages.folder, passages, 6, None, None, None)
     system = Bm25Baseline("bm25").open(opening)
     return system, system.encode(None, TEXTS)
 
@@ -384,7 +384,7 @@ def test_what_is_written_of_a_student_is_read_again(tmp_path, kind, model, searc
     systems = ("dense",) if kind == "dense" else ("generate", "distill")
     assert kinds.read_student(tmp_path) == dataclasses.replace(student, systems=systems)
     (tmp_path / "student.json").write_text(json.dumps(said | {"kind": "oracle"}))
-    with pytest.raises(kept.Damaged, match=r"got kind 'oracle', expected one of docid, multi"):
+    with pytest.raises(kept.Damaged, match=r"got kind 'oracle', expected one of dense, docid"):
         kinds.read_student(tmp_path)
 
 

@@ -51,7 +51,7 @@ def test_decoding_step_by_step_equals_one_pass(dtype, scan, adaptive):
     apply = functools.partial(apply, {"params": params})
     whole = apply(queries, targets)
     encoded = apply(queries, method="encode")
-    cross = apply(encoded, method="cross")
+    cross = apply(encoded, queries, method="cross")
     cache = apply(encoded, num_beams=4, length=5, method="init_cache")
     shapes = {(3, 4, 3, 5, 2, 8)} if scan else {(3, 4, 5, 2, 8)}
     shapes |= {(3, 4, 5, 2, 8)} if adaptive else set()

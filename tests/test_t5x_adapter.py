@@ -27,6 +27,7 @@ from dgr_jax.models import pretrained
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.plan_losses import CodeLoss, SetLoss
 from tests import students
 from tests.conftest import with_seqio
 
@@ -102,6 +103,13 @@ def batch(tiny_model_dir):
     return batch_of(tiny_model_dir / "prepare" / "arrays" / "labelled", 3)
 
 
+def test_a_plan_that_needs_sets_is_refused(adapter, prepared):
+    message = "Student.objective: got Generation.plan=SetLoss, expected None: SeqIO tasks bring"
+    with pytest.raises(ValueError, match=message):
+        adapter.Student(prepared, CONFIG, None, objective=Generation(plan=SetLoss(4)))
+    adapter.Student(prepared, CONFIG, None, objective=Generation(plan=CodeLoss()))
+
+
 def test_without_t5x_it_says_where_it_is_had(monkeypatch):
     monkeypatch.setitem(sys.modules, "t5x", None)
     monkeypatch.delitem(sys.modules, "dgr_jax.t5x_adapter", raising=False)
@@ -168,7 +176,7 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     def search(params):
         apply = functools.partial(generating.module.apply, {"params": params})
         encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
+        cross = apply(encoded, tokens, method="cross")
         return beam_search.beam_search(
             lambda last, cache, at: apply(last, cache, at, cross, tokens, method="step"),
             prepared.index.constraint(),
@@ -180,7 +188,7 @@ def test_it_writes_what_the_constrained_search_finds_and_scores_it_alike(
     expected = jax.jit(search)(params)
     np.testing.assert_array_equal(decodes[:, ::-1], expected.tokens)
     np.testing.assert_allclose(aux["scores"][:, ::-1], expected.log_probs, rtol=1e-5)
-    assert (prepared.made.table.lookup(np.asarray(decodes)) >= 0).all()
+    assert (prepared.collection.table.lookup(np.asarray(decodes)) >= 0).all()
 
     best, aux = generating.predict_batch_with_aux(params, batch, return_all_decodes=False)
     np.testing.assert_array_equal(best, expected.tokens[:, 0])
@@ -234,17 +242,17 @@ def test_tasks_and_converter(adapter, prepared, tiny_model_dir):
         np.testing.assert_array_equal(np.stack([e[name] for e in lists]), rows)
 
     task = seqio.get_mixture_or_task("quickstart_test")
-    queries = prepared.made.queries("test")
+    queries = prepared.collection.queries("test")
     answered = examples("quickstart_test", "test", prepared.lengths())
     assert len(answered) == len(queries) == 240
     assert "identifier_tokens" not in answered[0]
-    expected = prepared.made.vocabulary.encode_inputs(
+    expected = prepared.collection.vocabulary.encode_inputs(
         [next(iter(queries.values())).text], lengths["inputs"]
     )
     np.testing.assert_array_equal(answered[0]["encoder_input_tokens"], expected[0])
     targets = np.stack([e["decoder_target_tokens"] for e in answered])
-    assert (prepared.made.table.lookup(targets) >= 0).all()
-    assert adapter.tasks.vocabularies(prepared.made.vocabulary) == (
+    assert (prepared.collection.table.lookup(targets) >= 0).all()
+    assert adapter.tasks.vocabularies(prepared.collection.vocabulary) == (
         task.output_features["inputs"].vocabulary,
         task.output_features["targets"].vocabulary,
     )
@@ -270,12 +278,12 @@ def test_published_weights_get_rows_for_the_codes(adapter, tiny_model_dir, prepa
     small = dataclasses.replace(CONFIG, vocab_size=128, dropout_rate=0.1)
     published = students.parameters(small)
     pretrained.write_t5x(tmp_path / "published", small, published, step=9)
-    made = adapter.initial_checkpoint(
+    written = adapter.initial_checkpoint(
         str(tiny_model_dir), str(tmp_path / "published"), str(tmp_path / "start"), config=CONFIG
     )
-    assert made == str(tmp_path / "start" / "checkpoint_0")
-    config, found = pretrained.read_t5x(made)
-    assert config.vocab_size == prepared.made.vocabulary.size
+    assert written == str(tmp_path / "start" / "checkpoint_0")
+    config, found = pretrained.read_t5x(written)
+    assert config.vocab_size == prepared.collection.vocabulary.size
     table = found["token_embedder"]["embedding"]
     np.testing.assert_array_equal(table[:128], published["token_embedder"]["embedding"])
 
@@ -286,7 +294,7 @@ def test_what_is_no_prepared_collection_is_refused(adapter, prepared, tiny_model
     shutil.copytree(tiny_model_dir / "prepare", tmp_path / "prepare")
     with pytest.raises(FileNotFoundError, match="^PREPARED: no rank lists in .*dgr_jax.teach$"):
         adapter.PreparedCollection(tmp_path).lengths(rank_lists=True)
-    several = dataclasses.replace(prepared.made, vocabulary=SimpleNamespace(views=("title",)))
+    several = dataclasses.replace(prepared.collection, vocabulary=SimpleNamespace(views=("title",)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter.Prepared, "load", lambda _: several)
         with pytest.raises(ValueError, match="^PREPARED: .* has identifiers of several views; exp"):
@@ -371,7 +379,7 @@ def t5x(command):
 def test_t5x_trains_distills_and_answers_with_identifiers_alone(
     t5x, prepared, tiny_model_dir, tmp_path
 ):
-    known = prepared.made.table.lookup
+    known = prepared.collection.table.lookup
     where = {"PREPARED": str(tiny_model_dir)}
     trained, taught, found = (str(tmp_path / name) for name in ("train", "distill", "found"))
     t5x(
@@ -384,7 +392,7 @@ def test_t5x_trains_distills_and_answers_with_identifiers_alone(
 
     first = f"{trained}/checkpoint_4"
     config, before = pretrained.read_t5x(first)
-    assert config.vocab_size == prepared.made.vocabulary.size
+    assert config.vocab_size == prepared.collection.vocabulary.size
     t5x(
         "train", "distill", **where, MODEL_DIR=taught, TRAIN_STEPS=6, BATCH_SIZE=4,
         MIXTURE_OR_TASK_NAME="quickstart_rank_lists", INITIAL_CHECKPOINT_PATH=first,

@@ -11,8 +11,9 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.analysis import drift, speed
-from dgr_jax.capacity import formulas, kinds
+from dgr_jax.capacity import formulas
 from dgr_jax.capacity.counting import TAKEN, corpus_of
+from dgr_jax.capacity.planner import planner_of
 from dgr_jax.capacity.programs import ProgramShape
 from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.corpora import trec
@@ -96,11 +97,12 @@ def expected_flops(
     Empty with identifiers of several views: what they are is known once they are made.
     """
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    planner = kinds.PLANNERS[experiment.kind]
-    if planner.batches is None:
-        return {}
+    planner = planner_of(experiment)
     sizes = planner.sizes(experiment, corpus or planned_corpus(experiment))
-    config, batch = planner.batches(experiment, sizes, mesh)
+    shaped = planner.batches(experiment, sizes, mesh)
+    if shaped is None:
+        return {}
+    config, batch = shaped
     return {
         stage: float(settings.steps * step_flops(config, batch(stage)))
         for stage, settings in training_stages(experiment).items()
@@ -144,16 +146,16 @@ def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives:
 
 
 def _relevance(
-    experiment: Experiment | DenseExperiment, made: Prepared, split: str, source: str
+    experiment: Experiment | DenseExperiment, prepared: Prepared, split: str, source: str
 ) -> dict[str, drift.Relevance]:
     """qid -> relevance distribution, of queries that have one; passages of a run that are not of
     the corpus are left out of it."""
     least = max(1, experiment.prepare.min_relevance)
-    index = {pid: row for row, pid in enumerate(made.store.pids)}
+    index = {pid: row for row, pid in enumerate(prepared.store.pids)}
     if source == "qrels":
         graded = {
             qid: {index[pid]: grade for pid, grade in grades.items()}
-            for qid, grades in made.qrels(split).items()
+            for qid, grades in prepared.qrels(split).items()
             if max(grades.values(), default=0) >= least
         }
         return {qid: drift.of_grades(grades, least) for qid, grades in graded.items()}
@@ -166,7 +168,7 @@ def _relevance(
 
 
 def _drift(
-    system: System, made: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
+    system: System, prepared: Prepared, texts: Mapping[str, str], known: dict[str, drift.Relevance]
 ) -> float:
     if not texts:
         raise ValueError("Study.drift: got the relevance of none of the queries, expected some")
@@ -175,7 +177,7 @@ def _drift(
             f"Study.drift: got a {type(system).__name__}, which cannot score all passages; "
             "expected one identifier a passage (Prepare.identifiers), or a dense retriever"
         )
-    queries = system.encode(made.vocabulary, list(texts.values()))
+    queries = system.encode(prepared.vocabulary, list(texts.values()))
     return float(drift.measure(system, queries, [known[qid] for qid in texts]).mean())
 
 

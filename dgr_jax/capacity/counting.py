@@ -5,6 +5,7 @@ Nothing is written and nothing is fetched; a collection is read through once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -72,6 +73,19 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None
     return _corpus(experiment, passages, 0, judged), type(experiment.collection).__name__
 
 
+def sample(experiment: Experiment | DenseExperiment) -> list[str]:
+    """The texts of at most about _ALL passages, where the corpus is at hand: evenly spaced ones of
+    what is prepared, otherwise the first of the collection."""
+    folder = Path(experiment.model_dir) / "prepare"
+    if records.is_done(folder, pipeline.settings_of(experiment, ["prepare"])["prepare"]):
+        store = Prepared.load(experiment.model_dir).store
+        return [passage.contents for _, passage in _spread(store)]
+    if _is_absent(experiment.collection):
+        return []
+    first = itertools.islice(experiment.collection.passages(), _ALL)
+    return [passage.contents for passage in first]
+
+
 def _is_absent(collection: Any) -> str:
     """Why the passages of a collection cannot be counted, blank where they can be."""
     if missing := [name for name, path in collection.inputs(()).items() if path is None]:
@@ -92,28 +106,28 @@ def _judgements(experiment: Experiment | DenseExperiment, split: str) -> Iterato
 def _corpus(
     experiment: Experiment | DenseExperiment,
     passages: Iterable[tuple[int, Passage]],
-    number: int,
+    num_passages: int,
     judged: Iterable[tuple[str, int]],
 ) -> CorpusSize:
     """The size of a corpus, from some of its passages.
 
-    passages: those that are looked at, each with its number from 1. number: how many passages there
-    are; 0: as many as the last number. judged: (qid, relevance) of the training queries.
+    passages: those that are looked at, each with its number from 1. num_passages: how many
+    there are; 0: as many as the last number. judged: (qid, relevance) of the training queries.
     """
     sources, last, seen, words, sentences = experiment.prepare.sources, 0, 0, 0, 0
     for last, passage in passages:
-        if last <= _ALL or last % 100 == 0 or number:
+        if last <= _ALL or last % 100 == 0 or num_passages:
             seen += 1
             words += len(passage.contents.split())
             sentences += sum(1 for _ in sources.sentences(passage))
-    number = number or last
+    num_passages = num_passages or last
     positives = [qid for qid, grade in judged if grade >= experiment.prepare.min_relevance]
     written = sentences / seen
     if sources.pseudo_query_path:
         file = lines.place(sources.pseudo_query_path)
-        written = _lines(file) / number if file.is_file() else TAKEN.pseudo_queries
+        written = _lines(file) / num_passages if file.is_file() else TAKEN.pseudo_queries
     return CorpusSize(
-        number, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
+        num_passages, round(words / seen, 1), len(set(positives)), round(written, 1), len(positives)
     )
 
 

@@ -144,18 +144,20 @@ def _search(
     )
 
 
-def advice(found: CapacityPlan, experiment: DenseExperiment, passages: int) -> list[str]:
+def advice(planned: CapacityPlan, experiment: DenseExperiment, passages: int) -> list[str]:
     """What to change where a plan does not fit, or is slower than it could be."""
-    if found.program != "search":
-        if found.fits:
+    if planned.program != "search":
+        if planned.fits:
             return []
         say = ["--gin.Training.microbatches larger, or --gin.BATCH_SIZE smaller"]
         if experiment.model.t5.remat != "full":
             say.append("--gin.T5Config.remat=full")
         return say
-    settings, memory = experiment.evaluate.search.index, found.topology.chip.memory
-    index = exact_search.BlockPlan.of(passages, experiment.model.dim, settings, found.topology.size)
-    each = settings.row_bytes(experiment.model.dim) * -(-passages // found.topology.size)
+    settings, memory = experiment.evaluate.search.index, planned.topology.chip.memory
+    index = exact_search.BlockPlan.of(
+        passages, experiment.model.dim, settings, planned.topology.size
+    )
+    each = settings.row_bytes(experiment.model.dim) * -(-passages // planned.topology.size)
     say = []
     if index.blocks > 1:
         say.append(
@@ -165,10 +167,10 @@ def advice(found: CapacityPlan, experiment: DenseExperiment, passages: int) -> l
         if each < 0.8 * memory:
             most = 1 << math.ceil(math.log2(each))
             say.append(f"--gin.ExactSearch.max_device_bytes={most} keeps them on the chips")
-    if (index.blocks > 1 or not found.fits) and settings.storage != "int8":
+    if (index.blocks > 1 or not planned.fits) and settings.storage != "int8":
         smaller = "bfloat16" if settings.storage == "float32" else "int8"
         say.append(f"--gin.ExactSearch.storage={smaller}")
-    if not found.fits:
+    if not planned.fits:
         say.append("a larger --topology: vectors are cut over all chips")
     return say
 

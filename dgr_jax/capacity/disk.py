@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.table import Table
 
 from dgr_jax import display
+from dgr_jax.capacity import counting
 from dgr_jax.capacity import dense as dense_plans
-from dgr_jax.capacity.counting import corpus_of
+from dgr_jax.capacity.planner import Line, planner_of
 from dgr_jax.capacity.sizes import (
     PreparedSizes,
     estimated_sizes,
@@ -34,20 +35,13 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.identifiers.scheme import CorpusSize
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import exact_search
+from dgr_jax.retrieval.plan_sizes import PlanSizes
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.settings import paths
 
 _CHARACTERS = 6.0  # of a word, its space counted
 _SPAN = 4 + 2 + 0.4  # bytes a token of a suffix array: position, token, branches
 _INT = 4
-
-
-class Line(NamedTuple):
-    """What a stage leaves: bytes on disk, and those that every device that searches holds of it."""
-
-    stage: str
-    what: str
-    size: float
-    on_device: float = 0.0
 
 
 def given(text: str) -> CorpusSize:
@@ -66,13 +60,27 @@ def given(text: str) -> CorpusSize:
     return CorpusSize(int(passages), words, int(queries), pseudo)
 
 
-def lines(experiment: Experiment | DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
-    """Everything of some size that an experiment writes."""
+def lines(
+    experiment: Experiment | DenseExperiment, corpus: CorpusSize, sample: Sequence[str] = ()
+) -> Iterator[Line]:
+    """Everything of some size that an experiment writes. sample: texts of some passages."""
     yield Line("prepare", "passages", corpus.passages * corpus.words * _CHARACTERS)
-    yield from _LINES[experiment.kind](experiment, corpus)
+    yield from planner_of(experiment).lines(experiment, corpus)
+    if experiment.plan is not None:
+        sizes = experiment.plan.sizes(corpus.passages, corpus.words, sample)
+        yield Line("evaluate", plan_in_words(experiment.plan, sizes), sizes.disk)
 
 
-def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
+def plan_in_words(plan: Plan, sizes: PlanSizes) -> str:
+    """What a plan needs beside its index on disk."""
+    return (
+        f"plan {type(plan).__name__} of {sizes.planned} passages a query: "
+        f"{readable(sizes.memory)} in the memory of the host, {1e3 * sizes.seconds:.2g} ms a query"
+    )
+
+
+def generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
+    """The lines of a student that writes identifiers."""
     sizes = estimated_sizes(experiment, corpus)
     prepare, search, length = experiment.prepare, experiment.candidates.search, sizes.length
     yield from _identifiers(sizes)
@@ -103,7 +111,8 @@ def _generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
         yield _checkpoints(stage, settings, model)._replace(on_device=0.0)
 
 
-def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
+def dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
+    """The lines of a dense retriever."""
     prepare, pairs = experiment.prepare, _pairs(experiment, corpus)
     queries = round(sum((pairs | {"labelled": corpus.queries})[name] for name in pairs))
     positives = -(-corpus.pairs // max(1, corpus.queries))
@@ -128,13 +137,6 @@ def _dense(experiment: DenseExperiment, corpus: CorpusSize) -> Iterator[Line]:
     parts = f", 2 of {index.blocks} parts at once" if index.blocks > 1 else ""
     yield Line("evaluate", "parameters", 0, weights.on_device)
     yield Line("evaluate", f"vectors in {search.storage}{parts}", 0, index.device_bytes)
-
-
-_LINES: Mapping[str, Callable[[Any, CorpusSize], Iterator[Line]]] = {  # by `Measured.kind`
-    "docid": _generative,
-    "multiview": _generative,
-    "dense": _dense,
-}
 
 
 def _identifiers(sizes: PreparedSizes) -> Iterator[Line]:
@@ -220,8 +222,9 @@ def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) ->
             is_there = place(path).is_file()
             console.print(f"reads {path}" if is_there else f"lacks {name}")
     origin = "as given by --corpus"
+    counts_here = corpus is None and experiment.plan is not None
     if corpus is None:
-        corpus, origin = corpus_of(experiment, "--corpus")
+        corpus, origin = counting.corpus_of(experiment, "--corpus")
     console.print(
         f"estimated from {corpus.passages:,} passages of {corpus.words:g} words, "
         f"{corpus.queries:,} training queries, {corpus.pseudo_queries:g} pseudo-queries a "
@@ -230,11 +233,12 @@ def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) ->
     table = Table("stage", "what", "on disk", "on the device")
     for column in table.columns[2:]:
         column.justify = "right"
-    written = list(lines(experiment, corpus))
+    sample = counting.sample(experiment) if counts_here else []
+    written = list(lines(experiment, corpus, sample))
     for line in written:
-        table.add_row(line.stage, line.what, *map(_readable, (line.size, line.on_device)))
+        table.add_row(line.stage, line.what, *map(readable, (line.size, line.on_device)))
     disk, device = sum(line.size for line in written), sum(line.on_device for line in written)
-    table.add_row("", "together", _readable(disk), _readable(device))
+    table.add_row("", "together", readable(disk), readable(device))
     console.print(table)
     scheme, limit = getattr(experiment.prepare, "identifiers", None), (1 << 31) - 1
     if scheme is not None and scheme.sizes(corpus).text_tokens > limit:
@@ -244,7 +248,7 @@ def show(experiment: Experiment | DenseExperiment, corpus: CorpusSize | None) ->
         )
 
 
-def _readable(size: float) -> str:
+def readable(size: float) -> str:
     """Bytes in words; blank for none."""
     if not size:
         return ""

@@ -81,26 +81,26 @@ def temporary_bytes(
     return element * layers + logits
 
 
-def moved_bytes(config: T5Config, made: Program, temporaries: float, passes: int) -> float:
+def moved_bytes(config: T5Config, program: Program, temporaries: float, passes: int) -> float:
     """Bytes of memory read and written, at least: parameters in every pass or step of a search, the
     optimizer, and temporaries once each way (of a search for every token, in whatever pass)."""
-    parameters = made.parts["parameters"]
-    if made.shape.beams:
+    parameters = program.parts["parameters"]
+    if program.shape.beams:
         half = 2 if config.dtype == "bfloat16" else 1
-        return parameters / half * made.shape.steps + temporaries * made.shape.target_length
-    update = 5 * parameters + 2 * made.parts["optimizer"]
-    return passes * parameters * made.shape.microbatches + update + 2 * temporaries
+        return parameters / half * program.shape.steps + temporaries * program.shape.target_length
+    update = 5 * parameters + 2 * program.parts["optimizer"]
+    return passes * parameters * program.shape.microbatches + update + 2 * temporaries
 
 
 def sent_bytes(
     config: T5Config,
-    made: Program,
+    program: Program,
     axes: Mapping[str, int],
     tokens: tuple[float, float],
     passes: int,
 ) -> dict[str, float]:
     read, written = tokens
-    shape, training = made.shape, not made.shape.beams
+    shape, training = program.shape, not program.shape.beams
     element = 2 if config.dtype == "bfloat16" else 4
     ring = lambda n: (n - 1) / n
     runs = shape.microbatches if training else 1
@@ -112,12 +112,12 @@ def sent_bytes(
     reduced = each_way * layers * config.emb_dim * element * 2 * ring(axes["model"]) * runs
     gathered = scattered = 0.0
     if training:
-        parameters = made.parts["parameters"]  # of one chip, cut over model and fsdp
+        parameters = program.parts["parameters"]  # of one chip, cut over model and fsdp
         whole = parameters * axes["fsdp"]
         reduced += 2 * ring(axes["data"]) * parameters
         gathered = (passes - 1) * whole * ring(axes["fsdp"]) * runs
         scattered = whole * ring(axes["fsdp"])
     else:  # once a batch, see partitioning.on_batch_shards
-        gathered = made.parts["parameters"] * (axes["fsdp"] - 1)
+        gathered = program.parts["parameters"] * (axes["fsdp"] - 1)
     sent = {"all-reduce": reduced, "all-gather": gathered, "reduce-scatter": scattered}
     return {kind: size for kind, size in sent.items() if size}

@@ -86,56 +86,71 @@ def cost(text: str, *, unknown_trips: int = 1) -> Cost:
 
 
 class _Reader:
-    def __init__(self, found: dict[str, Computation], entry: str, unknown_trips: int) -> None:
-        self.found, self.entry, self.unknown_trips = found, entry, unknown_trips
+    def __init__(
+        self, computations: dict[str, Computation], entry: str, unknown_trips: int
+    ) -> None:
+        self.computations, self.entry, self.unknown_trips = computations, entry, unknown_trips
         self._known: dict[tuple[str, bool], Cost] = {}
 
     def of(self, name: str | None, *, fused: bool = False) -> Cost:
         """Cost of a computation; inside of a fusion no bytes are counted."""
         name = self.entry if name is None else name
         if (name, fused) not in self._known:
-            computation = self.found[name]
+            computation = self.computations[name]
             total = Cost()
             for instruction in computation.instructions.values():
-                total += self._one(instruction, computation, fused)
+                total += self._cost_of(instruction, computation, fused)
             self._known[name, fused] = total
         return self._known[name, fused]
 
-    def _one(self, one: Instruction, inside: Computation, fused: bool) -> Cost:
-        if one.opcode == "while":
-            return self._loop(one, fused)
-        if one.opcode == "conditional":
-            branches = [self.of(name, fused=fused) for name in one.called if name in self.found]
+    def _cost_of(self, instruction: Instruction, inside: Computation, fused: bool) -> Cost:
+        if instruction.opcode == "while":
+            return self._loop(instruction, fused)
+        if instruction.opcode == "conditional":
+            branches = [
+                self.of(name, fused=fused)
+                for name in instruction.called
+                if name in self.computations
+            ]
             return max(branches, key=lambda c: c.flops / 200 + c.bytes, default=Cost())
-        moved = 0.0 if fused or one.opcode in _FREE else self._bytes(one, inside)
-        if one.opcode == "dot":
-            return Cost(_dot_flops(one, inside), moved)
-        if one.opcode == "convolution":
-            return Cost(_convolution_flops(one, inside), moved)
-        kind = one.opcode.removesuffix("-start")
+        moved = 0.0 if fused or instruction.opcode in _FREE else self._bytes(instruction, inside)
+        if instruction.opcode == "dot":
+            return Cost(_dot_flops(instruction, inside), moved)
+        if instruction.opcode == "convolution":
+            return Cost(_convolution_flops(instruction, inside), moved)
+        kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return Cost(0.0, moved, (_collective(kind, one, inside),))
-        if one.opcode in ("fusion", "call", "async-start", "custom-call"):
-            within = fused or one.opcode == "fusion"
-            parts = (self.of(name, fused=within) for name in one.called if name in self.found)
+            return Cost(0.0, moved, (_collective(kind, instruction, inside),))
+        if instruction.opcode in ("fusion", "call", "async-start", "custom-call"):
+            within = fused or instruction.opcode == "fusion"
+            parts = (
+                self.of(name, fused=within)
+                for name in instruction.called
+                if name in self.computations
+            )
             return sum(parts, Cost(0.0, moved))
         return Cost(0.0, moved)
 
-    def _loop(self, one: Instruction, fused: bool) -> Cost:
-        body = self.of(_required(r"body=%?([\w.-]+)", one.attributes)[1], fused=fused)
-        trips = self._trips(one)
+    def _loop(self, instruction: Instruction, fused: bool) -> Cost:
+        body = self.of(_required(r"body=%?([\w.-]+)", instruction.attributes)[1], fused=fused)
+        trips = self._trips(instruction)
         if trips is not None:
             return body.times(trips)
         return body.times(self.unknown_trips) + Cost(unknown=1)
 
-    def _trips(self, one: Instruction) -> int | None:
+    def _trips(self, instruction: Instruction) -> int | None:
         """Runs of a loop's body: as XLA noted, or of a loop that counts from 0 to a constant."""
-        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', one.attributes):
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes):
             return int(noted[1])
-        name = _required(r"condition=%?([\w.-]+)", one.attributes)[1]
-        condition = self.found[name]
+        name = _required(r"condition=%?([\w.-]+)", instruction.attributes)[1]
+        condition = self.computations[name]
         names = [name, *condition.root.called]
-        inside = [i for n in names if n in self.found for i in self.found[n].instructions.values()]
+        inside = [
+            i
+            for n in names
+            if n in self.computations
+            for i in self.computations[n].instructions.values()
+        ]
         compared = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.attributes]
         constants = [i for i in inside if i.opcode == "constant" and i.arrays[0].shape == ()]
         simple = condition.root.opcode == "compare" or len(names) > 1
@@ -144,24 +159,28 @@ class _Reader:
             return int(constants[0].operands[0])
         return None
 
-    def _bytes(self, one: Instruction, inside: Computation) -> float:
+    def _bytes(self, instruction: Instruction, inside: Computation) -> float:
         """Main memory that a top-level instruction reads and writes."""
-        if one.opcode.endswith(("-done", "-update")):
+        if instruction.opcode.endswith(("-done", "-update")):
             return 0.0
         get = inside.instructions.get
-        read = [get(name) for name in one.operands]
-        if one.opcode in _SLICES:
-            return 2 * one.nbytes
-        if one.opcode == "dynamic-update-slice":
+        read = [get(name) for name in instruction.operands]
+        if instruction.opcode in _SLICES:
+            return 2 * instruction.nbytes
+        if instruction.opcode == "dynamic-update-slice":
             return 2 * (read[1].nbytes if len(read) > 1 and read[1] else 0.0)
-        if one.opcode.endswith("-start"):
+        if instruction.opcode.endswith("-start"):
             return 2 * sum(o.nbytes for o in read if o)
-        if one.opcode == "fusion" and one.called and one.called[0] in self.found:
-            return self._fusion_bytes(one, read, self.found[one.called[0]])
-        return one.nbytes + sum(o.nbytes for o in read if o)
+        if (
+            instruction.opcode == "fusion"
+            and instruction.called
+            and instruction.called[0] in self.computations
+        ):
+            return self._fusion_bytes(instruction, read, self.computations[instruction.called[0]])
+        return instruction.nbytes + sum(o.nbytes for o in read if o)
 
     def _fusion_bytes(
-        self, one: Instruction, read: list[Instruction | None], body: Computation
+        self, instruction: Instruction, read: list[Instruction | None], body: Computation
     ) -> float:
         total, updated = 0.0, 0.0
         for operand, parameter in zip(read, body.parameters, strict=False):
@@ -178,7 +197,7 @@ class _Reader:
                 updated += operand.nbytes
             else:
                 total += operand.nbytes
-        return total + max(0.0, one.nbytes - updated)
+        return total + max(0.0, instruction.nbytes - updated)
 
 
 def _size(instruction: Instruction) -> float:
@@ -210,23 +229,23 @@ def _shape(inside: Computation, name: str) -> tuple[int, ...]:
     return inside.instructions[name].arrays[0].shape
 
 
-def _dot_flops(one: Instruction, inside: Computation) -> float:
-    left = _shape(inside, one.operands[0])
-    contracted = _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-    return 2.0 * math.prod(one.arrays[0].shape) * math.prod(left[i] for i in contracted)
+def _dot_flops(instruction: Instruction, inside: Computation) -> float:
+    left = _shape(inside, instruction.operands[0])
+    contracted = _numbers(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(left[i] for i in contracted)
 
 
-def _convolution_flops(one: Instruction, inside: Computation) -> float:
-    labels = _required(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    left, right = (_shape(inside, name) for name in one.operands[:2])
-    result = one.arrays[0].shape
+def _convolution_flops(instruction: Instruction, inside: Computation) -> float:
+    labels = _required(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    left, right = (_shape(inside, name) for name in instruction.operands[:2])
+    result = instruction.arrays[0].shape
     sizes = dict(zip(labels[1], left, strict=True))
     kernel = dict(zip(labels[2], right, strict=True))
     out = dict(zip(labels[3], result, strict=True))
-    window = re.search(r"window=\{([^}]*)\}", one.attributes)
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     window = dict(part.split("=") for part in window[1].split()) if window else {}
-    groups = _numbers(r"feature_group_count=(\d+)", one.attributes) or [1]
-    batch_groups = _numbers(r"batch_group_count=(\d+)", one.attributes) or [1]
+    groups = _numbers(r"feature_group_count=(\d+)", instruction.attributes) or [1]
+    batch_groups = _numbers(r"batch_group_count=(\d+)", instruction.attributes) or [1]
     meetings = 1
     for place, label in enumerate(sorted(k for k in out if k.isdigit())):
         setting = lambda name, usual, place=place: (
@@ -288,11 +307,11 @@ _SENT: Mapping[str, Callable[[int], float]] = {  # bytes sent by a device for a 
 }
 
 
-def _collective(kind: str, one: Instruction, inside: Computation) -> Collective:
-    group = group_size(one.attributes) or 1
-    operands = [inside.instructions.get(name) for name in one.operands]
+def _collective(kind: str, instruction: Instruction, inside: Computation) -> Collective:
+    group = group_size(instruction.attributes) or 1
+    operands = [inside.instructions.get(name) for name in instruction.operands]
     given = sum(_size(o) for o in operands if o)
     if kind == "all-reduce" and inside.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # a fusion of TPUs: each device keeps its part
-    shapes = tuple(array.shape for array in one.arrays)
+    shapes = tuple(array.shape for array in instruction.arrays)
     return Collective(kind, shapes, group, given * _SENT[kind](max(group, 1)))

@@ -91,26 +91,26 @@ class CapacityPlan:
         return self.queries / max(max(self.times.values()), 1e-12)
 
 
-def compiled(made: Program, formula: CapacityPlan) -> CapacityPlan:
+def compiled(program: Program, formula: CapacityPlan) -> CapacityPlan:
     """Compiles a program and reads what it does; formula: the same by formula."""
     start = time.monotonic()
-    logger.info("plan: compiling %s for %s", made.name, formula.topology)
+    logger.info("plan: compiling %s for %s", program.name, formula.topology)
     try:
-        program = made.lower().compile()
+        executable = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
         total = float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1)
-        parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
+        parts = {**program.parts, "temporaries": max(0.0, total - sum(program.parts.values()))}
         source = "too large to compile; FLOPs and bytes by formula"
         return dataclasses.replace(formula, parts=parts, source=source)
-    memory = program.memory_analysis()
+    memory = executable.memory_analysis()
     arguments = memory.argument_size_in_bytes
     total = arguments + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    parts = {**made.parts, "temporaries": max(0.0, total - sum(made.parts.values()))}
-    done = hlo.cost(program.as_text(), unknown_trips=made.shape.looped)
+    parts = {**program.parts, "temporaries": max(0.0, total - sum(program.parts.values()))}
+    done = hlo.cost(executable.as_text(), unknown_trips=program.shape.looped)
     return dataclasses.replace(
         formula,
         parts=parts,
@@ -122,27 +122,27 @@ def compiled(made: Program, formula: CapacityPlan) -> CapacityPlan:
     )
 
 
-def analytic(made: Program, mesh: Any, topology: Topology, config: T5Config) -> CapacityPlan:
+def analytic(program: Program, mesh: Any, topology: Topology, config: T5Config) -> CapacityPlan:
     """The plan of a program by formula: products of matrices, what layers keep, Megatron's
     all-reduces of activations (Shoeybi et al. 2019), all-reduce of gradients, all-gather where
     fully sharded."""
     axes = dict(mesh.shape)
     chips = topology.size
-    shape, training = made.shape, not made.shape.beams
+    shape, training = program.shape, not program.shape.beams
     runs = passes(config) if training else 1
     flops = runs * forward_flops(config, shape) / chips
     tokens = tokens_together(shape, partitioning.batch_shards(mesh))
     temporaries = temporary_bytes(config, shape, axes["model"], tokens)
     gathered = 1 if training else axes["fsdp"] / 2
-    temporaries += made.parts["parameters"] * gathered  # gradients, or all kernels in bfloat16
+    temporaries += program.parts["parameters"] * gathered  # gradients, or all kernels in bfloat16
     return CapacityPlan(
-        program=made.name,
+        program=program.name,
         mesh=axes,
         topology=topology,
-        parts={**made.parts, "temporaries": temporaries},
+        parts={**program.parts, "temporaries": temporaries},
         flops=flops,
-        moved=moved_bytes(config, made, temporaries, runs),
-        sent=sent_bytes(config, made, axes, tokens, runs),
+        moved=moved_bytes(config, program, temporaries, runs),
+        sent=sent_bytes(config, program, axes, tokens, runs),
         queries=shape.queries,
         products=config.dtype,
     )
@@ -223,18 +223,18 @@ def sweep(
     return sorted(plans, key=key)
 
 
-def advice(found: CapacityPlan, experiment: Experiment) -> list[str]:
+def advice(planned: CapacityPlan, experiment: Experiment) -> list[str]:
     """What to change where a plan does not fit, or waits for the network."""
-    config, parts = experiment.model, found.parts
+    config, parts = experiment.model, planned.parts
     say: list[str] = []
-    if found.fits:
-        if found.bound == "network" and found.mesh["model"] > 1:
+    if planned.fits:
+        if planned.bound == "network" and planned.mesh["model"] > 1:
             say.append("the network bounds it: a smaller --mesh model axis, or a larger batch")
         return say
-    if found.program == "decode":
+    if planned.program == "decode":
         if parts["temporaries"] > parts["parameters"]:
             say.append("--gin.Search.batch_size or --gin.NUM_BEAMS smaller")
-        if parts["trie"] > 0.1 * found.total:
+        if parts["trie"] > 0.1 * planned.total:
             say.append("--gin.Search.max_replicated_bytes smaller, so that the trie is cut")
         return [*say, "more chips in the model axis of --mesh"]
     if parts["temporaries"] > parts["parameters"] + parts["optimizer"]:
@@ -248,12 +248,12 @@ def advice(found: CapacityPlan, experiment: Experiment) -> list[str]:
         say.append("Adafactor in place of AdamW")
     if not config.scan_layers:
         say.append("--gin.T5Config.scan_layers=True")
-    more = found.mesh["model"] * 2
-    if config.num_heads % more == 0 and found.mesh["data"] > 1:
-        say.append(f"--mesh={found.mesh['data'] // 2},{more}: parameters cut over {more} chips")
-    if found.mesh["fsdp"] == 1 and found.mesh["data"] > 1:
+    more = planned.mesh["model"] * 2
+    if config.num_heads % more == 0 and planned.mesh["data"] > 1:
+        say.append(f"--mesh={planned.mesh['data'] // 2},{more}: parameters cut over {more} chips")
+    if planned.mesh["fsdp"] == 1 and planned.mesh["data"] > 1:
         say.append(
-            f"--mesh=1,{found.mesh['model']},{found.mesh['data']}: parameters cut over the data "
-            "shards as well (fsdp)"
+            f"--mesh=1,{planned.mesh['model']},{planned.mesh['data']}: parameters cut over the "
+            "data shards as well (fsdp)"
         )
     return say or ["a larger --topology"]

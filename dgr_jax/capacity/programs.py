@@ -17,6 +17,7 @@ from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import Search, decode_fn
+from dgr_jax.training import plan_losses
 from dgr_jax.training.step import abstract_state, make_train_step
 
 PROGRAMS = ("generate", "distill", "decode")
@@ -96,10 +97,19 @@ def abstract_batch(
     settings = experiment.generate if name == "generate" else experiment.distill
     shape = experiment.prepare.query_length, sizes.length
     generation = _generation_batch(mesh, settings.examples, *shape)
+    plan = getattr(settings.objective, "plan", None)
+    members = plan.members if plan else 0  # of each passage, which the batch brings along
+    if members:
+        rows = settings.examples, members
+        generation[plan_losses.MEMBERS] = abstract(mesh, rows, jnp.int32)
     if name != "distill":
         return generation
-    size = experiment.teach.lists.length
-    lists = {"rank_list": _list_batch(mesh, settings.list_batch_size, size, *shape)}
+    rows, size = settings.list_batch_size, experiment.teach.lists.length
+    of_lists = _list_batch(mesh, rows, size, *shape)
+    if members:
+        of_lists[plan_losses.MEMBERS] = abstract(mesh, (rows, members), jnp.int32)
+        of_lists[plan_losses.LIST_MEMBERS] = abstract(mesh, (rows, size, members), jnp.int32)
+    lists = {"rank_list": of_lists}
     # Without examples of their own, the target of each list's query.
     return lists | ({"generation": generation} if settings.batch_size else {})
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dgr_jax import display
-from dgr_jax.capacity import chips, counting, kinds
+from dgr_jax.capacity import chips, counting, disk
 from dgr_jax.capacity.chips import GIB, Topology
+from dgr_jax.capacity.planner import planner_of
 from dgr_jax.capacity.planning import CapacityPlan
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
@@ -30,15 +31,22 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
     """
     console = display.console(soft_wrap=True)
     topology = chips.topology(args.topology)
-    planner = kinds.PLANNERS[experiment.kind]
+    planner = planner_of(experiment)
     programs = _programs(args.programs, planner.programs(experiment))
     if args.sweep is not None and planner.sweep is None:
-        raise ValueError("--sweep: got a dense retriever, expected one that writes identifiers")
+        raise ValueError(
+            f"--sweep: got a retriever of kind {experiment.kind!r}, expected one that writes "
+            "identifiers"
+        )
     corpus, origin = _corpus(args.passages, experiment)
     console.print(f"{corpus.passages:,} passages, {origin}")
     sizes = planner.sizes(experiment, corpus)
     mesh = mesh_of(args.mesh, experiment.mesh)
     console.print(planner.assumptions(experiment, sizes, topology))
+    if experiment.plan is not None:
+        sample = () if args.passages else counting.sample(experiment)
+        needed = experiment.plan.sizes(corpus.passages, corpus.words, sample)
+        console.print(f"{disk.plan_in_words(experiment.plan, needed)}, on one core")
     if args.sweep is not None:
         for name in programs:
             _sweep(console, name, experiment, sizes, topology, args.sweep)
@@ -108,15 +116,15 @@ def _memory(plans: Sequence[CapacityPlan]) -> Table:
     return table
 
 
-def _share(found: CapacityPlan) -> str:
-    share = found.total / found.topology.chip.memory
-    return f"{share:.1%}" if found.fits else f"{share:.1%}: does not fit"
+def _share(plan: CapacityPlan) -> str:
+    share = plan.total / plan.topology.chip.memory
+    return f"{share:.1%}" if plan.fits else f"{share:.1%}: does not fit"
 
 
 def _work(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("work of one step, or of one batch of a search", plans)
     table.add_row("counted", *(plan.source for plan in plans))
-    table.add_row("FLOPs", *(_number(plan.flops) for plan in plans))
+    table.add_row("FLOPs", *(_scaled(plan.flops) for plan in plans))
     table.add_row("memory moved", *(_bytes(plan.moved) for plan in plans))
     for kind in dict.fromkeys(kind for plan in plans for kind in plan.sent):
         table.add_row(f"{kind} sent", *(_bytes(plan.sent.get(kind, 0)) for plan in plans))
@@ -126,7 +134,7 @@ def _work(plans: Sequence[CapacityPlan]) -> Table:
 def _time(plans: Sequence[CapacityPlan]) -> Table:
     table = _table("time at best", plans)
     table.add_row("products in", *(_peak(plan)[1] for plan in plans))
-    table.add_row("FLOP/s at best", *(_number(_peak(plan)[0]) for plan in plans))
+    table.add_row("FLOP/s at best", *(_scaled(_peak(plan)[0]) for plan in plans))
     for name in ("compute", "memory", "network"):
         table.add_row(f"bound by {name}", *(_seconds(plan.times[name]) for plan in plans))
     table.add_row("queries a step", *(f"{plan.queries:,}" for plan in plans))
@@ -140,8 +148,8 @@ def _time(plans: Sequence[CapacityPlan]) -> Table:
     return table
 
 
-def _peak(found: CapacityPlan) -> tuple[float, str]:
-    return found.topology.chip.peak(found.products)
+def _peak(plan: CapacityPlan) -> tuple[float, str]:
+    return plan.topology.chip.peak(plan.products)
 
 
 def _sweep(
@@ -152,7 +160,7 @@ def _sweep(
     topology: Topology,
     compiled: int,
 ) -> None:
-    planner = kinds.PLANNERS[experiment.kind]
+    planner = planner_of(experiment)
     assert planner.sweep is not None  # as `show` has checked
     ranked = planner.sweep(name, experiment, sizes, topology)
     console.print(_of_meshes(f"{name}: meshes by formula", ranked))
@@ -177,9 +185,9 @@ def _written(mesh: Mesh) -> str:
     return f"{mesh.data},{mesh.model},{mesh.fsdp}"
 
 
-def _row(found: CapacityPlan) -> tuple[str, ...]:
-    fits = "yes" if found.fits else "no"
-    return (f"{found.total / GIB:.2f}", fits, found.bound, f"{found.queries_per_second:,.0f}")
+def _row(plan: CapacityPlan) -> tuple[str, ...]:
+    fits = "yes" if plan.fits else "no"
+    return (f"{plan.total / GIB:.2f}", fits, plan.bound, f"{plan.queries_per_second:,.0f}")
 
 
 def _bytes(size: float) -> str:
@@ -189,7 +197,7 @@ def _bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _number(value: float) -> str:
+def _scaled(value: float) -> str:
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= scale:
             return f"{value / scale:.2f} {prefix}"
@@ -200,21 +208,21 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
-def as_dict(found: CapacityPlan) -> Mapping[str, object]:
+def as_dict(plan: CapacityPlan) -> Mapping[str, object]:
     """A plan as JSON."""
     return {
-        "program": found.program,
-        "topology": str(found.topology),
-        "mesh": dict(found.mesh),
-        "bytes": dict(found.parts),
-        "flops": found.flops,
-        "moved": found.moved,
-        "sent": dict(found.sent),
-        "products": found.products,
-        "seconds": found.times,
-        "queries_per_second": found.queries_per_second,
-        "source": found.source,
-        "compiled_in": found.seconds,
+        "program": plan.program,
+        "topology": str(plan.topology),
+        "mesh": dict(plan.mesh),
+        "bytes": dict(plan.parts),
+        "flops": plan.flops,
+        "moved": plan.moved,
+        "sent": dict(plan.sent),
+        "products": plan.products,
+        "seconds": plan.times,
+        "queries_per_second": plan.queries_per_second,
+        "source": plan.source,
+        "compiled_in": plan.seconds,
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
+import dataclasses
 import io
 import logging
 import os
@@ -19,30 +20,39 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dgr_jax import interrupts, processes
-from dgr_jax.config import requirements
+from dgr_jax.config import compiled, requirements
 from dgr_jax.config.mistakes import FLAGS, Mistake
 from dgr_jax.display import LogFormatter, harmless
-from dgr_jax.model_dir import kept
+from dgr_jax.model_dir import kept, versions
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
 
-EXIT_CLOSED = 141  # 128 + SIGPIPE, as shells say it: nobody reads any more
+EXIT_CLOSED = 141  # 128 + SIGPIPE, as in shells: whatever read the output has gone
 
 
 class _Parser(argparse.ArgumentParser):
-    """Repeats nothing of what it was given that a terminal would obey."""
+    """A parser whose messages repeat no control characters of its arguments."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(harmless(message or ""), file)
 
 
+class _Versions(argparse.Action):
+    """--version: this package and what results depend on, one a line; imports none of it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for name, version in versions.here().items():
+            sys.stdout.write(f"{name} {version}\n")
+        parser.exit()
+
+
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """The flags that every command has; `--gin.name=value` is described, and read by `parse`."""
-    p = _Parser(
-        prog=f"python -m dgr_jax.{command}",
-        allow_abbrev=False,
-        description=description,
+    """A parser with the flags of every command of an experiment. Its help describes
+    `--gin.NAME=VALUE`, which `parse` reads."""
+    p = plain_parser(
+        command,
+        description,
         epilog="Any binding can be set as --gin.NAME=VALUE, such as --gin.SEED=1 or "
         "--gin.Search.num_beams=40. gin files shipped with the package: "
         + ", ".join(sorted(f.name for f in resources("gin_configs").glob("*.gin"))),
@@ -62,8 +72,55 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--model_dir", help="where everything is written (MODEL_DIR)")
     p.add_argument("--data_dir", help="where the collection lies (DATA_DIR)")
-    p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
     return p
+
+
+def plain_parser(command: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A parser with the flags that every command has, to be read by `parse_plain`."""
+    p = _Parser(
+        prog=f"python -m dgr_jax.{command}",
+        allow_abbrev=False,
+        description=description,
+        epilog=epilog,
+    )
+    p.add_argument("--verbose", action="store_true", help="log what libraries say as well")
+    p.add_argument(
+        "--version",
+        action=_Versions,
+        nargs=0,
+        help="print the versions of this package, of Python and of the installed libraries",
+    )
+    compiled.add_flag(p)
+    return p
+
+
+def settings(p: argparse.ArgumentParser, kind: Any) -> None:
+    """Adds a flag for each field of a dataclass of settings, whose metadata say what it is."""
+    for field in dataclasses.fields(kind):
+        of: dict[str, Any] = {"type": type(field.default), "metavar": field.name.upper()}
+        if isinstance(field.default, bool):
+            of = {"action": argparse.BooleanOptionalAction}
+        help = f"{field.metadata['help']} (default: {field.default})"
+        p.add_argument(f"--{field.name}", default=field.default, help=help, **of)
+
+
+def set_from(args: argparse.Namespace, kind: Any) -> Any:
+    """The settings of the flags that `settings` added."""
+    return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
+
+
+def parse_plain(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a command without gin files, while all is set up as they say."""
+    args = p.parse_args(argv)
+    _set_up(args)
+    return args
+
+
+def _set_up(args: argparse.Namespace) -> None:
+    _configure_logging(args.verbose)
+    compiled.keep(args)
 
 
 def several(p: argparse.ArgumentParser) -> None:
@@ -107,6 +164,15 @@ def join(args: argparse.Namespace) -> None:
 def parse(
     p: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
+    """What `flags` reads, while logging is set up as they say."""
+    args, bindings = flags(p, argv)
+    _set_up(args)
+    return args, bindings
+
+
+def flags(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """Flags, and gin bindings from --gin.NAME=VALUE, --model_dir and --data_dir."""
     given = list(sys.argv[1:] if argv is None else argv)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
@@ -117,7 +183,6 @@ def parse(
     for macro, flag in FLAGS.items():
         if value := getattr(args, flag.removeprefix("--")):
             bindings.append(f"{macro}={value!r}")
-    _configure_logging(args.verbose)
     return args, [_quoted(binding) for binding in bindings]
 
 
@@ -134,7 +199,7 @@ def _quoted(binding: str) -> str:
 
 
 def named(bindings: Iterable[str]) -> set[str]:
-    """The strings that bindings set something to: where they are files, these must be there."""
+    """The strings among the values of bindings; the files that some of them name must exist."""
     values = (binding.partition(" = ")[2] for binding in bindings)
     return {ast.literal_eval(value) for value in values if value[:1] in ("'", '"')}
 
@@ -151,14 +216,14 @@ def _configure_logging(verbose: bool) -> None:
     # gin logs an error for every folder of its search path that lacks a file.
     logging.getLogger("root").addFilter(lambda r: not r.getMessage().startswith("Path not found"))
     if not verbose:
-        # absl (TensorFlow Datasets, Orbax, SeqIO) speaks up about its own affairs, and matplotlib
-        # where there is no home to keep its fonts in.
+        # TensorFlow Datasets, Orbax and SeqIO log details through absl that concern nobody here.
+        # matplotlib warns where there is no home folder to keep its fonts in.
         for name in ("absl", "matplotlib"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def reuse_memory() -> None:
-    """Ask glibc, before there are threads, to keep what is freed.
+    """Asks glibc, before there are threads, to keep the memory that is freed.
 
     Otherwise the temporaries of every step on CPU go back to the system and return zeroed, page by
     page: a fifth of a small student's training time. Without effect on other systems.
@@ -172,7 +237,8 @@ def reuse_memory() -> None:
 
 
 def main(command: Callable[[Sequence[str] | None], None]) -> None:
-    """Run a command; a user's mistake is one clear line and exit status 2, not a traceback."""
+    """Runs a command. A mistake of the user ends it with one clear line and exit status 2, and not
+    with a traceback."""
     _open_streams()
     if interrupts.is_program():
         sys.excepthook = _show_crash
@@ -206,7 +272,8 @@ def _run(command: Callable[[Sequence[str] | None], None]) -> None:
 
 
 def _open_streams() -> None:
-    """Text is written whatever the locale, or else spelt; and nowhere, where a stream is closed."""
+    """Makes the standard streams take any text: characters that the locale lacks are escaped, and a
+    stream that is closed is replaced by one that leads nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end of the process
@@ -224,10 +291,11 @@ def _complain(message: str) -> int:
 
 
 def _close_broken() -> bool:
-    """Whether who reads our output has gone, as `| head` does; then nothing more is written."""
+    """Whether the reader of our output has gone, as `| head` does. Nothing more is written to a
+    stream without a reader."""
     poll, nowhere = select.poll(), os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        poll.register(stream.fileno(), 0)  # of errors it tells unasked
+        poll.register(stream.fileno(), 0)  # errors are reported without being asked for
     gone = [descriptor for descriptor, event in poll.poll(0) if event & select.POLLERR]
     for descriptor in gone:
         os.dup2(nowhere, descriptor)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import inspect
 import math
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,7 +32,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 @functools.cache
 def _components() -> tuple[type, ...]:
     from dgr_jax import partitioning
-    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset
+    from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset, variations
     from dgr_jax.data import examples, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.experiments.common import Evaluate, Teach, Training
@@ -41,9 +43,18 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import dual_encoder, t5
     from dgr_jax.models.initial import Corpus, Pretrained
-    from dgr_jax.retrieval import bm25, dense, exact_search, generative, sampling, simultaneous
+    from dgr_jax.retrieval import (
+        bm25,
+        dense,
+        exact_search,
+        generative,
+        sampling,
+        simultaneous,
+        student_plans,
+    )
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
+    from dgr_jax.teaching.listwise import ListwiseTeacher
     from dgr_jax.teaching.teachers import (
         BiEncoderTeacher,
         Bm25Teacher,
@@ -60,16 +71,17 @@ def _components() -> tuple[type, ...]:
         Teach, Evaluate, partitioning.Mesh, t5.T5Config, Corpus, Pretrained,
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
+        variations.Variation,
         examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
-        simultaneous.Lexical,
+        simultaneous.Lexical, student_plans.Learned, student_plans.OnePass,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,
         title.Title, multiview.Multiview, embeddings.TfidfSvd, embeddings.SentenceEncoder,
         embeddings.FromFile, objectives.Generation, objectives.Distillation,
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         RunTeacher, Bm25Teacher, CrossEncoderTeacher,
-        BiEncoderTeacher, VectorTeacher, FusionTeacher,
+        BiEncoderTeacher, VectorTeacher, ListwiseTeacher, FusionTeacher,
         TopM, TwoLists,
         DenseExperiment, DensePrepare, Lists,
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,
@@ -78,10 +90,15 @@ def _components() -> tuple[type, ...]:
     )  # fmt: skip
 
 
+def plans() -> set[str]:
+    """The components that are plans, see `retrieval.simultaneous.Plan`."""
+    return {component.__name__ for component in _components() if hasattr(component, "planner")}
+
+
 def nested_defaults() -> Iterator[tuple[str, str, str]]:
     """(component, setting, component that the setting is by default).
 
-    Bound in gin, they make `TfidfSvd.dim` reach the embeddings that nobody chose.
+    They are bound in gin, so that `TfidfSvd.dim` also holds for embeddings that are a default.
     """
     known = _components()
     for component in known:
@@ -99,8 +116,48 @@ def defaults(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def choices(name: str, setting: str) -> tuple[str, ...]:
+    """What a setting of a component or loss may be: '@NAME()' of components, words for others."""
+    for component in _components():
+        if component.__name__ == name:
+            return tuple(dict.fromkeys(_choices(typing.get_type_hints(component)[setting])))
+    annotation = str(inspect.signature(configurables()[name]).parameters[setting].annotation)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    return tuple(_WORDS.get(kind, kind) for kind in kinds)
+
+
+def _choices(hint: Any) -> Iterator[str]:
+    inner, outer = typing.get_args(hint), typing.get_origin(hint) or hint
+    if outer in (typing.Union, types.UnionType):
+        for kind in inner:
+            yield from _choices(kind)
+    elif isinstance(hint, typing.TypeVar):
+        yield from _choices(hint.__bound__)
+    elif outer is tuple:
+        yield f"a tuple, each {' or '.join(_choices(inner[0]))}"
+    elif outer is Callable:
+        from dgr_jax.losses import contrastive, ranking
+
+        of_all = inner[0] is Ellipsis
+        yield from (f"@{name}()" for name in (contrastive if of_all else ranking).LOSSES)
+    elif outer is types.NoneType:
+        yield "None"
+    elif outer.__name__ in _WORDS:
+        yield _WORDS[outer.__name__]
+    else:
+        yield from (f"@{c.__name__}()" for c in _components() if _fits(c, outer))
+
+
+def _fits(component: type, kind: type) -> bool:
+    """Whether it is of a kind, or has all that a protocol asks for."""
+    if not getattr(kind, "_is_protocol", False):
+        return issubclass(component, kind)
+    there = {*dir(component), *(field.name for field in dataclasses.fields(component))}
+    return there >= {name for name in vars(kind) if not name.startswith("_")}
+
+
 def _checked(component: type) -> Callable[..., Any]:
-    """The component, with settings of a wrong type, and missing ones, named as gin knows them."""
+    """The component. It names settings that are missing, or of a wrong type, as gin knows them."""
     name, signature = component.__name__, inspect.signature(component)
     kinds = {f.name: _written(f.type) for f in dataclasses.fields(component)}
 
@@ -123,10 +180,11 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False",
 
 
 def _as(kind: str, value: Any, setting: str) -> Any:
-    """The value as an annotation asks: 1e5 for int, 1 for float, a list for tuple pass as such.
+    """The value in the type that an annotation asks for. 1e5 is taken for an int, 1 for a float
+    and a list for a tuple; a component may be of any class.
 
-    Raises ValueError where it is of another type, Missing where it is nothing but a mark (gin's
-    REQUIRED). Of components only that they are some is checked.
+    Raises ValueError for a value of another type, and Missing for gin's REQUIRED, which stands for
+    a value that must still be given.
     """
     if type(value) is object:
         raise Missing(f"{setting} is required")
@@ -155,7 +213,8 @@ def _as_tuple(inner: str, value: Any, setting: str) -> Any:
 
 
 def _as_component(value: Any, setting: str) -> Any:
-    """Anything but a plain value, and but a reference that nobody called: both lack @ or ()."""
+    """The value, where it is a component. Raises ValueError for a plain value, which lacks the @,
+    and for a function or class that was not called, which lacks the ()."""
     given = value.__name__ if inspect.isroutine(value) or inspect.isclass(value) else value
     if given is value and not isinstance(value, (str, int, float)):
         return value
@@ -184,7 +243,7 @@ def _loss_factory(
 
 
 def _known_as(name: str, make: Any, doc: str | None, signature: inspect.Signature) -> Any:
-    """A function as gin shall see it."""
+    """The function, with the name, the text and the parameters that gin shows for it."""
     make.__name__ = make.__qualname__ = name
     make.__doc__, make.__signature__ = doc, signature
     return make

@@ -1,9 +1,8 @@
-"""gin files and bindings -> the experiment that they describe, and what they say of mistakes."""
+"""Reads gin files and bindings: the experiment that they describe, or the mistake in them."""
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import difflib
 import functools
@@ -11,23 +10,20 @@ import inspect
 import logging
 import re
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dgr_jax import interrupts, processes
-from dgr_jax.config import cli, requirements
+from dgr_jax.config import bound, cli, requirements
 from dgr_jax.config.mistakes import FLAGS, Mistake
-from dgr_jax.model_dir import writer_lock
 from dgr_jax.shipped import resources
 
 logger = logging.getLogger(__name__)
 
 
 EXPERIMENTS = ("Experiment", "DenseExperiment")  # of the same command, train
-# Lines of what gin prints: NAME = ..., and scope/Component.setting = ...
 _MACRO = re.compile(r"^(\w+) =", re.MULTILINE)
-_SETTING = re.compile(r"^((?:[\w-]+/)*)([\w.]*?)(\w+)\.(\w+) =", re.MULTILINE)
 _MACRO_REFERENCE = re.compile(r"%(\w[\w.]*)")
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _PLACE = re.compile(r'\n  In file "([^"]+)", line (\d+)')
@@ -50,18 +46,39 @@ def load_experiment(
     Raises Mistake for an unknown file, macro, component or setting, with the nearest names, for one
     that is missing or of a wrong type, and for one on the command line that another overrides.
     """
-    files = _gin_files(args)
+    files = files_of(args)
     if problem := requirements.problem():
         raise Mistake(problem)
     if keep and hasattr(args, "num_processes"):
         cli.join(args)
     if keep:
         interrupts.goes_on("the experiment")
+    read(files, search_paths(args), bindings)
+    if fill or fill is None and not keep:
+        _fill()
+    kind = _kind(files, kinds)
+    experiment = _call_experiment(files, kind)
+    bound.check_effects(bindings)
+    if kind in EXPERIMENTS:
+        _check_tasks(experiment.prepare.tasks)
+    _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
+    if keep and processes.first():
+        bound.keep(experiment)
+    return _labelled(experiment) if kind in EXPERIMENTS else experiment
+
+
+def search_paths(args: argparse.Namespace) -> list[str]:
+    """The folders that gin files are looked for in."""
+    return [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
+
+
+def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
+    """Brings into gin what files and bindings say, and nothing else. Raises Mistake for an unknown
+    file, macro, component or setting, with the nearest names."""
     import gin
 
     register()
     gin.clear_config()
-    paths = [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
     _check_files(files, paths)
     _without_packages()
     for path in paths:
@@ -72,17 +89,6 @@ def load_experiment(
         with _explained(file):
             gin.parse_config_file(file)
     _bind(files, bindings)
-    if fill or fill is None and not keep:
-        _fill()
-    kind = _kind(files, kinds)
-    experiment = _call_experiment(files, kind)
-    _check_effects(bindings)
-    if kind in EXPERIMENTS:
-        _check_tasks(experiment.prepare.tasks)
-    _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
-    if keep and processes.first():
-        _keep(experiment)
-    return _labelled(experiment) if kind in EXPERIMENTS else experiment
 
 
 def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) -> Any:
@@ -92,21 +98,22 @@ def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) 
 
 
 def _labelled(experiment: Any) -> Any:
-    """The experiment as its collection lets it be, see `stages.labels`."""
+    """The experiment, without labels where its collection has none; see `stages.labels`."""
     from dgr_jax.stages import labels
 
     return labels.without_labels(experiment)
 
 
 def _fill() -> None:
-    """Sets all that is still required to a word; settings that are no strings refuse it."""
+    """Sets every setting that is still required to a word; those that are no strings refuse it."""
     import gin
 
     for name in re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE):
         gin.parse_config(f"{name} = 'NOT_GIVEN'")
 
 
-def _gin_files(args: argparse.Namespace) -> list[str]:
+def files_of(args: argparse.Namespace) -> list[str]:
+    """The gin files of the flags, or that of MODEL_DIR. Raises Mistake where there is none."""
     if args.gin_file:
         return args.gin_file
     if not args.model_dir:
@@ -134,7 +141,7 @@ def _check_files(files: Sequence[str], paths: Sequence[str]) -> None:
             )
 
 
-def _parsed(source: Any, where: str) -> list[Any]:
+def parsed(source: Any, where: str) -> list[Any]:
     """The statements of a gin file, or of a text, before gin obeys any of them."""
     from gin import config_parser
 
@@ -152,7 +159,7 @@ def _parsed(source: Any, where: str) -> list[Any]:
 def _check_statements(file: str, paths: Sequence[str]) -> None:
     """Raises Mistake where a gin file, or one that it includes, would run code or reach beyond its
     folders: whoever reads a file of somebody else runs nothing of theirs."""
-    place = _place(file, paths)
+    place = place_of(file, paths)
     assert place is not None  # `_check_files` has found it
     named = [place.resolve().parent, *(Path(path).resolve() for path in paths if path != ".")]
     _check_included(file, paths, named, ())
@@ -162,13 +169,13 @@ def _check_included(
     file: str, paths: Sequence[str], named: Sequence[Path], above: tuple[Path, ...]
 ) -> None:
     """named: folders that an include may give in full; above: the files that include this one."""
-    place = _place(file, paths)
-    if place is None:  # gin says so
+    place = place_of(file, paths)
+    if place is None:  # gin will say so
         return
     if place in above:
         raise Mistake(f"{above[-1]} includes {file}, which includes it")
     with place.open(encoding="utf-8") as text:
-        statements = _parsed(text, file)
+        statements = parsed(text, file)
     for statement in statements:
         if module := getattr(statement, "module", None):
             raise Mistake(
@@ -176,7 +183,7 @@ def _check_included(
                 "gin files name the components of dgr_jax, and run no other code"
             )
         if included := getattr(statement, "filename", None):
-            within = _place(included, paths)
+            within = place_of(included, paths)
             free = not Path(included).is_absolute() and ".." not in Path(included).parts
             folders = [*named, Path.cwd()] if free else named
             if within and not any(within.resolve().is_relative_to(f) for f in folders):
@@ -187,7 +194,7 @@ def _check_included(
             _check_included(included, paths, named, (*above, place))
 
 
-def _place(file: str, paths: Sequence[str]) -> Path | None:
+def place_of(file: str, paths: Sequence[str]) -> Path | None:
     """Where gin finds a file: as it is named, or else in the first folder that has it."""
     places = (Path(folder, file) for folder in ("", *paths))
     return next((place for place in places if place.is_file()), None)
@@ -204,7 +211,7 @@ def _without_packages() -> None:
 
 @functools.cache
 def _add_search_path(path: str) -> None:
-    """Once a process: gin never forgets one."""
+    """Adds a folder to gin's search path, once in a process, as gin cannot remove one."""
     import gin
 
     gin.add_config_file_search_path(path)
@@ -226,7 +233,7 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
                 raise Mistake(f"{FLAGS[name]}: {where}, so it would not be looked at")
             raise Mistake(f"--gin.{name}: {where}{_nearest(name, macros)}")
         given = f"--gin.{binding.replace(' = ', '=')}"
-        if [type(part).__name__ for part in _parsed(binding, given)] != ["BindingStatement"]:
+        if [type(part).__name__ for part in parsed(binding, given)] != ["BindingStatement"]:
             raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
         with _explained(given):
             gin.parse_config(binding)
@@ -237,7 +244,7 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Raises what gin has to say as a Mistake: the place, gin's words, and the nearest names."""
+    """Turns gin's errors into a Mistake: the place, gin's words, and the nearest names."""
     try:
         yield
     except (SyntaxError, tokenize.TokenError) as error:
@@ -279,7 +286,7 @@ def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
     import gin
 
     commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
-    set_up = {name for _, name, key in _settings(gin.config_str()) if key == "model_dir"}
+    set_up = {name for _, name, key in bound.settings(gin.config_str()) if key == "model_dir"}
     if described := [kind for kind in kinds if kind in set_up]:
         return described[0]
     if others := [other for other in commands if other in set_up]:
@@ -303,37 +310,6 @@ def _call_experiment(files: Sequence[str], kind: str) -> Any:
         raise Mistake(str(error).strip().split("\n  In call to")[0]) from error
 
 
-def _settings(text: str) -> list[tuple[str, str, str]]:
-    """(scope, component, setting) of every binding in what gin prints."""
-    return [(scope.rstrip("/"), name, key) for scope, _, name, key in _SETTING.findall(text)]
-
-
-def _winner(scope: str, name: str, key: str, bound: Iterable[tuple[str, str, str]]) -> str | None:
-    """The scope whose binding a call in `scope` takes: the longest that is bound; None: default."""
-    parts = scope.split("/") if scope else []
-    prefixes = ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
-    return next((p for p in prefixes if (p, name, key) in bound), None)
-
-
-def _check_effects(bindings: Sequence[str]) -> None:
-    """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
-    bindings that are more special; warns where the experiment makes no such component."""
-    import gin
-
-    bound = set(_settings(gin.config_str()))
-    called = _settings(gin.operative_config_str())
-    for scope, name, key in _settings("\n".join(bindings)):
-        calls = [s for s, n, k in called if (n, k) == (name, key)]
-        if any(_winner(s, name, key, bound) == scope for s in calls):
-            continue
-        given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
-        if not calls:
-            logger.warning("%s has no effect: this experiment makes no %s", given, name)
-            continue
-        others = sorted({f"{s}/{name}.{key}" for s in calls if s})
-        raise Mistake(f"{given} has no effect; set {' or '.join(others) or f'{name}.{key}'}")
-
-
 def _check_tasks(name: str) -> None:
     known = sorted(f.stem for f in resources("tasks").glob("[a-z]*.py"))
     if name not in known:
@@ -348,58 +324,6 @@ def _check_model_dir(folder: str, given: str | None) -> None:
             f"MODEL_DIR: got {folder}, expected a folder: its files are mapped into memory and "
             "renamed, so a bucket must be mounted, as by gcsfuse or mount-s3"
         )
-
-
-def _keep(experiment: Any) -> None:
-    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made. From
-    here on no other process writes into MODEL_DIR, see `writer_lock`.
-
-    So the file alone says what is done, and bindings are as general as they were: any of them can
-    be overridden when the experiment goes on.
-    """
-    import gin
-
-    text = gin.config_str(max_line_length=100)
-    bound = set(_settings(text))
-    lines = {}
-    for _, name, _ in _settings(gin.operative_config_str()):
-        for key, default in (
-            _known().defaults(name).items() if name in _known().configurables() else ()
-        ):
-            if ("", name, key) not in bound and _is_literal(default):
-                lines[f"{name}.{key} = {default!r}"] = None
-    folder = Path(experiment.model_dir)
-    try:
-        writer_lock.take(folder)
-    except OSError as error:
-        raise Mistake(f"MODEL_DIR {folder} cannot be made: {error.strerror}") from error
-    rule = "# " + "=" * 78
-    kept = f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n"
-    if _read(folder / "config.gin") == kept:
-        return
-    partial = folder / "config.gin.partial"
-    try:
-        partial.write_text(kept, encoding="utf-8")
-        partial.replace(folder / "config.gin")
-    except OSError as error:  # what is finished there can be read all the same
-        if error.errno not in writer_lock.READ_ONLY:
-            raise
-        logger.warning("%s: %s; it stays as it is", folder / "config.gin", error.strerror)
-
-
-def _read(file: Path) -> str:
-    """Blank where the file is missing or no text."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
-        return ""
-
-
-def _is_literal(value: object) -> bool:
-    try:
-        return ast.literal_eval(repr(value)) == value
-    except (ValueError, SyntaxError):
-        return False
 
 
 def _known():

@@ -17,6 +17,8 @@ def check(
     for name in ("output", "report_speed", "rerank"):
         if getattr(args, name) and not args.queries:
             parser.error(f"--{name} needs --queries")
+    if args.json and not args.query:
+        parser.error("--json needs --query")
     if args.query or args.queries:
         if not args.model_dir:
             parser.error("--query and --queries need --model_dir")

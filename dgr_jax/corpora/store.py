@@ -139,11 +139,34 @@ def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStor
             offsets.append(offsets[-1] + len(line))
         _check_pids(pids)
         (folder / _OFFSETS).unlink(missing_ok=True)
+    _write_places(folder, pids, np.frombuffer(offsets, np.int64))
+    return PassageStore(folder)
+
+
+def write_changed(
+    old: PassageStore, keep: np.ndarray, added: Iterable[Passage], folder: str | os.PathLike
+) -> PassageStore:
+    """Writes the passages of a store that stay, bool [P], in their order, and then others; returns
+    the new store. Lines are copied as they are. Raises ValueError as `write`."""
+    folder, lines_added = Path(folder), [(passage.pid, _line(passage)) for passage in added]
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+    sizes = np.concatenate([np.diff(old._offsets)[keep], [len(line) for _, line in lines_added]])
+    pids = [pid for pid, stays in zip(old.pids, keep.tolist(), strict=True) if stays]
+    pids += [pid for pid, _ in lines_added]
+    _check_pids(pids)
+    with lines.writing(folder / _PASSAGES) as handle:
+        for start, stop in edges.reshape(-1, 2):
+            handle.write(memoryview(old._bytes)[old._offsets[start] : old._offsets[stop]])
+        handle.writelines(line for _, line in lines_added)
+    _write_places(folder, pids, np.append(0, np.cumsum(sizes, dtype=np.int64)))
+    return PassageStore(folder)
+
+
+def _write_places(folder: Path, pids: list[str], offsets: np.ndarray) -> None:
     with lines.writing(folder / _PIDS) as handle:
         handle.writelines(pid.encode() + b"\n" for pid in pids)
     with lines.writing(folder / _OFFSETS) as handle:
-        np.save(handle, np.frombuffer(offsets, np.int64))
-    return PassageStore(folder)
+        np.save(handle, offsets)
 
 
 def _line(passage: Passage) -> bytes:

@@ -120,11 +120,11 @@ class Sources:
 class Part:
     """The items [start, stop) of a source: passages, lines of a file (from byte `offset`) or qrels.
 
-    number: the place of the part among those of its source.
+    place: of the part among those of its source.
     """
 
     source: str
-    number: int
+    place: int
     start: int
     stop: int
     offset: int = 0

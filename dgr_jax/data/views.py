@@ -130,7 +130,7 @@ class SpanSampler:
     weight is ours.
 
     span_tokens: the number of tokens of a span; a shorter passage is a single span.
-    number: how many different spans to draw from a passage; it gives fewer where it has fewer, and
+    count: how many different spans to draw from a passage; it gives fewer where it has fewer, and
       none where its text is blank.
     rarity: f64 [V], see Body.rarity.
     opening: bool [V], the tokens with which a span may begin, the same as for
@@ -140,7 +140,7 @@ class SpanSampler:
     body: Body
     encode: Callable[[str], Sequence[int]]
     span_tokens: int
-    number: int
+    count: int
     preference: float
     rarity: np.ndarray
     opening: np.ndarray | None = None
@@ -154,7 +154,7 @@ class SpanSampler:
         [S, span_tokens], padded with 0 where the passage is shorter.
         """
         pair, offset, log_weights = self.log_weights(texts, passages)
-        drawn = draw(pair, log_weights, self.number, rng)
+        drawn = draw(pair, log_weights, self.count, rng)
         pair, offset = pair[drawn], offset[drawn]
         within = offset[:, None] + np.arange(self.span_tokens)
         inside = within < self.body.lengths[passages[pair]][:, None]
@@ -338,7 +338,7 @@ class _ByPassage:
         sizes = np.bincount(table.passages, minlength=table.num_passages)
         self._offsets = np.append(0, np.cumsum(sizes))
         self._tokens = table.tokens
-        self._number = count
+        self._count = count
 
     def _of(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All rows of each passage: which of the passages, int64 [S], ascending; row int32 [S]."""
@@ -355,13 +355,13 @@ class _ByPassage:
 class _Titles(_ByPassage):
     def __call__(self, texts, passages, rng):
         pair, rows = self._of(passages)
-        return np.repeat(pair, self._number), self._targets(np.repeat(rows, self._number))
+        return np.repeat(pair, self._count), self._targets(np.repeat(rows, self._count))
 
 
 class _PseudoQueries(_ByPassage):
     def __call__(self, texts, passages, rng):
         pair, rows = self._of(passages)
-        drawn = draw(pair, np.zeros(len(pair)), self._number, rng)
+        drawn = draw(pair, np.zeros(len(pair)), self._count, rng)
         return pair[drawn], self._targets(rows[drawn])
 
 

@@ -233,13 +233,14 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; docid codes are written as <code>, view markers as <view>."""
         parts, run = [], []
+        text = lambda: self._processor.decode(run) if run else ""  # most identifiers have no text
         for i in ids:
             if i >= self.text_size:
-                parts += [self._processor.decode(run), f"<{self._name(i)}>"]
+                parts += [text(), f"<{self._name(i)}>"]
                 run = []
             elif i > UNK_ID:
                 run.append(int(i))
-        return " ".join(filter(None, [*parts, self._processor.decode(run)]))
+        return " ".join(filter(None, [*parts, text()]))
 
     def _name(self, token: int) -> str:
         """The name of a token that is no text piece."""

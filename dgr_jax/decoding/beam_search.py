@@ -1,16 +1,16 @@
-"""Beam search and sampling under a constraint, in one lax.while_loop with a decoder cache.
+"""Beam search under a constraint, in one lax.while_loop with a decoder cache.
 
-The search: at every step all legal continuations of the M live beams are considered.  Those that
+The search: at every step all legal continuations of the M live beams are considered. Those that
 complete a sequence compete with the sequences completed before for M finished places; the best M
-of the others are the live beams of the next step.  With M at least the number of legal sequences
-this is exhaustive.  The loop ends when no live beam can reach the finished places.
+of the others are the live beams of the next step. With M at least the number of legal sequences
+this is exhaustive. The loop ends when no live beam can reach the finished places.
 
 Ties go to the beam that ranks higher, then to the smaller token; a sequence that was finished
 earlier stays before an equal one.
 
 Where a constraint knows that nothing is left to choose (a trie, whose live beams all stand on
 tails) and a score_fn is given, the loop stops: the rest of all sequences is scored in one pass,
-which reads the parameters once and reorders nothing.  The outcome is the same.
+which reads the parameters once and reorders nothing. The outcome is the same.
 
 A guide (see Guide) adds a bonus to what beams are chosen by, and never to a log-probability.
 """
@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dgr_jax.decoding.constraint import Candidates, Constraint, State
+from dgr_jax import moved
+from dgr_jax.decoding.constraint import Candidates, Constraint, State, filled
 from dgr_jax.decoding.selection import top_k
 
 StepFn = Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
@@ -121,22 +122,22 @@ def beam_search(
 
     step_fn: (tokens int32 [B, M], cache, position int32) -> (logits [B, M, V], cache); the tokens
       are those at `position`, start_id at position 0, where M is 1; logits of any float dtype.
-    cache: pytree, leaves [B, M, ...]; only these are reordered.  It must hold max_length steps.
-    max_length: None: of the constraint.  Sequences that have not ended by then are dropped.
+    cache: pytree, leaves [B, M, ...]; only these are reordered. It must hold max_length steps.
+    max_length: None: of the constraint. Sequences that have not ended by then are dropped.
     length_penalty: sequences are ordered by log_prob / length ** length_penalty, the length
       counting every token of the sequence.
     record: also returns the prefixes of every step.
     score_fn: (inputs int32 [B, M, W], targets int32 [B, M, W], cache, position int32) -> f32
       [B, M, W], the log-probabilities of the targets; the inputs are the tokens at `position` and
-      after.  None: every token takes a step.
-    guide: its bonus is added to what prefixes and sequences are ordered by.  Only what the
+      after. None: every token takes a step.
+    guide: its bonus is added to what prefixes and sequences are ordered by. Only what the
       constraint offers is ranked, and that may be the likeliest alone: give one that offers all,
       such as `guide.PlannedRows`, which is both.
 
     Raises ValueError for num_beams or max_length below 1.
     """
     length = constraint.max_length if max_length is None else max_length
-    _check("beam_search", num_beams=num_beams, max_length=length, batch_size=batch_size)
+    check_sizes("beam_search", num_beams=num_beams, max_length=length, batch_size=batch_size)
     asks = score_fn is not None and not record
     width = min(getattr(constraint, "completion_width", 0), length) if asks else 0
     search = _Search(
@@ -203,7 +204,7 @@ class _Search:
             (loop.last, loop.cache, loop.live.state, loop.live.log_probs),
         )
         logits, cache = self.step_fn(last, cache, loop.position)
-        offers = _expand(self.constraint, state, prior, logits, self.num_beams)
+        offers = expanded(self.constraint, state, prior, logits, self.num_beams)
         bonus = self.bonus(offers.next_state)
         finished = loop.finished if self.together else _keep_finished(self, loop, offers, bonus)
         live, parent = _keep_live(loop, offers, bonus, also_complete=self.together)
@@ -265,7 +266,8 @@ def _log_normaliser(logits):
     return jax.nn.logsumexp(logits.astype(jnp.float32), -1)
 
 
-def _check(function, **sizes):
+def check_sizes(function: str, **sizes: int) -> None:
+    """Raises ValueError for a size below 1, of an argument of the function."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{function}.{name} must be at least 1; got {value}")
@@ -326,30 +328,13 @@ def _noted(prefixes, live, position):
     return jax.tree.map(put, prefixes, now)
 
 
-def _expand(constraint, state, prior, logits, width):
+def expanded(
+    constraint: Constraint, state: State, prior: jax.Array, logits: jax.Array, width: int
+) -> Candidates:
     """Candidates of beams whose log-probability is `prior`; theirs is of the whole sequence."""
     if not constraint.renormalise:
         prior -= _log_normaliser(logits)
-    return _filled(constraint.expand(state, logits, prior, width=width), width)
-
-
-def _filled(offers, width):
-    """Candidates with slots that hold nothing, where the constraint found less than `width`."""
-    missing = width - offers.log_probs.shape[1]
-    if missing <= 0:
-        return offers
-
-    def fill(leaf, value):
-        return jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2),
-                       constant_values=value)  # fmt: skip
-
-    return Candidates(
-        parent=fill(offers.parent, 0),
-        token_ids=fill(offers.token_ids, 0),
-        log_probs=fill(offers.log_probs, -jnp.inf),
-        next_state=jax.tree.map(lambda leaf: fill(leaf, -1), offers.next_state),
-        complete=fill(offers.complete, False),
-    )
+    return filled(constraint.expand(state, logits, prior, width=width), width)
 
 
 def _keep_live(loop, offers, bonus, also_complete):
@@ -411,104 +396,4 @@ def _alive(leaf, log_probs):
     return jnp.where((log_probs > -jnp.inf).reshape(shape), leaf, -1)
 
 
-class _Drawn(NamedTuple):
-    position: jax.Array
-    last: jax.Array
-    tokens: jax.Array
-    log_probs: jax.Array
-    ended: jax.Array
-    state: State
-    cache: Any
-    key: jax.Array
-
-
-def sample(
-    step_fn: StepFn,
-    constraint: Constraint,
-    cache: Any,
-    *,
-    key: jax.Array,
-    batch_size: int,
-    num_samples: int,
-    max_length: int | None = None,
-    start_id: int = 0,
-    temperature: float = 1.0,
-    best_tokens: int = 64,
-) -> BeamResult:
-    """num_samples independent legal sequences a query, in no order.
-
-    temperature: divides the log-probabilities before drawing; log_probs are reported without it.
-    best_tokens: the most likely legal tokens that a token is drawn from; all of them when no
-      node has more children.
-    The other arguments are those of beam_search; M is num_samples.  Sequences that have not ended
-    after max_length tokens are not valid.
-
-    Raises ValueError for a temperature not above 0 and for sizes below 1.
-    """
-    length = constraint.max_length if max_length is None else max_length
-    _check("sample", num_samples=num_samples, max_length=length, best_tokens=best_tokens)
-    if not temperature > 0:
-        raise ValueError(f"sample.temperature must be above 0; got {temperature}")
-    shape = (batch_size, num_samples)
-    state = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf[:, None], num_samples, 1), constraint.init(batch_size)
-    )
-    drawn = _Drawn(
-        position=jnp.int32(0),
-        last=jnp.full(shape, start_id, jnp.int32),
-        tokens=jnp.zeros((*shape, length), jnp.int32),
-        log_probs=jnp.zeros(shape, jnp.float32),
-        ended=jnp.zeros(shape, bool),
-        state=state,
-        cache=cache,
-        key=key,
-    )
-
-    def unfinished(drawn):
-        return (drawn.position < length) & ~drawn.ended.all()
-
-    def advance(drawn):
-        logits, cache = step_fn(drawn.last, drawn.cache, drawn.position)
-        candidates = _expand_alone(constraint, drawn.state, logits, best_tokens)
-        return _draw(drawn._replace(cache=cache), candidates, best_tokens, temperature)
-
-    drawn = lax.while_loop(unfinished, advance, drawn)
-    valid = drawn.ended & (drawn.log_probs > -jnp.inf)
-    log_probs = jnp.where(valid, drawn.log_probs, -jnp.inf)
-    tokens = jnp.where(valid[..., None], drawn.tokens, 0)
-    return BeamResult(tokens, log_probs, valid, constraint.rows(drawn.state))
-
-
-def _draw(drawn, found, best_tokens, temperature):
-    """One more token of every sequence that has not ended, from its candidates [B, M, C]."""
-    best, place = lax.top_k(found.log_probs, min(best_tokens, found.log_probs.shape[-1]))
-    key, now = jax.random.split(drawn.key)
-    choice = jax.random.categorical(now, best / temperature)[..., None]
-    place = jnp.take_along_axis(place, choice, -1)
-
-    def pick(leaf, otherwise):
-        index = place.reshape(place.shape + (1,) * (leaf.ndim - 3))
-        chosen = jnp.take_along_axis(leaf, index, 2)[:, :, 0]
-        ended = drawn.ended.reshape(drawn.ended.shape + (1,) * (chosen.ndim - 2))
-        return jnp.where(ended, otherwise, chosen)
-
-    token = pick(found.token_ids, 0)
-    here = jnp.arange(drawn.tokens.shape[-1]) == drawn.position
-    return drawn._replace(
-        position=drawn.position + 1,
-        last=token,
-        tokens=jnp.where(here, token[..., None], drawn.tokens),
-        log_probs=drawn.log_probs + pick(found.log_probs, 0.0),
-        ended=pick(found.complete, True),
-        state=jax.tree.map(pick, found.next_state, drawn.state),
-        key=key,
-    )
-
-
-def _expand_alone(constraint, state, logits, width):
-    """Candidates [B, M, C] of each sequence for itself."""
-    shape = logits.shape[:2]
-    alone = lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:])  # noqa: E731
-    prior = jnp.zeros((shape[0] * shape[1], 1), jnp.float32)
-    candidates = _expand(constraint, jax.tree.map(alone, state), prior, alone(logits), width)
-    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), candidates)
+__getattr__ = moved.names(__name__, sample="decoding.sampling")

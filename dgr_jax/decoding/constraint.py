@@ -28,7 +28,7 @@ class Candidates(NamedTuple):
     log_probs: f32 [B, C], prior + score, -inf in slots without a legal continuation.
     next_state: leaves [B, C, ...].
     complete: bool [B, C], whether the sequence ends with this token.
-    Equal log_probs of complete continuations are ordered by parent, then token; so are others.
+    Complete continuations of equal log_prob are ordered by parent, then token; so are the others.
     """
 
     parent: jax.Array
@@ -55,9 +55,9 @@ class Completions(NamedTuple):
 class Constraint(Protocol):
     """A set of legal sequences; a pytree, so that jitted functions take it as an argument.
 
-    One that knows where nothing is left to choose may also have `completion_width` (static), the
-    W that its method `completions(state, W) -> Completions` is worth asking for: beam_search then
-    has the rest of all beams scored at once.
+    A constraint that knows where nothing is left to choose may also have `completion_width`
+    (static): the W for which its method `completions(state, W) -> Completions` is worth calling.
+    beam_search then scores the rest of all beams at once.
     """
 
     @property
@@ -88,6 +88,25 @@ class Constraint(Protocol):
 
     def rows(self, state: State) -> jax.Array:
         """The row id of complete states, -1 elsewhere; int32, shape of a leaf of the state."""
+
+
+def filled(offers: Candidates, width: int) -> Candidates:
+    """Candidates with slots that hold nothing, where there are fewer than `width`."""
+    missing = width - offers.log_probs.shape[1]
+    if missing <= 0:
+        return offers
+
+    def fill(leaf, value):
+        return jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2),
+                       constant_values=value)  # fmt: skip
+
+    return Candidates(
+        parent=fill(offers.parent, 0),
+        token_ids=fill(offers.token_ids, 0),
+        log_probs=fill(offers.log_probs, -jnp.inf),
+        next_state=jax.tree.map(lambda leaf: fill(leaf, -1), offers.next_state),
+        complete=fill(offers.complete, False),
+    )
 
 
 @jax.tree_util.register_dataclass

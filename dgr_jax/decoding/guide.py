@@ -1,4 +1,4 @@
-"""Planned identifiers: a few of each query, the only ones that may be written, best prefixes first.
+"""Planned identifiers: only a few may be written for each query, and the best prefixes come first.
 
 A plan scores all passages before a token is written, and names the n best of each query. In the
 order of the trie, a prefix is an interval of their identifiers, and its children are intervals
@@ -76,8 +76,8 @@ class PlannedRows:
 
     @property
     def completion_width(self) -> int:
-        """Tokens left after two: few planned identifiers share more. 0 where scoring them at once
-        would not pay for compiling it."""
+        """How many tokens are left after two, as few planned identifiers share more. It is 0 where
+        scoring them at once would not pay for compiling it."""
         left = self.max_length - 2
         return left if left > 2 else 0
 
@@ -146,8 +146,8 @@ class PlannedRows:
         there = jnp.where(result.valid, result.rows, count)
         written = jnp.full((batch, count), -jnp.inf, jnp.float32)
         written = written.at[query, there].set(result.log_probs, mode="drop")
-        found = jnp.take_along_axis(written, self.starts[:, length], -1)
-        return jnp.where(self.tokens[..., 0] > 0, found, -jnp.inf)
+        of_row = jnp.take_along_axis(written, self.starts[:, length], -1)
+        return jnp.where(self.tokens[..., 0] > 0, of_row, -jnp.inf)
 
     def _lengths(self) -> jax.Array:
         return (self.tokens > 0).sum(-1, dtype=jnp.int32)

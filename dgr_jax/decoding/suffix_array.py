@@ -22,13 +22,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dgr_jax.decoding import array_folder, suffix_array_branches
 from dgr_jax.decoding.suffix_array_branches import SpanBranches
 from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
+from dgr_jax.decoding.trie_build import size_class
 from dgr_jax.model_dir import kept
 
 _FORMAT = "dgr_jax.suffix_array"
@@ -37,17 +38,22 @@ _MAX_VOCAB = 1 << 17
 _MAX_POSITIONS = (1 << 31) - 1  # positions are int32, on the host as on the device
 _CHUNK = 1 << 22  # how many entries a pass over the corpus holds at a time
 _PASSAGES = 1 << 14
+# Arrays of one length for all corpora, and what the others are padded with, where it is not 0.
+_FIXED = ("first", "branches_levels")
+_FILL = {"starts": np.iinfo(np.int32).max}
 
 
 @dataclasses.dataclass(frozen=True)
 class SuffixArray:
-    """An index of all substrings on the host.  Axis letters: N tokens, P passages, V vocabulary.
+    """An index of all substrings on the host. Axis letters: N tokens, P passages, V vocabulary.
 
     tokens uint16 | uint32 [N + P]: the passages, each followed by a 0.
     suffixes int32 [N]: positions in `tokens`, sorted by the text that begins there.
     first int32 [V + 1]: the suffixes that begin with token t are [first[t], first[t + 1]).
     starts int32 [P]: position of each passage.
     branches: the next tokens of some spans, see suffix_array_branches.
+    capacity: name -> length that an array is padded to on the device, of those that grow with the
+      corpus; none: as they are.
     """
 
     tokens: np.ndarray
@@ -55,6 +61,7 @@ class SuffixArray:
     first: np.ndarray
     starts: np.ndarray
     branches: SpanBranches
+    capacity: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of tokens of the corpus, without separators."""
@@ -75,7 +82,8 @@ class SuffixArray:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name."""
-        own = {name: array for name, array in vars(self).items() if name != "branches"}
+        apart = ("branches", "capacity")
+        own = {name: array for name, array in vars(self).items() if name not in apart}
         return own | {f"branches_{name}": array for name, array in vars(self.branches).items()}
 
     def find(
@@ -154,12 +162,27 @@ class SuffixArray:
                     f"token; got {opening.dtype} of shape {opening.shape}"
                 )
             opens &= opening
-        arrays = (self.tokens, self.suffixes, self.first, self.starts)
-        return SubstringConstraint.put(arrays, self.branches, opens, max_length)
+        arrays = {
+            name: _pad(array, self.capacity.get(name, 0), _FILL.get(name, 0))
+            for name, array in self.arrays().items()
+        }
+        names = [field.name for field in dataclasses.fields(SpanBranches)]
+        branches = SpanBranches(**{name: arrays.pop(f"branches_{name}") for name in names})
+        ordered = [arrays[name] for name in ("tokens", "suffixes", "first", "starts")]
+        return SubstringConstraint.put(ordered, branches, opens, max_length)
+
+    def like(self, other: SuffixArray) -> SuffixArray:
+        """The same, of the shapes that another index has on the device, as long as all fit, so that
+        nothing is compiled again; where they do not, there is room for a quarter more."""
+        sizes = {name: len(a) for name, a in self.arrays().items() if name not in _FIXED}
+        fits = other.capacity and all(n <= other.capacity[name] for name, n in sizes.items())
+        room = {name: size_class(max(1024, n + n // 4)) for name, n in sizes.items()}
+        return dataclasses.replace(self, capacity=other.capacity if fits else room)
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a .npy file for each array, and then header.json."""
-        array_folder.save(folder, self.arrays(), kind=_FORMAT, version=_VERSION, settings={})
+        array_folder.save(folder, self.arrays(), kind=_FORMAT, version=_VERSION,
+                          settings={"capacity": dict(self.capacity)})  # fmt: skip
 
 
 def load(folder: str | pathlib.Path) -> SuffixArray:
@@ -168,12 +191,14 @@ def load(folder: str | pathlib.Path) -> SuffixArray:
     Raises ValueError for files of another format or version, and for damaged ones.
     """
     fields = [field.name for field in dataclasses.fields(SpanBranches)]
-    own = [field.name for field in dataclasses.fields(SuffixArray) if field.name != "branches"]
+    apart = ("branches", "capacity")
+    own = [field.name for field in dataclasses.fields(SuffixArray) if field.name not in apart]
     needed = {"sha256": [*own, *(f"branches_{name}" for name in fields)]}
-    arrays, _ = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
+    arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
     with kept.reading(pathlib.Path(folder) / "header.json"):
         branches = SpanBranches(**{name: arrays.pop(f"branches_{name}") for name in fields})
-        return SuffixArray(**arrays, branches=branches)
+        capacity = {str(name): int(size) for name, size in header.get("capacity", {}).items()}
+        return SuffixArray(**arrays, branches=branches, capacity=capacity)
 
 
 def build(
@@ -252,6 +277,10 @@ def _token_dtype(vocab_size: int) -> np.dtype:
 def _token_bytes(vocab_size: int) -> int:
     """How many bytes a token has while it is sorted."""
     return 2 if vocab_size <= 1 << 16 else 3
+
+
+def _pad(array: np.ndarray, size: int, fill: int) -> np.ndarray:
+    return np.pad(array, (0, max(0, size - len(array))), constant_values=fill)
 
 
 def _parts(array: np.ndarray) -> Iterable[np.ndarray]:

@@ -90,7 +90,7 @@ class SubstringConstraint:
     states, also those that the end of a passage cuts short. A passage with fewer tokens is found by
     such prefixes alone.
 
-    tokens, suffixes, first, starts, branches: see `suffix_array.SuffixArray`.
+    tokens, suffixes, first, starts, branches: see `suffix_array.SuffixArray`; they may be padded.
     opens: bool [V], the tokens with which a span may begin.
     """
 
@@ -132,7 +132,7 @@ class SubstringConstraint:
 
     def init(self, batch_size: int) -> SpanState:
         zeros = jnp.zeros(batch_size, jnp.int32)
-        return SpanState(zeros, jnp.full_like(zeros, len(self.suffixes)), zeros)
+        return SpanState(zeros, jnp.full_like(zeros, self.first[-1]), zeros)
 
     def rows(self, state: SpanState) -> jax.Array:
         """The first suffix of each complete span, so that equal spans have equal rows."""
@@ -146,7 +146,7 @@ class SubstringConstraint:
         """The states of spans int32 [..., T] with lengths int32 [...]; dead where one does not
         occur. Unlike decoding, this ignores `opens` and `max_length`."""
         lo = jnp.zeros(lengths.shape, jnp.int32)
-        state = SpanState(lo, jnp.full_like(lo, len(self.suffixes)), lo)
+        state = SpanState(lo, jnp.full_like(lo, self.first[-1]), lo)
 
         def advance(depth, state):
             token = lax.dynamic_index_in_dim(spans, depth, -1, keepdims=False)

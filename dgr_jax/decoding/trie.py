@@ -129,14 +129,17 @@ def build(
     *,
     eos_id: int | None = None,
     vocab_size: int,
+    like: Trie | None = None,
 ) -> Trie:
     """Builds the index of a set of identifiers.
 
     rows: int [U, T], in any order, repeated rows allowed; T at most 64 tokens.
     lengths: int [U]; None: every row has T tokens.
-    eos_id: appended to every row, so that a row may be a prefix of another.  Leave it out when
+    eos_id: appended to every row, so that a row may be a prefix of another. Leave it out when
       the rows already end so, or all have the same length.
     vocab_size: tokens that the model scores, at most 2^30.
+    like: an index whose shapes this one has, as long as all fit, so that nothing is compiled again;
+      where they do not, there is room for a quarter more.
 
     Raises ValueError for bad shapes, tokens outside of the vocabulary, empty rows, and rows that
     are proper prefixes of others.
@@ -144,9 +147,18 @@ def build(
     columns = trie_build.to_columns(rows, lengths, eos_id, vocab_size)
     columns, shared = _sorted_unique(columns)
     layout = trie_arrays.choose_layout(columns, vocab_size)
+    if like is not None and trie_arrays.is_within(layout, like.layout):
+        layout = like.layout
+        columns.tokens = columns.tokens.astype(layout.token_dtype, copy=False)
     depths = trie_build.tail_depths(shared)
     arrays, bfs = trie_arrays.assemble(columns, shared, depths, layout, vocab_size)
-    return Trie(arrays, layout, vocab_size, trie_arrays.capacities(arrays, layout), bfs)
+    capacity = trie_arrays.capacities(arrays, layout)
+    if like is not None:
+        fits = layout == like.layout and all(
+            shape[:1] <= like.capacity[name][:1] for name, shape in capacity.items()
+        )
+        capacity = like.capacity if fits else trie_arrays.capacities(arrays, layout, room=1.25)
+    return Trie(arrays, layout, vocab_size, capacity, bfs)
 
 
 def load(folder: str | pathlib.Path) -> Trie:

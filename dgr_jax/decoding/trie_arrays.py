@@ -24,7 +24,7 @@ _BIG = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """What the device holds, unpadded.  Axis letters: n nodes, i internal nodes, U rows, L depths.
+    """What the device holds, unpadded. Axis letters: n nodes, i internal nodes, U rows, L depths.
 
     edge_tokens uint8/16/32 [n]: token by which a node is reached, less the base of its depth.
     directory uint32 [ceil(n/32), 2]: 32 is-internal bits, and the internal nodes before them.
@@ -58,8 +58,11 @@ class Arrays:
         return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
 
-def capacities(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Padded shapes: arrays that grow with the rows take a size class, the others their own."""
+def capacities(arrays: Arrays, layout: Layout, room: float = 1.0) -> dict[str, tuple[int, ...]]:
+    """Padded shapes: arrays that grow with the rows take a size class, the others their own.
+
+    room: how many times as long the arrays may grow within their shapes.
+    """
     unused = {
         "tail_start": layout.ends == "fixed",
         "row_length": layout.ends != "mixed",
@@ -70,8 +73,19 @@ def capacities(arrays: Arrays, layout: Layout) -> dict[str, tuple[int, ...]]:
     for name, least in _SIZED.items():
         if not unused.get(name, False):
             length, *rest = shapes[name]
-            shapes[name] = (size_class(max(length, least)), *rest)
+            shapes[name] = (size_class(max(int(room * length), least)), *rest)
     return shapes
+
+
+def is_within(layout: Layout, other: Layout) -> bool:
+    """Whether rows of a layout can be kept in another one."""
+    longest = layout.max_length, other.max_length
+    return (
+        layout.ends == other.ends
+        and (longest[0] == longest[1] if layout.ends == "fixed" else longest[0] <= longest[1])
+        and layout.bitmap_words <= other.bitmap_words
+        and np.dtype(layout.token_dtype).itemsize <= np.dtype(other.token_dtype).itemsize
+    )
 
 
 def choose_layout(columns: Columns, vocab_size: int) -> Layout:

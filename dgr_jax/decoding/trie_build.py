@@ -1,8 +1,8 @@
 """Host side of the trie: identifier rows to breadth-first arrays, by array operations only.
 
-A node is a prefix of some row.  A node below which several rows lie is *internal*; a node below
+A node is a prefix of some row. A node below which several rows lie is *internal*; a node below
 which one row lies is a *tail*, and the tree ends there: the rest of the row is kept as a run of
-tokens.  Nodes are numbered level by level and, within a level, in the order of the sorted rows,
+tokens. Nodes are numbered level by level and, within a level, in the order of the sorted rows,
 so the children of a node are contiguous and tails of the same depth follow each other.
 
 The rows are read as columns (one small contiguous array a depth).  `shared[i]`, the number of
@@ -331,7 +331,7 @@ def bitmap_words(vocab_size: int, spans: np.ndarray) -> int:
 
 
 def choose_gathers(words: int) -> tuple[int, ...]:
-    """GATHERS, and a longer one as long as a bitmap would be larger than the edges it covers."""
+    """GATHERS and, where there are bitmaps, one that is as wide as it pays against a bitmap."""
     fair = 1 << (2 * words - 1).bit_length()
     longest = min(WIDEST_GATHER, fair)
     return (*GATHERS, longest) if words and longest > GATHERS[-1] else GATHERS

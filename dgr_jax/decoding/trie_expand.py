@@ -1,6 +1,6 @@
 """The trie on the device: one step of constrained decoding.
 
-A state is a node and its depth.  Complete rows and dead beams are negative nodes: -1 is dead,
+A state is a node and its depth. Complete rows and dead beams are negative nodes: -1 is dead,
 -2 - n is the row that ends in node n.
 
 What a step costs follows the widest node that a live beam stands on, not the widest of the level:
@@ -23,8 +23,15 @@ import numpy as np
 from jax import lax
 
 from dgr_jax.decoding.constraint import Candidates, Completions
-from dgr_jax.decoding.selection import mask, masked_top_k, top_k
+from dgr_jax.decoding.selection import mask
 from dgr_jax.decoding.trie_build import Layout
+from dgr_jax.decoding.trie_continuations import (
+    Continuations,
+    best_of,
+    best_of_bits,
+    in_order,
+    joined,
+)
 
 if TYPE_CHECKING:
     from dgr_jax.decoding.trie_arrays import Arrays
@@ -54,21 +61,6 @@ class _Step(NamedTuple):
     children: jax.Array
     is_tail: jax.Array
     tail_token: jax.Array
-
-
-class _Found(NamedTuple):
-    """Continuations [B, C]: log_prob -inf where there is none."""
-
-    parent: jax.Array
-    tokens: jax.Array
-    log_probs: jax.Array
-    child: jax.Array
-
-    def split(self, at: int) -> tuple[_Found, _Found]:
-        return _Found(*(x[:, :at] for x in self)), _Found(*(x[:, at:] for x in self))
-
-    def where(self, valid: jax.Array) -> _Found:
-        return self._replace(log_probs=jnp.where(valid, self.log_probs, -jnp.inf))
 
 
 def _static():
@@ -132,9 +124,9 @@ class TrieConstraint:
 
     @property
     def completion_width(self) -> int:
-        """Tokens left from the depth on at which every beam would stand on a tail, were the
-        identifiers spread evenly; where they differ in length, half more than a tail has on
-        average, if that is less. 0 for less than 3, which would not pay for compiling it.
+        """How many tokens are left at the depth where every beam would stand on a tail if the
+        identifiers were spread evenly. Where they differ in length, it is at most 1.5 times what a
+        tail has on average. It is 0 for less than 3, which would not pay for compiling it.
 
         Shapes alone decide, so that indexes of one size class share it.
         """
@@ -158,7 +150,7 @@ class TrieConstraint:
     def expand(
         self, state: TrieState, scores: jax.Array, prior: jax.Array, *, width: int
     ) -> Candidates:
-        """See Constraint.expand.  C = width ('fixed'), width + M ('token') or 2 * width ('mixed').
+        """See Constraint.expand. C = width ('fixed'), width + M ('token') or 2 * width ('mixed').
 
         Only where rows end without a closing token at different lengths ('mixed') may a node that
         owns a bitmap hide continuations: its `width` best, complete or not, are offered.
@@ -235,14 +227,14 @@ class TrieConstraint:
         tokens = self.tails.at[start + level].get(mode="clip").astype(jnp.int32)
         return tokens + self.base.at[level].get(mode="clip")
 
-    def _finish(self, state, found):
-        valid = found.log_probs > -jnp.inf
-        depth = jnp.take_along_axis(state.depth, found.parent, -1) + 1
-        complete = valid & self._completes(found.tokens, found.child, depth)
-        node = jnp.where(complete, -2 - found.child, found.child)
+    def _finish(self, state, offers):
+        valid = offers.log_probs > -jnp.inf
+        depth = jnp.take_along_axis(state.depth, offers.parent, -1) + 1
+        complete = valid & self._completes(offers.tokens, offers.child, depth)
+        node = jnp.where(complete, -2 - offers.child, offers.child)
         state = TrieState(jnp.where(valid, node, _DEAD), jnp.where(valid, depth, _DEAD))
-        tokens = jnp.where(valid, found.tokens, 0)
-        return Candidates(found.parent, tokens, found.log_probs, state, complete)
+        tokens = jnp.where(valid, offers.tokens, 0)
+        return Candidates(offers.parent, tokens, offers.log_probs, state, complete)
 
     def _completes(self, tokens, child, depth):
         """Whether the row ends with this token, which leads to `child` at `depth`."""
@@ -280,22 +272,22 @@ class TrieConstraint:
         # gathered once: without the barrier each use would gather again
         tokens, totals = lax.optimization_barrier((tokens, scores + prior[..., None]))
         if self.layout.ends == "fixed":
-            return _best(totals, tokens, child, width)
+            return best_of(totals, tokens, child, width)
         complete = self._completes(tokens, child, step.level + 1)
         ends, others = jnp.where(complete, totals, -jnp.inf), jnp.where(complete, -jnp.inf, totals)
-        best = _best(others, tokens, child, width)
+        best = best_of(others, tokens, child, width)
         if self.layout.ends == "mixed":
-            return _join(best, _best(ends, tokens, child, width))
+            return joined(best, best_of(ends, tokens, child, width))
         leaf = jnp.where(complete & valid, child, 0).max(-1)
-        return _join(best, self._closing(ends.max(-1), leaf))
+        return joined(best, self._closing(ends.max(-1), leaf))
 
     def _closing(self, log_probs, leaf):
         """The closing token of each beam [B, M]."""
         beam = jnp.broadcast_to(jnp.arange(leaf.shape[1], dtype=jnp.int32), leaf.shape)
-        return _Found(beam, jnp.broadcast_to(self.ends_at, leaf.shape), log_probs, leaf)
+        return Continuations(beam, jnp.broadcast_to(self.ends_at, leaf.shape), log_probs, leaf)
 
     def _wide(self, step, width):
-        """Bitmaps for the nodes that own one, a gather for the others if there are any."""
+        """Continuations by the bitmaps of nodes that own one, and by a gather of any others."""
         widest = self.layout.gathers[-1]
         is_wide = step.children > widest
         rest = step._replace(children=jnp.where(is_wide, 0, step.children))
@@ -306,8 +298,8 @@ class TrieConstraint:
             (a, a_ends), (b, b_ends) = from_bitmaps.split(width), gathered.split(width)
             if self.layout.ends == "token":  # one slot a beam
                 ends = (jnp.where(is_wide, x, y) for x, y in zip(a_ends, b_ends, strict=True))
-                return _join(_sorted(_join(a, b), width), _Found(*ends))
-            return _join(_sorted(_join(a, b), width), _sorted(_join(a_ends, b_ends), width))
+                return joined(in_order(joined(a, b), width), Continuations(*ends))
+            return joined(in_order(joined(a, b), width), in_order(joined(a_ends, b_ends), width))
 
         return lax.cond(((rest.children > 0) | rest.is_tail).any(), with_rest, lambda: from_bitmaps)
 
@@ -322,13 +314,13 @@ class TrieConstraint:
         child_of = lambda parent, place: self._child_of(step, bits, low, parent, place)
         if self.layout.ends == "token":
             closing, rest = self._take_closing(scores, bits, prior, low, child_of)
-            return _join(_masked(scores, rest, prior, low, width, child_of), closing)
+            return joined(best_of_bits(scores, rest, prior, low, width, child_of), closing)
         if self.layout.ends == "fixed":
-            return _masked(scores, bits, prior, low, width, child_of)
-        best = _masked(scores, bits, prior, low, 2 * width, child_of)
+            return best_of_bits(scores, bits, prior, low, width, child_of)
+        best = best_of_bits(scores, bits, prior, low, 2 * width, child_of)
         complete = self._completes(best.tokens, best.child, step.level + 1)
         others, ends = best.where(~complete), best.where(complete)
-        return _join(_sorted(others, width), _sorted(ends, width))
+        return joined(in_order(others, width), in_order(ends, width))
 
     def _covered_scores(self, step):
         """Scores [B, M, 32 * bitmap_words] of the tokens that bitmaps cover, and the first one."""
@@ -378,40 +370,6 @@ class TrieConstraint:
         return first
 
 
-def _masked(scores, bits, prior, low, width, child_of):
-    """The best continuations by the tokens whose bit is set; bit 0 stands for token `low`."""
-    span = scores.shape[-1]
-    best, place = masked_top_k(scores, bits, prior, min(width, span * bits.shape[1]))
-    parent, place = place // span, place % span
-    return _padded(_Found(parent, place + low, best, child_of(parent, place)), width)
-
-
 def _finite(log_z):
-    """0 for the normaliser of nothing."""
+    """The normaliser, or 0 where nothing was normalised."""
     return jnp.where(log_z > -jnp.inf, log_z, 0.0)
-
-
-def _best(totals, tokens, child, width):
-    """The `width` best of [B, M, S]."""
-    batch, slots = totals.shape[0], totals.shape[-1]
-    best, place = top_k(totals.reshape(batch, -1), min(width, totals[0].size))
-    tokens, child = (jnp.take_along_axis(x.reshape(batch, -1), place, -1) for x in (tokens, child))
-    return _padded(_Found(place // slots, tokens, best, child), width)
-
-
-def _sorted(found, width):
-    """The `width` best, equal ones ordered by parent, then token."""
-    index = jnp.broadcast_to(jnp.arange(found.tokens.shape[-1]), found.tokens.shape)
-    _, _, _, index = lax.sort((-found.log_probs, found.parent, found.tokens, index), num_keys=3)
-    return _Found(*(jnp.take_along_axis(x, index[..., :width], -1) for x in found))
-
-
-def _join(a, b):
-    return _Found(*(jnp.concatenate(pair, -1) for pair in zip(a, b, strict=True)))
-
-
-def _padded(found, width):
-    """Slots that hold nothing added up to `width`."""
-    pad = [(0, 0), (0, width - found.tokens.shape[-1])]
-    parent, tokens, child = (jnp.pad(x, pad) for x in (found.parent, found.tokens, found.child))
-    return _Found(parent, tokens, jnp.pad(found.log_probs, pad, constant_values=-jnp.inf), child)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from dgr_jax import ranges
+from dgr_jax.corpora.variations import Variation
 from dgr_jax.data.rules import DataRules
 from dgr_jax.experiments.stage import Stage
 from dgr_jax.models.initial import Corpus, Initial
@@ -17,7 +18,7 @@ from dgr_jax.retrieval.bm25 import WORDS, Bm25, Bm25Baseline
 from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.system import SystemSettings
 from dgr_jax.settings import describe, unless_default, without_effect
 from dgr_jax.teaching.list_recipes import ListRecipe
@@ -141,6 +142,11 @@ def _has_other_baseline(evaluate: Evaluate) -> bool:
     return evaluate.bm25 and evaluate.baseline != WORDS
 
 
+def _has_variation(evaluate: Evaluate) -> bool:
+    """Whether questions are varied, which they were not in older versions."""
+    return evaluate.variation != Variation()
+
+
 @dataclass(frozen=True)
 class Evaluate(Generic[SearchKind]):
     """Runs and measures of every system on the test splits.
@@ -150,6 +156,7 @@ class Evaluate(Generic[SearchKind]):
     max_queries: of each split at most (0: all), drawn by the seed.
     bm25: whether BM25 is measured beside; baseline: its settings.
     systems: others that no stage trains, such as a sum of trained ones.
+    variation: how the questions differ from those of the collection, to see what typos do.
     """
 
     search: SearchKind
@@ -163,6 +170,7 @@ class Evaluate(Generic[SearchKind]):
     seed: int = 0
     baseline: Bm25 = field(default=Bm25(), metadata={"fingerprint": _has_other_baseline})
     systems: tuple[SystemSettings, ...] = unless_default(())
+    variation: Variation = field(default=Variation(), metadata={"fingerprint": _has_variation})
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -181,13 +189,16 @@ class Evaluate(Generic[SearchKind]):
 class Measured:
     """What experiments of every kind say of the systems that they measure.
 
-    kind: of the trained ones, a key of `retrieval.kinds.TRAINED`; own_pairs: of systems that are
+    kind: of the trained ones, that of a `TrainedSystem`; own_pairs: of systems that are
     compared where both are measured. plan: None where there is none.
+    planner: how it is planned: a `capacity.planner.Planner`, or the name of one in `capacity`, such
+    as 'planners:DENSE'; blank: it cannot be.
     """
 
     own_pairs: ClassVar[tuple[tuple[str, str], ...]]
+    planner: ClassVar[Any] = ""
     evaluate: Evaluate
-    plan: Lexical | None = None
+    plan: Plan | None = None
 
     @property
     def kind(self) -> str:
@@ -265,8 +276,9 @@ def texts(prepare: Any) -> tuple[Any, ...]:
 
 
 def sizes(config: T5Config) -> str:
-    """The settings of a model, but for its vocabulary and prefix-adaptive layers, as JSON."""
-    apart = ("vocab_size", "prefix_adaptive_layers")
+    """The settings of a model, but for its vocabulary, prefix-adaptive layers and what its decoder
+    reads of the query, as JSON."""
+    apart = ("vocab_size", "prefix_adaptive_layers", "decoder_query_tokens")
     described = {k: v for k, v in describe(config).items() if k not in apart}
     return json.dumps(described, sort_keys=True)
 

@@ -193,6 +193,7 @@ class DenseExperiment(Measured):
     further: tuple[Stage, ...] = ()
 
     own_pairs: ClassVar = (("refresh", "dense"), ("refresh", "bm25"), ("dense", "bm25"))
+    planner: ClassVar = "planners:DENSE"
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)

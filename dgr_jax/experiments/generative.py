@@ -27,11 +27,14 @@ from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval import planned
+from dgr_jax.retrieval import planned, set_identifiers
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Plan
+from dgr_jax.retrieval.student_plans import Learned, OnePass
 from dgr_jax.retrieval.system import SystemSettings
+from dgr_jax.training.objectives import Distillation, Generation
+from dgr_jax.training.plan_losses import CodeLoss, PlanLoss, SetLoss
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,9 @@ class Experiment(Measured):
     has, from the same checkpoint and on the same examples: what distillation is compared with.
     initial: where the student starts, Corpus or Pretrained; None: at random.
     further: stages of one's own; each runs after those that it reads.
-    plan: what scores all passages before a student writes, such as Lexical: the distilled student
-      with it is measured as `planned` beside the others. None: nothing.
+    plan: what scores all passages before a student writes: Lexical, or Learned or OnePass, which
+      the student is trained for in all of its stages. The distilled student with it is measured as
+      `planned` beside the others. None: nothing.
     """
 
     model_dir: str
@@ -151,9 +155,10 @@ class Experiment(Measured):
     mesh: Mesh = Mesh()
     initial: Initial | None = None
     further: tuple[Stage, ...] = ()
-    plan: Lexical | None = None
+    plan: Plan | None = None
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
+    planner: ClassVar = "planners:GENERATIVE"
 
     def __post_init__(self) -> None:
         check_apart(self.prepare)
@@ -184,6 +189,12 @@ class Experiment(Measured):
                 )
             assert isinstance(self.evaluate.search, Search)
             planned.check_search(self.plan, self.evaluate.search)
+            if self.plan.weight is None and not self.prepare.held_out:
+                raise ValueError(
+                    f"{type(self.plan).__name__}.weight: got None without questions held out of "
+                    "training, expected a number, or Prepare.validation above 0, such as 0.1"
+                )
+        self._train_for(self.plan)
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -206,6 +217,40 @@ class Experiment(Measured):
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
 
+    def _train_for(self, plan: Plan | None) -> None:
+        """Changes what is trained to what a plan of the student's own needs.
+
+        Raises ValueError where the settings of the plan do not fit.
+        """
+        loss: PlanLoss | None = None
+        if isinstance(plan, Learned):
+            pieces, longest = self.prepare.vocabulary, self.prepare.query_length
+            if not pieces.path:
+                set_identifiers.check_size(plan.set_size, pieces.size)
+            if plan.query_tokens is not None and plan.query_tokens > longest:
+                raise ValueError(
+                    f"Learned.query_tokens: got {plan.query_tokens}, expected at most {longest}, "
+                    "Prepare.query_length"
+                )
+            read = longest if plan.query_tokens is None else plan.query_tokens
+            model = dataclasses.replace(self.model, decoder_query_tokens=read)
+            object.__setattr__(self, "model", model)
+            loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss)
+        elif isinstance(plan, OnePass):
+            loss = CodeLoss(plan.loss_weight, plan.loss)
+        for name in ("generate", "distill"):
+            training = getattr(self, name)
+            objective: Any = training.objective
+            if getattr(objective, "plan", None) == loss:
+                continue
+            if not isinstance(objective, (Generation, Distillation)):
+                raise ValueError(
+                    f"{name}/Training.objective: got {type(objective).__name__} with "
+                    f"Experiment.plan=@{type(plan).__name__}(), expected Generation or Distillation"
+                )
+            objective = dataclasses.replace(objective, plan=loss)
+            object.__setattr__(self, name, dataclasses.replace(training, objective=objective))
+
     @property
     def kind(self) -> str:
         """See Measured."""
@@ -224,8 +269,9 @@ class Experiment(Measured):
     @property
     def added(self) -> tuple[SystemSettings, ...]:
         """See Measured: at last `planned`, the best student with the plan."""
-        plan = () if self.plan is None else (planned.Planned("planned", self.plan),)
-        return (*self.evaluate.systems, *plan)
+        if self.plan is None:
+            return self.evaluate.systems
+        return (*self.evaluate.systems, planned.system_of(self.plan))
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of every student, with a vocabulary."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.corpora import lines, words
-from dgr_jax.identifiers import kmeans
+from dgr_jax.identifiers import kept_models, kmeans
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
 
 _log = logging.getLogger(__name__)
 
+_MODEL = "embeddings"  # folder of what is kept
 _IN_MEMORY = 1 << 30  # bytes of vectors from which they are kept in a file
 
 
@@ -30,8 +32,41 @@ class Embeddings(Protocol):
         """Floating point [P, D], row i for passage i; may be a memory map."""
 
 
+@runtime_checkable
+class KeptEmbeddings(Embeddings, Protocol):
+    """Vectors of passages, and of those that come later."""
+
+    def embed_and_keep(self, store: PassageStore, seed: int, folder: Path) -> np.ndarray:
+        """As `embed`; leaves in the folder what `of_texts` needs."""
+
+    def of_texts(self, texts: Sequence[str], folder: Path) -> np.ndarray:
+        """f32 [n, D]: vectors of texts, by the model that `embed_and_keep` has left."""
+
+
+def embedded(
+    embeddings: Embeddings, store: PassageStore, seed: int, keep: Path | None
+) -> np.ndarray:
+    """The vectors of passages; keep: where the model is left, if it can be."""
+    if keep is None or not isinstance(embeddings, KeptEmbeddings):
+        return embeddings.embed(store, seed)
+    return embeddings.embed_and_keep(store, seed, keep / _MODEL)
+
+
+def later(embeddings: Embeddings, texts: Sequence[str], kept: Path) -> np.ndarray:
+    """f32 [n, D]: vectors of texts that come later, by the model that `embedded` has left.
+
+    Raises ValueError where there is none.
+    """
+    if not isinstance(embeddings, KeptEmbeddings):
+        raise ValueError(
+            f"{type(embeddings).__name__} has no vectors for passages that come later; expected "
+            "TfidfSvd or SentenceEncoder, or prepare and train again with all passages"
+        )
+    return embeddings.of_texts(texts, kept / _MODEL)
+
+
 @dataclass(frozen=True)
-class TfidfSvd:
+class TfidfSvd(KeptEmbeddings):
     """TF-IDF of title and text, reduced by truncated singular value decomposition (LSA).
 
     Words are those of `corpora.words`, the same as BM25's.
@@ -62,6 +97,26 @@ class TfidfSvd:
         Where the corpus has fewer than D dimensions, the last columns are 0. A blank passage, or
         one without a known word, gets the first axis: the direction all passages share.
         """
+        return self._embed(store, seed, None)
+
+    def embed_and_keep(self, store: PassageStore, seed: int, folder: Path) -> np.ndarray:
+        """As `embed`; the words, their weights and the axes are kept in the folder."""
+        return self._embed(store, seed, folder)
+
+    def of_texts(self, texts: Sequence[str], folder: Path) -> np.ndarray:
+        """f32 [n, D] unit rows, as those of `embed`."""
+        arrays = kept_models.load(folder, ("words", "weights", "axes"))
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        if len(arrays["words"]):
+            known = arrays["words"].tobytes().decode().split("\n")
+            vectorizer = self._vectorizer(0)
+            vectorizer.set_params(vocabulary=known)
+            vectorizer.idf_ = np.asarray(arrays["weights"])
+            axes = arrays["axes"]
+            vectors[:, : axes.shape[1]] = vectorizer.transform(texts) @ axes
+        return _unit_rows(vectors)
+
+    def _embed(self, store: PassageStore, seed: int, folder: Path | None) -> np.ndarray:
         num_passages = _counted(store)
         vectors = _zeros(num_passages, self.dim)
         fit_rows = kmeans.sample(num_passages, self.fit_passages, seed)
@@ -72,8 +127,11 @@ class TfidfSvd:
             if "empty vocabulary" not in str(error) and "no terms remain" not in str(error).lower():
                 raise
             _log.warning("no passage has a word that can be counted; all get the same vector")
+            nothing = np.zeros(0, np.float32)
+            self._keep(folder, [], nothing, nothing.reshape(0, 1))
             return _unit_rows(vectors)
         axes = self._axes(weights, seed)
+        self._keep(folder, vectorizer.get_feature_names_out(), vectorizer.idf_, axes)
         width = axes.shape[1]
         if len(fit_rows) == num_passages:
             vectors[:, :width] = weights @ axes
@@ -81,6 +139,15 @@ class TfidfSvd:
             for low, texts in _text_chunks(store):
                 vectors[low : low + len(texts), :width] = vectorizer.transform(texts) @ axes
         return _unit_rows(vectors)
+
+    @staticmethod
+    def _keep(
+        folder: Path | None, known: Sequence[str], weights: np.ndarray, axes: np.ndarray
+    ) -> None:
+        """known: words; weights: of each, f32 [words]; axes f32 [words, width]."""
+        if folder is not None:
+            text = np.frombuffer("\n".join(known).encode(), np.uint8)
+            kept_models.save(folder, {"words": text, "weights": weights, "axes": axes})
 
     def _vectorizer(self, num_passages: int) -> Any:
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -110,7 +177,7 @@ class TfidfSvd:
 
 
 @dataclass(frozen=True)
-class SentenceEncoder:
+class SentenceEncoder(KeptEmbeddings):
     """Vectors of a sentence-transformers model (extra `encoders`).
 
     model: a local folder or a hub id. prefix: put before every passage, for models that expect
@@ -131,21 +198,32 @@ class SentenceEncoder:
         encoder = load_sentence_transformer(self.model, "SentenceEncoder.model")
         parts = []
         for low, texts in _text_chunks(store):
-            texts = [self.prefix + text for text in texts]
-            vectors = encoder.encode(
-                texts,
-                batch_size=self.batch_size,
-                normalize_embeddings=True,
-                convert_to_numpy=True,
-                show_progress_bar=False,
-            )
-            parts.append(np.asarray(vectors, np.float32))
+            parts.append(self._encoded(encoder, texts))
             _log.info("embedded %d of %d passages", low + len(texts), len(store))
         return np.concatenate(parts)
 
+    def embed_and_keep(self, store: PassageStore, seed: int, folder: Path) -> np.ndarray:
+        """As `embed`: the model lies elsewhere, and stays there."""
+        return self.embed(store, seed)
+
+    def of_texts(self, texts: Sequence[str], folder: Path) -> np.ndarray:
+        """f32 [n, D] unit rows."""
+        encoder = load_sentence_transformer(self.model, "SentenceEncoder.model")
+        return self._encoded(encoder, texts)
+
+    def _encoded(self, encoder: Any, texts: Sequence[str]) -> np.ndarray:
+        vectors = encoder.encode(
+            [self.prefix + text for text in texts],
+            batch_size=self.batch_size,
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.asarray(vectors, np.float32)
+
 
 @dataclass(frozen=True)
-class FromFile:
+class FromFile(Embeddings):
     """Vectors computed elsewhere: a .npy array float16 or float32 [P, D] in corpus order."""
 
     path: str

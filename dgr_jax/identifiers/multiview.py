@@ -1,9 +1,9 @@
 """Titles, body spans and pseudo-queries as identifiers (MINDER, Li et al. 2023).
 
-A passage has up to three kinds of identifiers, its views.  The view is named twice: by a marker
-before the query, and by what the decoder writes first.  Titles and pseudo-queries begin with
+A passage has up to three kinds of identifiers, its views. The view is named twice: by a marker
+before the query, and by what the decoder writes first. Titles and pseudo-queries begin with
 their marker and close with the end of sequence; a body span has neither, and begins with a text
-piece.  No text is ever encoded as a marker or as the end of sequence: so no identifier of one
+piece. No text is ever encoded as a marker or as the end of sequence: so no identifier of one
 view is a prefix of one of another, and nothing that began as a title goes on as a body span.
 
 With the markers <title> 1024, <body> 1025, <query> 1026 (dgr_jax.data.vocabulary), the query "how
@@ -15,8 +15,8 @@ make honey in the hive ." (40 41 42 43 44 45 9), with the pseudo-query "who make
     body   [1025, 60, 61, 40, 41, 42, 1]     [41, 42, 43, 44]    (span_tokens = 4)
     query  [1026, 60, 61, 40, 41, 42, 1]     [1026, 50, 51, 42, 1]
 
-The decoder starts from token 0 in every view.  Identifier tables, and the tries made from them,
-hold the rows of titles and of pseudo-queries as they are written here.  The suffix array holds the
+The decoder starts from token 0 in every view. Identifier tables, and the tries made from them,
+hold the rows of titles and of pseudo-queries as they are written here. The suffix array holds the
 text of each passage, [40, 41, 42, 43, 44, 45, 9], without marker, title or end of sequence: every
 prefix of a span is a span, and what it counts are occurrences in the text.
 
@@ -84,6 +84,17 @@ class Multiview(Scheme):
         """The tables of titles and of pseudo-queries, where these are views."""
         make = {"title": self._titles, "query": self._queries}
         return [table(material) for view, table in make.items() if view in self.views]
+
+    def view_tables(self, material: Material) -> dict[str, IdentifierTable | None]:
+        """See Scheme: nothing that was learned limits them."""
+        titles = ((index, passage.title) for index, passage in enumerate(material.store))
+        named = {
+            "title": lambda: _table(material, "title", titles, self.title_tokens),
+            "query": lambda: _table(
+                material, "query", material.pseudo_queries(), self.query_tokens
+            ),
+        }
+        return {view: make() for view, make in named.items() if view in self.views}
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """A title of its own for every passage, and all of its pseudo-queries, at most."""

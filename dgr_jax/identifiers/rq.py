@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dgr_jax import ranges
-from dgr_jax.identifiers import kmeans
+from dgr_jax.identifiers import embeddings, kept_models, kmeans
 from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
-from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
+from dgr_jax.settings import unless_default
 
 _log = logging.getLogger(__name__)
 
+_CODEBOOKS = "codebooks"  # folder of what is kept
 _FEW = 32  # passages, below which one code is enough
 _SIZES = (16, 32, 64, 128, 256)  # sizes to choose from, where a codebook's is not set
 # Shares of the passages with codes of their own: what is wanted, and where a warning begins.
@@ -37,6 +39,8 @@ class ResidualQuantization(Scheme):
     0 leaves every passage at its nearest code, and collisions to the tie code alone.
     train_passages: codebooks are trained on a sample of this size; then all passages are coded
     in pieces. full_batch: up to so many training passages full k-means runs, mini-batches above.
+    reserve: further tie codes, for passages that come later (`dgr_jax.update`); with them, every
+    passage has a tie code.
     """
 
     codes_by_position = True  # a code of another level is another token
@@ -47,6 +51,7 @@ class ResidualQuantization(Scheme):
     spread: int = 1024
     train_passages: int = 200_000
     full_batch: int = 50_000
+    reserve: int = unless_default(0)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -56,6 +61,7 @@ class ResidualQuantization(Scheme):
             spread=ranges.at_least(0),
             train_passages=ranges.at_least(1),
             full_batch=ranges.at_least(0),
+            reserve=ranges.at_least(0),
         )
 
     def tables(self, material: Material) -> list[IdentifierTable]:
@@ -68,14 +74,17 @@ class ResidualQuantization(Scheme):
         What is not set of the number and the size of codes is `sized` by the number of passages; it
         grows where less than 95% of them have codes of their own, as with passages much alike.
         """
-        vectors = self.embeddings.embed(material.store, material.seed)
+        vectors = embeddings.embedded(self.embeddings, material.store, material.seed, material.keep)
         chosen, codes, distinct = self, np.zeros((0, 0), np.int32), 0
+        codebooks: list[np.ndarray] = []
         for sized in self._choices(len(vectors)):
-            tried = sized._codes(vectors, material.seed)
+            tried_codebooks = sized.train(vectors, material.seed)
+            tried = sized._codes(vectors, tried_codebooks)
             now_distinct, own = _distinct(tried)
             if now_distinct <= distinct:
                 break
             chosen, codes, distinct = sized, tried, now_distinct
+            codebooks = tried_codebooks
             _log.info(
                 "rq: %d codes of %d: %s of %s passages (%.1f%%) have codes of their own",
                 *(sized.num_codes, sized.codebook_size, f"{own:,}", f"{len(codes):,}"),
@@ -83,7 +92,46 @@ class ResidualQuantization(Scheme):
             )
             if own >= _WANTED * len(codes):
                 break
+        if material.keep is not None:
+            arrays = {str(level): codebook for level, codebook in enumerate(codebooks)}
+            sizes = np.array(chosen._shape())
+            kept_models.save(material.keep / _CODEBOOKS, {"sizes": sizes, **arrays})
         return [chosen._table(codes, material.first_code_id)]
+
+    def rows(self, addition: Addition) -> np.ndarray:
+        """See Scheme: the codes of the codebooks as they are.
+
+        A row must be free: among those that begin with the same codes, the last code with the
+        fewest passages, of these the nearest, and its first free tie code; without `spread`, the
+        nearest that has one. Where all are taken, the second nearest code of the level before.
+        """
+        folder = addition.kept / _CODEBOOKS
+        num_codes, size = kept_models.load(folder, ["sizes"])["sizes"].tolist()
+        codebooks = list(kept_models.load(folder, map(str, range(num_codes))).values())
+        texts = [passage.contents for passage in addition.passages]
+        vectors = embeddings.later(self.embeddings, texts, addition.kept)
+        before = np.arange(num_codes) * size + addition.first_code_id
+        first_tie = before[-1] + size
+        tied = addition.table.tokens.shape[1] > num_codes
+        ties = addition.table.num_code_tokens - num_codes * size if tied else 1
+        codes = np.asarray(addition.table.tokens[:, :num_codes]) - before.astype(np.int32)
+        last = (
+            addition.table.tokens[:, num_codes] - first_tie if tied else np.zeros(len(codes), int)
+        )
+        cells = _Cells(codebooks, codes, last, ties, bool(self.spread))
+        rows = np.zeros((len(vectors), addition.table.tokens.shape[1]), np.int32)
+        for row, vector in zip(rows, vectors, strict=True):
+            taken = cells.take(vector)
+            if taken is None:
+                left = len(codes) + len(rows)
+                raise ValueError(
+                    f"ResidualQuantization: no identifier is left for {left:,} passages with "
+                    f"{num_codes} codes of {size} and {ties} tie codes; prepare and train again "
+                    "with all passages, or with ResidualQuantization.reserve"
+                )
+            row[:num_codes] = taken[:-1] + before
+            row[num_codes:] = taken[-1] + first_tie
+        return rows
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """Codes used evenly; a code for ties where there is no room for twice the passages."""
@@ -91,7 +139,10 @@ class ResidualQuantization(Scheme):
         levels = (size,) * num_codes
         if math.prod(levels) < 2 * passages:
             levels = (*levels, max(2, math.ceil(2 * passages / math.prod(levels))))
-        return Sizes((TableSizes(passages, levels),), codes=sum(levels))
+        elif self.reserve:
+            levels = (*levels, 1)
+        table = TableSizes(passages, levels)
+        return Sizes((table,), codes=sum(levels) + self.reserve)
 
     def sized(self, num_passages: int) -> ResidualQuantization:
         """These settings with the number and the size of codes that so many passages need.
@@ -130,9 +181,8 @@ class ResidualQuantization(Scheme):
         assert self.num_codes and self.codebook_size
         return self.num_codes, self.codebook_size
 
-    def _codes(self, vectors: np.ndarray, seed: int) -> np.ndarray:
+    def _codes(self, vectors: np.ndarray, codebooks: list[np.ndarray]) -> np.ndarray:
         """Codes int32 [P, num_codes], spread where they collide."""
-        codebooks = self.train(vectors, seed)
         codes = self.quantize(vectors, codebooks)
         if self.spread:
             self._spread_last_level(codes, vectors, codebooks)
@@ -143,9 +193,9 @@ class ResidualQuantization(Scheme):
         ties, (num_codes, size) = tie_codes(codes), self._shape()
         rows = codes + np.arange(num_codes, dtype=np.int32) * size
         num_code_tokens = num_codes * size
-        if ties.any():
+        if ties.any() or self.reserve:
             rows = np.column_stack([rows, ties + num_code_tokens])
-            num_code_tokens += int(ties.max()) + 1
+            num_code_tokens += int(ties.max()) + 1 + self.reserve
         own = _distinct(codes)[1]
         if own < _ENOUGH * len(codes):
             self._warn(own, len(codes), int(ties.max()) + 1)
@@ -209,11 +259,72 @@ class ResidualQuantization(Scheme):
             codes[members, -1] = _distinct_nearest(residuals, codebooks[-1])
 
 
-def _cells(number: int, size: int) -> float:
+class _Cells:
+    """Which codes, and tie codes, passages have.
+
+    codebooks: f32 [codes, D] of each level; codes int [P, L], sorted, and ties int [P] of passages
+    that are there; num_ties: of each cell; spread: see ResidualQuantization.
+    """
+
+    def __init__(
+        self,
+        codebooks: list[np.ndarray],
+        codes: np.ndarray,
+        ties: np.ndarray,
+        num_ties: int,
+        spread: bool,
+    ) -> None:
+        self._codebooks, self._num_ties, self._spread = codebooks, num_ties, spread
+        self._half_norms = [0.5 * (codebook * codebook).sum(axis=1) for codebook in codebooks]
+        self._codes, self._ties = np.asfortranarray(codes), ties
+        self._taken: dict[tuple[int, ...], np.ndarray] = {}
+
+    def take(self, vector: np.ndarray) -> list[int] | None:
+        """The codes of a vector f32 [D] and its tie code, which from now on are taken; None where
+        no cell has room."""
+        return self._take(np.asarray(vector, np.float32), ())
+
+    def _take(self, residual: np.ndarray, before: tuple[int, ...]) -> list[int] | None:
+        level = len(before)
+        codebook = self._codebooks[level]
+        nearest = np.argsort(self._half_norms[level] - codebook @ residual, kind="stable")
+        if level == len(self._codebooks) - 1:
+            return self._take_last(nearest, before)
+        for code in nearest.tolist():
+            if row := self._take(residual - codebook[code], (*before, code)):
+                return row
+        return None
+
+    def _take_last(self, nearest: np.ndarray, before: tuple[int, ...]) -> list[int] | None:
+        taken = self._of(before)
+        counts = taken[nearest].sum(axis=1)
+        free = counts < self._num_ties
+        if not free.any():
+            return None
+        place = np.where(free, counts, self._num_ties).argmin() if self._spread else free.argmax()
+        code = int(nearest[place])
+        tie = int((~taken[code]).argmax())
+        taken[code, tie] = True
+        return [*before, code, tie]
+
+    def _of(self, before: tuple[int, ...]) -> np.ndarray:
+        """bool [codes, ties]: which of the cells that begin with these codes are taken."""
+        if before not in self._taken:
+            taken = np.zeros((len(self._codebooks[-1]), self._num_ties), bool)
+            low, high = 0, len(self._codes)
+            for level, code in enumerate(before):
+                among = self._codes[low:high, level]
+                low, high = low + np.searchsorted(among, [code, code + 1])
+            taken[self._codes[low:high, -1], self._ties[low:high]] = True
+            self._taken[before] = taken
+        return self._taken[before]
+
+
+def _cells(codes: int, size: int) -> float:
     """Passages for which so many codes of this size are enough, see `sized`."""
-    if number == 1:
+    if codes == 1:
         return size
-    return size**number / (4 * min(16, max(1, size // 4)) ** min(number - 2, 2))
+    return size**codes / (4 * min(16, max(1, size // 4)) ** min(codes - 2, 2))
 
 
 def _distinct(codes: np.ndarray) -> tuple[int, int]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import abc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dgr_jax.corpora.store import PassageStore
+    from dgr_jax.corpora.types import Passage
     from dgr_jax.identifiers.table import IdentifierTable
 
 # Of English text and T5's vocabulary, where nothing is counted.
@@ -91,7 +93,8 @@ class Material(NamedTuple):
 
     store: the passages. encode: a text -> its tokens. first_code_id: the token of the first docid
     code. marker: a view -> the token that marks it. pseudo_queries: called once -> (passage index,
-    text) of each. seed: of everything that is drawn.
+    text) of each. seed: of everything that is drawn. keep: a folder for what a scheme needs to give
+    identifiers to passages that come later; None: there will be none.
     """
 
     store: PassageStore
@@ -100,6 +103,21 @@ class Material(NamedTuple):
     marker: Callable[[str], int] = lambda view: 0
     pseudo_queries: Callable[[], Iterable[tuple[int, str]]] = tuple
     seed: int = 0
+    keep: Path | None = None
+
+
+class Addition(NamedTuple):
+    """What passages that come later get identifiers from.
+
+    passages: those that come. table: identifiers of the passages that are there, of one view.
+    encode, first_code_id: as in Material. kept: the folder `Material.keep` of the prepare stage.
+    """
+
+    passages: Sequence[Passage]
+    table: IdentifierTable
+    encode: Callable[[str], list[int]]
+    first_code_id: int
+    kept: Path
 
 
 class Scheme(abc.ABC):
@@ -137,6 +155,23 @@ class Scheme(abc.ABC):
         """The one table of a scheme by which a passage has one identifier."""
         (table,) = self.tables(Material(store, encode, first_code_id, seed=seed))
         return table
+
+    def rows(self, addition: Addition) -> np.ndarray:
+        """int32 [n, T]: an identifier of each passage that comes, padded with 0; 0 at the first
+        place where a passage can have none. No token is one that a student has not learned.
+
+        Raises ValueError where there are no identifiers left, or where this scheme has none for
+        passages that come later: then all are to be prepared again.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no identifiers for passages that come later; expected "
+            "another scheme (IDENTIFIERS), or prepare and train again with all passages"
+        )
+
+    def view_tables(self, material: Material) -> dict[str, IdentifierTable | None]:
+        """View -> its table of passages that come later, as one of `tables`, their indices from 0
+        on; None where they have no row. For schemes of several views alone."""
+        raise NotImplementedError
 
     def text_tokens(self, material: Material, counts: Counter) -> Iterator[np.ndarray]:
         """int32 [n], the tokens of each passage whose spans are identifiers; `counts` is filled

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dgr_jax.identifiers.scheme import CorpusSize, Material, Scheme, Sizes, TableSizes
+from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
 
 
@@ -31,12 +31,29 @@ class NaiveString(Scheme):
         if count == 0:
             raise ValueError("the corpus has no passages to number")
         width, alphabets = self._digits(count)
-        powers = 10 ** np.arange(width - 1, -1, -1)
-        digits = np.arange(count)[:, None] // powers % 10
-        first = material.first_code_id + 10 * (np.arange(width) % alphabets)
-        rows = (first + digits).astype(np.int32)
+        rows = self._rows(np.arange(count), width, material.first_code_id)
         table = IdentifierTable.from_rows(rows, view="string", num_code_tokens=10 * alphabets)
         return [table.require_docids()]
+
+    def rows(self, addition: Addition) -> np.ndarray:
+        """See Scheme: the numbers after the highest one, of as many digits."""
+        tokens = np.asarray(addition.table.tokens)
+        width, count = tokens.shape[1], len(addition.passages)
+        digits = (tokens[-1].astype(np.int64) - addition.first_code_id) % 10
+        first = int(digits @ 10 ** np.arange(width - 1, -1, -1)) + 1
+        if first + count > 10**width:
+            raise ValueError(
+                f"NaiveString: got {count:,} passages, expected at most {10**width - first:,}: so "
+                f"many numbers of {width} digits are left; prepare and train again with all "
+                "passages"
+            )
+        return self._rows(np.arange(first, first + count), width, addition.first_code_id)
+
+    def _rows(self, numbers: np.ndarray, width: int, first_code_id: int) -> np.ndarray:
+        """int32 [n, width]: the digits of numbers [n]."""
+        digits = numbers[:, None] // 10 ** np.arange(width - 1, -1, -1) % 10
+        alphabets = width if self.by_position else 1
+        return (first_code_id + 10 * (np.arange(width) % alphabets) + digits).astype(np.int32)
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """Ten choices a digit."""

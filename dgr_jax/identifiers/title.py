@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,8 +13,10 @@ import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.corpora import words
+from dgr_jax.corpora.types import Passage
 from dgr_jax.identifiers.scheme import (
     TITLE_TOKENS,
+    Addition,
     CorpusSize,
     Material,
     Scheme,
@@ -49,20 +52,7 @@ class Title(Scheme):
         store, encode = material.store, material.encode
         if len(store) == 0:
             raise ValueError("the corpus has no passages to take titles from")
-        tokens_of = lru_cache(maxsize=65_536)(
-            lambda text: encode(text)[: self.max_tokens] if words.visible(text) else ()
-        )
-        rows = np.zeros((len(store), self.max_tokens + 1), np.int32)
-        counts = Counter(without_title=0, blank=0, with_unknown=0)
-        for row, passage in zip(rows, store, strict=True):
-            tokens = tokens_of(passage.title.strip())
-            if not tokens:
-                tokens = tokens_of(self._beginning(passage.text))
-                counts["without_title" if tokens else "blank"] += 1
-            if tokens:
-                row[: len(tokens)] = tokens
-                row[len(tokens)] = EOS_ID
-            counts["with_unknown"] += UNK_ID in tokens
+        rows, counts = self._rows(store, len(store), encode)
         _warn(counts, len(store))
         named = np.flatnonzero(rows[:, 0])
         if not len(named):
@@ -75,6 +65,30 @@ class Title(Scheme):
             rows[named], view="title", passages=named, num_passages=len(store), counts=counts
         )
         return [table]
+
+    def rows(self, addition: Addition) -> np.ndarray:
+        """See Scheme: nothing that was learned limits them."""
+        return self._rows(addition.passages, len(addition.passages), addition.encode)[0]
+
+    def _rows(
+        self, passages: Iterable[Passage], count: int, encode: Callable[[str], list[int]]
+    ) -> tuple[np.ndarray, Counter]:
+        """Rows int32 [count, max_tokens + 1], 0 of passages without one, and what was met."""
+        tokens_of = lru_cache(maxsize=65_536)(
+            lambda text: encode(text)[: self.max_tokens] if words.visible(text) else ()
+        )
+        rows = np.zeros((count, self.max_tokens + 1), np.int32)
+        counts = Counter(without_title=0, blank=0, with_unknown=0)
+        for row, passage in zip(rows, passages, strict=True):
+            tokens = tokens_of(passage.title.strip())
+            if not tokens:
+                tokens = tokens_of(self._beginning(passage.text))
+                counts["without_title" if tokens else "blank"] += 1
+            if tokens:
+                row[: len(tokens)] = tokens
+                row[len(tokens)] = EOS_ID
+            counts["with_unknown"] += UNK_ID in tokens
+        return rows, counts
 
     def sizes(self, corpus: CorpusSize) -> Sizes:
         """A title of its own for every passage, at most."""

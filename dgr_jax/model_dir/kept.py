@@ -26,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgr_jax.model_dir.places import RECORD, model_dir_of, stage_of
+
 logger = logging.getLogger(__name__)
 
-RECORD, KEY = "stage.json", "files_made"
+KEY = "files_made"
 MANIFEST = "files_made.json"
 MEMORY = "checked.json"
 # Files of a stage that no list names: they are added later, or nothing reads them once it is done.
@@ -344,24 +346,14 @@ def _compare(path: Path, written: Mapping[str, Any]) -> list[str]:
     return [name]
 
 
-def _stage_of(path: Path) -> Path | None:
-    """The folder of the stage that a file belongs to; None for a file of no stage."""
-    return next((parent for parent in path.parents if (parent / RECORD).is_file()), None)
-
-
-def _model_dir_of(path: Path) -> Path | None:
-    """The MODEL_DIR of a file; None for a file of no stage."""
-    stage = _stage_of(path)
-    if stage is None:
-        return None
-    return stage.parent.parent if stage.parent.name == "previous" else stage.parent
-
-
 def _advice(path: Path) -> str:
     """The end of a message, which says how to make a file of a MODEL_DIR again."""
-    folder, stage = _model_dir_of(path), _stage_of(path)
-    if folder is None or stage is None:
+    folder, stage = model_dir_of(path), stage_of(path)
+    if folder is None:
         return ""
+    if stage is None:
+        command = f"python -m dgr_jax.update --model_dir={folder}"
+        return f". `{command} --rollback` goes back to the version before, --list names all"
     command = "train"
     with contextlib.suppress(OSError):
         if re.search(rb"^PseudoQueries\.model_dir", (folder / "config.gin").read_bytes(), re.M):
@@ -375,7 +367,7 @@ def _advice(path: Path) -> str:
 def _memory(folder: Path) -> Iterator[list[str]]:
     """A context with a list for the names of checked files; reads the checks that other processes
     remembered in MODEL_DIR, and adds those of large files in the list."""
-    place = _model_dir_of(folder / "any")
+    place = model_dir_of(folder / "any")
     if place is not None and place not in _remembered:
         _remembered.add(place)
         for name, look in _remembered_in(place).items():

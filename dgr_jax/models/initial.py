@@ -14,6 +14,7 @@ from dgr_jax import ranges
 from dgr_jax.models import pretrained
 from dgr_jax.models.stacking import stack_layers, unstack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.settings import unless_default
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,12 @@ class Corpus:
     No labels and no queries are used. See `corpus_start`, which says how, and `stages.start`.
 
     max_passages: of a larger collection, so many, evenly spaced.
+    shuffled: each token gets the embedding of another one, to compare with: embeddings of the same
+      scale that say nothing.
     """
 
     max_passages: int = 1_000_000
+    shuffled: bool = unless_default(False)
 
     def __post_init__(self) -> None:
         ranges.check(self, max_passages=ranges.at_least(1))
@@ -60,8 +64,8 @@ class Pretrained:
         Raises ValueError that names every setting in which the weights are of another size, and for
         weights with more tokens than the student.
         """
-        found, params = pretrained.read(self.source)
-        given, expected = asdict(config), asdict(found)
+        published, params = pretrained.read(self.source)
+        given, expected = asdict(config), asdict(published)
         wrong = [
             f"T5Config.{name}: got {given[name]!r}, expected {expected[name]!r}"
             for name in given
@@ -69,13 +73,13 @@ class Pretrained:
         ]
         if wrong:
             raise ValueError(f"{self.source}: weights of another size; {'; '.join(wrong)}")
-        self._hold_against(found.vocab_size, config.vocab_size, pieces, text_tokens)
-        if found.scan_layers and not config.scan_layers:
+        self._hold_against(published.vocab_size, config.vocab_size, pieces, text_tokens)
+        if published.scan_layers and not config.scan_layers:
             params = unstack_layers(params)
         _, params = pretrained.extend_vocabulary(
-            found, params, config.vocab_size, jax.random.key(self.seed)
+            published, params, config.vocab_size, jax.random.key(self.seed)
         )
-        if config.scan_layers and not found.scan_layers:
+        if config.scan_layers and not published.scan_layers:
             params = stack_layers(params)
         return params | _prefix_adaptation(config, self.seed)
 

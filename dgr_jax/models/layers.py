@@ -159,7 +159,7 @@ class Attention(nn.Module):
 
     `__call__` takes keys and values with the leading axes of the queries. `shared` takes one set of
     keys and values for each query, [B, S, H, K], and uses it for all R targets without repeating
-    it.
+    it; `continued` does both.
     """
 
     num_heads: int
@@ -203,6 +203,26 @@ class Attention(nn.Module):
         logits = jnp.einsum("...thd,...shd->...hts", q, k) + bias
         weights = self._weights(logits, deterministic)
         return self._output(jnp.einsum("...hts,...shd->...thd", weights, v))
+
+    def continued(
+        self,
+        q: jax.Array,
+        before: tuple[jax.Array, jax.Array],
+        before_bias: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bias: jax.Array,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Targets that go on from tokens which they share: q [B, R, T, H, K], before: their keys
+        and values [B, N, H, K] each, before_bias [B, H, T, N], k and v [B, R, S, H, K], bias
+        [..., H, T, S] -> [B, R, T, D]."""
+        own = jnp.einsum("brthd,brshd->brhts", q, k) + bias
+        far = jnp.einsum("brthd,bnhd->brhtn", q, before[0]) + before_bias[:, None]
+        weights = self._weights(jnp.concatenate([far, own], -1), deterministic)
+        far, own = jnp.split(weights, [far.shape[-1]], axis=-1)
+        mixed = jnp.einsum("brhtn,bnhd->brthd", far, before[1])
+        return self._output(mixed + jnp.einsum("brhts,brshd->brthd", own, v))
 
     def shared(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, deterministic: bool

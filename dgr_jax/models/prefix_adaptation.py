@@ -68,7 +68,7 @@ class PrefixAdaptation(nn.Module):
         y = self.dropout(jnp.concatenate([query, prefix[:, :, 1:]], axis=2), deterministic)
         bias = t5_stacks.causal_bias(self.relpos_bias, x.shape[2])
         for block in self.blocks:
-            y = block(y, bias, None, None, deterministic)
+            y, _ = block(y, bias, None, None, deterministic)
         return self._adapted(x, self.dropout(self.norm(y), deterministic))
 
     def step(self, x, prefix, cache, position, encoded, valid):

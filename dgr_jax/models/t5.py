@@ -17,9 +17,9 @@ from flax import linen as nn
 
 from dgr_jax.models.prefix_adaptation import PrefixAdaptation
 from dgr_jax.models.t5_config import REMAT, T5Config
-from dgr_jax.models.t5_stacks import DecoderStack, EncoderStack
+from dgr_jax.models.t5_stacks import DecoderStack, EncoderStack, Reading
 
-__all__ = ["REMAT", "T5Config", "Transformer"]
+__all__ = ["REMAT", "Reading", "T5Config", "Transformer"]
 
 
 class Transformer(nn.Module):
@@ -65,19 +65,53 @@ class Transformer(nn.Module):
         decoder_input_tokens: jax.Array,
         deterministic: bool = True,
         segments: jax.Array | None = None,
+        reading: Reading | None = None,
     ) -> jax.Array:
         """encoded [B, Q, D], int32 [B, Q], int32 [B, R, T] -> [B, R, T, D], the input of `logits`.
 
         encoder_input_tokens may be int32 [B, R, Q] or [B, R, T, Q], with 0 at tokens of the query
         that a target, or a token of it, must not see. segments, int32 [B, R, T]: a token sees only
         earlier tokens of its own segment, so that a row can hold several targets, each with a start
-        token of its own. Prefix-adaptive layers, which depend on positions, do not allow it.
+        token of its own. Prefix-adaptive layers, which depend on positions, do not allow it. With
+        T5Config.decoder_query_tokens, `reading` is what `read` returns; None: it is called here.
         """
+        if self.config.decoder_query_tokens and reading is None:
+            reading = self.read(encoded, encoder_input_tokens, deterministic)
         prefix, valid = self._embed(decoder_input_tokens), encoder_input_tokens > 0
-        x = self.decoder(prefix, encoded, valid, deterministic, segments)
+        x = self.decoder(prefix, encoded, valid, deterministic, segments, reading)
         if self.config.prefix_adaptive_layers:
             x = self.prefix_adaptation(x, prefix, encoded, valid, deterministic)
         return x
+
+    def read(
+        self, encoded: jax.Array, encoder_input_tokens: jax.Array, deterministic: bool = True
+    ) -> Reading:
+        """The decoder reads the first tokens of the query, T5Config.decoder_query_tokens of them at
+        most: encoded [B, Q, D], int32 [B, Q]. All targets of the query go on from there, as if
+        these tokens stood before each; so a query is read once.
+
+        They are moved to the end of their places, so that padding of the query changes nothing.
+        """
+        if encoder_input_tokens.ndim != 2:
+            raise ValueError(
+                "T5Config.decoder_query_tokens: got targets that see different parts of a query, "
+                "expected 0 with identifiers of several views"
+            )
+        tokens = encoder_input_tokens[:, : self.config.decoder_query_tokens]
+        missing = (tokens == 0).sum(1, keepdims=True)
+        places = (jnp.arange(tokens.shape[1]) - missing) % tokens.shape[1]
+        tokens = jnp.take_along_axis(tokens, places, axis=1)
+        x, valid = self._embed(tokens), encoder_input_tokens > 0
+        return self.decoder.read(x, encoded, valid, tokens > 0, deterministic)
+
+    def token_weights(self, reading: Reading) -> jax.Array:
+        """What the query says of every token of the vocabulary, f32 [B, V], at least 0 (Zeng et al.
+        2024): w[v] = max over its tokens j of log(1 + relu(E_v . h_j / sqrt(D))), E the token
+        embeddings, h_j what the decoder makes of token j. That of padding is 0."""
+        hidden = reading.hidden.astype(jnp.float32) / math.sqrt(self.config.emb_dim)
+        scores = jnp.where(reading.there[..., None], self.token_embedder.attend(hidden), 0.0)
+        weights = jnp.log1p(jax.nn.relu(scores.max(1)))
+        return weights.at[:, 0].set(0.0)
 
     def init_cache(self, encoded: jax.Array, num_beams: int, length: int) -> Any:
         """An empty self-attention cache: a key and a value for every layer, [B, R, length, H, K]
@@ -94,11 +128,16 @@ class Transformer(nn.Module):
         own = of(stack) if config.scan_layers else [of() for _ in range(stack)]
         return (own, [of() for _ in range(adaptive)]) if adaptive else own
 
-    def cross(self, encoded: jax.Array) -> Any:
-        """The cross-attention keys and values of the queries for every layer, [B, Q, H, K] each;
-        for scanned layers [layers, B, Q, H, K] each. With prefix-adaptive layers: (the keys and
-        values, encoded)."""
+    def cross(
+        self, encoded: jax.Array, encoder_input_tokens: jax.Array, reading: Reading | None = None
+    ) -> Any:
+        """What all steps know of the queries, which have int32 [B, Q] tokens: the cross-attention
+        keys and values for every layer, [B, Q, H, K] each; for scanned layers [layers, B, Q, H, K]
+        each. With prefix-adaptive layers: (the keys and values, encoded). With decoder_query_tokens
+        (the keys and values, what `read` returns)."""
         cross = self.decoder.cross(encoded)
+        if self.config.decoder_query_tokens:
+            return cross, reading or self.read(encoded, encoder_input_tokens)
         return (cross, encoded) if self.config.prefix_adaptive_layers else cross
 
     def step(
@@ -112,7 +151,8 @@ class Transformer(nn.Module):
         """One decoding step: tokens int32 [B, R] at `position` -> f32 logits [B, R, V], cache."""
         prefix, valid = self._embed(tokens[:, :, None]), encoder_input_tokens > 0
         if not self.config.prefix_adaptive_layers:
-            x, cache = self.decoder.step(prefix, cache, position, cross, valid)
+            cross, reading = self._known(cross)
+            x, cache = self.decoder.step(prefix, cache, position, cross, valid, reading)
             return self.logits(x[:, :, 0]), cache
         (cross, encoded), (cache, adaptive) = cross, cache
         x, cache = self.decoder.step(prefix, cache, position, cross, valid)
@@ -131,10 +171,14 @@ class Transformer(nn.Module):
         after it -> [B, R, W, D], whose `logits` are those of W steps. The cache is only read."""
         prefix, valid = self._embed(tokens), encoder_input_tokens > 0
         if not self.config.prefix_adaptive_layers:
-            return self.decoder.ahead(prefix, cache, position, cross, valid)
+            cross, reading = self._known(cross)
+            return self.decoder.ahead(prefix, cache, position, cross, valid, reading)
         (cross, _), (cache, adaptive) = cross, cache
         x = self.decoder.ahead(prefix, cache, position, cross, valid)
         return self.prefix_adaptation.ahead(x, prefix, adaptive, position)
+
+    def _known(self, cross: Any) -> tuple[Any, Reading | None]:
+        return cross if self.config.decoder_query_tokens else (cross, None)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]"""

@@ -28,6 +28,8 @@ class T5Config:
       arrays with an axis of layers, as in t5x's scanned checkpoints. See `stacking`.
     prefix_adaptive_layers: how many layers the decoder has that adapts the output weights to the
       prefix, see `prefix_adaptation` (4 in the published model); 0 leaves the weights of a T5.
+    decoder_query_tokens: so many tokens of the query, its first, the decoder reads before it writes
+      an identifier; 0: none. They need no parameters of their own, see `Transformer.read`.
     """
 
     vocab_size: int = 0
@@ -48,6 +50,9 @@ class T5Config:
     prefix_adaptive_layers: int = dataclasses.field(
         default=0, metadata={"fingerprint": "unless default"}
     )
+    decoder_query_tokens: int = dataclasses.field(
+        default=0, metadata={"fingerprint": "unless default"}
+    )
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:
@@ -57,7 +62,8 @@ class T5Config:
                 f"T5Config.dtype: got {self.dtype!r}, expected 'float32' or 'bfloat16'"
             )
         sizes = ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers")
-        counts = ("vocab_size", "num_encoder_layers", "prefix_adaptive_layers")
+        counts = ["vocab_size", "num_encoder_layers"]
+        counts += ["prefix_adaptive_layers", "decoder_query_tokens"]
         ranges.check(
             self,
             **dict.fromkeys(sizes, ranges.at_least(1)),
@@ -67,3 +73,9 @@ class T5Config:
             relpos_max_distance=ranges.above(self.relpos_buckets / 2),
         )
         object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        if self.prefix_adaptive_layers and self.decoder_query_tokens:
+            raise ValueError(
+                f"T5Config.decoder_query_tokens: got {self.decoder_query_tokens} with "
+                f"T5Config.prefix_adaptive_layers={self.prefix_adaptive_layers}, expected 0: these "
+                "layers read the prefix of the identifier alone"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,17 @@ from flax import linen as nn
 from dgr_jax.models import activations, layers
 from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
 from dgr_jax.models.t5_config import REMAT, T5Config
+
+
+class Reading(NamedTuple):
+    """The query as the decoder has read it before it writes: hidden [B, N, D], the input of
+    `logits` at each token; keys_values: of self-attention, [B, N, H, K] each, for every layer, or
+    for scanned layers [layers, B, N, H, K] each; there bool [B, N], False at padding."""
+
+    hidden: jax.Array
+    keys_values: Any
+    there: jax.Array
+
 
 TARGETS = ("batch", "targets", "length", "embed")  # logical axes of the decoder's activations
 
@@ -92,59 +103,75 @@ class DecoderLayer(nn.Module):
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return activations.cut(x + self.dropout(y, deterministic), TARGETS)
 
-    def __call__(self, x, bias, encoded, cross_bias, deterministic: bool) -> jax.Array:
+    def _attend(self, y, k, v, bias, before, before_bias, deterministic):
+        """Self-attention, also to the tokens `before`, keys and values [B, N, H, K] each; None:
+        there are none."""
+        q = self.self_attention.queries(y)
+        if before is None:
+            return self.self_attention(q, k, v, bias, deterministic)
+        return self.self_attention.continued(q, before, before_bias, k, v, bias, deterministic)
+
+    def __call__(
+        self, x, bias, encoded, cross_bias, deterministic: bool, before=None, before_bias=None
+    ):
         """x [B, R, T, D], bias [H, T, T] or [B, R, H, T, T], encoded [B, Q, D], cross_bias as
-        `_cross_bias` makes it."""
+        `_cross_bias` makes it, before and before_bias as of `_attend` -> [B, R, T, D], and the keys
+        and values of self-attention."""
         y = self.pre_self_attention_layer_norm(x)
         k, v = self.self_attention.keys_values(y)
-        y = self.self_attention(self.self_attention.queries(y), k, v, bias, deterministic)
+        y = self._attend(y, k, v, bias, before, before_bias, deterministic)
         x = x + self.dropout(y, deterministic)
-        return self._rest(x, self.cross(encoded), cross_bias, deterministic)
+        return self._rest(x, self.cross(encoded), cross_bias, deterministic), (k, v)
 
     def cross(self, encoded: jax.Array) -> tuple[jax.Array, jax.Array] | None:
         """Cross-attention keys and values of a query, [B, Q, H, K] each."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
-    def step(self, x, cache, position, bias, cross, cross_bias):
+    def step(self, x, cache, position, bias, cross, cross_bias, before=None, before_bias=None):
         """One token of each beam: x [B, R, 1, D], cache k and v [B, R, S, H, K], bias [H, 1, S]."""
         y = self.pre_self_attention_layer_norm(x)
         k, v = self.self_attention.keys_values(y)
         k = jax.lax.dynamic_update_slice_in_dim(cache["key"], k, position, axis=2)
         v = jax.lax.dynamic_update_slice_in_dim(cache["value"], v, position, axis=2)
-        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        y = self._attend(y, k, v, bias, before, before_bias, True)
         x = self._rest(x + y, cross, cross_bias, True)
         return x, {"key": k, "value": v}
 
-    def ahead(self, x, cache, bias, cross, cross_bias):
+    def ahead(self, x, cache, bias, cross, cross_bias, before=None, before_bias=None):
         """W tokens that follow those in the cache, which is only read: x [B, R, W, D], cache k and
         v [B, R, S, H, K], bias [H, W, S + W]."""
         y = self.pre_self_attention_layer_norm(x)
         k, v = self.self_attention.keys_values(y)
         k = jnp.concatenate([cache["key"], k], axis=2)
         v = jnp.concatenate([cache["value"], v], axis=2)
-        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        y = self._attend(y, k, v, bias, before, before_bias, True)
         return self._rest(x + y, cross, cross_bias, True)
 
-    def scan_ahead(self, x, index_and_cross, cache, bias, cross_bias):
+    def scan_ahead(self, x, of_layer, cache, bias, cross_bias, before_bias):
         """`ahead` as a step of a scan over layers: cache [B, R, layers, S, H, K]."""
-        index, cross = index_and_cross
+        index, cross, before = of_layer
         own = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=2, keepdims=False)
-        return self.ahead(x, jax.tree.map(own, cache), bias, cross, cross_bias), None
+        cache = jax.tree.map(own, cache)
+        return self.ahead(x, cache, bias, cross, cross_bias, before, before_bias), None
 
-    def scan(self, x, bias, encoded, cross_bias, deterministic: bool):
-        """`__call__` as a step of a scan over layers."""
-        return self(x, bias, encoded, cross_bias, deterministic), None
+    def scan(self, x, before, bias, encoded, cross_bias, deterministic: bool, before_bias):
+        """`__call__` as a step of a scan over layers, which keeps no keys and values."""
+        return self(x, bias, encoded, cross_bias, deterministic, before, before_bias)[0], None
+
+    def scan_read(self, x, bias, encoded, cross_bias, deterministic: bool):
+        """`__call__` as a step of a scan over layers, which keeps the keys and values."""
+        return self(x, bias, encoded, cross_bias, deterministic)
 
     def scan_cross(self, nothing: None, encoded: jax.Array):
         """`cross` as a step of a scan over layers."""
         return nothing, self.cross(encoded)
 
-    def scan_step(self, carry, index_and_cross, position, bias, cross_bias):
+    def scan_step(self, carry, of_layer, position, bias, cross_bias, before_bias):
         """`step` as a step of a scan over layers: carry (x, cache), cache [B, R, layers, S, H, K].
 
         The cache is not copied: each layer reads its part of it and writes one position.
         """
-        (x, cache), (index, cross) = carry, index_and_cross
+        (x, cache), (index, cross, before) = carry, of_layer
         y = self.pre_self_attention_layer_norm(x)
         k, v = self.self_attention.keys_values(y)
         zero = jnp.zeros_like(index)
@@ -155,7 +182,7 @@ class DecoderLayer(nn.Module):
         }
         own = functools.partial(jax.lax.dynamic_index_in_dim, index=index, axis=2, keepdims=False)
         k, v = own(cache["key"]), own(cache["value"])
-        y = self.self_attention(self.self_attention.queries(y), k, v, bias, True)
+        y = self._attend(y, k, v, bias, before, before_bias, True)
         return (self._rest(x + y, cross, cross_bias, True), cache), None
 
 
@@ -226,9 +253,9 @@ class DecoderStack(nn.Module):
         self.relpos_bias = relpos(config)
         if config.scan_layers:
             whole = nn.broadcast
-            methods: dict[str, Any] = {"scan": (whole,) * 4, "scan_cross": (whole,)}
-            methods["scan_step"] = (0, whole, whole, whole)
-            methods["scan_ahead"] = (0, whole, whole, whole)
+            methods: dict[str, Any] = {"scan": (0, *(whole,) * 5), "scan_cross": (whole,)}
+            methods["scan_read"] = (whole,) * 4
+            methods["scan_step"] = methods["scan_ahead"] = (0, *(whole,) * 4)
             self.layers = _scanned(layer, config, length, methods)
         else:
             self.layers = [layer(config) for _ in range(length)]
@@ -237,53 +264,102 @@ class DecoderStack(nn.Module):
         if not config.logits_via_embedding:
             self.logits_dense = layers.Projection(config.vocab_size, ("embed", "vocab"))
 
-    def __call__(self, x, encoded, valid, deterministic: bool, segments=None) -> jax.Array:
+    def __call__(
+        self, x, encoded, valid, deterministic: bool, segments=None, reading: Reading | None = None
+    ) -> jax.Array:
         """x [B, R, T, D], encoded [B, Q, D], valid bool [B, Q], [B, R, Q] or [B, R, T, Q], segments
-        int32 [B, R, T] or None -> [B, R, T, D]"""
+        int32 [B, R, T] or None, reading: of `read`, which the targets go on from -> [B, R, T, D]"""
         bias = causal_bias(self.relpos_bias, x.shape[2])
         if segments is not None:
             same = segments[..., :, None] == segments[..., None, :]
             bias = bias + jnp.where(same, 0.0, layers.NEGATIVE)[:, :, None]
         x = self.dropout(x, deterministic)
+        of_layers, before_bias = self._before(reading, x.shape[2])
+        rest = encoded, _cross_bias(valid), deterministic
         if self.config.scan_layers:
-            x, _ = self.layers.scan(x, bias, encoded, _cross_bias(valid), deterministic)
+            x, _ = self.layers.scan(x, of_layers, bias, *rest, before_bias)
         else:
-            for layer in self.layers:
-                x = layer(x, bias, encoded, _cross_bias(valid), deterministic)
+            for layer, before in zip(self.layers, of_layers, strict=True):
+                x, _ = layer(x, bias, *rest, before, before_bias)
         return self.dropout(self.decoder_norm(x), deterministic)
+
+    def read(self, x, encoded, valid, there, deterministic: bool) -> Reading:
+        """Tokens that the targets of a query go on from: x [B, N, D], encoded [B, Q, D], valid bool
+        [B, Q], there bool [B, N]: False at padding."""
+        bias = causal_bias(self.relpos_bias, x.shape[1])
+        bias = bias + jnp.where(there, 0.0, layers.NEGATIVE)[:, None, None, None, :]
+        x = self.dropout(x[:, None], deterministic)
+        rest = bias, encoded, _cross_bias(valid), deterministic
+        if self.config.scan_layers:
+            x, before = self.layers.scan_read(x, *rest)
+            before = jax.tree.map(lambda leaf: leaf[:, :, 0], before)
+        else:
+            before = []
+            for layer in self.layers:
+                x, keys_values = layer(x, *rest)
+                before.append(jax.tree.map(lambda leaf: leaf[:, 0], keys_values))
+        x = self.dropout(self.decoder_norm(x), deterministic)
+        return Reading(x[:, 0], before, there)
+
+    def _before(self, reading: Reading | None, length: int) -> tuple[Any, jax.Array | None]:
+        """Keys and values of every layer, or for scanned layers a pair of them, and the bias of
+        `length` targets [B, H, T, N]; None where nothing was read."""
+        if reading is None:
+            nothing = None if self.config.scan_layers else [None] * self.config.num_decoder_layers
+            return nothing, None
+        count = reading.there.shape[1]
+        bias = self.relpos_bias(count + length, count, False)[:, count:]
+        there = jnp.where(reading.there, 0.0, layers.NEGATIVE)
+        return reading.keys_values, bias[None] + there[:, None, None]
 
     def cross(self, encoded: jax.Array) -> Any:
         if self.config.scan_layers:
             return self.layers.scan_cross(None, encoded)[1]
         return [layer.cross(encoded) for layer in self.layers]
 
-    def step(self, x, cache, position, cross, valid):
+    def step(self, x, cache, position, cross, valid, reading: Reading | None = None):
         """x [B, R, 1, D] -> ([B, R, 1, D], cache)"""
-        bias = step_bias(self.relpos_bias, cache, position)
+        bias, cross_bias = step_bias(self.relpos_bias, cache, position), _cross_bias(valid)
+        of_layers, before_bias = self._before_at(reading, cache, position, 1)
         if self.config.scan_layers:
             numbers = jnp.arange(self.config.num_decoder_layers, dtype=jnp.int32)
             (x, cache), _ = self.layers.scan_step(
-                (x, cache), (numbers, cross), jnp.asarray(position), bias, _cross_bias(valid)
+                (x, cache),
+                (numbers, cross, of_layers),
+                *(jnp.asarray(position), bias, cross_bias, before_bias),
             )
             return self.decoder_norm(x), cache
         new_cache = []
-        for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
-            x, layer_cache = layer.step(
-                x, layer_cache, position, bias, layer_cross, _cross_bias(valid)
+        for layer, own, *rest in zip(self.layers, cache, cross, of_layers, strict=True):
+            layer_cross, before = rest
+            x, own = layer.step(
+                x, own, position, bias, layer_cross, cross_bias, before, before_bias
             )
-            new_cache.append(layer_cache)
+            new_cache.append(own)
         return self.decoder_norm(x), new_cache
 
-    def ahead(self, x, cache, position, cross, valid):
+    def ahead(self, x, cache, position, cross, valid, reading: Reading | None = None):
         """x [B, R, W, D], the tokens at `position` and after -> [B, R, W, D]"""
         bias = ahead_bias(self.relpos_bias, cache, position, x.shape[2])
+        cross_bias = _cross_bias(valid)
+        of_layers, before_bias = self._before_at(reading, cache, position, x.shape[2])
         if self.config.scan_layers:
             numbers = jnp.arange(self.config.num_decoder_layers, dtype=jnp.int32)
-            x, _ = self.layers.scan_ahead(x, (numbers, cross), cache, bias, _cross_bias(valid))
+            of_layer = numbers, cross, of_layers
+            x, _ = self.layers.scan_ahead(x, of_layer, cache, bias, cross_bias, before_bias)
             return self.decoder_norm(x)
-        for layer, layer_cache, layer_cross in zip(self.layers, cache, cross, strict=True):
-            x = layer.ahead(x, layer_cache, bias, layer_cross, _cross_bias(valid))
+        for layer, own, *rest in zip(self.layers, cache, cross, of_layers, strict=True):
+            layer_cross, before = rest
+            x = layer.ahead(x, own, bias, layer_cross, cross_bias, before, before_bias)
         return self.decoder_norm(x)
+
+    def _before_at(self, reading: Reading | None, cache: Any, position: jax.Array, width: int):
+        """`_before` for `width` targets from a position on, of a cache that has room for it."""
+        length = jax.tree.leaves(cache)[0].shape[-3]
+        of_layers, bias = self._before(reading, length + width - 1)
+        if bias is not None:
+            bias = jax.lax.dynamic_slice_in_dim(bias, position, width, axis=2)
+        return of_layers, bias
 
 
 def causal_bias(relpos_bias: Any, length: int) -> jax.Array:

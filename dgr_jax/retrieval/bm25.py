@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -17,7 +17,9 @@ from dgr_jax.corpora import words
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
+from dgr_jax.retrieval import kept_postings
 from dgr_jax.retrieval.batching import Found, _nothing
+from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 
 SNOWBALL = "snowball"
@@ -60,15 +62,16 @@ class Bm25:
         """The algorithm of PyStemmer that makes the stems; "" where words stay as they stand."""
         return self.language if self.stemmer == SNOWBALL else self.stemmer
 
-    def reader(self) -> Callable[[str], Iterable[str]]:
-        """What finds the words of a query: text -> words."""
-        return _words(self)
+    def reader(self, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
+        """What finds the words of a query: text -> words. alone: those of a passage, see
+        `words.words`."""
+        return _words(self, alone=alone)
 
     def fit(self, store: PassageStore) -> Bm25Index:
         """Indexes title and text of every passage."""
         if len(store) == 0:
             raise ValueError("the corpus has no passages to index")
-        words_of = _words(self, alone=True)
+        words_of = self.reader(alone=True)
         vocabulary: dict[str, int] = {}
         ids = [
             [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(passage.contents)]
@@ -78,33 +81,42 @@ class Bm25:
             return Bm25Index(self, None, {}, store.pids)
         model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
         model.index((ids, vocabulary), show_progress=False)
-        return Bm25Index(self, model, vocabulary, store.pids)
+        mean_words = sum(map(len, ids)) / len(ids)
+        return Bm25Index(self, model, vocabulary, store.pids, mean_words)
+
+    def reopened(self, postings: Postings, pids: list[str]) -> Bm25Index:
+        """An index whose scores are made of these."""
+        if not postings.words:
+            return Bm25Index(self, None, {}, pids)
+        model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
+        model.scores = {
+            "data": postings.impacts, "indices": postings.passages, "indptr": postings.starts,
+            "num_docs": len(pids),
+        }  # fmt: skip
+        model.nonoccurrence_array = None
+        return Bm25Index(self, model, {word: i for i, word in enumerate(postings.words)}, pids)
 
 
 # The settings of the baseline before they could be chosen.
 WORDS = Bm25(stemmer="")
 
 
-class Postings(NamedTuple):
-    """Word w of `words` adds impacts[i] to passage passages[i], for i from starts[w] on, below
-    starts[w + 1]."""
-
-    words: list[str]
-    starts: np.ndarray
-    passages: np.ndarray
-    impacts: np.ndarray
-
-
 class Bm25Index:
     """A corpus indexed by `Bm25.fit`."""
 
     def __init__(
-        self, settings: Bm25, model: Any, vocabulary: dict[str, int], pids: list[str]
+        self,
+        settings: Bm25,
+        model: Any,
+        vocabulary: dict[str, int],
+        pids: list[str],
+        mean_words: float = 0.0,
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
         self._pids = pids
         self.settings = settings
+        self.mean_words = mean_words
         self._words = settings.reader()
 
     def postings(self) -> Postings:
@@ -121,6 +133,10 @@ class Bm25Index:
         if not ids:
             return np.zeros(len(self._pids), np.float32)
         return self._model.get_scores_from_ids(ids)
+
+    def kept(self) -> KeptPostings:
+        """The same with what passages that come later are weighed with."""
+        return KeptPostings.of(self.postings(), self.num_passages, self.mean_words)
 
     def search(self, queries: Mapping[str, str], k: int) -> dict[str, list[ScoredPassage]]:
         """qid -> its k best passages, best first, ties by pid.
@@ -154,11 +170,12 @@ class Bm25Index:
 
 def places(scores: np.ndarray, k: int, pids: Sequence[str]) -> list[int]:
     """Indices of the k best of `scores` (f32 [P]) above 0, best first, ties by pid."""
-    threshold = 0.0
-    if k < len(scores):
-        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    # All passages as good as the k-th stay in, so that pids decide between equals.
-    matching = np.flatnonzero((scores >= threshold) & (scores > 0))
+    matching = np.flatnonzero(scores > 0)  # alone, as partition is slow where most are 0
+    if k < len(matching):
+        of_matching = scores[matching]
+        threshold = np.partition(of_matching, len(matching) - k)[len(matching) - k]
+        # All passages as good as the k-th stay in, so that pids decide between equals.
+        matching = matching[of_matching >= threshold]
     return sorted(matching.tolist(), key=lambda i: (-scores[i], pids[i]))[:k]
 
 
@@ -226,8 +243,12 @@ class Bm25Baseline(SystemSettings):
         return search.depth, *[self.bm25] * (self.bm25 != WORDS)
 
     def open(self, opening: Opening) -> Bm25System:
-        """BM25 of the passages."""
-        return Bm25System(self.bm25.fit(opening.store), opening.depth)
+        """BM25 of the passages; of postings that are kept, where there are any."""
+        pids = opening.store.pids
+        folder = kept_postings.place(opening.prepared / kept_postings.PLANS, self.bm25)
+        held = KeptPostings.load(folder, pids)
+        index = self.bm25.reopened(held.postings, pids) if held else self.bm25.fit(opening.store)
+        return Bm25System(index, opening.depth)
 
 
 def _bm25s() -> ModuleType:

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from scipy.special import logsumexp
 
 from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import ranking, words
@@ -32,7 +31,7 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.model_dir import kept
 from dgr_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
-from dgr_jax.retrieval import batching, exact_search
+from dgr_jax.retrieval import batching, exact_search, kept_vectors
 from dgr_jax.retrieval.batching import Shapes
 from dgr_jax.retrieval.exact_search import ExactSearch, Found, Index
 from dgr_jax.retrieval.overlap import one_behind
@@ -177,12 +176,14 @@ def embed(
         logger.info("embed: %d/%d passages", start, len(store))
     vectors.flush()
     del vectors
-    _name_blank(path.with_name(_BLANK), blank, len(store))
+    name_blank(path, blank, len(store))
     os.replace(partial, path)
 
 
-def _name_blank(path: Path, blank: list[int], passages: int) -> None:
-    if not blank:
+def name_blank(vectors: Path, blank: Sequence[int] | np.ndarray, passages: int) -> None:
+    """Writes what `open_blank` reads, beside the vectors of so many passages."""
+    path = vectors.with_name(_BLANK)
+    if not len(blank):
         path.unlink(missing_ok=True)
         return
     logger.warning(
@@ -195,15 +196,23 @@ def _name_blank(path: Path, blank: list[int], passages: int) -> None:
     os.replace(partial, path)
 
 
-def open_index(path: Path, settings: ExactSearch, mesh: jax.sharding.Mesh) -> Index:
-    """The index of what `embed` wrote to `path`."""
-    vectors, blank, hidden = exact_search.open_vectors(path), path.with_name(_BLANK), ()
+def open_index(
+    path: Path, settings: ExactSearch, mesh: jax.sharding.Mesh, capacity: int = 0
+) -> Index:
+    """The index of what `embed` wrote to `path`; capacity: see Index."""
+    vectors = exact_search.open_vectors(path)
+    return Index(vectors, settings, mesh, open_blank(path, len(vectors)), capacity)
+
+
+def open_blank(path: Path, passages: int) -> np.ndarray:
+    """int64 [.]: the passages that show nothing, beside the vectors of so many at `path`."""
+    blank, hidden = path.with_name(_BLANK), np.zeros(0, np.int64)
     if kept.is_listed(blank) or blank.is_file():
         with kept.reading(blank) as file:
             hidden = np.load(file, allow_pickle=False)
-            if hidden.dtype != np.int64 or not ((hidden >= 0) & (hidden < len(vectors))).all():
-                raise ValueError(f"got {hidden.dtype}, expected passages of {len(vectors)}")
-    return Index(vectors, settings, mesh, hidden)
+            if hidden.dtype != np.int64 or not ((hidden >= 0) & (hidden < passages)).all():
+                raise ValueError(f"got {hidden.dtype}, expected passages of {passages}")
+    return hidden
 
 
 def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -213,7 +222,7 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @dataclass(frozen=True)
-class Searcher(TrainedSystem):
+class Searcher(TrainedSystem, kind="dense"):
     """A dual encoder and an index of its passages, ready to answer token batches.
 
     pid_of: passage index -> pid: equal scores stand, and are cut, in the order of `ranking`; None:
@@ -235,7 +244,8 @@ class Searcher(TrainedSystem):
     def opened(cls, trained: Trained, params: Any) -> Searcher:
         """An encoder, and the vectors of its passages from the folder of its stage."""
         encoder = Encoder(trained.model, params, trained.mesh, trained.rules)
-        index = open_index(trained.folder / VECTORS, trained.search.index, trained.mesh)
+        place, capacity = kept_vectors.located(trained.folder, trained.prepared)
+        index = open_index(place / VECTORS, trained.search.index, trained.mesh, capacity)
         return cls(encoder, index, trained.search)
 
     def __post_init__(self) -> None:
@@ -244,6 +254,10 @@ class Searcher(TrainedSystem):
                 f"Searcher: got an index of width {self.index.dim}, expected "
                 f"{self.encoder.config.dim}, that of the encoder; embed the passages again"
             )
+
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """See System: a query is encoded alone or in a whole batch, and vectors are padded to
+        powers of two; there is nothing to choose."""
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
@@ -279,6 +293,8 @@ class Searcher(TrainedSystem):
 
     def log_probs(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """See System: the softmax of the scores over all passages."""
+        from scipy.special import logsumexp  # which takes long to import
+
         for start in range(0, len(tokens), self.search.batch_size):
             block = tokens[start : start + self.search.batch_size]
             vectors = self.encoder.queries(block, self.search)

@@ -37,11 +37,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dgr_jax import partitioning, ranges
 from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import kept
+from dgr_jax.retrieval.batching import Found
 from dgr_jax.settings import without_effect
 
 logger = logging.getLogger(__name__)
-
-Found = tuple[np.ndarray, np.ndarray]
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _FEW = 2048  # rows with at most this many scores are sorted as they are
@@ -154,6 +153,7 @@ class Index:
         devices.
       mesh: vectors are divided over all its devices; None takes one device.
       hidden: rows that are never found, ascending.
+      capacity: vectors for which the devices have room; an index of more is not compiled again.
 
     Raises ValueError for vectors of another dtype or shape, and for too many to count in int32.
     """
@@ -164,6 +164,7 @@ class Index:
         settings: ExactSearch = ExactSearch(),
         mesh: jax.sharding.Mesh | None = None,
         hidden: Sequence[int] | np.ndarray = (),
+        capacity: int = 0,
     ) -> None:
         _check_vectors(vectors, "vectors")
         self.visible = np.ones(len(vectors), bool)
@@ -171,7 +172,7 @@ class Index:
         self.settings = settings
         self.mesh = partitioning.make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
         self.num_passages, self.dim = vectors.shape
-        self.plan = BlockPlan.of(self.num_passages, self.dim, settings, self.mesh.size)
+        self.plan = BlockPlan.of(max(capacity, len(vectors)), self.dim, settings, self.mesh.size)
         self._vectors: Any = vectors
         self._resident: Block | None = None
         if self.plan.blocks == 1:

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from scipy.special import logsumexp
 
 from dgr_jax import partitioning
 from dgr_jax.identifiers.table import IdentifierTable
@@ -90,7 +89,7 @@ def identifier_log_probs(
     tokens: queries int32 [., Q]. block: identifiers scored together, R; None: as many as have 64M
     logits.
     """
-    legal = _legal_rows(decoder)
+    legal = legal_rows(decoder)
     rows = np.asarray(decoder.table.tokens[legal], np.int32)
     size = partitioning.shared_rows(decoder.search.batch_size, decoder.mesh)
     of_shard = size // partitioning.batch_shards(decoder.mesh)
@@ -113,7 +112,7 @@ def identifier_log_probs(
         yield log_probs
 
 
-def _legal_rows(decoder: IdentifierWriter) -> np.ndarray:
+def legal_rows(decoder: IdentifierWriter) -> np.ndarray:
     """Rows of the table with a passage that may be returned, ascending."""
     table = decoder.table
     if decoder.allowed is None:
@@ -170,6 +169,8 @@ def of_passages(
 ) -> np.ndarray:
     """log p(identifier | query) [n, U] -> log p(passage | query), f64 [n, P]: an identifier is
     shared equally by its passages; over all that are allowed, the chances sum to 1."""
+    from scipy.special import logsumexp  # which takes long to import
+
     shared = np.diff(table.offsets)
     each = np.repeat(log_probs.astype(np.float64) - np.log(shared), shared, axis=1)
     by_passage = np.full((len(log_probs), table.num_passages), -np.inf)

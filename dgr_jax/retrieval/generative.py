@@ -5,29 +5,28 @@ Axis letters: B queries, Q query length, M beams, P passages.
 
 from __future__ import annotations
 
-import copy
 import functools
-import importlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
 
-from dgr_jax import partitioning, ranges
+from dgr_jax import moved, partitioning, ranges
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import IdentifierTable
-from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.models.t5 import Reading, T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
-from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs, batches
-from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.retrieval.batched import BatchedSystem
+from dgr_jax.retrieval.batching import Found, Shapes, _nothing, _pairs
+from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.settings import without_effect
 from dgr_jax.special_tokens import EOS_ID
@@ -129,11 +128,32 @@ def written(
     **settings: Any,
 ) -> BeamResult:
     """Identifiers that a student writes for queries int32 [B, Q]: beam_search with its settings."""
-    apply: Any = functools.partial(
+    apply = applied(config, params)
+    encoded = apply(tokens, method="encode")
+    return written_of(apply, encoded, tokens, constraint, num_beams, length, **settings)
+
+
+def applied(config: T5Config, params: Any) -> Any:
+    """`Transformer.apply` with parameters."""
+    return functools.partial(
         Transformer(config).apply, {"params": _cast_kernels(params, config.dtype)}
     )
-    encoded = apply(tokens, method="encode")
-    cross = apply(encoded, method="cross")
+
+
+def written_of(
+    apply: Any,
+    encoded: jax.Array,
+    tokens: jax.Array,
+    constraint: Any,
+    num_beams: int,
+    length: int,
+    *,
+    reading: Reading | None = None,
+    **settings: Any,
+) -> BeamResult:
+    """`written` of queries that are encoded [B, Q, D]; reading: and read, see `Transformer.read`;
+    None: they are read here, where the decoder reads queries."""
+    cross = apply(encoded, tokens, reading, method="cross")
     cache = apply(encoded, num_beams, length, method="init_cache")
 
     def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
@@ -220,20 +240,8 @@ def cut(
     return passages, scores
 
 
-class _Batch(NamedTuple):
-    """Queries at `places` of a block whose passages are `found`, on their way through the device.
-
-    last: the block is whole when these are ranked.
-    """
-
-    found: Found
-    places: np.ndarray
-    result: BeamResult | None
-    last: bool
-
-
 @dataclass
-class Decoder(TrainedSystem):
+class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem, kind="docid"):
     """Parameters, index and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -254,6 +262,7 @@ class Decoder(TrainedSystem):
     counts: Counter[str] = field(default_factory=Counter)
     pid_of: PidOf | None = None
     rules: partitioning.Rules = partitioning.RULES
+    sizes: tuple[int, ...] = ()
 
     scores_all: ClassVar[bool] = True
     writes: ClassVar[bool] = True
@@ -315,17 +324,6 @@ class Decoder(TrainedSystem):
         rows = np.maximum.reduceat(mask[self.table.passages], self.table.offsets[:-1])
         return replace(self, index=self.index.restrict(rows), allowed=mask)
 
-    def by_pid(self, pid_of: PidOf) -> Decoder:
-        """The same decoder, which brings passages of equal score into the order of their pids."""
-        ordered = copy.copy(self)
-        ordered.pid_of = pid_of
-        return ordered
-
-    def passages(self, tokens: np.ndarray) -> Found:
-        """int32 [n, Q] -> passage index int32 and score f32 [n, depth]; see `rank_passages`."""
-        (ranked,) = self._ranked([tokens], 1 if len(tokens) == 1 else self.search.batch_size)
-        return ranked
-
     def ranked(self, rows: np.ndarray, log_probs: np.ndarray) -> Found:
         """The passages of identifiers that were found, see `rank_passages`."""
         settings = self.search.depth, self.allowed, self.pid_of
@@ -338,48 +336,51 @@ class Decoder(TrainedSystem):
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System."""
-        rows = self._rows
         for passages, scores in zip(*self.passages(tokens), strict=True):
-            yield [SystemHit(i, s, self.table.tokens[rows[i]]) for i, s in _pairs(passages, scores)]
+            pairs = zip(_pairs(passages, scores), self.tokens_of(passages), strict=True)
+            yield [SystemHit(*pair, tokens) for pair, tokens in pairs]
+
+    def tokens_of(self, passages: np.ndarray) -> np.ndarray:
+        """The identifiers int32 [n, T] of the n passages that are there, int [.]; -1: free."""
+        return np.asarray(self.table.tokens[self.rows[passages[passages >= 0]]])
+
+    def may_write(self, queries: np.ndarray) -> Writes | None:
+        """See System; None without a constraint."""
+        if not self.search.constrained:
+            return None
+        legal = exhaustive.legal_rows(self)
+
+        def row_of(passage: int) -> int:
+            place = int(np.searchsorted(legal, self.rows[passage]))
+            there = place < len(legal) and legal[place] == self.rows[passage]
+            return place if there else -1
+
+        return Writes(
+            *(self.config, self.params, self.mesh, self.rules, queries[0]),
+            rows=np.asarray(self.table.tokens[legal], np.int32),
+            bonus=None,
+            num_beams=self.search.num_beams,
+            fixed=self.index.layout.ends == "fixed",
+            renormalise=self.search.renormalise,
+            row_of=row_of,
+            missing=lambda passage: "no identifier of it may be written",
+        )
 
     @functools.cached_property
-    def _rows(self) -> np.ndarray:
+    def rows(self) -> np.ndarray:
+        """Row of the table of each passage, int [P], -1: none."""
         return self.table.rows_of_passages()
 
-    def passages_of_blocks(self, blocks: Iterable[np.ndarray]) -> Iterator[Found]:
-        """`passages` of each block of queries, which a generator may tokenise.
-
-        The next batch, of the next block too, is on the device while the host ranks the one before.
-        """
-        return self._ranked(blocks, self.search.batch_size)
-
-    def _ranked(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Found]:
-        for batch in one_behind(self._started(blocks, batch_size)):
-            self._rank(batch)
-            if batch.last:
-                yield batch.found
+    def _ranked(
+        self, blocks: Iterable[np.ndarray], batch_size: int
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        yield from super()._ranked(blocks, batch_size)
         if self.counts:
             counted = "of %(sequences)d sequences found, %(unknown)d are no identifier"
             logger.info(counted, self.counts)
 
-    def _started(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[_Batch]:
-        size = partitioning.shared_rows(batch_size, self.mesh)
-        for tokens in blocks:
-            ranked = self._nothing(len(tokens))
-            lengths = self._lengths(tokens)
-            planned = list(batches(lengths, self.search.shapes, size))
-            if not planned:
-                yield _Batch(ranked, lengths, None, last=True)
-            for position, (length, places) in enumerate(planned, start=1):
-                result = self._start(tokens, places, (size, length))
-                yield _Batch(ranked, places, result, last=position == len(planned))
-
-    def _nothing(self, queries: int) -> Found:
-        """Empty places for passages, which `_rank` fills."""
-        return _nothing(queries, self.search.depth)
-
-    def _lengths(self, tokens: np.ndarray) -> np.ndarray:
-        lengths = (tokens > 0).sum(1)
+    def _lengths(self, queries: np.ndarray) -> np.ndarray:
+        lengths = (queries > 0).sum(1)
         if lengths.max(initial=0) > self.search.query_length:
             raise ValueError(
                 f"tokens: got a query of {lengths.max()}, expected at most "
@@ -387,22 +388,16 @@ class Decoder(TrainedSystem):
             )
         return lengths
 
-    def _start(self, tokens: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> BeamResult:
-        placed = partitioning.place_padded(tokens[places], shape, self.mesh)
+    def _start(self, queries: np.ndarray, places: np.ndarray, shape: tuple[int, int]) -> BeamResult:
+        placed = partitioning.place_padded(queries[places], shape, self.mesh)
         return self._decode(self.params, self._constraint, placed)
 
-    def _rank(self, batch: _Batch) -> None:
-        """Waits for a batch and writes its passages into those of its block."""
-        if batch.result is None:
-            return
-        count = len(batch.places)
-        rows = self._found(batch.result, count)
-        log_probs = np.asarray(batch.result.log_probs)[:count]
-        for whole, part in zip(batch.found, self.ranked(rows, log_probs), strict=True):
-            whole[batch.places] = part
+    def _rank(self, result: BeamResult, count: int) -> Found:
+        rows = self.written_rows(result, count)
+        return self.ranked(rows, np.asarray(result.log_probs)[:count])
 
-    def _found(self, result: BeamResult, count: int) -> np.ndarray:
-        """Rows of the table that the first `count` queries found, int [count, M], -1: none."""
+    def written_rows(self, result: BeamResult, count: int) -> np.ndarray:
+        """Rows of the table that the first `count` queries wrote, int [count, M], -1: none."""
         if self.search.constrained:
             return self.index.table_rows(np.asarray(result.rows)[:count])
         rows = self.table.lookup(np.asarray(result.tokens)[:count])
@@ -411,8 +406,4 @@ class Decoder(TrainedSystem):
         return rows
 
 
-def __getattr__(name: str) -> Any:
-    """Finds `Retriever`, which was here in version 0.1."""
-    if name == "Retriever":
-        return importlib.import_module("dgr_jax.retrieval.retriever").Retriever
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved.names(__name__, Retriever="retrieval.retriever")

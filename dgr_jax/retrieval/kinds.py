@@ -17,19 +17,19 @@ from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import PREVIOUS, STUDENT
-from dgr_jax.retrieval import bm25, planned, trained
+from dgr_jax.retrieval import bm25, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
-TRAINED: dict[str, type[TrainedSystem]] = {
-    "docid": Decoder,
-    "multiview": MultiviewDecoder,
-    "dense": Searcher,
-}
-UNTRAINED = (bm25.Bm25Baseline, planned.Planned)  # in SystemSettings.kinds, once they are imported
+# These are in the two tables of kinds once they are imported; those from elsewhere come to them.
+SHIPPED = (
+    *(Decoder, MultiviewDecoder, Searcher, bm25.Bm25Baseline, planned.Planned),
+    *(student_planned.PlannedByLearned, student_planned.PlannedByOnePass),
+)
+TRAINED = TrainedSystem.kinds
 
 EVALUATION, SYSTEMS = "evaluate", "systems.json"  # stage, and what it leaves
 
@@ -71,7 +71,7 @@ def read_student(folder: Path) -> Student:
         old = "dense" if "t5" in model else "multiview" if "scoring" in search else "docid"
         kind = said.get("kind", old)
         if kind not in TRAINED:
-            raise ValueError(f"got kind {kind!r}, expected one of {', '.join(TRAINED)}")
+            raise ValueError(f"got kind {kind!r}, expected one of {', '.join(sorted(TRAINED))}")
         there = [n for n in _OLD[old] if n not in _OPTIONAL or (folder.parent / n).is_dir()]
         return Student(kind, model, search, tuple(said.get("systems", there)))
 
@@ -88,6 +88,16 @@ def best_first(model_dir: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for order in orders for name in order))
 
 
+def params_of(
+    student: Student, folder: Path, mesh: jax.sharding.Mesh, rules: partitioning.Rules
+) -> Any:
+    """The parameters of a trained system, placed on the mesh."""
+    kind = TRAINED[student.kind]
+    with kept.reading(folder / STUDENT):
+        model = restored(kind.model_settings, student.model)
+    return trained.params(folder, kind.network(model), mesh, rules)
+
+
 def open_student(
     student: Student,
     folder: Path,
@@ -96,10 +106,13 @@ def open_student(
     mesh: jax.sharding.Mesh,
     rules: partitioning.Rules,
     settings: Mapping[str, Any],
+    params: Any,
 ) -> System:
-    """A trained system, from the folder of its stage and that of the prepare stage.
+    """A trained system, from the folder of its stage and that of the prepare stage, or of a version
+    of the index.
 
-    settings: of its search, which replace those that it was written with.
+    settings: of its search, which replace those that it was written with. params: see
+    `params_of`.
     """
     kind = TRAINED[student.kind]
     with kept.reading(folder / STUDENT):
@@ -107,7 +120,7 @@ def open_student(
         search = restored(kind.search_settings, student.search)
     search = dataclasses.replace(search, **settings)
     source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
-    return kind.opened(source, trained.params(folder, kind.network(model), mesh, rules))
+    return kind.opened(source, params)
 
 
 def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:

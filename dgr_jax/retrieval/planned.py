@@ -6,9 +6,9 @@ Axis letters: B queries, Q query length, n planned passages, T identifier length
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,14 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.batched import BatchedSystem, Queries
 from dgr_jax.retrieval.batching import Found
-from dgr_jax.retrieval.generative import Decoder, Search, cut, rank_passages, written
+from dgr_jax.retrieval.explanation import Writes
+from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
+from dgr_jax.retrieval.kept_postings import PLANS
+from dgr_jax.retrieval.plan_scores import joined, ranked, summed
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
-from dgr_jax.retrieval.system import Opening, SystemHit, SystemSettings
+from dgr_jax.retrieval.system import Opening, System, SystemHit, SystemSettings
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class _Scored(NamedTuple):
     the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
     a search of all passages finds; None: all queries have enough planned passages."""
 
-    passages: np.ndarray
-    scores: np.ndarray
+    passages: np.ndarray | jax.Array
+    scores: np.ndarray | jax.Array
     log_probs: jax.Array | None
     beside: BeamResult | None
 
@@ -98,157 +102,214 @@ def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules)
 
 
 @dataclass
-class PlannedDecoder(Decoder):
+class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
     """A student that answers for the passages that a plan names.
 
-    The trie is not used: the planned identifiers of a query are what may be written. Only where a
-    query has fewer planned passages than asked for, does `student` (None: nobody) search all of
-    them too: what it finds beside has the plan score 0. planner: None where queries are planned
-    already.
+    student: its parameters and identifiers. Its trie is used only where a query has fewer planned
+      passages than asked for: there the student searches all passages too, and what it finds
+      beside has the plan score 0.
+    planner: None where queries are planned already.
+    beside: whether the student searches all passages too where few are planned.
     """
 
-    scores_all: ClassVar[bool] = False
+    student: Decoder
+    plan: Plan
+    planner: Planner | None
+    beside: bool = True
+    pid_of: PidOf | None = None
+    sizes: tuple[int, ...] = ()
 
-    plan: Plan = field(kw_only=True)
-    planner: Planner | None = field(kw_only=True)
-    student: Decoder | None = field(kw_only=True)
+    writes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check(self.plan, self.search, self.table.num_passages)
-        layout = self.index.layout
-        fixed = layout.ends == "fixed"
-        if self.plan.ranked_by == "beams":
-            settings = (self.plan.num_beams, fixed, self.mesh, self.rules)
-            self._score = guided_fn(self.config, *settings)
-        else:
-            self._score = score_fn(self.config, self.mesh, self.rules)
+        check(self.plan, self.student.search, self.student.table.num_passages)
+        self._weight = _weight_of(self.plan)
 
     @classmethod
-    def of(cls, student: Decoder, plan: Plan, planner: Planner | None) -> PlannedDecoder:
+    def of(
+        cls, student: Decoder, plan: Plan, planner: Planner | None, *, beside: bool = True
+    ) -> Self:
         """A student with a plan."""
         plan = plan.of_corpus(student.table.num_passages)
-        own = {f.name: getattr(student, f.name) for f in fields(student)}
-        own["search"] = replace(student.search, num_beams=plan.num_beams)
-        student = replace(student, search=own["search"])
-        return cls(**own, plan=plan, planner=planner, student=student)
+        search = replace(student.search, num_beams=plan.num_beams)
+        return cls(replace(student, search=search), plan, planner, beside)
 
-    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
-        """See Decoder.restrict."""
-        student = self.student.restrict(passage_mask)
-        return replace(self, index=student.index, allowed=student.allowed, student=student)
+    @property
+    def search(self) -> Search:
+        """The settings of the student's search."""
+        return self.student.search
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices that it runs on."""
+        return self.student.mesh
+
+    def describe(self) -> dict[str, Any]:
+        """See System: what the student says of itself."""
+        return self.student.describe()
 
     @property
     def index_bytes(self) -> int:
         """Bytes that a search reads beside the parameters: the plan, and the identifiers."""
-        table = self.table
-        return self.planner.nbytes + table.tokens.nbytes + table.passages.nbytes
+        table, plan = self.student.table, self.planner.nbytes if self.planner else 0
+        return plan + table.tokens.nbytes + table.passages.nbytes
 
     @property
     def limits(self) -> dict[str, int]:
-        """See Decoder.limits."""
-        return {"planned": self.plan.planned, "depth": self.search.depth}
+        """See System."""
+        return {"planned": self.plan.most, "depth": self.search.depth}
 
-    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
-        """Queries as `passages` takes them: planned already."""
-        planned = self.planner.best(texts, self.plan.planned, self.allowed)
-        return PlannedQueries(super().encode(vocabulary, texts), planned)
-
-    def passages(self, queries: PlannedQueries) -> Found:
-        """Passage index int32 and score f32 [B, depth]; see `ranked`."""
-        return super().passages(queries)[:2]
-
-    def passages_of_blocks(self, blocks: Iterable[PlannedQueries]) -> Iterator[Found]:
-        """See Decoder.passages_of_blocks."""
-        return (results[:2] for results in super().passages_of_blocks(blocks))
-
-    def hits(self, queries: PlannedQueries) -> Iterator[list[SystemHit]]:
+    def hits(self, queries: Queries) -> Iterator[list[SystemHit]]:
         """See System. The parts are 'plan', the plan score, and 'log_prob', the log-probability of
         the identifier, -inf where it was not written."""
-        for query, (passages, *parts) in enumerate(zip(*super().passages(queries), strict=True)):
-            plan = dict(zip(*(part[query].tolist() for part in queries.planned), strict=True))
+        for passages, *parts in zip(*self._answers(queries), strict=True):
+            columns = (part[passages >= 0].tolist() for part in (passages, *parts))
+            rows = zip(*columns, self.student.tokens_of(passages), strict=True)
             yield [
-                SystemHit(
-                    i,
-                    score,
-                    self.table.tokens[self._rows[i]],
-                    {"plan": plan.get(i, 0.0), "log_prob": log_prob},
-                )
-                for i, score, log_prob in zip(
-                    passages.tolist(), *(part.tolist() for part in parts), strict=True
-                )
-                if i >= 0
+                SystemHit(i, score, tokens, {"plan": plan, "log_prob": log_prob})
+                for i, score, plan, log_prob, tokens in rows
             ]
 
     def _nothing(self, queries: int) -> tuple[np.ndarray, ...]:
-        """Empty places for passages, scores and log-probabilities."""
+        """Empty places for passages, scores, plan scores and log-probabilities."""
         passages, scores = super()._nothing(queries)
-        return passages, scores, scores.copy()
+        return passages, scores, scores.copy(), scores.copy()
 
-    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
-        return super()._lengths(queries.tokens)
-
-    def _start(
-        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
-    ) -> _Scored:
-        passages, scores = (part[places] for part in queries.planned)
-        if self.plan.ranked_by == "plan":
-            return _Scored(passages, scores, None, None)
-        short = self.student is not None and (passages < 0).any()
-        beside = self.student._start(queries.tokens, places, shape) if short else None
-        rows = np.where(passages >= 0, self._rows[np.maximum(passages, 0)], -1)
-        order = np.argsort(rows, axis=1, kind="stable")
-        passages, scores, rows = (
-            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
-        )
-        size, length = shape[0], self.index.layout.max_length
-        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
-        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
-        known = np.where(rows[..., None] >= 0, self.table.tokens[np.maximum(rows, 0)], 0)
-        identifiers[: len(places), :, : known.shape[2]] = known
-        bonus[: len(places)] = scores / np.float32(self.plan.weight)
-        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
-        rows = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
-        return _Scored(passages, scores, self._score(self.params, (tokens, *rows)), beside)
-
-    def _rank(self, batch: Any) -> None:
-        if batch.result is None:
-            return
-        passages, scores, log_probs, beside = batch.result
-        count, weight = len(passages), self.plan.weight
-        if log_probs is None:
+    def _rank(self, result: _Scored, count: int) -> tuple[np.ndarray, ...]:
+        passages, scores = (np.asarray(part)[:count] for part in result[:2])
+        weight = self._weight
+        if result.log_probs is None:
             totals, log_probs = scores, np.full_like(scores, -np.inf)
-        elif beside is None:
-            log_probs = np.asarray(log_probs)[:count]
-            totals = summed(scores, log_probs, weight)
         else:
-            log_probs = np.asarray(log_probs)[:count]
-            more, values = self._beside(beside, (passages < 0).any(1))
-            log_probs, new = joined(passages, log_probs, more, values)
-            totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
-            passages = np.concatenate([passages, more], 1)
-            log_probs = np.concatenate([log_probs, new], 1)
+            log_probs = np.asarray(result.log_probs)[:count]
+            if result.beside is None:
+                totals = summed(scores, log_probs, weight)
+            else:
+                more, values = self._beside(result.beside, (passages < 0).any(1))
+                log_probs, new = joined(passages, log_probs, more, values)
+                totals = np.concatenate([summed(scores, log_probs, weight), weight * new], 1)
+                passages = np.concatenate([passages, more], 1)
+                scores = np.concatenate([scores, np.zeros_like(new)], 1)
+                log_probs = np.concatenate([log_probs, new], 1)
         best = ranked(passages, totals, self.search.depth, self.pid_of)
         place = (best[0][:, :, None] == passages[:, None, :]).argmax(-1)
-        parts = (*best, np.take_along_axis(log_probs, place, 1))
-        for whole, part in zip(batch.found, parts, strict=True):
-            whole[batch.places] = part
+        return *best, *(np.take_along_axis(part, place, 1) for part in (scores, log_probs))
 
     def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
         """Passages and log-probabilities [B, M] that the student found for the queries that are
         `short` of planned passages, bool [B]; none for the others."""
-        rows = self.student._found(result, len(short))
-        rows = np.where(short[:, None], rows, -1)
+        student = self.student
+        rows = np.where(short[:, None], student.written_rows(result, len(short)), -1)
         log_probs = np.asarray(result.log_probs)[: len(short)]
-        return rank_passages(rows, log_probs, self.table, self.search.num_beams, self.allowed)
+        beams = self.search.num_beams
+        return rank_passages(rows, log_probs, student.table, beams, student.allowed)
+
+
+@dataclass
+class PlannedDecoder(StudentWithPlan[PlannedQueries]):
+    """A student with a plan that reads the texts of queries before the student does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        student = self.student
+        fixed = student.index.layout.ends == "fixed"
+        if self.plan.ranked_by == "beams":
+            settings = (self.plan.num_beams, fixed, student.mesh, student.rules)
+            self._score = guided_fn(student.config, *settings)
+        else:
+            self._score = score_fn(student.config, student.mesh, student.rules)
+
+    def restrict(self, passage_mask: np.ndarray) -> PlannedDecoder:
+        """See System."""
+        return replace(self, student=self.student.restrict(passage_mask))
+
+    def encode(self, vocabulary: Vocabulary, texts: Sequence[str]) -> PlannedQueries:
+        """Queries as `passages` takes them: planned already."""
+        if self.planner is None:
+            raise ValueError("PlannedDecoder.encode: got no planner, expected one to plan texts")
+        planned = self.planner.best(texts, self.plan.most, self.student.allowed)
+        return PlannedQueries(super().encode(vocabulary, texts), planned)
+
+    def may_write(self, queries: PlannedQueries) -> Writes | None:
+        """See System: the planned identifiers; None where the plan decides alone."""
+        student, of_plan = self.student, self.plan.ranked_by
+        passages, scores = (part[0] for part in queries.planned)
+        there = np.flatnonzero(passages >= 0)
+        there = there[np.argsort(student.rows[passages[there]], kind="stable")]
+        there = there[student.rows[passages[there]] >= 0]
+        if of_plan == "plan" or not len(there):
+            return None if of_plan == "plan" else student.may_write(queries.tokens)
+        passages, scores = passages[there], scores[there]
+        place = {passage: row for row, passage in enumerate(passages.tolist())}
+        missing = (
+            f"it is not among the {len(place)} planned passages, of which the last has the plan "
+            f"score {scores.min():.2f}"
+        )
+        return Writes(
+            *(student.config, student.params, self.mesh, student.rules, queries.tokens[0]),
+            rows=np.asarray(student.table.tokens[student.rows[passages]], np.int32),
+            bonus=scores / np.float32(self._weight),
+            num_beams=self.plan.num_beams if of_plan == "beams" else len(place),
+            fixed=student.index.layout.ends == "fixed",
+            renormalise=False,
+            row_of=lambda passage: place.get(passage, -1),
+            missing=lambda passage: missing,
+        )
+
+    def _lengths(self, queries: PlannedQueries) -> np.ndarray:
+        return self.student._lengths(queries.tokens)
+
+    def _start(
+        self, queries: PlannedQueries, places: np.ndarray, shape: tuple[int, int]
+    ) -> _Scored:
+        student = self.student
+        passages, scores = (part[places] for part in queries.planned)
+        if self.plan.ranked_by == "plan":
+            return _Scored(passages, scores, None, None)
+        short = self.beside and (passages < 0).any()
+        beside = student._start(queries.tokens, places, shape) if short else None
+        rows = np.where(passages >= 0, student.rows[np.maximum(passages, 0)], -1)
+        order = np.argsort(rows, axis=1, kind="stable")
+        passages, scores, rows = (
+            np.take_along_axis(part, order, 1) for part in (passages, scores, rows)
+        )
+        size, length = shape[0], student.index.layout.max_length
+        identifiers = np.zeros((size, passages.shape[1], length), np.int32)
+        bonus = np.full(identifiers.shape[:2], -np.inf, np.float32)
+        known = np.where(rows[..., None] >= 0, student.table.tokens[np.maximum(rows, 0)], 0)
+        identifiers[: len(places), :, : known.shape[2]] = known
+        bonus[: len(places)] = scores / np.float32(self._weight)
+        tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
+        placed = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
+        return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
+
+
+def with_identifiers(system: System, owner: str) -> Decoder:
+    """The system as a student with one identifier a passage. Raises ValueError for another one, of
+    which the `owner` has no use."""
+    if not isinstance(system, Decoder):
+        raise ValueError(
+            f"{owner}: got a {type(system).__name__}, expected a student with one identifier a "
+            "passage"
+        )
+    return system
 
 
 @dataclass(frozen=True)
-class Planned(SystemSettings):
-    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`."""
+class PlannedSystem(SystemSettings):
+    """The distilled student with a plan, as a system beside the others; see `Experiment.plan`.
 
-    plan: Lexical
+    Every subclass says by the type of its `plan` which plans it is for.
+    """
 
+    plan: Plan
+
+    of_plans: ClassVar[dict[type, type[PlannedSystem]]] = {}
     preferred: ClassVar[bool] = True
+
+    def __init_subclass__(cls, plans: type, **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        PlannedSystem.of_plans[plans] = cls
 
     @property
     def made_of(self) -> tuple[str, ...]:
@@ -261,62 +322,47 @@ class Planned(SystemSettings):
 
     def given(self) -> dict[str, Any]:
         """See SystemSettings: the settings of the plan."""
-        return {f.name: getattr(self.plan, f.name) for f in fields(self.plan)}
+        return {name: getattr(self.plan, name) for name in self.plan.searched}
 
-    def replaced(self, **settings: Any) -> Planned:
+    def replaced(self, **settings: Any) -> Self:
         """See SystemSettings."""
-        return replace(self, plan=replace(self.plan, **settings))
+        plan: Any = self.plan
+        return replace(self, plan=replace(plan, **settings))
+
+
+def system_of(plan: Plan) -> PlannedSystem:
+    """The settings of the system `planned`, with a plan."""
+    return PlannedSystem.of_plans[type(plan)]("planned", plan.once_trained())
+
+
+@dataclass(frozen=True)
+class Planned(PlannedSystem, plans=Lexical):
+    """The distilled student with the plan Lexical."""
+
+    plan: Lexical
 
     def open(self, opening: Opening) -> PlannedDecoder:
         """See SystemSettings."""
-        plans = opening.prepared / "plans"
+        plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
-        return PlannedDecoder.of(opening.system("distill"), self.plan, planner)
-
-
-def joined(
-    passages: np.ndarray, log_probs: np.ndarray, more: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of planned passages [B, n], with those that another search has written of
-    them; and those of its other passages [B, M], -inf for planned ones.
-
-    more, values: passages and log-probabilities of the other search [B, M], -1 and -inf: none.
-    """
-    same = more[:, :, None] == passages[:, None, :]
-    written = np.where(same, values[:, :, None], -np.inf).max(1).astype(np.float32)
-    new = np.where(same.any(2), -np.inf, values).astype(np.float32)
-    return np.where(log_probs > -np.inf, log_probs, written), new
-
-
-def summed(scores: np.ndarray, log_probs: np.ndarray, weight: float) -> np.ndarray:
-    """Plan score + weight * log-probability of planned passages, f32 [B, n] each.
-
-    Those without a log-probability (-inf), which no beam wrote, come after all others: their plan
-    scores are shifted, so that the best is as much below the last of the others as one less in
-    log-probability would be.
-    """
-    totals = scores + np.float32(weight) * log_probs
-    written, planned = log_probs > -np.inf, scores > -np.inf
-    last = np.min(totals, axis=1, where=written, initial=np.inf, keepdims=True)
-    best = np.max(scores, axis=1, where=planned & ~written, initial=-np.inf, keepdims=True)
-    shift = np.where(np.isfinite(last) & np.isfinite(best), last - best - np.float32(weight), 0)
-    return np.where(written, totals, scores + shift.astype(np.float32))
-
-
-def ranked(passages: np.ndarray, scores: np.ndarray, depth: int, pid_of: PidOf | None) -> Found:
-    """The best of the passages int32 [B, n] (-1: none) by scores f32 [B, n], as `cut` orders
-    them."""
-    scores = np.where(passages >= 0, scores, -np.inf).astype(np.float32)
-    order = np.lexsort((passages, -scores))
-    passages, scores = (np.take_along_axis(part, order, 1) for part in (passages, scores))
-    query, place = np.nonzero(scores > -np.inf)
-    return cut(query, passages[query, place], scores[query, place], (len(passages), depth), pid_of)
+        student = with_identifiers(opening.system("distill"), "Planned")
+        return PlannedDecoder.of(student, self.plan, planner)
 
 
 def check(plan: Plan, search: Search, num_passages: int) -> None:
     """Raises ValueError where a plan does not fit the search, or the corpus."""
     check_search(plan, search)
     check_corpus(plan, num_passages)
+
+
+def _weight_of(plan: Plan) -> float:
+    """The weight of a plan that has one; otherwise raises ValueError."""
+    if plan.weight is None:
+        raise ValueError(
+            f"{type(plan).__name__}.weight: got None, expected a number: only an evaluation of an "
+            "experiment chooses it"
+        )
+    return plan.weight
 
 
 def check_corpus(plan: Plan, num_passages: int) -> None:

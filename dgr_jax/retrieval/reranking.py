@@ -12,8 +12,7 @@ from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import scored_passages
-from dgr_jax.retrieval.generative import Decoder
-from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries
+from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 
 _LOGITS = 1 << 26  # of a batch: 256 MB
@@ -36,23 +35,18 @@ def rerank(
     Raises ValueError for a student of which passages have several identifiers or none, a run
     without passages for the queries, and passages that are not in the corpus.
     """
-    student = getattr(decoder, "student", decoder)
-    if not isinstance(student, Decoder):
-        raise ValueError(
-            f"rerank: got a {type(student).__name__}, expected a student with one identifier a "
-            "passage"
-        )
+    student = with_identifiers(getattr(decoder, "student", decoder), "rerank")
     planned = _planned([(qid, run.get(qid, ())) for qid in queries], store, weight is not None)
-    if decoder.allowed is not None:
-        planned.passages[~decoder.allowed[planned.passages]] = -1
+    if student.allowed is not None:
+        planned.passages[~student.allowed[planned.passages]] = -1
     count = planned.passages.shape[1]
     together = max(1, _LOGITS // (count * student.config.vocab_size))
     search = replace(
         student.search, depth=count, batch_size=min(student.search.batch_size, together)
     )
     plan = Lexical(planned=count, ranked_by="identifiers", weight=1.0 if weight is None else weight)
-    ranker = PlannedDecoder.of(replace(student, search=search), plan, None)
-    ranker = replace(ranker, student=None).by_pid(store.pid_of)
+    ranker = PlannedDecoder.of(replace(student, search=search), plan, None, beside=False)
+    ranker = ranker.by_pid(store.pid_of)
     tokens = vocabulary.encode_inputs(list(queries.values()), search.query_length)
     ranked = ranker.passages(PlannedQueries(tokens, planned))
     return scored_passages(list(queries), *ranked, store.pids)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,10 +20,11 @@ from dgr_jax.decoding.selection import check_k
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
+from dgr_jax.retrieval.explanation import Explanation, explain
+from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.reranking import rerank
+from dgr_jax.retrieval.sources import Sources
 from dgr_jax.retrieval.system import Opening, System, SystemHit
-
-logger = logging.getLogger(__name__)
 
 _TRIES = 3  # times that a MODEL_DIR is opened which changes while it is read
 _OF_ALL = {"depth": 0, "batch_size": 0}  # settings that every system takes
@@ -47,12 +47,36 @@ class Hit:
 
 
 class Retriever:
-    """A finished experiment that answers questions."""
+    """A finished experiment that answers questions.
 
-    def __init__(self, decoder: System, vocabulary: Vocabulary, store: PassageStore) -> None:
-        self.decoder = decoder.by_pid(store.pid_of)
+    version: of the index (see `living.update`); 0: the passages that it was trained on.
+    """
+
+    def __init__(
+        self,
+        decoder: System,
+        vocabulary: Vocabulary,
+        store: PassageStore,
+        opened: _Opened | None = None,
+    ) -> None:
+        """opened: what it was opened from, where that is a MODEL_DIR."""
+        self._index = _Index(decoder.by_pid(store.pid_of), store, opened)
         self.vocabulary = vocabulary
-        self.store = store
+
+    @property
+    def decoder(self) -> System:
+        """What answers."""
+        return self._index.decoder
+
+    @property
+    def store(self) -> PassageStore:
+        """The passages that it answers with."""
+        return self._index.store
+
+    @property
+    def version(self) -> int:
+        """The version of the index that answers."""
+        return self._index.opened.sources.version if self._index.opened else 0
 
     @classmethod
     def load(
@@ -83,32 +107,33 @@ class Retriever:
         else:
             devices = partitioning.make_mesh(mesh)
         rules = partitioning.RULES if mesh is None else mesh.rules
+        return cls._load(_Asked(Path(model_dir), system, devices, rules, settings), {})
+
+    @classmethod
+    def _load(cls, asked: _Asked, known: Mapping[records.Answering, Any]) -> Retriever:
+        """known: parameters of trained systems, which are not read again."""
         for _ in range(_TRIES):
-            sources = _Sources.of(Path(model_dir), system)
+            sources = Sources.of(asked.model_dir, asked.system)
             try:
-                retriever = cls._open(sources, devices, rules, settings)
+                retriever = cls._open(asked, sources, known)
             except (FileNotFoundError, ValueError):
                 if sources.unchanged:
                     raise
                 continue
             if sources.unchanged:
-                for answering in sources.answering:
-                    if answering.aside:
-                        logger.warning("%s: %s", answering.student, answering.aside)
+                sources.warn()
                 return retriever
-        raise ValueError(f"{model_dir} was changed each time that it was read; ask again")
+        raise ValueError(f"{asked.model_dir} was changed each time that it was read; ask again")
 
     @classmethod
     def _open(
-        cls,
-        sources: _Sources,
-        devices: jax.sharding.Mesh,
-        rules: partitioning.Rules,
-        settings: dict[str, Any],
+        cls, asked: _Asked, sources: Sources, known: Mapping[records.Answering, Any]
     ) -> Retriever:
         """The retriever of a system and the prepare stage that it was trained on."""
         students = {n: kinds.read_student(a.student) for n, a in sources.trained.items()}
-        untrained = kinds.settings_of(sources.said) if sources.said else None
+        settings, untrained = asked.settings, None
+        if sources.said:
+            untrained = kinds.settings_of(sources.said)
         own = untrained.given() if untrained else {}
         usual = _OF_ALL | own if untrained else {}
         for student in students.values():
@@ -119,24 +144,66 @@ class Retriever:
                 f"such setting, expected some of {', '.join(usual)}"
             )
         _check_sizes(settings, usual)
-        prepared = sources.prepared
-        vocabulary, store = Vocabulary.load(prepared), PassageStore(prepared / "passages")
+        index, vocabulary = sources.index, Vocabulary.load(sources.prepared)
+        store = PassageStore(index / "passages")
         # Their files are opened now: what lies in their place later may be another version.
         vocabulary.encode("")
         store.pids, store[0]
+        params: dict[records.Answering, Any] = {}
 
         def trained(name: str) -> System:
-            student = students[name]
+            student, answering = students[name], sources.trained[name]
             searched = {k: v for k, v in settings.items() if k in student.search}
-            placed = sources.trained[name].student, prepared, vocabulary, devices, rules
-            return kinds.open_student(student, *placed, searched)
+            on = asked.devices, asked.rules
+            params[answering] = known.get(answering)
+            if params[answering] is None:
+                params[answering] = kinds.params_of(student, answering.student, *on)
+            placed = answering.student, index, vocabulary, *on, searched
+            return kinds.open_student(student, *placed, params[answering])
 
+        opened = _Opened(asked, sources, params)
         if untrained is None:
-            return cls(trained(sources.name), vocabulary, store)
+            return cls(trained(sources.name), vocabulary, store, opened)
         depth = settings.get("depth", sources.said["depth"])
-        opening = Opening(prepared, store, depth, devices, rules, trained)
+        opening = Opening(index, store, depth, asked.devices, asked.rules, trained)
         given = {k: v for k, v in settings.items() if k in own}
-        return cls(untrained.replaced(**given).open(opening), vocabulary, store)
+        return cls(untrained.replaced(**given).open(opening), vocabulary, store, opened)
+
+    def add(self, passages: Iterable[Passage]) -> int:
+        """Adds passages to the index of MODEL_DIR, where one of the same pid is replaced; from then
+        on this retriever answers with them. -> the version of the index.
+
+        Nothing is trained, and nothing is compiled again as long as the index stays in its size
+        class. Raises ValueError, and changes nothing, for what `living.update.update` refuses.
+        """
+        return self._changed(added=passages)
+
+    def remove(self, pids: Iterable[str]) -> int:
+        """Removes passages from the index of MODEL_DIR, as `add` adds them."""
+        return self._changed(removed=pids)
+
+    def newest(self) -> Retriever:
+        """This retriever or, where there is another version of the index or another student by now,
+        one of these, with the same settings; parameters that stay are not read again."""
+        opened = self._opened("newest")
+        if Sources.of(opened.asked.model_dir, opened.asked.system) == opened.sources:
+            return self
+        return self._load(opened.asked, opened.params)
+
+    def _changed(self, **changes: Iterable[Any]) -> int:
+        opened = self._opened("add" if "added" in changes else "remove")
+        version = update.update(opened.sources.versions, **changes).version
+        self._index = self.newest()._index
+        return version
+
+    def _opened(self, asked: str) -> _Opened:
+        """What this was opened from; ValueError where it has no index of its own."""
+        if self._index.opened is None:
+            raise ValueError(
+                f"{asked}: this retriever was opened from no MODEL_DIR, or finds only some "
+                "passages; expected one of Retriever.load"
+            )
+        return self._index.opened
 
     def restrict(self, passages: Iterable[str] | Callable[[Passage], bool]) -> Retriever:
         """A retriever that finds only some passages of those that this one finds; the model stays
@@ -148,23 +215,73 @@ class Retriever:
         """
         if isinstance(passages, str):
             raise ValueError(f"passages: got one string {passages!r}, expected a list of pids")
+        decoder, store, _ = self._index
         if callable(passages):
-            mask = np.fromiter((bool(passages(p)) for p in self.store), bool, len(self.store))
+            mask = np.fromiter((bool(passages(p)) for p in store), bool, len(store))
         else:
             pids = list(dict.fromkeys(passages))
-            if unknown := [pid for pid in pids if pid not in self.store]:
+            if unknown := [pid for pid in pids if pid not in store]:
                 more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
                 raise ValueError(
                     f"passages: got {', '.join(map(repr, unknown[:3]))}{more}, expected pids of "
-                    f"the {len(self.store):,} passages of the corpus"
+                    f"the {len(store):,} passages of the corpus"
                 )
-            mask = np.zeros(len(self.store), bool)
-            mask[[self.store.index_of(pid) for pid in pids]] = True
+            mask = np.zeros(len(store), bool)
+            mask[[store.index_of(pid) for pid in pids]] = True
         if not mask.any():
             raise ValueError("passages: got none of the corpus, expected one or more")
         some = copy.copy(self)
-        some.decoder = self.decoder.restrict(mask)
+        some._index = _Index(decoder.restrict(mask), store, None)
         return some
+
+    def save(self, folder: str | Path, **card: Any) -> Path:
+        """Writes what answers into a new folder, without what only training reads, see `hub`.
+
+        card: license and datasets, for the model card, by the names of the Hugging Face Hub.
+        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of, and for one
+        of which passages came or went since it was trained.
+        """
+        from dgr_jax.retrieval import hub
+
+        opened = self._index.opened
+        if opened is None or not opened.sources.trained:
+            raise ValueError(
+                "Retriever.save: got one that was restricted, made by hand, or has no trained "
+                "student, expected what Retriever.load returns for a trained one"
+            )
+        if self.version:
+            raise ValueError(
+                f"Retriever.save: got version {self.version} of the index, expected 0, the "
+                "passages that the student was trained on"
+            )
+        return hub.save(opened.asked.model_dir, opened.sources.trained, folder, **card)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        message: str = "A retriever of dgr_jax",
+        **card: Any,
+    ) -> str:
+        """Uploads what `save` writes to a repository of the Hugging Face Hub -> its address. The
+        passages, and config.gin with the paths in it, are published with it. A push that was cut
+        off goes on when it is asked again."""
+        from dgr_jax.retrieval import hub
+
+        with tempfile.TemporaryDirectory(prefix="dgr_jax-") as folder:
+            saved = self.save(Path(folder) / "retriever", **card)
+            return hub.push(saved, repo, private=private, message=message)
+
+    @classmethod
+    def from_hub(
+        cls, repo: str | Path, *, revision: str | None = None, **settings: Any
+    ) -> Retriever:
+        """Opens a repository of the Hugging Face Hub, or a folder that `save` wrote, and runs
+        nothing of it; settings: those of `load`."""
+        from dgr_jax.retrieval import hub
+
+        return cls.load(hub.fetch(repo, revision), **settings)
 
     def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer.
@@ -178,23 +295,25 @@ class Retriever:
             if not is_text(query):
                 raise ValueError(f"queries: got {query!r:.80}, expected text that can be written")
         check_k(k)
-        if k > self.decoder.most_passages:
-            limits = self.decoder.limits.items()
+        decoder, store, _ = self._index
+        if k > decoder.most_passages:
+            limits = decoder.limits.items()
             told = " and ".join(f"{name} ({limit})" for name, limit in limits if name != "passages")
             raise ValueError(
-                f"k: got {k}, expected at most {self.decoder.most_passages}: set {told} in "
+                f"k: got {k}, expected at most {decoder.most_passages}: set {told} in "
                 "Retriever.load"
             )
-        encoded = self.decoder.encode(self.vocabulary, queries)
+        encoded = decoder.encode(self.vocabulary, queries)
         return [
-            [self._hit(rank, hit) for rank, hit in enumerate(hits[:k], start=1)]
-            for hits in self.decoder.hits(encoded)
+            [self._hit(store, rank, hit) for rank, hit in enumerate(hits[:k], start=1)]
+            for hits in decoder.hits(encoded)
         ]
 
     def run(self, queries: dict[str, str]) -> dict[str, list[ScoredPassage]]:
         """qid -> text in, qid -> passages out, at the depth of the settings."""
-        ranked = self._found(list(queries.values()))
-        return scored_passages(list(queries), *ranked, self.store.pids)
+        decoder, store, _ = self._index
+        ranked = self._retrieved(decoder, list(queries.values()))
+        return scored_passages(list(queries), *ranked, store.pids)
 
     def rerank(
         self,
@@ -204,77 +323,59 @@ class Retriever:
         weight: float | None = None,
     ) -> dict[str, list[ScoredPassage]]:
         """The passages of a run in the order of the student, see `reranking.rerank`."""
-        return rerank(self.decoder, self.vocabulary, self.store, queries, run, weight)
+        decoder, store, _ = self._index
+        return rerank(decoder, self.vocabulary, store, queries, run, weight)
 
-    def _found(self, texts: Sequence[str]) -> Found:
+    def explain(self, query: str, pid: str | None = None) -> Explanation:
+        """What the search for a query has looked at, and at which step it lost a passage; see
+        `explanation.explain`."""
+        decoder, store, _ = self._index
+        return explain(decoder, self.vocabulary, store, query, pid)
+
+    def _retrieved(self, decoder: System, texts: Sequence[str]) -> Found:
         blocks = (
-            self.decoder.encode(self.vocabulary, texts[start : start + BLOCK])
+            decoder.encode(self.vocabulary, texts[start : start + BLOCK])
             for start in range(0, max(1, len(texts)), BLOCK)
         )
         if len(texts) <= BLOCK:
-            return self.decoder.passages(next(blocks))
-        parts = zip(*self.decoder.passages_of_blocks(blocks), strict=True)
+            return decoder.passages(next(blocks))
+        parts = zip(*decoder.passages_of_blocks(blocks), strict=True)
         passages, scores = (np.concatenate(part) for part in parts)
         return passages, scores
 
-    def _hit(self, rank: int, hit: SystemHit) -> Hit:
-        passage = self.store[hit.passage]
+    def _hit(self, store: PassageStore, rank: int, hit: SystemHit) -> Hit:
+        passage = store[hit.passage]
         identifier = self.vocabulary.decode(hit.tokens[hit.tokens > 0].tolist())
         named = passage.pid, hit.score, passage.title, passage.text, identifier
         return Hit(rank, *named, dict(hit.parts))
 
 
 @dataclass(frozen=True)
-class _Sources:
-    """What a system is opened from: trained ones by name, each with the prepare stage that it was
-    trained on; said: of a system that no stage trains, what `kinds.untrained` says of it;
-    answering: the trained ones or, where it is made of passages alone, the evaluation."""
+class _Asked:
+    """What `Retriever.load` was asked for."""
 
-    name: str
     model_dir: Path
-    trained: Mapping[str, records.Answering]
-    prepared: Path
-    said: Mapping[str, Any]
-    answering: tuple[records.Answering, ...]
+    system: str | None
+    devices: jax.sharding.Mesh
+    rules: partitioning.Rules
+    settings: dict[str, Any]
 
-    @classmethod
-    def of(cls, model_dir: Path, system: str | None) -> _Sources:
-        """The sources of a system, or of the best one."""
-        untrained, names = kinds.untrained(model_dir), kinds.best_first(model_dir)
-        if system is not None and system in untrained:
-            return cls._made_of(model_dir, system, untrained[system])
-        if system not in (None, *names):
-            raise ValueError(
-                f"system: got {system!r}, expected one of {', '.join([*names, *untrained])}, those "
-                f"of {model_dir}"
-            )
-        for name, said in untrained.items() if system is None else ():
-            with contextlib.suppress(FileNotFoundError, ValueError):  # a lesser one answers
-                if kinds.settings_of(said).preferred:
-                    return cls._made_of(model_dir, name, said)
-        answering = records.answering(model_dir, names if system is None else (system,))
-        name = answering.student.name.removesuffix(records.SWAP)
-        return cls(name, model_dir, {name: answering}, answering.prepared, {}, (answering,))
 
-    @classmethod
-    def _made_of(cls, model_dir: Path, system: str, said: Mapping[str, Any]) -> _Sources:
-        names = kinds.settings_of(said).made_of
-        trained = {name: records.answering(model_dir, (name,)) for name in names}
-        answering = tuple(trained.values()) or (
-            records.answering(model_dir, (kinds.EVALUATION,), kinds.SYSTEMS),
-        )
-        prepared = {answer.prepared for answer in answering}
-        if len(prepared) > 1:
-            raise ValueError(
-                f"{model_dir}: {' and '.join(names)}, of which {system} is made, were trained on "
-                "different identifiers; train them again"
-            )
-        return cls(system, model_dir, trained, prepared.pop(), said, answering)
+class _Opened(NamedTuple):
+    """What a retriever was asked for, what it was opened from, and the parameters of its trained
+    systems."""
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether everything is still what it was when it was looked for."""
-        return all(answering.unchanged for answering in self.answering)
+    asked: _Asked
+    sources: Sources
+    params: Mapping[records.Answering, Any]
+
+
+class _Index(NamedTuple):
+    """What changes together when passages come or go; opened: None where they cannot."""
+
+    decoder: System
+    store: PassageStore
+    opened: _Opened | None
 
 
 def _check_sizes(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import partitioning, ranges
-from dgr_jax.decoding.beam_search import BeamResult, sample
+from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.constraint import Unconstrained
+from dgr_jax.decoding.sampling import sample
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.special_tokens import EOS_ID, UNK_ID
@@ -71,7 +72,7 @@ def sample_fn(
     def draw(params: Any, key: jax.Array, tokens: jax.Array) -> BeamResult:
         apply = functools.partial(model.apply, {"params": params})
         encoded = apply(tokens, method="encode")
-        cross = apply(encoded, method="cross")
+        cross = apply(encoded, tokens, method="cross")
 
         def step(last: jax.Array, cache: Any, position: jax.Array) -> tuple[jax.Array, Any]:
             logits, cache = apply(last, cache, position, cross, tokens, method="step")

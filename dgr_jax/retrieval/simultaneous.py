@@ -8,32 +8,26 @@ Axis letters: B queries, P passages, n planned passages of a query.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from dgr_jax import ranges
-from dgr_jax.decoding import array_folder
-from dgr_jax.model_dir import kept
-from dgr_jax.retrieval.bm25 import Bm25, Postings, places
-from dgr_jax.settings import fingerprint
+from dgr_jax.retrieval import kept_postings, plan_sizes
+from dgr_jax.retrieval.bm25 import Bm25, places
+from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
+from dgr_jax.retrieval.plan_sizes import PlanSizes
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
-
-logger = logging.getLogger(__name__)
 
 PLANNED = 100  # passages of a query, where no number is given
 RANKED_BY = ("beams", "identifiers", "plan")
 
 _RARE = 8  # a word is common that stands in more than one of so many passages
-
-_FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
 
 class PlannedPassages(NamedTuple):
@@ -70,18 +64,50 @@ class Plan(Protocol):
     @property
     def num_beams(self) -> int: ...
     @property
-    def weight(self) -> float: ...
+    def weight(self) -> float | None: ...
+
+    @property
+    def most(self) -> int:
+        """Passages that are planned for a query, at most."""
 
     def of_corpus(self, num_passages: int) -> Self:
         """These settings with a number of planned passages that so many passages have."""
 
-    def planner(
-        self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
-    ) -> Planner:
-        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The settings that whoever opens a system with it may give; all others are of training."""
 
-        Raises ValueError for a kept one of another corpus.
-        """
+    def once_trained(self) -> Self:
+        """The settings without those of training alone, which are not kept with a system."""
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """What a plan of so many passages would need, of so many words each; sample: texts of some
+        of them, evenly spread, or of all, which make it exact."""
+
+
+def check_plan(plan: Any) -> None:
+    """Raises ValueError where what is done with a plan cannot be."""
+    ranges.check(
+        plan,
+        planned=ranges.optional(ranges.at_least(1)),
+        ranked_by=ranges.one_of(*RANKED_BY),
+        num_beams=ranges.at_least(1),
+        weight=ranges.optional(ranges.above(0)),
+    )
+    name = type(plan).__name__
+    if plan.ranked_by == "beams" and plan.num_beams > plan.most:
+        raise ValueError(
+            f"{name}.num_beams: got {plan.num_beams}, expected at most {plan.most}, "
+            f"{name}.planned: beams write identifiers of planned passages alone"
+        )
+
+
+def of_corpus(plan: Any, num_passages: int) -> Any:
+    """See Plan."""
+    if plan.planned is not None:
+        return plan
+    planned = min(PLANNED, num_passages)
+    return replace(plan, planned=planned, num_beams=min(plan.num_beams, planned))
 
 
 @dataclass(frozen=True)
@@ -99,51 +125,55 @@ class Lexical:
     num_beams: identifiers that are written. With as many as are planned, all are.
     weight: of the log-probability. The default is a number that held-out training questions of two
       small collections agreed on (.2 to .3 on SQuAD, .1 to .2 on the embedded one, where .05 to .7
-      differ by .015 RR@10); it is not fitted to others.
+      differ by .015 RR@10); it is not fitted to others. None: an evaluation chooses the weight on
+      the questions held out of training (`Prepare.validation`), and says on how many.
     bm25: what words are, and what they count.
     """
 
     planned: int | None = None
     ranked_by: str = "beams"
     num_beams: int = 10
-    weight: float = 0.2
+    weight: float | None = 0.2
     bm25: Bm25 = Bm25()
 
+    searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight", "bm25")
+
     def __post_init__(self) -> None:
-        ranges.check(
-            self,
-            planned=ranges.optional(ranges.at_least(1)),
-            ranked_by=ranges.one_of(*RANKED_BY),
-            num_beams=ranges.at_least(1),
-            weight=ranges.above(0),
-        )
-        planned = PLANNED if self.planned is None else self.planned
-        if self.ranked_by == "beams" and self.num_beams > planned:
-            raise ValueError(
-                f"Lexical.num_beams: got {self.num_beams}, expected at most {planned}, "
-                "Lexical.planned: beams write identifiers of planned passages alone"
-            )
+        check_plan(self)
+
+    @property
+    def most(self) -> int:
+        """See Plan."""
+        return PLANNED if self.planned is None else self.planned
 
     def of_corpus(self, num_passages: int) -> Lexical:
         """See Plan."""
-        if self.planned is not None:
-            return self
-        planned = min(PLANNED, num_passages)
-        return replace(self, planned=planned, num_beams=min(self.num_beams, planned))
+        return of_corpus(self, num_passages)
+
+    def once_trained(self) -> Lexical:
+        """See Plan."""
+        return self
 
     def planner(
         self, store: PassageStore, folder: Path | None = None, *, keep: bool = False
     ) -> LexicalPlanner:
-        """See Plan."""
-        own = folder and folder / f"lexical-{fingerprint(asdict(self.bm25))}"
-        pids = hashlib.sha256("\n".join(store.pids).encode()).hexdigest()
-        corpus = {"passages": len(store), "pids": pids}
-        postings = _load(own, corpus) if own else None
-        if postings is None:
-            postings = self.bm25.fit(store).postings()
+        """The plan of a corpus: one that is kept in `folder`, or made now; keep: it stays there.
+
+        Raises ValueError for a kept one of another corpus.
+        """
+        own = folder and kept_postings.place(folder, self.bm25)
+        held = KeptPostings.load(own, store.pids) if own else None
+        if held is None:
+            held = self.bm25.fit(store).kept()
             if own and keep:
-                _save(own, postings, corpus)
-        return LexicalPlanner(self.bm25, postings, store.pids)
+                held.save(own, self.bm25, store.pids)
+        return LexicalPlanner(self.bm25, held.postings, store.pids)
+
+    def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
+        """See Plan."""
+        planned = self.of_corpus(passages).planned or 0
+        words_of = self.bm25.reader(alone=True)
+        return plan_sizes.of_words(words_of, sample, passages, words, planned, _RARE)
 
 
 class LexicalPlanner:
@@ -202,29 +232,3 @@ class LexicalPlanner:
             elif i is not None:
                 part = slice(starts[i], starts[i + 1])
                 np.add.at(scores, passages[part], impacts[part])
-
-
-def _save(folder: Path, postings: Postings, corpus: dict[str, Any]) -> None:
-    words = np.frombuffer("\n".join(postings.words).encode(), np.uint8)
-    arrays = postings._asdict() | {"words": words}
-    array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings={"corpus": corpus})
-
-
-def _load(folder: Path, corpus: dict[str, Any]) -> Postings | None:
-    """What was kept in a folder; None where nothing whole is there."""
-    if not (folder / "header.json").is_file():
-        return None
-    needed = {"corpus": corpus, "sha256": Postings._fields}
-    try:
-        arrays, header = array_folder.load(folder, kind=_FORMAT, version=_VERSION, needed=needed)
-    except kept.Damaged as damage:
-        logger.warning("%s; the plan is made again", damage.what)
-        return None
-    if header["corpus"] != corpus:
-        raise ValueError(
-            f"{folder}: is the plan of another corpus: got one of "
-            f"{header['corpus']['passages']:,} passages, expected the {corpus['passages']:,} that "
-            "are prepared; remove the folder to make it again"
-        )
-    words = arrays.pop("words").tobytes().decode()
-    return Postings(words=words.split("\n") if words else [], **arrays)

@@ -18,6 +18,7 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import Found, _pairs
+from dgr_jax.retrieval.explanation import Writes
 
 _NO_TOKENS = np.zeros(0, np.int32)
 
@@ -97,6 +98,11 @@ class System(Protocol):
         """`passages` of each block of queries, which a generator may encode."""
         return map(self.passages, blocks)
 
+    def may_write(self, queries: Any) -> Writes | None:
+        """What may be written for one query that `encode` made, as `explanation` looks at it; None:
+        no identifiers are, or they cannot be looked at."""
+        return None
+
     def candidates(self, blocks: Iterable[Any], limit: int) -> Iterator[dict[str, np.ndarray]]:
         """What a teacher is asked to order of each block: passages and scores as of
         `passages_of_blocks`, by name; of passages with many identifiers also the best `limit`."""
@@ -113,6 +119,11 @@ class System(Protocol):
         is compiled again. Raises ValueError for a mask of another shape or dtype, or one that
         leaves nothing."""
         ...
+
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """From now on, the number of queries that `passages` and `hits` get is padded to the least
+        of these sizes that is enough, so that few shapes are compiled; here nothing is padded."""
+        return None
 
     def by_pid(self, pid_of: PidOf) -> Self:
         """The same system, which brings passages of equal score into the order of their pids; here
@@ -155,14 +166,19 @@ class Trained:
     rules: partitioning.Rules
 
 
-class TrainedSystem(System):
-    """A system with trained parameters; search: its settings."""
+class SearchingSystem(System):
+    """A system that searches as settings say.
 
-    search: Any
-    model_settings: ClassVar[Any]  # classes of its settings
-    search_settings: ClassVar[Any]
-    network: ClassVar[Any]  # settings of the model -> flax module
-    together: ClassVar[bool] = True  # whether all processes of a run search together
+    sizes: see `pad_to`; none: one query, or a whole batch.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    if TYPE_CHECKING:  # for a field of a dataclass, it must not be there
+
+        @property
+        def search(self) -> Any:
+            """The settings of its search."""
 
     @property
     def query_length(self) -> int:
@@ -173,6 +189,31 @@ class TrainedSystem(System):
     def batch_size(self) -> int:
         """Queries that are answered together."""
         return self.search.batch_size
+
+    def pad_to(self, sizes: Sequence[int]) -> None:
+        """See System."""
+        self.sizes = tuple(sorted(sizes))
+
+    def padded(self, queries: int) -> int:
+        """The size of the batches in which so many queries are answered."""
+        usual = (1, self.batch_size)
+        return next((size for size in self.sizes or usual if size >= queries), self.batch_size)
+
+
+class TrainedSystem(SearchingSystem):
+    """A system with trained parameters. A subclass with a kind, `class Mine(TrainedSystem,
+    kind="mine")`, is what experiments of this kind train, and what student.json knows by it."""
+
+    kinds: ClassVar[dict[str, type[TrainedSystem]]] = {}
+    model_settings: ClassVar[Any]  # classes of its settings
+    search_settings: ClassVar[Any]
+    network: ClassVar[Any]  # settings of the model -> flax module
+    together: ClassVar[bool] = True  # whether all processes of a run search together
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        super().__init_subclass__()
+        if kind:
+            TrainedSystem.kinds[kind] = cls
 
     @classmethod
     def opened(cls, trained: Trained, params: Any) -> Self:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def answer(args: argparse.Namespace) -> None:
-    """--query: print passages; --queries: write a TREC run, or measure speed (--report_speed)."""
+    """--query: print passages, with --json as JSON; --queries: write a TREC run, or measure speed
+    (--report_speed)."""
     if args.k < 1:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
     asked = [_written(query) for query in args.query]
@@ -41,7 +44,8 @@ def answer(args: argparse.Namespace) -> None:
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
     _check_k(args.k, retriever.decoder.limits)
     if asked:
-        _print(retriever, asked, args.k)
+        show = _print_json if args.json else _print
+        show(retriever, asked, args.k)
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
@@ -72,7 +76,7 @@ def _written(query: str) -> str:
 _LIMITS = {
     "num_beams": "the beams (--num_beams)",
     "passages": "all of them",
-    "planned": "the passages that are planned (Lexical.planned)",
+    "planned": "the passages that are planned (`planned` of Experiment.plan, as Lexical.planned)",
     "scoring.max_passages": "the passages that are scored (Scoring.max_passages)",
 }
 
@@ -157,6 +161,13 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
         if not tab:
             raise lines.error(path, line, repr(text_of_line[:60]), "two columns: qid, tab, text")
         yield line, qid, text
+
+
+def _print_json(retriever: Retriever, queries: list[str], k: int) -> None:
+    """Prints a line for each question: a JSON object of the query and its hits, best first."""
+    for query, hits in zip(queries, retriever.search(queries, k), strict=True):
+        said = {"query": query, "hits": [dataclasses.asdict(hit) for hit in hits]}
+        sys.stdout.write(json.dumps(said) + "\n")
 
 
 def _print(retriever: Retriever, queries: list[str], k: int) -> None:

@@ -8,7 +8,7 @@ from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.stages import teach
-from dgr_jax.stages.student import generated, later, train_student
+from dgr_jax.stages.student import generated, later, train_student, with_sets
 from dgr_jax.stages.training_run import _Together, check_batches, validated
 from dgr_jax.training import packing
 from dgr_jax.training.source import ArraySource, Source
@@ -33,7 +33,7 @@ def _rank_lists(experiment: Experiment) -> Source:
     folder, settings = Path(experiment.model_dir) / teach.STAGE.name, experiment.distill
     lists = ArraySource(folder / "rank_lists", settings.list_batch_size, settings.seed)
     if "identifier_views" not in lists.features:
-        return lists
+        return with_sets(experiment, lists)
     tokens, views = (lists.features[f"identifier_{name}"] for name in ("tokens", "views"))
     with kept.reading(folder / "report.json"):
         counted = int(kept.read_json(folder / "report.json")["keys"].get("packed_rows", 0))

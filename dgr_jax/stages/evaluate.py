@@ -21,7 +21,7 @@ from dgr_jax.model_dir import kept
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.planned import check_corpus
 from dgr_jax.retrieval.system import System
-from dgr_jax.stages import judged, kept_runs
+from dgr_jax.stages import judged, kept_runs, plan_weight
 from dgr_jax.stages.dense_prepare import one_process
 from dgr_jax.stages.measures import check_measures
 from dgr_jax.stages.prepared import PREPARE, Prepared
@@ -37,6 +37,7 @@ COMPARED = ("Success@1", "Success@10", "RR@10")
 def evaluate(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     """Measures every system; see `measure`."""
     prepared = Prepared.load(experiment.model_dir)
+    experiment = plan_weight.chosen(experiment, folder, prepared)
     search = search_of(experiment, prepared)
     measure(
         experiment, folder, prepared, lambda name: open_system(experiment, name, prepared, search)
@@ -126,22 +127,22 @@ def _report(
     first = {s: of_splits[splits[0]] if splits else {} for s, of_splits in values.items()}
     _plot(experiment, folder, first)
     _show(measured, compared)
-    for line in _choices(experiment):
+    for line in (*_choices(experiment), *plan_weight.readable(folder)):
         display.wide_console().print(line, soft_wrap=True)
 
 
 def chosen_queries(
     experiment: Experiment | DenseExperiment, prepared: Prepared, split: str
 ) -> dict[str, Query]:
-    """qid -> query, at most Evaluate.max_queries of them."""
+    """qid -> query, at most Evaluate.max_queries of them, as Evaluate.variation has them."""
     queries = prepared.queries(split)
     settings = experiment.evaluate
-    if not settings.max_queries or settings.max_queries >= len(queries):
-        return queries
-    rng = np.random.default_rng(settings.seed)
-    keep = np.sort(rng.choice(len(queries), settings.max_queries, replace=False))
-    qids = list(queries)
-    return {qids[i]: queries[qids[i]] for i in keep}
+    if settings.max_queries and settings.max_queries < len(queries):
+        rng = np.random.default_rng(settings.seed)
+        keep = np.sort(rng.choice(len(queries), settings.max_queries, replace=False))
+        qids = list(queries)
+        queries = {qids[i]: queries[qids[i]] for i in keep}
+    return {qid: settings.variation.of(query) for qid, query in queries.items()}
 
 
 def first_test_split(experiment: Experiment | DenseExperiment) -> str:

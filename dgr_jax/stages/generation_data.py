@@ -44,7 +44,7 @@ class Opened:
     """
 
     passages: PassageStore
-    made: Identified
+    identified: Identified
     queries: Mapping[str, Query]
     qrels: Sequence[Qrel]
     test_queries: frozenset[str] = frozenset()
@@ -68,12 +68,12 @@ class Work:
 
     def blocks(self, part: Part, opened: Opened, writer: Any) -> Iterator[arrays.Features]:
         """Token arrays of a part, [n <= 4096, ...] a block; its records go to `writer`."""
-        settings, identified = self.settings, opened.made
+        settings, identified = self.settings, opened.identified
         pairs = source_pairs(
             settings, part.source, opened.passages, opened.queries, opened.qrels, part,
             test_queries=opened.test_queries, counts=opened.counts,
         )  # fmt: skip
-        stream = identified.examples(pairs, part.number)
+        stream = identified.examples(pairs, part.place)
         while held := list(itertools.islice(stream, _BLOCK)):
             writer.add(held)
             counts: Counter[str] = Counter()
@@ -92,17 +92,17 @@ class Work:
         opened = reopened(self)
         place = self._place(part)
         writer = prepared.ShardWriter(place.with_suffix(".tfrecord"))
-        opened.made.drawn.clear()
+        opened.identified.drawn.clear()
         opened.counts.clear()
         blocks = self.blocks(part, opened, writer)
         if (first := next(blocks, None)) is not None:
             arrays.write_arrays(place, itertools.chain([first], blocks))
         writer.close()
-        done = {"shard": writer.shard, "drawn": opened.made.drawn, "counts": opened.counts}
+        done = {"shard": writer.shard, "drawn": opened.identified.drawn, "counts": opened.counts}
         place.with_suffix(".json").write_text(json.dumps(done), encoding="utf-8")
 
     def _place(self, part: Part) -> Path:
-        return self.folder / "parts" / f"{part.source}-{part.number:05d}"
+        return self.folder / "parts" / f"{part.source}-{part.place:05d}"
 
     def _shard(self, source: str, index: int) -> Path:
         return direct.shard_path(self.folder / "tfds", NAME, source, index)
@@ -125,7 +125,7 @@ class Work:
         for part in self.parts(source, opened):
             place = self._place(part)
             done = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-            opened.made.drawn.update(done["drawn"])
+            opened.identified.drawn.update(done["drawn"])
             opened.counts.update(done["counts"])
             shard = direct.Shard(*done["shard"])
             if not shard.examples:
@@ -162,7 +162,7 @@ def write(
         first = list(itertools.islice(blocks, 1))
         require_examples({source: bool(first)})
         arrays.write_arrays(work.folder / "arrays" / source, itertools.chain(first, blocks))
-    features = prepared.features(views=bool(opened.made.vocabulary.views))
+    features = prepared.features(views=bool(opened.identified.vocabulary.views))
     prepared.describe(work.folder / "tfds", NAME, shards, features)
     shutil.rmtree(work.folder / "parts", ignore_errors=True)
     return {source: sum(shard.examples for shard in of) for source, of in shards.items()}

@@ -23,6 +23,7 @@ from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding import suffix_array, trie
 from dgr_jax.experiments.generative import Prepare
 from dgr_jax.identifiers import multiview
+from dgr_jax.identifiers.kept_models import KEPT
 from dgr_jax.identifiers.scheme import Material, Scheme
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
@@ -75,6 +76,7 @@ def build(
         vocabulary.marker,
         lambda: _pseudo_queries(settings, passages, test_queries, copies),
         settings.seed,
+        folder / KEPT,
     )
     tables = scheme.tables(material)
     codes = sum(table.num_code_tokens for table in tables)

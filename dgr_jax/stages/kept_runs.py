@@ -15,6 +15,7 @@ from typing import TypeVar
 from dgr_jax import processes
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.types import Query, ScoredPassage
+from dgr_jax.corpora.variations import Variation
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.model_dir import kept
@@ -41,6 +42,7 @@ def path_of(experiment: Experiment | DenseExperiment, system: str, split: str, o
     # The folder of the first one is another when it is trained again.
     others = [read_record(model_dir / name).get("fingerprint") for name in made_of[1:]]
     named = [asked, evaluate.max_queries, drawn, *["without self-hits"] * own, *rest, *others]
+    named += [evaluate.variation] * (evaluate.variation != Variation())
     home = (*made_of, "prepare")[0]
     return model_dir / home / "runs" / f"{system}.{split}-{fingerprint(describe(named))}.trec"
 

@@ -1,11 +1,15 @@
-"""Measures of TREC runs, whatever made them."""
+"""Measures of TREC runs, whatever made them: a table for people, or JSON for programs."""
 
 from __future__ import annotations
 
 import collections
+import json
 import logging
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dgr_jax import display, evaluation
 from dgr_jax.corpora import trec
@@ -14,12 +18,30 @@ from dgr_jax.corpora.types import ScoredPassage
 logger = logging.getLogger(__name__)
 
 
-def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
-    """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv).
+def measure_runs(
+    paths: list[str],
+    qrels_path: str,
+    min_relevance: int,
+    *,
+    measures: Sequence[str] = evaluation.MEASURES,
+    per_query: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Print the measures of TREC runs against a qrels file (TREC, or BEIR's .tsv), and how many of
+    its queries each run has.
 
-    Raises ValueError for a file without judgements, a run that is given twice, and a run that is
-    empty or has no query of the judgements; says what else may not be as it was meant.
+    per_query: also the values of each query. as_json: one JSON object, in place of tables.
+
+    Raises ValueError for an unknown measure, a file without judgements, a run that is given twice,
+    and a run that is empty or has no query of the judgements; says what else may not be as it was
+    meant.
     """
+    evaluation.check(measures, min_relevance=min_relevance)
+    if of_answers := [name for name in measures if evaluation.answer_cutoff(name)]:
+        raise ValueError(
+            f"--measures: got {of_answers[0]!r}, expected measures of judgements, such as 'RR@10': "
+            "qrels hold no answers"
+        )
     judged = trec.qrels_in_memory(trec.qrels(qrels_path))
     if not judged:
         raise ValueError(f"--qrels={qrels_path}: found no judgement; expected qid, 0, pid, grade")
@@ -34,9 +56,50 @@ def measure_runs(paths: list[str], qrels_path: str, min_relevance: int) -> None:
         run = trec.run_in_memory(trec.runs(path))
         for remark in _remarks(run, judged, path, qrels_path):
             logger.warning("%s: %s", path, remark)
-        measured[name] = evaluation.evaluate(run, judged, min_relevance=min_relevance)
-    title = _names([qrels_path])[qrels_path]
-    display.wide_console().print(evaluation.measures_table(measured, title=title))
+        values = evaluation.per_query(run, judged, measures, min_relevance=min_relevance)
+        measured[name] = _Measured(path, sum(qid in run for qid in judged), values)
+    if as_json:
+        said = {"qrels": qrels_path, "queries": len(judged), "min_relevance": min_relevance}
+        runs = [run.described(per_query) for run in measured.values()]
+        sys.stdout.write(json.dumps(said | {"runs": runs}) + "\n")
+    else:
+        _show(measured, _names([qrels_path])[qrels_path], len(judged), per_query)
+
+
+def names(listed: str) -> tuple[str, ...]:
+    """The measures of a list with commas, some of which may stand in brackets of a name."""
+    return tuple(name.strip() for name in re.split(r",(?![^()]*\))", listed))
+
+
+class _Measured(NamedTuple):
+    """A run: how many of the judged queries it has, and measure -> qid -> value."""
+
+    path: str
+    queries: int
+    values: Mapping[str, Mapping[str, float]]
+
+    @property
+    def by_query(self) -> dict[str, dict[str, float]]:
+        """qid -> measure -> value."""
+        qids = next(iter(self.values.values()), {})
+        return {qid: {name: row[qid] for name, row in self.values.items()} for qid in qids}
+
+    def described(self, per_query: bool) -> dict[str, Any]:
+        """What is known of the run, as JSON."""
+        means = evaluation.means(self.values)
+        said = {"run": self.path, "queries": self.queries, "measures": means}
+        return said | ({"per_query": self.by_query} if per_query else {})
+
+
+def _show(measured: Mapping[str, _Measured], title: str, queries: int, per_query: bool) -> None:
+    """Prints a table of the runs, and one of the queries of each where that is asked for."""
+    console = display.wide_console()
+    means = {name: evaluation.means(run.values) for name, run in measured.items()}
+    console.print(evaluation.measures_table(means, title=title))
+    for name, run in measured.items():
+        console.print(f"{name}: has {run.queries:,} of the {queries:,} judged queries")
+        if per_query:
+            console.print(evaluation.measures_table(run.by_query, title=name, first="query"))
 
 
 def _names(paths: list[str]) -> dict[str, str]:

@@ -45,6 +45,8 @@ def start(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     prepared = Prepared.load(experiment.model_dir)
     blocks = list(counted(prepared.store, prepared.vocabulary, experiment.initial))
     tokens, rows = corpus_start.embeddings(blocks, experiment.width)
+    if experiment.initial.shuffled:
+        rows = np.random.default_rng(0).permutation(rows)
     np.save(folder / "tokens.npy", tokens)
     np.save(folder / "rows.npy", rows)
     report = {

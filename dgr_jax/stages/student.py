@@ -13,21 +13,29 @@ from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.experiments.stage import Stage, after, fields
+from dgr_jax.model_dir import kept
 from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval import set_identifiers
 from dgr_jax.retrieval.kinds import write_student
+from dgr_jax.retrieval.student_plans import Learned, OnePass
 from dgr_jax.settings import describe
 from dgr_jax.stages import start, validation
 from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import assembled, params
 from dgr_jax.stages.training_run import Later, check_batches, train, validated
+from dgr_jax.training.plan_losses import WithSets
 from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
 
+_OWN, _ENOUGH = "passages_with_codes_of_their_own", 0.9
+
 
 def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
+    if isinstance(experiment.plan, OnePass):
+        _say_of_own_codes(Path(experiment.model_dir) / PREPARE / "report.json")
     initial = None
     if experiment.initial is not None:
         vocabulary = Prepared.load(experiment.model_dir).vocabulary
@@ -39,6 +47,21 @@ def generate(experiment: Experiment, folder: Path) -> None:
             initial = initial_params(experiment, config, vocabulary)
     source = mixture(experiment, experiment.generate)
     train_student(experiment, folder, experiment.generate, source, initial)
+
+
+def _say_of_own_codes(report: Path) -> None:
+    """Logs how many passages one pass over all codes can tell apart, a warning where few."""
+    with kept.reading(report):
+        said = kept.read_json(report)["identifiers"]
+        passages = int(said["passages"])
+        own = passages - int(said["passages_without_identifier"])
+        own = int(said.get(_OWN, own - int(said["passages_sharing_an_identifier"])))
+    logger.log(
+        logging.INFO if own >= _ENOUGH * passages else logging.WARNING,
+        "OnePass: %s of %s passages (%.1f%%) have codes of their own, before those that break "
+        "ties; one pass needs %.0f%% or more",
+        *(f"{own:,}", f"{passages:,}", 100 * own / passages, 100 * _ENOUGH),
+    )
 
 
 def initial_params(
@@ -90,11 +113,24 @@ def mixture(experiment: Experiment, settings: Training) -> Source:
     """The examples of the generation objective."""
     arrays = Path(experiment.model_dir) / PREPARE / "arrays"
     rates = experiment.prepare.sources.rates()
-    return MixtureSource(
+    source = MixtureSource(
         {name: (arrays / name, rate) for name, rate in rates.items()},
         settings.batch_size,
         settings.seed,
     )
+    return with_sets(experiment, source)
+
+
+def with_sets(experiment: Experiment, source: Source) -> Source:
+    """The source, whose batches bring along set identifiers where the plan is trained on them."""
+    if not isinstance(experiment.plan, Learned):
+        return source
+    prepared = Prepared.load(experiment.model_dir)
+    folder, size = prepared.folder / "plans", experiment.plan.set_size
+    sets = set_identifiers.opened(
+        *(prepared.store, prepared.vocabulary, size, folder), keep=processes.first()
+    )
+    return WithSets(source, prepared.table, sets)
 
 
 def later(experiment: Experiment, settings: Training) -> Source:

@@ -47,7 +47,7 @@ def open_system(
     """A finished system of an experiment, ready to retrieve; equal scores by pid.
 
     name: one that it trains, or one that is measured beside, such as 'bm25'. search: by default
-    that of the evaluate stage.
+    that of the evaluate stage. A plan without a weight has that which the evaluation chose.
     """
     search = search or experiment.evaluate.search
 
@@ -62,4 +62,7 @@ def open_system(
     opening = Opening(
         prepared.folder, prepared.store, search.depth, mesh, rules, opened, keep=processes.first()
     )
-    return untrained[name].open(opening).by_pid(prepared.store.pid_of)
+    settings = untrained[name]
+    if settings.given().get("weight", 0) is None:
+        settings = kinds.settings_of(kinds.untrained(Path(experiment.model_dir))[name])
+    return settings.open(opening).by_pid(prepared.store.pid_of)

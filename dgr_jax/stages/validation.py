@@ -25,6 +25,15 @@ def of(
     """The validation that the settings of a training run ask for; None where they ask for none."""
     if not settings.validate_every:
         return None
+    measure, questions = on_held_out(experiment, prepared, opened)
+    return Validation(measure, questions, settings.validate_every, settings.keep, settings.patience)
+
+
+def on_held_out(
+    experiment: Experiment | DenseExperiment, prepared: Prepared, opened: Opened
+) -> tuple[Callable[[Any], float], int]:
+    """What measures parameters, or whatever else `opened` takes, on the questions held out of
+    training, and how many these are."""
     (split,) = experiment.prepare.held_out
     queries, qrels = prepared.queries(split), prepared.qrels(split)
     own = judged.self_hits(experiment.prepare, queries, prepared.store, qrels)
@@ -45,9 +54,7 @@ def of(
         )
         return measured[MEASURE]
 
-    return Validation(
-        measure, len(queries), settings.validate_every, settings.keep, settings.patience
-    )
+    return measure, len(queries)
 
 
 def reopened(assembled: Opened) -> Opened:

@@ -39,7 +39,7 @@ def watch(parent: int, arguments: Sequence[str]) -> int:
     `parent` has ended; -> its exit status."""
     child = subprocess.Popen(arguments)
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda number, _: child.send_signal(number))
+        signal.signal(signum, lambda signum, _: child.send_signal(signum))
     while True:
         try:
             return child.wait(_POLL)

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dgr_jax.analysis import costs
+from dgr_jax.capacity.disk import readable
 from dgr_jax.display import harmless
 from dgr_jax.model_dir import records
-from dgr_jax.stages import pipeline
+from dgr_jax.stages import evaluate, pipeline
 from dgr_jax.studies.grid import Grid, Run
 
 
 class _Planned(NamedTuple):
     """A stage of a run, where it is kept, whether it trains, its training FLOPs where they are
-    known, and whether it is done."""
+    known, whether it is done, and the bytes on disk of a plan that it needs."""
 
     run: Run
     stage: str
@@ -26,12 +27,13 @@ class _Planned(NamedTuple):
     trains: bool
     flops: float | None
     done: bool
+    plan_bytes: float = 0.0
 
     @property
     def work(self) -> list[str]:
-        """Its training FLOPs in words; none of a stage that does not train."""
+        """Its training FLOPs in words, or the index of its plan; nothing of other stages."""
         if not self.trains:
-            return []
+            return [f"(plan of {readable(self.plan_bytes)})"] * (self.plan_bytes > 0)
         return ["? PFLOP" if self.flops is None else f"{self.flops / 1e15:.3g} PFLOP"]
 
     @property
@@ -83,10 +85,13 @@ def _stages(grid: Grid) -> Iterator[_Planned]:
         if collection not in corpora:
             corpora[collection] = costs.planned_corpus(experiment)
         flops = costs.expected_flops(experiment, corpora[collection])
+        plan, corpus = experiment.plan, corpora[collection]
+        index = plan.sizes(corpus.passages, corpus.words).disk if plan else 0.0
         trains = {name for name, stage in experiment.stages.items() if stage.batches}
         for stage, settings in pipeline.settings_of(experiment).items():
             kept = grid.kept_in(stage, settings)
             if kept not in seen:
                 seen.add(kept)
                 done = records.is_done(kept, settings)
-                yield _Planned(run, stage, kept, stage in trains, flops.get(stage), done)
+                needed = index * (stage == evaluate.STAGE.name)
+                yield _Planned(run, stage, kept, stage in trains, flops.get(stage), done, needed)

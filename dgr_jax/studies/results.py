@@ -49,7 +49,10 @@ def _asked(grid: Grid, run: Run) -> str:
     experiment = grid.experiment(run)
     split = grid.study.split or first_test_split(experiment)
     evaluate = experiment.evaluate
-    asked = (evaluate.max_queries, evaluate.min_relevance, describe(evaluate.baseline))
+    asked = (
+        *(evaluate.max_queries, evaluate.min_relevance),
+        *map(describe, (evaluate.baseline, evaluate.variation)),
+    )
     rules = experiment.prepare.rules_of_measures
     return fingerprint([describe(experiment.collection), split, *asked, *rules])
 

@@ -67,7 +67,8 @@ def values_of(
 def fairness(experiment: Experiment, folder: Path, system: str, split: str) -> dict[str, Any]:
     """What rows of a table must have in common, see Study.may_differ."""
     collection = json.dumps(describe(experiment.collection), sort_keys=True)
-    measured = split, experiment.evaluate.max_queries, collection
+    evaluate = experiment.evaluate
+    measured = split, evaluate.max_queries, evaluate.variation, collection
     fair = {"split": (*measured, *experiment.prepare.rules_of_measures)}
     made_of = experiment.made_of(system)
     if not made_of:

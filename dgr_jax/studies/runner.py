@@ -66,9 +66,9 @@ def _status(command: Sequence[str], output: IO[str], settings: Mapping[str, str]
     bound = dependent.command(command)
     with subprocess.Popen(bound, stdout=output, stderr=output, env=environment) as child:
 
-        def stop(number: int, _: Any) -> None:
-            told.append(number)
-            child.send_signal(number)
+        def stop(signum: int, _: Any) -> None:
+            told.append(signum)
+            child.send_signal(signum)
 
         heard = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

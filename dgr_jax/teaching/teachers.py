@@ -181,7 +181,7 @@ class BiEncoderTeacher(Teacher):
         distinct = dict.fromkeys(itertools.chain.from_iterable(pools.values()))
         rows = {pid: row for row, pid in enumerate(distinct)}
         texts = (self.passage_prefix + store[store.index_of(pid)].contents for pid in rows)
-        parts = [self._encode(encoder, part) for part in _batched(texts, 4096)]
+        parts = [self._encode(encoder, part) for part in batched(texts, 4096)]
         passages = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
         for block in _blocks(pools):
             vectors = self._encode(encoder, [self.query_prefix + queries[qid] for qid in block])
@@ -347,10 +347,11 @@ def _first_column(path: str) -> dict[str, None]:
 
 def _blocks(pools: Mapping[str, list[str]]) -> Iterator[dict[str, list[str]]]:
     """The pools of `_BLOCK` queries at a time."""
-    return map(dict, _batched(pools.items(), _BLOCK))
+    return map(dict, batched(pools.items(), _BLOCK))
 
 
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
     iterator = iter(items)
     while block := list(itertools.islice(iterator, size)):
         yield block

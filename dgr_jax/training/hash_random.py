@@ -35,9 +35,9 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _hash(words: jax.Array, number: jax.Array) -> jax.Array:
-    """uint32 of the shape of `number`, from key words uint32 [2] and uint32 numbers."""
-    return _mix(_mix(number * jnp.uint32(_ODD) ^ words[0]) + words[1])
+def _hash(words: jax.Array, numbers: jax.Array) -> jax.Array:
+    """uint32 of the shape of `numbers`, which are uint32, from key words uint32 [2]."""
+    return _mix(_mix(numbers * jnp.uint32(_ODD) ^ words[0]) + words[1])
 
 
 def _seed(seed: jax.Array) -> jax.Array:
@@ -45,9 +45,9 @@ def _seed(seed: jax.Array) -> jax.Array:
     return _children(zeros, jnp.asarray(seed).astype(jnp.uint32))
 
 
-def _children(words: jax.Array, number: jax.Array) -> jax.Array:
+def _children(words: jax.Array, numbers: jax.Array) -> jax.Array:
     """Key words [..., 2] of the children with these numbers [...]."""
-    first = _hash(words, number)
+    first = _hash(words, numbers)
     return jnp.stack([first, _mix(first + words[1] + jnp.uint32(_ODD))], -1)
 
 

@@ -7,19 +7,21 @@ name to a pair (sum, weight), added up the same way; its value is sum / weight.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from dgr_jax import ranges
+from dgr_jax import moved, ranges
 from dgr_jax.decoding import passage_scoring
 from dgr_jax.decoding.passage_scoring import BODY, Identifiers, Scoring
 from dgr_jax.losses import generation, ranking
+from dgr_jax.settings import unless_default
 from dgr_jax.special_tokens import EOS_ID, PAD_ID
+from dgr_jax.training.list_decoding import decoded_examples, decoded_lists, pad_to
+from dgr_jax.training.plan_losses import PlanLoss
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -52,10 +54,15 @@ def _tokens_right(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 @dataclass(frozen=True)
 class Generation:
-    """Cross entropy of an identifier's tokens given the query; weight: the number of tokens."""
+    """Cross entropy of an identifier's tokens given the query; weight: the number of tokens.
+
+    plan: also what trains a plan of the student, an example as heavy as its tokens. It is that of
+      Experiment.plan.
+    """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    plan: PlanLoss | None = unless_default(None)
 
     def __post_init__(self) -> None:
         ranges.check(self, label_smoothing=ranges.from_to_below(0, 1), z_loss=ranges.at_least(0))
@@ -64,13 +71,7 @@ class Generation:
         """f over a generation batch."""
 
         def loss(params: Any, batch: Batch, rng: jax.Array) -> Any:
-            logits = model.apply(
-                {"params": params},
-                batch["encoder_input_tokens"],
-                batch["decoder_input_tokens"],
-                deterministic=False,
-                rngs={"dropout": rng},
-            )
+            logits, table = decoded_examples(model, params, batch, rng, self.plan)
             targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
             loss_sum, _ = generation.cross_entropy(
                 logits,
@@ -79,14 +80,14 @@ class Generation:
                 label_smoothing=self.label_smoothing,
                 z_loss=self.z_loss,
             )
-            return loss_sum, _sum(weights), _tokens_right(logits, targets, weights)
+            metrics = _tokens_right(logits, targets, weights)
+            if self.plan is not None:
+                plan_loss = _sum(self.plan.of_examples(table, batch) * jnp.sum(weights, -1))
+                loss_sum += self.plan.weight * plan_loss
+                metrics["plan_loss"] = plan_loss, _sum(weights)
+            return loss_sum, _sum(weights), metrics
 
         return loss
-
-
-def shift_right(tokens: jax.Array) -> jax.Array:
-    """Decoder inputs of targets [..., T]: the start token (0, as pad), then all but the last."""
-    return jnp.pad(tokens[..., :-1], [(0, 0)] * (tokens.ndim - 1) + [(1, 0)])
 
 
 def passage_scores(log_probs: jax.Array, tokens: jax.Array, weights: jax.Array) -> jax.Array:
@@ -152,10 +153,6 @@ def _check_prefixes(lengths: tuple[int, ...], shape: tuple[int, ...]) -> None:
         )
 
 
-def _pad_to(tokens: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
-
-
 def _ordered_pairs(student: jax.Array, teacher: jax.Array, mask: jax.Array) -> Any:
     """Pairs of a list that the student orders as the teacher does: (right, all pairs)."""
     pairs = (teacher[:, :, None] > teacher[:, None, :]) & mask[:, :, None] & mask[:, None, :]
@@ -171,7 +168,7 @@ def _positive_first(
     Returns (such lists, lists that hold such a passage).
     """
     length = max(tokens.shape[-1], target.shape[-1])
-    same = _pad_to(tokens, length) == _pad_to(target, length)[:, None, None, :]
+    same = pad_to(tokens, length) == pad_to(target, length)[:, None, None, :]
     positive = jnp.any(jnp.all(same, axis=-1), axis=-1) & mask
     best = jnp.argmax(jnp.where(mask, student, -jnp.inf), axis=-1)
     first = jnp.take_along_axis(positive, best[:, None], axis=-1)[:, 0]
@@ -206,6 +203,8 @@ class Distillation:
       scoring: how search scores passages of identifiers of several views; such lists also have
         the features of `data.rank_lists.view_features`, and the query once a view. With those of
         `training.packing` beside them the identifiers are decoded side by side.
+      plan: also what trains a plan of the student: its loss of the lists, or `loss` where it has
+        none, and that of the generation examples. It is that of Experiment.plan.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -214,6 +213,7 @@ class Distillation:
     prefix_lengths: tuple[int, ...] = ()
     prefix_weights: tuple[float, ...] = ()
     scoring: Scoring = Scoring()
+    plan: PlanLoss | None = unless_default(None)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -240,18 +240,28 @@ class Distillation:
             lists = batch["rank_list"]
             encode_rng, decode_rng, generation_rng = jax.random.split(rng, 3)
             shared = "generation" not in batch
-            log_probs, logits = _decoded_lists(
-                model, params, lists, shared and self.generation_weight != 0, encode_rng, decode_rng
+            with_target = shared and self.generation_weight != 0
+            log_probs, logits, table = decoded_lists(
+                model, params, lists, with_target, encode_rng, decode_rng, self.plan
             )
             rank_loss, metrics = self._rank_loss(log_probs, lists)
+            if self.plan is not None:
+                plan_loss, more = self._plan_loss(self.plan, table, lists)
+                rank_loss, metrics = rank_loss + self.plan.weight * plan_loss, metrics | more
             queries = rank_loss.shape[0]
             loss_sum = jnp.sum(rank_loss)
             if self.generation_weight:
                 examples = lists if shared else batch["generation"]
                 if not shared:
-                    logits = _logits_of_generation(model, params, examples, generation_rng)
+                    logits, table = decoded_examples(
+                        model, params, examples, generation_rng, self.plan
+                    )
                 assert logits is not None
                 per_example, more = self._generation_loss(logits, examples)
+                if self.plan is not None:
+                    plan_loss = jnp.mean(self.plan.of_examples(table, examples))
+                    per_example += self.plan.weight * plan_loss
+                    more["plan_loss"] = plan_loss, jnp.float32(1)
                 loss_sum += self.generation_weight * queries * per_example
                 metrics |= more
             return loss_sum, jnp.float32(queries), metrics
@@ -292,6 +302,16 @@ class Distillation:
             metrics["positive_first"] = _positive_first(student, mask, tokens, target)
         return loss, metrics
 
+    def _plan_loss(self, plan: PlanLoss, table: Any, lists: Batch) -> tuple[jax.Array, Metrics]:
+        """The table of each query -> loss of the plan's scores of its list [B]."""
+        student, mask = plan.of_lists(table, lists), _rankable(lists)
+        mask &= jnp.sum(mask, axis=-1, keepdims=True) >= 2
+        loss = (plan.loss or self.loss)(student, lists["teacher_scores"], mask)
+        return loss, {
+            "plan_rank_loss": (_sum(loss), jnp.float32(loss.size)),
+            "plan_pairs_right": _ordered_pairs(student, lists["teacher_scores"], mask),
+        }
+
     def _generation_loss(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
         """Logits [G, T, V] -> mean over examples of their mean token loss, []."""
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
@@ -305,133 +325,4 @@ class Distillation:
         return loss_sum / examples, metrics | _tokens_right(logits, targets, weights)
 
 
-def _logits_of_generation(model: Any, params: Any, batch: Batch, rng: jax.Array) -> jax.Array:
-    """Logits [G, T, V] of the generation targets."""
-    return model.apply(
-        {"params": params},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        deterministic=False,
-        rngs={"dropout": rng},
-    )
-
-
-def _decoded_lists(
-    model: Any,
-    params: Any,
-    lists: Batch,
-    with_target: bool,
-    encode_rng: jax.Array,
-    decode_rng: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Encodes each query once, or once a view, and decodes its L*K identifiers, and its target if
-    asked.
-
-    Returns log-probabilities [B, L, K, T] of the identifiers' tokens and, of the target, logits
-    [B, T', V] or None.
-    """
-    rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
-    inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
-    if with_target:
-        target = lists["decoder_input_tokens"]
-        target_length = target.shape[-1]
-        inputs = _with_target(inputs, target, lists["encoder_input_tokens"].ndim)
-    encoded, seen = _encoded_queries(model, params, lists, rows.views, encode_rng)
-    x = model.apply(
-        {"params": params},
-        encoded,
-        seen,
-        inputs,
-        deterministic=False,
-        method="decode",
-        rngs={"dropout": decode_rng},
-        **({} if rows.segments is None else {"segments": rows.segments}),
-    )
-    logits = functools.partial(model.apply, {"params": params}, method="logits")
-    # Parts of x and not of the logits, whose gradients would be put together again: they are large.
-    own = x[:, :-1, :length] if with_target else x
-    log_probs = generation.token_log_probs(logits(own), rows.targets)
-    if rows.segments is None:
-        log_probs = log_probs.reshape(lists["identifier_tokens"].shape)
-    else:
-        log_probs = _unpacked(log_probs, lists)
-    return log_probs, logits(x[:, -1, :target_length]) if with_target else None
-
-
-def _with_target(inputs: jax.Array, target: jax.Array, query_dims: int) -> jax.Array:
-    """Decoder inputs [B, R, T] and those of the target [B, T'], side by side as one row more."""
-    if query_dims == 3:
-        raise ValueError(
-            "Distillation: got rank lists of several views without generation examples; expected "
-            'batches {"rank_list": ..., "generation": ...}'
-        )
-    longest = max(inputs.shape[-1], target.shape[-1])
-    rows = [_pad_to(inputs, longest), _pad_to(target, longest)[:, None, :]]
-    return jnp.concatenate(rows, axis=1)
-
-
-def _encoded_queries(
-    model: Any, params: Any, lists: Batch, views: jax.Array | None, rng: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Each query, or each view of it, encoded once, and the tokens that a target may look at."""
-    queries = lists["encoder_input_tokens"]
-    encoded = model.apply(
-        {"params": params},
-        queries.reshape(-1, queries.shape[-1]),
-        deterministic=False,
-        method="encode",
-        rngs={"dropout": rng},
-    )
-    if queries.ndim == 2:
-        return encoded, queries
-    assert views is not None
-    return encoded.reshape(queries.shape[0], -1, encoded.shape[-1]), _of_view(queries, views)
-
-
-class _Rows(NamedTuple):
-    """What the decoder reads of the lists, int32 [B, R, T] each; views of a row, [B, R], or of a
-    token; views and segments None where there are none."""
-
-    targets: jax.Array
-    inputs: jax.Array
-    views: jax.Array | None
-    segments: jax.Array | None
-
-
-def _rows(lists: Batch) -> _Rows:
-    """A row for each identifier."""
-    tokens, views = lists["identifier_tokens"], lists.get("identifier_views")
-    targets = tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
-    of_row = None if views is None else views.reshape(targets.shape[:2])
-    return _Rows(targets, shift_right(targets), of_row, None)
-
-
-def _packed_rows(lists: Batch) -> _Rows:
-    """The rows of `training.packing`: an identifier begins where the segment is another one."""
-    targets, segments = lists["packed_tokens"], lists["packed_segments"]
-    views = lists["identifier_views"]
-    inputs = jnp.where(segments == shift_right(segments), shift_right(targets), PAD_ID)
-    identifier = jnp.maximum(segments - 1, 0).reshape(segments.shape[0], -1)
-    of_token = jnp.take_along_axis(views.reshape(views.shape[0], -1), identifier, axis=-1)
-    return _Rows(targets, inputs, of_token.reshape(segments.shape), segments)
-
-
-def _unpacked(log_probs: jax.Array, lists: Batch) -> jax.Array:
-    """[B, R, W] of packed rows -> those of each identifier's tokens [B, L, K, T], 0 at padding."""
-    tokens, starts = lists["identifier_tokens"], lists["packed_starts"]
-    flat = log_probs.reshape(log_probs.shape[0], -1)
-    places = jnp.minimum(starts[..., None] + jnp.arange(tokens.shape[-1]), flat.shape[-1] - 1)
-    unpacked = jnp.take_along_axis(flat, places.reshape(places.shape[0], -1), axis=-1)
-    return jnp.where(tokens != PAD_ID, unpacked.reshape(tokens.shape), 0.0)
-
-
-def _of_view(queries: jax.Array, views: jax.Array) -> jax.Array:
-    """What each target, or each token of it, may look at of a query's inputs [B, 3, Q] side by
-    side: int32 [B, R, 3*Q] or [B, R, T, 3*Q].
-
-    views: int32 [B, R] or [B, R, T], places of the inputs.
-    """
-    own = views[..., None] == jnp.arange(queries.shape[1])
-    inputs = queries.reshape(queries.shape[0], *(1,) * (views.ndim - 1), *queries.shape[1:])
-    shown = jnp.where(own[..., None], inputs, PAD_ID)
-    return shown.reshape(*views.shape, -1)
+__getattr__ = moved.names(__name__, shift_right="training.list_decoding")

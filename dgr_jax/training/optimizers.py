@@ -73,49 +73,43 @@ def _progress(step: jax.Array, warmup_steps: int, total_steps: int) -> jax.Array
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Decay:
+    """After a linear warmup to `peak`, down to `final` * peak at the last step."""
+
+    peak: float = 1e-3
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        ranges.check(self, final=ranges.at_least(0))
+
+    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
+        """Learning rate of a step, counted from 0."""
+
+        def rate(step: jax.Array) -> jax.Array:
+            decay = self._decay(_progress(step, self.warmup_steps, total_steps))
+            return self.peak * decay * _warmup(step, self.warmup_steps)
+
+        return rate
+
+    def _decay(self, done: jax.Array) -> jax.Array:
+        """Share of the peak when this share of the steps after warmup is done."""
+        raise NotImplementedError
+
+
+class Linear(_Decay):
     """After a linear warmup to `peak`, a straight line to `final` * peak at the last step."""
 
-    peak: float = 1e-3
-    warmup_steps: int = 0
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self)
-        ranges.check(self, final=ranges.at_least(0))
-
-    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
-        """Learning rate of a step, counted from 0."""
-
-        def rate(step: jax.Array) -> jax.Array:
-            done = _progress(step, self.warmup_steps, total_steps)
-            decay = 1.0 - (1.0 - self.final) * done
-            return self.peak * decay * _warmup(step, self.warmup_steps)
-
-        return rate
+    def _decay(self, done: jax.Array) -> jax.Array:
+        return 1.0 - (1.0 - self.final) * done
 
 
-@dataclass(frozen=True)
-class Cosine:
+class Cosine(_Decay):
     """After a linear warmup, half a cosine to `final` * peak (Loshchilov & Hutter 2017)."""
 
-    peak: float = 1e-3
-    warmup_steps: int = 0
-    final: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self)
-        ranges.check(self, final=ranges.at_least(0))
-
-    def schedule(self, total_steps: int) -> Callable[[jax.Array], jax.Array]:
-        """Learning rate of a step, counted from 0."""
-
-        def rate(step: jax.Array) -> jax.Array:
-            done = _progress(step, self.warmup_steps, total_steps)
-            decay = self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(math.pi * done))
-            return self.peak * decay * _warmup(step, self.warmup_steps)
-
-        return rate
+    def _decay(self, done: jax.Array) -> jax.Array:
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + jnp.cos(math.pi * done))
 
 
 class Schedule(Protocol):

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import checkpoints, partitioning
+from dgr_jax import array_trees, partitioning
 from dgr_jax.training import hash_random
 from dgr_jax.training.objectives import Batch, LossFn, Metrics, Objective
 
@@ -103,29 +103,29 @@ def init_state(
             return _new_state(nn.unbox(params), optimizer, seed)
 
         return jax.jit(create, out_shardings=shardings)()
-    checkpoints.check_shapes(params, abstract.params, "initial parameters")
+    array_trees.check_shapes(params, abstract.params, "initial parameters")
     params = partitioning.place(params, shardings.params)
     start = jax.jit(lambda p: _new_state(p, optimizer, seed), out_shardings=shardings)
     return start(params)
 
 
-def _microbatches(batch: Batch, number: int, mesh: jax.sharding.Mesh) -> Any:
-    """[B, ...] -> [number, B / number, ...].
+def _microbatches(batch: Batch, count: int, mesh: jax.sharding.Mesh) -> Any:
+    """[B, ...] -> [count, B / count, ...].
 
-    Microbatch i takes rows i, i + number, ...: every device cuts its own rows, none travel.
+    Microbatch i takes rows i, i + count, ...: every device cuts its own rows, none travel.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, partitioning.BATCH_AXES))
     shards = partitioning.batch_shards(mesh)
 
     def split(rows: jax.Array) -> jax.Array:
         size = rows.shape[0]
-        if size % (number * shards):
+        if size % (count * shards):
             raise ValueError(
-                f"microbatches: got a batch of {size}, expected a multiple of {number * shards} = "
-                f"{number} microbatches x {shards} data shards; set batch_size, microbatches or "
+                f"microbatches: got a batch of {size}, expected a multiple of {count * shards} = "
+                f"{count} microbatches x {shards} data shards; set batch_size, microbatches or "
                 f"Mesh.data"
             )
-        cut = rows.reshape(size // number, number, *rows.shape[1:]).swapaxes(0, 1)
+        cut = rows.reshape(size // count, count, *rows.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(cut, sharding)
 
     return jax.tree.map(split, batch)
@@ -143,7 +143,7 @@ def _sums(loss: LossFn, params: Any, batch: Batch, rng: jax.Array) -> Any:
 
 
 def _sums_of_microbatches(
-    loss: LossFn, params: Any, batches: Any, rng: jax.Array, number: int
+    loss: LossFn, params: Any, batches: Any, rng: jax.Array, count: int
 ) -> Any:
     """`_sums`, added over microbatches in a loop that keeps one at a time in memory."""
 
@@ -155,18 +155,18 @@ def _sums_of_microbatches(
     first = jax.tree.map(lambda rows: rows[0], batches)
     shapes = jax.eval_shape(lambda: _sums(loss, params, first, rng))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(number), batches))
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), batches))
     return total
 
 
 def _summed(
-    loss: LossFn, params: Any, batch: Batch, rng: jax.Array, number: int, mesh: jax.sharding.Mesh
+    loss: LossFn, params: Any, batch: Batch, rng: jax.Array, count: int, mesh: jax.sharding.Mesh
 ) -> Any:
     """`_sums` of a batch, in so many microbatches."""
-    if number == 1:
+    if count == 1:
         return _sums(loss, params, batch, rng)
-    parts = _microbatches(batch, number, mesh)
-    return _sums_of_microbatches(loss, params, parts, rng, number)
+    parts = _microbatches(batch, count, mesh)
+    return _sums_of_microbatches(loss, params, parts, rng, count)
 
 
 def _updated(

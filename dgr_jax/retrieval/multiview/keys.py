@@ -60,12 +60,12 @@ def keys(
 class Keyed:
     """Rank lists with the keys of their passages.
 
-    found: the keys of the queries, in their order. passages: int32 [n, D], the candidates.
+    query_keys: those of the queries, in their order. passages: int32 [n, D], the candidates.
     text, tables: where identifiers occur, see MultiviewIndex. views: the source of the keys of
     passages that the student did not find; `seed` decides which are drawn.
     """
 
-    found: Keys
+    query_keys: Keys
     passages: np.ndarray
     text: SuffixArray | None
     tables: Mapping[str, IdentifierTable]
@@ -86,7 +86,7 @@ class Keyed:
         are drawn) and of `passages_without_identifier`.
         """
         lists, width = passages.shape
-        limit, length = self.found["members"].shape[2], self.found["tokens"].shape[2]
+        limit, length = self.query_keys["members"].shape[2], self.query_keys["tokens"].shape[2]
         tokens = np.zeros((lists, width, limit, length), np.int32)
         views, occurring = np.zeros((2, lists, width, limit), np.int32)
         missing = []
@@ -98,11 +98,11 @@ class Keyed:
                 if passage not in place:
                     missing.append((i, j))
                     continue
-                members = self.found["members"][row, place[passage]]
+                members = self.query_keys["members"][row, place[passage]]
                 members = members[members >= 0]
-                tokens[i, j, : len(members)] = self.found["tokens"][row, members]
-                views[i, j, : len(members)] = self.found["views"][row, members]
-                occurring[i, j, : len(members)] = self.found["counts"][row, members]
+                tokens[i, j, : len(members)] = self.query_keys["tokens"][row, members]
+                views[i, j, : len(members)] = self.query_keys["views"][row, members]
+                occurring[i, j, : len(members)] = self.query_keys["counts"][row, members]
         self._draw(missing, texts, passages, (tokens, views, occurring))
         used = tokens.any((2, 3))
         counts["passages"] += int((passages >= 0).sum())

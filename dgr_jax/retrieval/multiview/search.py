@@ -27,16 +27,10 @@ from dgr_jax.decoding.trie import Trie
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
-from dgr_jax.retrieval.multiview.index import (
-    MultiviewIndex,
-    Scored,
-    Written,
-    best,
-    written_rows,
-    written_spans,
-)
+from dgr_jax.retrieval.multiview.index import MultiviewIndex, Scored, best
 from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
+from dgr_jax.retrieval.multiview.written import Written, written_rows, written_spans
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.special_tokens import EOS_ID
@@ -81,7 +75,7 @@ class MultiviewSearch:
 
 
 @dataclass
-class MultiviewDecoder(TrainedSystem):
+class MultiviewDecoder(TrainedSystem, kind="multiview"):
     """Parameters, indexes and settings ready to answer token batches.
 
     params: placed on the mesh as `partitioning.abstract_params` says, by the same rules.
@@ -101,6 +95,7 @@ class MultiviewDecoder(TrainedSystem):
     span_tokens: int = 10
     opening: np.ndarray | None = None
     rules: partitioning.Rules = partitioning.RULES
+    sizes: tuple[int, ...] = ()
 
     writes: ClassVar[bool] = True
     model_settings: ClassVar = T5Config
@@ -221,13 +216,12 @@ class MultiviewDecoder(TrainedSystem):
     def passages(self, tokens: np.ndarray) -> Found:
         """int32 [n, Q] without marker -> passage index int32 and score f32 [n, depth], best first;
         free places hold -1 and -inf."""
-        size = 1 if len(tokens) == 1 else self.search.batch_size
-        return best(list(self._scored([tokens], size)), self.search.depth)
+        scored = self._scored([tokens], self.padded(len(tokens)))
+        return best(list(scored), self.search.depth)
 
     def hits(self, tokens: np.ndarray) -> Iterator[list[SystemHit]]:
         """See System: the tokens are those of the identifier of most weight."""
-        size = 1 if len(tokens) == 1 else self.search.batch_size
-        for result in self._scored([tokens], size):
+        for result in self._scored([tokens], self.padded(len(tokens))):
             best_of = result.query.tokens[result.packed.members[: self.search.depth, 0]]
             rows = zip(result.passages.tolist(), result.scores.tolist(), best_of, strict=False)
             yield [SystemHit(*row) for row in rows]

@@ -21,7 +21,7 @@ from dgr_jax.decoding.suffix_array import SuffixArray
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.model_dir import kept
 
-_FILE = "views.json"
+FILE = "views.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +44,13 @@ class ViewIndexes:
     @staticmethod
     def describe(folder: Path, **described: int) -> None:
         """Writes views.json: span_tokens, spans_begin_anywhere and num_tokens."""
-        (folder / _FILE).write_text(json.dumps(described), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(described), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, vocabulary: Vocabulary) -> ViewIndexes:
         """Opens a folder; arrays are memory-mapped."""
-        described = kept.read_json(folder / _FILE)
-        with kept.reading(folder / _FILE):
+        described = kept.read_json(folder / FILE)
+        with kept.reading(folder / FILE):
             anywhere = bool(described["spans_begin_anywhere"])
             num_tokens, span_tokens = (int(described[n]) for n in ("num_tokens", "span_tokens"))
         tabled = [view for view in vocabulary.views if view != "body"]

@@ -1,0 +1,111 @@
+"""What gin has bound once files are read: what has no effect, and the file that keeps all of it."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dgr_jax.config.mistakes import Mistake
+from dgr_jax.model_dir import writer_lock
+
+logger = logging.getLogger(__name__)
+
+# A line of what gin prints: scope/Component.setting = ...
+_SETTING = re.compile(r"^((?:[\w-]+/)*)([\w.]*?)(\w+)\.(\w+) =", re.MULTILINE)
+
+
+def settings(text: str) -> list[tuple[str, str, str]]:
+    """(scope, component, setting) of every binding in what gin prints."""
+    return [(scope.rstrip("/"), name, key) for scope, _, name, key in _SETTING.findall(text)]
+
+
+def winner(scope: str, name: str, key: str, there: Iterable[tuple[str, str, str]]) -> str | None:
+    """The scope whose binding a call in `scope` takes: the longest that is bound; None: default."""
+    parts = scope.split("/") if scope else []
+    prefixes = ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+    return next((p for p in prefixes if (p, name, key) in there), None)
+
+
+def check_effects(bindings: Sequence[str]) -> None:
+    """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
+    bindings that are more special, or is of a plan that is not there; warns where the experiment
+    makes no other such component."""
+    import gin
+
+    from dgr_jax.config import configurables  # imports JAX
+
+    there = set(settings(gin.config_str()))
+    called = settings(gin.operative_config_str())
+    for scope, name, key in settings("\n".join(bindings)):
+        calls = [s for s, n, k in called if (n, k) == (name, key)]
+        if any(winner(s, name, key, there) == scope for s in calls):
+            continue
+        given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+        if not calls and name in configurables.plans():
+            raise Mistake(
+                f"{given}: got a setting of a plan that this experiment does not have, expected "
+                f"--gin.PLAN=@{name}() beside it"
+            )
+        if not calls:
+            logger.warning("%s has no effect: this experiment makes no %s", given, name)
+            continue
+        others = sorted({f"{s}/{name}.{key}" for s in calls if s})
+        raise Mistake(f"{given} has no effect; set {' or '.join(others) or f'{name}.{key}'}")
+
+
+def keep(experiment: Any) -> None:
+    """Writes MODEL_DIR/config.gin: every binding, and the defaults of every component made. From
+    here on no other process writes into MODEL_DIR, see `writer_lock`.
+
+    So the file alone says what is done, and bindings are as general as they were: any of them can
+    be overridden when the experiment goes on.
+    """
+    import gin
+
+    from dgr_jax.config import configurables  # imports JAX
+
+    text = gin.config_str(max_line_length=100)
+    there = set(settings(text))
+    lines = {}
+    for _, name, _ in settings(gin.operative_config_str()):
+        for key, default in (
+            configurables.defaults(name).items() if name in configurables.configurables() else ()
+        ):
+            if ("", name, key) not in there and _is_literal(default):
+                lines[f"{name}.{key} = {default!r}"] = None
+    folder = Path(experiment.model_dir)
+    try:
+        writer_lock.take(folder)
+    except OSError as error:
+        raise Mistake(f"MODEL_DIR {folder} cannot be made: {error.strerror}") from error
+    rule = "# " + "=" * 78
+    kept = f"{text}\n# Defaults:\n{rule}\n" + "\n".join(sorted(lines)) + "\n"
+    if _read(folder / "config.gin") == kept:
+        return
+    partial = folder / "config.gin.partial"
+    try:
+        partial.write_text(kept, encoding="utf-8")
+        partial.replace(folder / "config.gin")
+    except OSError as error:  # what is finished there can be read all the same
+        if error.errno not in writer_lock.READ_ONLY:
+            raise
+        logger.warning("%s: %s; it stays as it is", folder / "config.gin", error.strerror)
+
+
+def _read(file: Path) -> str:
+    """Blank where the file is missing or no text."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return ""
+
+
+def _is_literal(value: object) -> bool:
+    try:
+        return ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        return False

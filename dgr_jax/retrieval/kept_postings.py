@@ -1,0 +1,161 @@
+"""The words of a corpus and what they count by BM25: kept in a folder, changed with the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dgr_jax.decoding import array_folder
+from dgr_jax.model_dir import kept
+from dgr_jax.settings import fingerprint
+
+logger = logging.getLogger(__name__)
+
+PLANS = "plans"  # folder of the prepare stage, and of a version of the index
+_FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
+
+
+class Postings(NamedTuple):
+    """Word w of `words` adds impacts[i] to passage passages[i], for i from starts[w] on, below
+    starts[w + 1]."""
+
+    words: list[str]
+    starts: np.ndarray
+    passages: np.ndarray
+    impacts: np.ndarray
+
+
+class Weighing(Protocol):
+    """What is used here of the settings of BM25, a dataclass."""
+
+    @property
+    def k1(self) -> float: ...
+    @property
+    def b(self) -> float: ...
+
+    def reader(self, *, alone: bool = False) -> Callable[[str], Iterable[str]]: ...
+
+
+@dataclass(frozen=True)
+class KeptPostings:
+    """Postings, and what passages that come later are weighed with.
+
+    idf: inverse document frequency of each word, f32; mean_words: words of a passage on average,
+    None where an older version kept the postings.
+    """
+
+    postings: Postings
+    idf: np.ndarray
+    mean_words: float | None
+
+    @classmethod
+    def of(cls, postings: Postings, passages: int, mean_words: float) -> KeptPostings:
+        """Those of so many passages, of so many words on average."""
+        return cls(postings, _idf(np.diff(postings.starts), passages), mean_words)
+
+    def changed(self, bm25: Weighing, stay: np.ndarray, texts: Sequence[str]) -> KeptPostings:
+        """Those of the passages that stay, bool [P], and then of others.
+
+        What a known word counts, and the average length, stay as they were. A new word counts what
+        it would among all passages.
+        """
+        assert self.mean_words is not None
+        new = [Counter(bm25.reader(alone=True)(text)) for text in texts]
+        places = {word: i for i, word in enumerate(self.postings.words)}
+        frequency = Counter(word for counts in new for word in counts if word not in places)
+        places |= {word: len(places) + i for i, word in enumerate(frequency)}
+        passages = int(np.count_nonzero(stay)) + len(texts)
+        idf = np.append(self.idf, _idf(np.array([*frequency.values()], float), passages))
+        word = np.array([places[w] for counts in new for w in counts], np.int64)
+        owner = np.repeat(np.arange(len(new)), [len(counts) for counts in new])
+        count = np.array([n for counts in new for n in counts.values()], np.float64)
+        length = np.array([counts.total() for counts in new], np.float64)[owner]
+        norm = 1 - bm25.b + bm25.b * length / max(self.mean_words, 1e-9)
+        impacts = (idf[word] * count / (bm25.k1 * norm + count)).astype(np.float32)
+        added = word, owner + passages - len(texts), impacts
+        merged = _merged(self.postings, stay, list(places), added)
+        return KeptPostings(merged, idf.astype(np.float32), self.mean_words)
+
+    def save(self, folder: Path, bm25: Weighing, pids: Sequence[str]) -> None:
+        """Writes them to `folder`, of the passages with these pids."""
+        words = np.frombuffer("\n".join(self.postings.words).encode(), np.uint8)
+        arrays = self.postings._asdict() | {"words": words, "idf": self.idf}
+        settings = {
+            "corpus": _corpus(pids),
+            "mean_words": self.mean_words,
+            "bm25": _described(bm25),
+        }
+        array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings=settings)
+
+    @classmethod
+    def load(cls, folder: Path, pids: Sequence[str]) -> KeptPostings | None:
+        """What was kept in a folder; None where nothing whole is there.
+
+        Raises ValueError where it is of another corpus.
+        """
+        if not (folder / "header.json").is_file():
+            return None
+        corpus = _corpus(pids)
+        needed = {"corpus": corpus, "sha256": Postings._fields}
+        try:
+            arrays, header = array_folder.load(
+                folder, kind=_FORMAT, version=_VERSION, needed=needed
+            )
+        except kept.Damaged as damage:
+            logger.warning("%s; the plan is made again", damage.what)
+            return None
+        if header["corpus"] != corpus:
+            raise ValueError(
+                f"{folder}: is the plan of another corpus: got one of "
+                f"{header['corpus']['passages']:,} passages, expected the {corpus['passages']:,} "
+                "that are prepared; remove the folder to make it again"
+            )
+        words = arrays.pop("words").tobytes().decode()
+        idf = arrays.pop("idf", None)
+        postings = Postings(words=words.split("\n") if words else [], **arrays)
+        if idf is None:
+            idf = _idf(np.diff(postings.starts), len(pids))
+        return cls(postings, idf, header.get("mean_words"))
+
+
+def place(folder: Path, bm25: Weighing) -> Path:
+    """Where the postings of these settings are kept below `folder`."""
+    return folder / f"lexical-{fingerprint(_described(bm25))}"
+
+
+def _merged(
+    old: Postings, stay: np.ndarray, words: list[str], added: tuple[np.ndarray, ...]
+) -> Postings:
+    """The entries of passages that stay, renumbered, and those that are added: word, passage and
+    impact, by passage; the words of `old` come first among `words`."""
+    keep = stay[old.passages]
+    of_old = np.repeat(np.arange(len(old.words)), np.diff(old.starts))[keep]
+    sizes = np.bincount(of_old, minlength=len(words))
+    word, passage, impact = added
+    order = np.argsort(word, kind="stable")
+    ends = np.cumsum(sizes)[word[order]]
+    number = (np.cumsum(stay) - 1).astype(old.passages.dtype)
+    passages = np.insert(number[old.passages[keep]], ends, passage[order])
+    impacts = np.insert(old.impacts[keep], ends, impact[order])
+    starts = np.append(0, np.cumsum(sizes + np.bincount(word, minlength=len(words))))
+    return Postings(words, starts.astype(old.starts.dtype), passages, impacts)
+
+
+def _idf(frequency: np.ndarray, passages: int) -> np.ndarray:
+    """f32: log(1 + (N - n + .5) / (n + .5)) of words in n of N passages (Lucene)."""
+    return np.log1p((passages - frequency + 0.5) / (frequency + 0.5)).astype(np.float32)
+
+
+def _described(bm25: Any) -> dict[str, Any]:
+    return asdict(bm25)
+
+
+def _corpus(pids: Sequence[str]) -> dict[str, Any]:
+    return {"passages": len(pids), "pids": hashlib.sha256("\n".join(pids).encode()).hexdigest()}

@@ -1,0 +1,107 @@
+"""The process that serves: MODEL_DIRs opened, a port listened on, SIGTERM answered by draining."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dgr_jax import interrupts
+from dgr_jax.serving.settings import Service
+
+logger = logging.getLogger(__name__)
+
+TOKEN = "DGR_JAX_ADMIN_TOKEN"  # variable of the environment
+_KEPT = 60  # seconds that a connection stays open without a request
+_LEAST_TOKEN = 16  # characters
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def serve(
+    model_dirs: Sequence[str], systems: Sequence[str], host: str, port: int, service: Service
+) -> None:
+    """Serves until SIGTERM or Ctrl-C; then what was asked is still answered.
+
+    model_dirs: folders, or NAME=FOLDER. systems: those that are opened; none: all.
+    Raises ValueError and OSError, before anything is listened on, for what cannot be served.
+    """
+    places, token = named(model_dirs), _token()
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(
+            f"serving needs the extra 'dgr_jax[serve]' ({error}): pip install 'dgr_jax[serve]'"
+        ) from None
+    from dgr_jax.serving.app import Api, application
+    from dgr_jax.serving.served import Model
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """The first signal ends the server by draining it, and the process as after any work:
+            uvicorn would raise the signal again."""
+            numbers = signal.SIGINT, signal.SIGTERM
+            before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    models = [Model(name, folder, systems, service.sizes) for name, folder in places.items()]
+    for model in models:
+        logger.info("%s: %s of %s", model.name, ", ".join(model.served.systems), model.model_dir)
+    config = uvicorn.Config(
+        application(Api(models, service, token)),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        loop="asyncio",  # another one would take the signals for itself
+        timeout_keep_alive=_KEPT,
+        timeout_graceful_shutdown=max(1, round(service.drain_s)),
+    )
+    server = Server(config)
+    listening = config.bind_socket()
+    listening.listen(config.backlog)  # whoever comes before the server has started, waits
+    logger.info("http://%s:%d", *listening.getsockname()[:2])
+    with listening, interrupts.held("answers what was asked, then ends"):
+        server.run(sockets=[listening])
+
+
+def named(model_dirs: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder of DIR, whose name is its last part, and of NAME=DIR.
+
+    Raises ValueError for a name that no URL can hold, or that is there twice.
+    """
+    places: dict[str, Path] = {}
+    for text in model_dirs:
+        name, equals, folder = text.partition("=")
+        if not equals or os.path.isdir(text):
+            name, folder = Path(text).absolute().name, text
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"--model_dir: got the name {name!r}, expected letters, digits, '_', '.' and '-'; "
+                "give one as NAME=DIR"
+            )
+        if name in places:
+            raise ValueError(f"--model_dir: got two of the name {name!r}; name them by NAME=DIR")
+        places[name] = Path(folder)
+    return places
+
+
+def _token() -> str:
+    token = os.environ.get(TOKEN, "")
+    if token and len(token) < _LEAST_TOKEN:
+        raise ValueError(
+            f"{TOKEN}: got {len(token)} characters, expected at least {_LEAST_TOKEN}, or none: "
+            "then nobody changes passages"
+        )
+    return token
