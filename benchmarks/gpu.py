@@ -9,6 +9,7 @@ queries are drawn. Parts, each a benchmark of this folder in a process of its ow
   step      what a trie adds to a step of beam search (benchmarks.constraint); with --static_path
             beside the public library
   queries   whole queries of T5-small and T5-base (benchmarks.decode)
+  plan      planning by sets of pieces, 8.8M passages (benchmarks.set_plans)
   generate  a training step of T5-base, bfloat16, with its model FLOPs utilisation
   distill   a distillation step of the same (both benchmarks.train_step)
 
@@ -56,6 +57,16 @@ def queries(report: dict[str, Any]) -> Iterator[Row]:
             )
 
 
+def plans(report: dict[str, Any]) -> Iterator[Row]:
+    settings = report["settings"]
+    for line in report["lines"]:
+        yield (
+            f"{settings['passages']:,} passages of {settings['set_size']} pieces, batches of "
+            f"{line['batch']}",
+            f"{line['ms']:.3f} ms a query ({line['low']:.3f}-{line['high']:.3f})",
+        )
+
+
 def generation(report: dict[str, Any]) -> Iterator[Row]:
     ours, model = report["generation"]["ours"], report["settings"]["model"]
     yield (
@@ -99,6 +110,12 @@ PARTS = {
         "--models=small --beams=4 --systems=ours,unconstrained --batch=2 --identifiers=2000 "
         "--codes=3 --codebook=32 --vocab_size=512 --query_length=8 --repeats=2",
         queries,
+    ),
+    "plan": Part(
+        "set_plans",
+        "--passages=8.8e6 --batches=1,32 --repeats=20",
+        "--passages=5000 --set_size=8 --vocabulary=512 --planned=10 --block=1024 --batches=1,4",
+        plans,
     ),
     "generate": Part(
         "train_step",

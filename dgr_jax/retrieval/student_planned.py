@@ -92,7 +92,7 @@ def planned_fn(
         encoded = apply(tokens, method="encode")
         length = index.identifiers.shape[1]
         table, reading = plan.table(apply, config, encoded, tokens, length)
-        scores, passages, rows = _best(table, index, count)
+        scores, passages, rows = best_passages(table, index, count)
         if plan.ranked_by == "plan":
             return passages, scores
         order = jnp.argsort(rows, axis=1, stable=True)
@@ -118,7 +118,7 @@ def planned_fn(
     return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
 
 
-def _best(table: jax.Array, index: PlanIndex, count: int) -> tuple[jax.Array, ...]:
+def best_passages(table: jax.Array, index: PlanIndex, count: int) -> tuple[jax.Array, ...]:
     """Scores f32, passages and rows int32 [B, n] of the best, block after block."""
     batch = len(table)
 
