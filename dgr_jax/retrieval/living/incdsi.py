@@ -7,7 +7,9 @@ Axis letters: C old passages, with room for more; N new ones; Q queries of each;
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,14 @@ class IncDSI:
     iterations: of L-BFGS.
     queries: texts of a new passage at most.
     block: passages that are solved together; they do not know of each other.
+
+    The weight, the margins and l2 were chosen by questions of the training split about passages of
+    the quickstart collection that were held out, and by how much the others were still found.
     """
 
-    weight: float = 0.5
-    new_margin: float = 1.0
-    old_margin: float = 1.0
+    weight: float = 0.9
+    new_margin: float = 2.0
+    old_margin: float = 0.0
     l2: float = 1e-3
     iterations: int = 30
     queries: int = 16
@@ -87,12 +92,14 @@ def solve(
     return jax.vmap(solved)(queries, given)
 
 
-def _least(objective, start: jax.Array, iterations: int) -> jax.Array:
-    """Where L-BFGS arrives from `start`, with the line search of Hager and Zhang's kind."""
+def _least(
+    objective: Callable[[jax.Array], jax.Array], start: jax.Array, iterations: int
+) -> jax.Array:
+    """Where L-BFGS (Liu & Nocedal 1989) arrives from `start`."""
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def step(carry, _):
+    def step(carry: Any, _: None) -> tuple[Any, None]:
         row, state = carry
         value, grad = value_and_grad(row, state=state)
         updates, state = solver.update(grad, state, row, value=value, grad=grad, value_fn=objective)
