@@ -167,7 +167,7 @@ def test_a_query_is_escaped_too(model_dir, other, tmp_path):
 
 def test_two_are_tested_against_each_other(both):
     page = Page(both)
-    rows = page.table("test: a against b, paired over the ")
+    rows = page.table("test: a against b, paired over the 12 queries with equal judgements")
     assert rows[0] == ["system", "measure", "a", "b", "a - b", "p", "better", "worse", "equal"]
     assert ["distill", "Success@1", "0.000", "0.250", "-0.250", "0.250", "0", "3", "9"] in rows
     assert ["bm25", "Success@1", "0.250", "0.250", "0.000", "1.000", "0", "0", "12"] in rows
@@ -176,6 +176,18 @@ def test_two_are_tested_against_each_other(both):
     assert [row[2:] for row in lost[1:]][0] == ["–", "1"]
     assert "-DISTILL_STEPS = 3" in page.text
     assert page.table("Costs, on the device")[1] == ["distill", "1.500", "7.250"]
+
+
+def test_only_queries_that_both_were_asked_are_compared(model_dir, other):
+    a, b = Inspection.load(model_dir), Inspection.load(other)
+    b.settings["seed"] = 1
+    shared = {*query_values.asked(a, "test")} & {*query_values.asked(b, "test")}
+    assert 0 < len(shared) < 12
+    tests = beside.compared(a, b, "test")
+    assert {sum(row[-3:]) for row in tests.rows} == {len(shared)}
+    b.settings["max_queries"] = 0
+    assert len(query_values.asked(b, "test")) == 41
+    assert "the 12 queries" in beside.compared(a, b, "test").caption
 
 
 def test_another_rule_of_relevance_is_not_compared(model_dir, other):

@@ -9,20 +9,21 @@ from dataclasses import asdict
 from dgr_jax import evaluation
 from dgr_jax.analysis import inspection
 from dgr_jax.analysis.inspection import Inspection, Table
-from dgr_jax.analysis.query_values import per_query
+from dgr_jax.analysis.query_values import asked, per_query
 from dgr_jax.model_dir import kept
 from dgr_jax.stages import evaluate
 
 
 def settings(a: Inspection, b: Inspection) -> list[str]:
     """The lines of config.gin that differ: those of a begin with '-', those of b with '+'."""
-    texts = []
-    for made in (a, b):
-        path = kept.opened(made.model_dir / "config.gin")
-        texts.append(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [])
-    changed = difflib.unified_diff(*texts, n=0, lineterm="")
+    changed = difflib.unified_diff(_config(a), _config(b), n=0, lineterm="")
     lines = [line for line in changed if line[1:].strip() and line[1] != "#"]
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def _config(made: Inspection) -> list[str]:
+    path = kept.opened(made.model_dir / "config.gin")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def pairs(a: Inspection, b: Inspection) -> list[tuple[str, str]]:
@@ -56,15 +57,9 @@ def compared(a: Inspection, b: Inspection, split: str) -> Table:
 def gains(a: Inspection, b: Inspection, split: str, count: int, text: int) -> Iterator[Table]:
     """Queries that the last system of a answers higher up than that of b, and those of b over a;
     see `inspection.gained`."""
-    shared, queries = _shared(a, b, split), a.queries(split)
-    hits = [
-        {q: hit for q, hit in made.first_hits(made.systems[-1], split).items() if q in shared}
-        for made in (a, b)
-    ]
-    for made, better, worse, caption in (
-        (a, *hits, "a than by b"),
-        (b, *reversed(hits), "b than by a"),
-    ):
+    queries, hits = a.queries(split), (_hits(a, b, split), _hits(b, a, split))
+    systems = _pair(a.systems[-1], b.systems[-1])
+    for made, better, worse, names in ((a, *hits, "a than by b"), (b, *hits[::-1], "b than by a")):
         qids = inspection.gained(better, worse)
         rows = [
             (
@@ -74,20 +69,29 @@ def gains(a: Inspection, b: Inspection, split: str, count: int, text: int) -> It
             )
             for qid in qids[:count]
         ]
-        systems = _pair(a.systems[-1], b.systems[-1])
-        counted = f"{split}: {len(qids)} queries answered higher up by {caption} ({systems})"
-        yield Table(counted, ("query", "passage that answers it", "a", "b"), rows)
+        caption = f"{split}: {len(qids)} queries answered higher up by {names} ({systems})"
+        if len(qids) > count:
+            caption += f"; largest gains first, {count} shown"
+        yield Table(caption, ("query", "passage that answers it", "a", "b"), rows)
+
+
+def _hits(made: Inspection, other: Inspection, split: str) -> dict[str, tuple[int, str]]:
+    """The first hits of the last system, of queries that the other judges in the same way."""
+    shared = _shared(made, other, split)
+    hits = made.first_hits(made.systems[-1], split)
+    return {qid: hit for qid, hit in hits.items() if qid in shared}
 
 
 def _shared(a: Inspection, b: Inspection, split: str) -> set[str]:
-    """The qids that both know by the same text, answers, grades and rule of relevance."""
+    """The qids that both have asked, with the same text, answers, grades and rule of relevance."""
     if a.min_relevance != b.min_relevance:
         return set()
-    asked, grades = [made.queries(split) for made in (a, b)], [m.qrels(split) for m in (a, b)]
+    ours, theirs = a.queries(split), b.queries(split)
+    grades, their_grades = a.qrels(split), b.qrels(split)
     return {
         qid
-        for qid, query in asked[0].items()
-        if query == asked[1].get(qid) and grades[0].get(qid) == grades[1].get(qid)
+        for qid in set(asked(a, split)).intersection(asked(b, split))
+        if ours[qid] == theirs[qid] and grades.get(qid) == their_grades.get(qid)
     }
 
 

@@ -22,6 +22,12 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]
     return float(values.mean()), float(low), float(high)
 
 
+def asked(made: Inspection, split: str) -> list[str]:
+    """The qids that the evaluate stage has asked."""
+    most, seed = made.settings.get("max_queries"), made.settings.get("seed", 0)
+    return chosen_of(list(made.queries(split)), most, seed)
+
+
 def per_query(made: Inspection, system: str, split: str) -> dict[str, dict[str, float]]:
     """Measure -> qid -> value: those of metrics.json, then COMPARED where there are judgements.
 
@@ -29,7 +35,7 @@ def per_query(made: Inspection, system: str, split: str) -> dict[str, dict[str, 
     """
     run = trec.run_in_memory(made.run(system, split))
     queries, qrels = made.queries(split), made.qrels(split)
-    qids = chosen_of(list(queries), made.settings.get("max_queries"), made.settings.get("seed", 0))
+    qids = asked(made, split)
     names = dict.fromkeys((*made.measured[system][split], *COMPARED))
     of_answers = [name for name in names if evaluation.answer_cutoff(name) is not None]
     grades = {qid: qrels[qid] for qid in qids if qid in qrels}
