@@ -9,7 +9,7 @@ from dgr_jax.serving.settings import Service
 
 DESCRIPTION = (
     "Answer queries over HTTP with finished experiments: POST /search, and a page to look inside "
-    "at /. A new version in MODEL_DIR answers as soon as it is whole."
+    "at /; or by MCP. A new version in MODEL_DIR answers as soon as it is whole."
 )
 
 
@@ -25,6 +25,11 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--system", action="append", default=[], help="open this one only; may be repeated"
     )
+    parser.add_argument(
+        "--mcp",
+        action="store_true",
+        help="offer the tool search by MCP over standard input and output, and no HTTP",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     cli.settings(parser, Service)
@@ -33,6 +38,12 @@ def command(argv: Sequence[str] | None) -> None:
     from dgr_jax.serving import server
 
     service = cli.set_from(args, Service)
+    if args.mcp:
+        for name in ("host", "port"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} has no effect with --mcp, which listens on no port")
+        server.converse(args.model_dir, args.system, service)
+        return
     server.serve(args.model_dir, args.system, args.host, args.port, service)
 
 

@@ -172,9 +172,9 @@ def test_a_command_of_the_documents_is_one(text, folder, monkeypatch):
         monkeypatch.syspath_prepend(str(path.parent))
         monkeypatch.syspath_prepend(str(ROOT))
         flags_read(monkeypatch, lambda: runpy.run_path(str(path), run_name="__main__"))
-    elif words[2] == "dgr_jax.serve":
-        serve = importlib.import_module("dgr_jax.serve")
-        flags_read(monkeypatch, lambda: serve.command(words[3:]))
+    elif words[2] in ("dgr_jax.serve", "dgr_jax.report"):
+        of_finished = importlib.import_module(words[2])
+        flags_read(monkeypatch, lambda: of_finished.command(words[3:]))
     elif words[2].startswith("dgr_jax."):
         check_experiment(monkeypatch, words[2].removeprefix("dgr_jax."), words[3:])
     else:

@@ -1,26 +1,25 @@
 """A finished MODEL_DIR as tables for people: what was done, what came out, and for which queries.
 
 An `Inspection` reads the files that the stages left; it runs no student and measures nothing again.
-`answers` asks a student. A `Table` shows itself as HTML in a notebook.
+`answers` asks a student.
 """
 
 from __future__ import annotations
 
-import html
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dgr_jax import display
+from dgr_jax.analysis.tables import Table
 from dgr_jax.corpora import trec
 from dgr_jax.corpora.beir import BeirCollection
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import Passage
+from dgr_jax.corpora.types import Passage, Query, RankList
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.model_dir import kept
@@ -41,57 +40,7 @@ STAGES = {
     "evaluate": "every system answers the test queries",
 }
 
-_CELL = "padding: 0.3em 0.8em; vertical-align: top; text-align: "
-
-
-@dataclass(frozen=True, repr=False)
-class Table:
-    """Rows under named columns. Cells are text, whole numbers, floats (shown with three decimals)
-    or None (shown as a dash); `bold` holds the (row, column) places to stand out."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Any]]
-    bold: frozenset[tuple[int, int]] = field(default=frozenset())
-
-    def __repr__(self) -> str:
-        return f"Table({self.caption!r}: {len(self.rows)} rows of {', '.join(self.columns)})"
-
-    def _repr_html_(self) -> str:
-        caption = f"<p><b>{html.escape(display.harmless(self.caption))}</b></p>"
-        if not self.rows:
-            return f"{caption}<p>none</p>"
-        sides = [_side(row[i] for row in self.rows) for i in range(len(self.columns))]
-        lines = [_line("th", [html.escape(display.harmless(name)) for name in self.columns], sides)]
-        for place, row in enumerate(self.rows):
-            cells = [html.escape(_shown(value)) for value in row]
-            for i, cell in enumerate(cells):
-                cells[i] = f"<b>{cell}</b>" if (place, i) in self.bold else cell
-            lines.append(_line("td", cells, sides))
-        return f"{caption}<table>{''.join(lines)}</table>"
-
-
-def _side(column: Iterable[Any]) -> str:
-    """Numbers stand to the right, text to the left."""
-    return "left" if any(isinstance(value, str) for value in column) else "right"
-
-
-def _line(tag: str, cells: Iterable[str], sides: Sequence[str]) -> str:
-    style = _CELL if tag == "td" else f"white-space: nowrap; {_CELL}"
-    shown = (
-        f'<{tag} style="{style}{side}">{cell}</{tag}>'
-        for cell, side in zip(cells, sides, strict=True)
-    )
-    return f"<tr>{''.join(shown)}</tr>"
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return display.harmless(value)
-    # + 0.0: no minus before a zero.
-    return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else f"{value:,}"
+COMPARED = ("measure", "a", "b", "a - b", "p", "better", "worse", "equal")
 
 
 @dataclass(frozen=True)
@@ -147,8 +96,12 @@ class Inspection:
     @cached_property
     def min_relevance(self) -> int:
         """The grade from which a judged passage counted as relevant in the evaluate stage."""
-        record = _read(self.model_dir / "evaluate" / "stage.json")
-        return record["settings"]["evaluate"]["min_relevance"]
+        return self.settings["min_relevance"]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the evaluate stage, as its record describes them."""
+        return _read(self.model_dir / "evaluate" / "stage.json")["settings"]["evaluate"]
 
     def plot(self, name: str) -> Path:
         """The PNG `success_at_k` or `training_curves`."""
@@ -275,32 +228,26 @@ class Inspection:
         """The paired tests between systems."""
         split = self._split(split)
         rows = [
-            (
-                c["systems"], c["measure"], c["mean_a"], c["mean_b"], c["difference"],
-                "< 0.001" if c["p_value"] < 0.001 else f"{c['p_value']:.3f}",
-                c["wins"], c["losses"], c["ties"],
-            )
+            (c["systems"], *compared(c))
             for c in _read(self.model_dir / "evaluate" / "comparisons.json")[split]
-        ]  # fmt: skip
-        columns = ("a against b", "measure", "a", "b", "a - b", "p", "better", "worse", "equal")
-        return Table(f"{split}: paired over the queries", columns, rows)
+        ]
+        return Table(f"{split}: paired over the queries", ("a against b", *COMPARED), rows)
 
-    def gains(self, a: str, b: str, split: str | None = None, count: int = 10) -> Table:
-        """Queries that system a answers higher up than system b, largest gains first.
+    def gains(
+        self, a: str, b: str, split: str | None = None, count: int = 10, text: int = 0
+    ) -> Table:
+        """Queries that system a answers higher up than system b, largest gains first; see `gained`.
 
-        A rank is the place of the first relevant passage; a gain is the difference of 1/rank, 0
-        where there is none. The passage shown is the one that a found.
+        The passage shown is the one that a found, with at most so many characters of its text.
         """
         split = self._split(split)
-        ranks = {system: self._first_hits(system, split) for system in dict.fromkeys((a, b))}
-        ranks |= {s: self._first_hits(s, split) for s in self.systems if s not in ranks}
-        reciprocal = lambda system, qid: 1 / ranks[system][qid][0] if qid in ranks[system] else 0.0
-        gained = {qid: reciprocal(a, qid) - reciprocal(b, qid) for qid in ranks[a]}
-        better = sorted((q for q in gained if gained[q] > 0), key=lambda q: (-gained[q], q))
+        ranks = {system: self.first_hits(system, split) for system in dict.fromkeys((a, b))}
+        ranks |= {s: self.first_hits(s, split) for s in self.systems if s not in ranks}
+        better, queries = gained(ranks[a], ranks[b]), self.queries(split)
         rows = [
             (
-                self._queries(split)[qid],
-                _name(self.store[self.store.index_of(ranks[a][qid][1])]),
+                queries[qid].text,
+                self.told(ranks[a][qid][1], text),
                 *(ranks[system].get(qid, (None,))[0] for system in self.systems),
             )
             for qid in better[:count]
@@ -310,14 +257,23 @@ class Inspection:
             caption += f"; largest gains first, {len(rows)} shown"
         return Table(caption, ("query", "passage that answers it", *self.systems), rows)
 
-    def _first_hits(self, system: str, split: str) -> dict[str, tuple[int, str]]:
-        """qid -> rank and pid of the first relevant passage, for queries that have one."""
+    def told(self, pid: str, text: int) -> str:
+        """The name of a passage, and at most so many characters of its text."""
+        passage = self.store[self.store.index_of(pid)]
+        shown = _short(passage.text, text) if text and passage.title else ""
+        return f"{_name(passage)}: {shown}" if shown else _name(passage)
+
+    def run(self, system: str, split: str) -> Iterator[RankList]:
+        """What a system has found for each query; those without passages are missing."""
         if system not in self.measured:
             raise ValueError(f"system: got {system!r}, expected one of {', '.join(self.systems)}")
+        return trec.runs(kept.opened(self.model_dir / "evaluate" / f"{system}.{split}.trec"))
+
+    def first_hits(self, system: str, split: str) -> dict[str, tuple[int, str]]:
+        """qid -> rank and pid of the first relevant passage, for queries that have one."""
         relevant = self._relevant(split)
         hits = {}
-        path = self.model_dir / "evaluate" / f"{system}.{split}.trec"
-        for ranked in trec.runs(kept.opened(path)):
+        for ranked in self.run(system, split):
             wanted = relevant.get(ranked.qid, ())
             for rank, passage in enumerate(ranked.passages, start=1):
                 if passage.pid in wanted:
@@ -327,13 +283,20 @@ class Inspection:
 
     def _relevant(self, split: str) -> dict[str, set[str]]:
         relevant: dict[str, set[str]] = {}
-        for qrel in self._judged.qrels(split):
-            if qrel.relevance >= self.min_relevance:
-                relevant.setdefault(qrel.qid, set()).add(qrel.pid)
+        for qid, grades in self.qrels(split).items():
+            if pids := {pid for pid, grade in grades.items() if grade >= self.min_relevance}:
+                relevant[qid] = pids
         return relevant
 
-    def _queries(self, split: str) -> dict[str, str]:
-        return {query.qid: query.text for query in self._judged.queries(split)}
+    def qrels(self, split: str) -> dict[str, dict[str, int]]:
+        """qid -> pid -> grade."""
+        grades: dict[str, dict[str, int]] = {}
+        for qrel in self._judged.qrels(split):
+            grades.setdefault(qrel.qid, {})[qrel.pid] = qrel.relevance
+        return grades
+
+    def queries(self, split: str) -> dict[str, Query]:
+        return {query.qid: query for query in self._judged.queries(split)}
 
     @property
     def _judged(self) -> BeirCollection:
@@ -346,6 +309,23 @@ class Inspection:
         if not self.splits:
             raise ValueError(f"{self.model_dir}: nothing was measured, there was no test split")
         return split or self.splits[0]
+
+
+def gained(a: Mapping[str, tuple[int, str]], b: Mapping[str, tuple[int, str]]) -> list[str]:
+    """The qids whose first relevant passage stands higher up in a than in b, largest gains first.
+
+    A gain is the difference of 1/rank, 0 where there is none. a, b: of `Inspection.first_hits`.
+    """
+    gains = {qid: 1 / a[qid][0] - (1 / b[qid][0] if qid in b else 0.0) for qid in a}
+    return sorted((qid for qid in gains if gains[qid] > 0), key=lambda qid: (-gains[qid], qid))
+
+
+def compared(comparison: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The cells of a paired test under COMPARED."""
+    p = comparison["p_value"]
+    names = ("measure", "mean_a", "mean_b", "difference", "p_value", "wins", "losses", "ties")
+    cells = {name: comparison[name] for name in names}
+    return tuple((cells | {"p_value": "< 0.001" if p < 0.001 else f"{p:.3f}"}).values())
 
 
 def answers(retriever: Retriever, question: str, k: int = 10) -> Table:

@@ -71,7 +71,7 @@ class Api:
         self.metrics.versions.labels(name, outcome).inc()
 
     @contextlib.asynccontextmanager
-    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+    async def running(self, app: FastAPI | None = None) -> AsyncIterator[None]:
         """While this is open, queries are answered and MODEL_DIRs are watched."""
         service = self.service
         self.batcher = Batcher(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dgr_jax import interrupts
+from dgr_jax.serving.served import Model
 from dgr_jax.serving.settings import Service
 
 logger = logging.getLogger(__name__)
@@ -30,16 +33,10 @@ def serve(
     Raises ValueError and OSError, before anything is listened on, for what cannot be served.
     """
     places, token = named(model_dirs), _token()
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise ValueError(
-            f"serving needs the extra 'dgr_jax[serve]' ({error}): pip install 'dgr_jax[serve]'"
-        ) from None
+    _require("serving", "serve", "fastapi", "prometheus_client", "uvicorn")
+    import uvicorn
+
     from dgr_jax.serving.app import Api, application
-    from dgr_jax.serving.served import Model
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -54,9 +51,7 @@ def serve(
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    models = [Model(name, folder, systems, service.sizes) for name, folder in places.items()]
-    for model in models:
-        logger.info("%s: %s of %s", model.name, ", ".join(model.served.systems), model.model_dir)
+    models = _opened(places, systems, service)
     config = uvicorn.Config(
         application(Api(models, service, token)),
         host=host,
@@ -74,6 +69,37 @@ def serve(
     logger.info("http://%s:%d", *listening.getsockname()[:2])
     with listening, interrupts.held("answers what was asked, then ends"):
         server.run(sockets=[listening])
+
+
+def converse(model_dirs: Sequence[str], systems: Sequence[str], service: Service) -> None:
+    """Offers the tool `search` by the Model Context Protocol (MCP) over standard input and output,
+    until the input ends.
+
+    See `serve` for the rest; nobody changes passages.
+    """
+    places = named(model_dirs)
+    _require("--mcp", "mcp", "mcp.server.mcpserver", "fastapi", "prometheus_client")
+    from dgr_jax.serving import mcp_tool
+    from dgr_jax.serving.app import Api
+
+    asyncio.run(mcp_tool.run(Api(_opened(places, systems, service), service)))
+
+
+def _require(what: str, extra: str, *modules: str) -> None:
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{what} needs the extra 'dgr_jax[{extra}]' ({error}): pip install 'dgr_jax[{extra}]'"
+        ) from None
+
+
+def _opened(places: Mapping[str, Path], systems: Sequence[str], service: Service) -> list[Model]:
+    models = [Model(name, folder, systems, service.sizes) for name, folder in places.items()]
+    for model in models:
+        logger.info("%s: %s of %s", model.name, ", ".join(model.served.systems), model.model_dir)
+    return models
 
 
 def named(model_dirs: Sequence[str]) -> dict[str, Path]:

@@ -135,14 +135,17 @@ def chosen_queries(
     experiment: Experiment | DenseExperiment, prepared: Prepared, split: str
 ) -> dict[str, Query]:
     """qid -> query, at most Evaluate.max_queries of them, as Evaluate.variation has them."""
-    queries = prepared.queries(split)
-    settings = experiment.evaluate
-    if settings.max_queries and settings.max_queries < len(queries):
-        rng = np.random.default_rng(settings.seed)
-        keep = np.sort(rng.choice(len(queries), settings.max_queries, replace=False))
-        qids = list(queries)
-        queries = {qids[i]: queries[qids[i]] for i in keep}
-    return {qid: settings.variation.of(query) for qid, query in queries.items()}
+    queries, settings = prepared.queries(split), experiment.evaluate
+    qids = chosen_of(list(queries), settings.max_queries, settings.seed)
+    return {qid: settings.variation.of(queries[qid]) for qid in qids}
+
+
+def chosen_of(qids: list[str], most: int | None, seed: int) -> list[str]:
+    """At most so many of the qids, in their order."""
+    if not most or most >= len(qids):
+        return qids
+    keep = np.sort(np.random.default_rng(seed).choice(len(qids), most, replace=False))
+    return [qids[i] for i in keep]
 
 
 def first_test_split(experiment: Experiment | DenseExperiment) -> str:

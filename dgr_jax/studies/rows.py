@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import evaluation
+from dgr_jax.analysis import query_values
 from dgr_jax.corpora import trec
 from dgr_jax.display import markdown_cell
 from dgr_jax.experiments.generative import Experiment
@@ -44,11 +45,7 @@ class Row:
 
 def interval(row: Row, measure: str) -> tuple[float, float, float]:
     """(mean, low, high): 95% of the bootstrap over queries, each with its mean over the seeds."""
-    values = np.mean([v[measure] for v in row.values], axis=0)
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(values), size=(1000, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    return query_values.interval(np.mean([v[measure] for v in row.values], axis=0))
 
 
 def values_of(
