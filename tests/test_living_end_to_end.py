@@ -10,6 +10,7 @@ import pytest
 
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
+from dgr_jax.model_dir import records
 from dgr_jax.retrieval import dense, exact_search, kept_vectors
 from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.retriever import Retriever
@@ -136,3 +137,12 @@ def test_a_student_of_atomic_identifiers_finds_passages_that_were_added(tmp_path
     update.compact(versions)
     assert found(both.newest(), ["Third", NEW.title]) == third
     assert found(Retriever.load(folder), ["Third", NEW.title]) == third
+    record = records.read_record(folder / "generate")
+    records.write_record(folder / "generate", **record | {"fingerprint": "trained again"})
+    with pytest.raises(ValueError, match=r"has no rows of .*generate, which was trained after th"):
+        Retriever.load(folder)
+    update.compact(versions)
+    assert [p[0] for p in found(Retriever.load(folder), ["Third", bees.title])] == [
+        "third",
+        bees.pid,
+    ]

@@ -88,8 +88,8 @@ class _Student:
 
     def __init__(self, stage: Path, change: Change) -> None:
         student = kinds.read_student(stage)
-        self._mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-        self.params = kinds.params_of(student, stage, self._mesh, partitioning.RULES)
+        mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+        self.params = kinds.params_of(student, stage, mesh, partitioning.RULES)
         with kept.reading(stage / STUDENT):
             config = restored(T5Config, student.model)
             self._length = restored(Search, student.search).query_length
