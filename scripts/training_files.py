@@ -186,6 +186,11 @@ def write(args: argparse.Namespace) -> None:
         for example in examples:
             queries.add(example.query.qid)
             yield example
+        if not queries:
+            raise ValueError(
+                f"{args.run or args.model_dir}: no query of the split {args.split!r} has a positive "
+                "with a score and enough negatives"
+            )
 
     with tempfile.TemporaryDirectory() as folder:
         if args.run:

@@ -167,7 +167,7 @@ def passage(**fields):
         ),
         (
             changed(TEVATRON, negative_passages=[passage(), passage(score=2.0)]),
-            r"the passage 'b' of the query with the scores 1\.0 and 2\.0; expected one score",
+            r"the passage 'b' of the query with the scores 1\.0 and 2\.0; expected each pas",
         ),
         (
             changed(TEVATRON, negative_passages=[passage(docid="a", score=2.5)]),
@@ -303,6 +303,14 @@ def test_a_run_becomes_a_training_file(script, folder, tmp_path, capsys, form):
         [("a", True, 0.1 + 0.2), ("b", False, THIRD)],
         [("c", True, 2.0), ("a", False, 2.0)],
     ]
+
+
+def test_a_run_of_other_queries_is_refused(script, folder, tmp_path):
+    (tmp_path / "run.trec").write_text("9 Q0 a 1 2.0 x\n9 Q0 b 2 1.0 x\n")
+    with pytest.raises(SystemExit, match=r"run\.trec: no query of the split 'train' has a posit"):
+        script("write", f"--data_dir={folder}", f"--run={tmp_path / 'run.trec'}",
+               f"--out={tmp_path / 'made'}")  # fmt: skip
+    assert not (tmp_path / "made").exists()
 
 
 def test_rank_lists_of_an_experiment_become_a_training_file(script, folder, tmp_path):

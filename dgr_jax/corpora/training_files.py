@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,12 @@ def _named(example: Example, pids: Mapping[str, str], qids: Mapping[str, str]) -
     """The example with ids for all that have none."""
     query, named = example.query, []
     if not query.qid:
-        query = replace(query, qid=_id_of(query.text, qids))
+        query = Query(_id_of(query.text, qids), query.text)
     for listed in example.passages:
-        passage = listed.passage
-        if not passage.pid:
-            passage = replace(passage, pid=_id_of(passage.contents, pids))
-        named.append(replace(listed, passage=passage))
+        if not listed.passage.pid:
+            text = listed.passage.contents  # these files have no titles apart
+            listed = Listed(Passage(_id_of(text, pids), text), listed.positive, listed.score)
+        named.append(listed)
     return Example(query, tuple(named), example.line)
 
 
@@ -247,20 +247,21 @@ def _id_of(text: str, known: Mapping[str, str]) -> str:
 def _joined(rows: list[Example], path: Path) -> Example:
     """One example of the lines of a query; a passage that comes again counts once."""
     listed: dict[str, Listed] = {}
+    scored = rows[0].scored
     for row in rows:
         if row.query.text != rows[0].query.text:
             got = f"another text of the query {row.query.qid!r} than on line {rows[0].line}"
             raise lines.error(path, row.line, got, "one text a query")
         for item in row.passages:
             before = listed.setdefault(item.passage.pid, item)
-            what = f"the passage {lines.shown(item.passage.pid)} of the query"
-            if before.positive != item.positive:
-                got = f"{what} as positive and as negative"
-                raise lines.error(path, row.line, got, "one of them")
-            if before.score != item.score:
-                got = f"{what} with the scores {before.score} and {item.score}"
-                raise lines.error(path, row.line, got, "one score")
-            if (item.score is None) != (rows[0].passages[0].score is None):
+            if (before.positive, before.score) != (item.positive, item.score):
+                got = f"the passage {lines.shown(item.passage.pid)} of the query"
+                if before.positive != item.positive:
+                    got += " as positive and as negative"
+                else:
+                    got += f" with the scores {before.score} and {item.score}"
+                raise lines.error(path, row.line, got, "each passage once, or twice the same")
+            if (item.score is not None) != scored:
                 got = "scores for some passages of the query, and none for others"
                 raise lines.error(path, row.line, got, "a score for each, or for none")
     return Example(rows[0].query, tuple(listed.values()), rows[0].line)
