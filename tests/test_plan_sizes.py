@@ -76,7 +76,7 @@ def test_the_commands_count_a_plan(capsys, tmp_path, monkeypatch):
     train.command(["--gin_file=quickstart.gin", "--plan"])
     said = capsys.readouterr().out
     (line,) = (line for line in said.splitlines() if words in line)
-    assert "evaluate" in line and "148 kB" in line
+    assert "evaluate" in line and "162 kB" in line
     train.command(["--gin_file=quickstart.gin", "--plan", "--gin.PLAN=None"])
     assert "Lexical" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -562,7 +562,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     study_command.command(["--gin_file=studies/dgr_teachers_cpu.gin", *asked[:2]])
     assert "6 experiments; " in capsys.readouterr().out  # without the files that it needs
     study_command.command(["--gin_file=studies/planning_cpu.gin", *asked[:2]])
-    assert capsys.readouterr().out.count("evaluate (plan of 133 kB) ?") == 2 * 2 * 4
+    assert capsys.readouterr().out.count("evaluate (plan of 146 kB) ?") == 2 * 2 * 4
     assert not list(tmp_path.iterdir())
 
 

@@ -51,5 +51,5 @@ def of_words(
         known = _VOCABULARY * (passages * words * _COUNTED) ** _HEAPS
     postings = 2 * _NUMBER * entries * passages + (_START + letters) * known
     dense = float(_NUMBER) * common * passages
-    disk = postings + known + 4 * _HEADER
+    disk = postings + (1 + _NUMBER) * known + 5 * _HEADER  # a line end and its idf for every word
     return PlanSizes(disk, postings + dense, planned, _QUERY + _PASSAGE * passages)
