@@ -188,8 +188,8 @@ def write(args: argparse.Namespace) -> None:
             yield example
         if not queries:
             raise ValueError(
-                f"{args.run or args.model_dir}: no query of the split {args.split!r} has a positive "
-                "with a score and enough negatives"
+                f"{args.run or args.model_dir}: no query of the split {args.split!r} has a "
+                "positive with a score and enough negatives"
             )
 
     with tempfile.TemporaryDirectory() as folder:
