@@ -2,6 +2,7 @@ import dataclasses
 import logging
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from dgr_jax.identifiers import embeddings, kmeans, rq
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.embeddings import FromFile, SentenceEncoder, TfidfSvd
 from dgr_jax.identifiers.rq import ResidualQuantization
-from dgr_jax.identifiers.scheme import Material
+from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material
 from dgr_jax.identifiers.semantic import KMeansTree
 from dgr_jax.identifiers.string import NaiveString
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.identifiers.title import Title
+from dgr_jax.settings import describe
 from tests.reference import identifiers as reference
 
 FIRST_CODE = 1000
@@ -480,6 +482,13 @@ def test_atomic_tokens_follow_the_corpus():
     table = build(Atomic(), corpus(["x"] * 4))
     assert rows(table).tolist() == [[1000], [1001], [1002], [1003]]
     assert table.num_code_tokens == 4
+    table = build(Atomic(reserve=3), corpus(["x"] * 4))
+    assert rows(table).tolist() == [[1000], [1001], [1002], [1003]]
+    assert table.num_code_tokens == 7
+    assert Atomic(reserve=3).sizes(CorpusSize(4, 1, 1, 1)).codes == 7
+    assert describe(Atomic()) == {"is": "Atomic"}
+    more = Addition(corpus(["y"] * 2), table, list, 1000, Path())
+    assert Atomic(reserve=3).rows(more).tolist() == [[1004], [1005]]
 
 
 # Embeddings.

@@ -88,3 +88,51 @@ def test_a_student_of_several_views_goes_on_with_passages_that_were_added(tmp_pa
     tiny = ("--gin_file=quickstart_dgr.gin", *TINY[1:])
     command("dgr_jax.train", *tiny, f"--model_dir={folder}", "--stages=generate")
     changed(folder, "generate", "Why do bees dance?")
+
+
+def test_a_student_of_atomic_identifiers_finds_passages_that_were_added(tmp_path, command):
+    folder = tmp_path / "model"
+    flags = [flag for flag in TINY if "codebook_size" not in flag and "TfidfSvd" not in flag]
+    command(
+        "dgr_jax.train", *flags, "--gin.IDENTIFIERS=@Atomic()", "--gin.Atomic.reserve=2",
+        "--gin.GENERATE_STEPS=300", "--gin.BATCH_SIZE=64", "--gin.Training.checkpoint_every=300",
+        "--stages=generate", f"--model_dir={folder}",
+    )  # fmt: skip
+    first = Retriever.load(folder)
+    asked = [passage.title for passage in first.store]
+    found = lambda retriever, texts: [[h.pid for h in hits] for hits in retriever.search(texts, 8)]
+    before = found(first, asked)
+    search = first.decoder._decode
+    compiled = search._cache_size()
+    versions = update.versions(folder)
+    update.update(versions, [NEW])
+    retriever = first.newest()
+    texts = [NEW.title, NEW.text]
+    assert [pids[0] for pids in found(retriever, texts)] == [NEW.pid] * 2
+    after = found(retriever, asked)
+    same = [now[0] == was[0] for now, was in zip(after, before, strict=True)]
+    assert sum(same) >= 0.95 * len(same)
+    for now, was in zip(after, before, strict=True):
+        staying = [pid for pid in now if pid != NEW.pid]
+        assert staying == was[: len(staying)], "the rows of old passages stay"
+    update.rollback(versions)
+    assert found(retriever.newest(), asked) == before
+    versions.switch(1)
+    bees = Passage("dance-1", "Bees dance. A dance tells other bees where flowers are.", "Dances")
+    update.update(versions, [bees], [before[0][0]])
+    both = retriever.newest()
+    now = [pids[0] for pids in found(both, [*texts, bees.title])]
+    assert now == [NEW.pid, NEW.pid, bees.pid]
+    assert search._cache_size() == compiled
+    with pytest.raises(ValueError, match="Atomic: got 1 passages, expected at most 0: so many of"):
+        both.add([Passage("third", "Nothing is left.")])
+    update.update(versions, [Passage("third", "A row that was left.", "Third")], [NEW.pid])
+    third = found(both.newest(), ["Third", NEW.title])
+    assert third[0][0] == "third"
+    assert NEW.pid not in third[1]
+    update.rollback(versions)
+    assert found(both.newest(), asked) == found(both, asked)
+    versions.switch(3)
+    update.compact(versions)
+    assert found(both.newest(), ["Third", NEW.title]) == third
+    assert found(Retriever.load(folder), ["Third", NEW.title]) == third

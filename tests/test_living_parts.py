@@ -34,6 +34,7 @@ from dgr_jax.retrieval import dense, exact_search, kept_vectors
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
 from dgr_jax.retrieval.living import update, vectors
+from dgr_jax.retrieval.living.change import Change
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.settings import describe
 from dgr_jax.stages import identifiers
@@ -154,7 +155,12 @@ def test_the_kept_model_embeds_as_the_one_that_was_fitted(tmp_path):
             "no identifier is left for 70 passages with 1 codes",
         ),
         (KMeansTree(leaf_size=60, embeddings=LSA), 1, "KMeansTree: no identifier is left for 61"),
-        (Atomic(), 1, "Atomic has no identifiers for passages that come later; expected another"),
+        (
+            Atomic(),
+            1,
+            "Atomic: got 1 passages, expected at most 0: so many of the 0 rows of Atomic.r",
+        ),
+        (Atomic(reserve=5), 6, "Atomic: got 6 passages, expected at most 5: so many of the 5 rows"),
     ],
 )
 def test_where_no_identifier_is_left_nothing_is_changed(tmp_path, scheme, count, expected):
@@ -306,7 +312,7 @@ def test_vectors_come_and_go_and_belong_to_their_encoder(tmp_path, monkeypatch):
     stage = tmp_path / "dense"
     stage.mkdir()
     records.write_record(stage, status="done", fingerprint="first")
-    monkeypatch.setattr(vectors, "_stages", lambda change: [stage])
+    monkeypatch.setattr(Change, "students", lambda change, kind: [stage] * (kind == "dense"))
     monkeypatch.setattr(vectors, "_Student", Encoded)
     encode = Vocabulary.load(versions.prepared).encode_inputs
     held = store.PassageStore(versions.prepared / "passages")

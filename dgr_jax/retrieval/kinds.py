@@ -17,7 +17,7 @@ from dgr_jax import partitioning
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.records import PREVIOUS, STUDENT
-from dgr_jax.retrieval import bm25, planned, student_planned, trained
+from dgr_jax.retrieval import bm25, kept_rows, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
@@ -120,6 +120,8 @@ def open_student(
         search = restored(kind.search_settings, student.search)
     search = dataclasses.replace(search, **settings)
     source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
+    if student.kind == "docid":
+        params = kept_rows.opened(params, prepared, folder)
     return kind.opened(source, params)
 
 

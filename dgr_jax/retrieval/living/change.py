@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,10 @@ from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.identifiers.semantic import KMeansTree
 from dgr_jax.identifiers.string import NaiveString
 from dgr_jax.identifiers.title import Title
+from dgr_jax.model_dir import records
 from dgr_jax.model_dir.records import read_record
+from dgr_jax.retrieval import kinds
+from dgr_jax.retrieval.living.incdsi import IncDSI
 from dgr_jax.settings import from_described
 
 # Subclasses of Scheme, once they are imported, by whose names the prepare stage records them.
@@ -35,6 +39,7 @@ class Change:
     prepared: folder of the prepare stage; old: of the version, which may be the same; new: of the
     one to come. store: the passages of the old one; stay: those that stay, bool [P]; added: those
     that come after them. renew: whether what is else kept as it was, to be fast, is made anew.
+    incdsi: how rows of atomic identifiers are found.
     """
 
     model_dir: Path
@@ -45,11 +50,17 @@ class Change:
     stay: np.ndarray
     added: Sequence[Passage]
     renew: bool = False
+    incdsi: IncDSI = IncDSI()
 
     @property
     def num_passages(self) -> int:
         """Passages of the new version."""
-        return int(np.count_nonzero(self.stay)) + len(self.added)
+        return self.num_staying + len(self.added)
+
+    @property
+    def num_staying(self) -> int:
+        """Passages of the old version that stay: the first ones of the new version."""
+        return int(np.count_nonzero(self.stay))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -71,3 +82,12 @@ class Change:
     def kept(self) -> Path:
         """What the scheme has left to give identifiers to passages that come later."""
         return self.prepared / KEPT
+
+    def students(self, kind: str) -> Iterator[Path]:
+        """Folders of the systems of a kind that were trained on the prepare stage."""
+        for name in kinds.best_first(self.model_dir):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                answering = records.answering(self.model_dir, (name,))
+                if answering.prepared == self.prepared:
+                    if kinds.read_student(answering.student).kind == kind:
+                        yield answering.student

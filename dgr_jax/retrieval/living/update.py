@@ -22,13 +22,16 @@ from dgr_jax.corpora.types import Passage
 from dgr_jax.model_dir import records
 from dgr_jax.model_dir.index_versions import Version, Versions, now
 from dgr_jax.retrieval import kinds
-from dgr_jax.retrieval.living import docids, vectors, views, words
+from dgr_jax.retrieval.living import docids, rows, vectors, views, words
 from dgr_jax.retrieval.living.change import Change
+from dgr_jax.retrieval.living.incdsi import IncDSI
 
 logger = logging.getLogger(__name__)
 
+DEFAULT = IncDSI()
+
 # What a version has of each kind of system. Each of them writes nothing where it is not used.
-PARTS = (docids.write, views.write, vectors.write, words.write)
+PARTS = (docids.write, rows.write, views.write, vectors.write, words.write)
 
 
 def versions(model_dir: str | Path) -> Versions:
@@ -41,11 +44,15 @@ def versions(model_dir: str | Path) -> Versions:
 
 
 def update(
-    versions: Versions, added: Iterable[Passage] = (), removed: Iterable[str] = ()
+    versions: Versions,
+    added: Iterable[Passage] = (),
+    removed: Iterable[str] = (),
+    incdsi: IncDSI = DEFAULT,
 ) -> Version:
     """Makes a version with some passages more, and without others; -> what is said of it.
 
-    A passage whose pid is there replaces the one that was. Raises ValueError, and changes nothing,
+    A passage whose pid is there replaces the one that was. incdsi: how the
+    rows of atomic identifiers are found. Raises ValueError, and changes nothing,
     for what `corpora.changes` refuses, a passage that can have no identifier, and where no passage
     is left; writer_lock.Locked where another process writes into MODEL_DIR.
     """
@@ -63,7 +70,7 @@ def update(
         gone = [*removed, *(passage.pid for passage in added if passage.pid in passages)]
         stay = np.ones(len(passages), bool)
         stay[[passages.index_of(pid) for pid in gone]] = False
-        return _make(versions, passages, stay, added)
+        return _make(versions, passages, stay, added, incdsi=incdsi)
 
 
 def compact(versions: Versions) -> Version:
@@ -89,6 +96,7 @@ def _make(
     added: Sequence[Passage],
     *,
     renew: bool = False,
+    incdsi: IncDSI = DEFAULT,
 ) -> Version:
     start, before = time.perf_counter(), versions.current()
     left, gone = int(np.count_nonzero(stay)), int(np.count_nonzero(~stay))
@@ -102,7 +110,7 @@ def _make(
         store.write_changed(passages, stay, added, folder / "passages")
         change = Change(
             versions.model_dir, versions.prepared, versions.at(before), folder, passages, stay,
-            added, renew,
+            added, renew, incdsi,
         )  # fmt: skip
         for write in PARTS:
             write(change)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,7 +10,7 @@ import numpy as np
 from dgr_jax import partitioning
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.decoding.trie_build import size_class
-from dgr_jax.model_dir import kept, records
+from dgr_jax.model_dir import kept
 from dgr_jax.model_dir.records import STUDENT
 from dgr_jax.retrieval import dense, exact_search, kept_vectors, kinds
 from dgr_jax.retrieval.dense import VECTORS, Encoder
@@ -25,7 +23,7 @@ _CHUNK = 1 << 16  # rows that are copied at a time
 def write(change: Change) -> None:
     """Writes the vectors of a version: those of passages that stay, as they were, and those that
     the encoder has for the others; of all, where it is another encoder than before."""
-    for stage in _stages(change):
+    for stage in change.students("dense"):
         folder = kept_vectors.place(change.new, stage)
         folder.mkdir(parents=True)
         try:
@@ -41,16 +39,6 @@ def write(change: Change) -> None:
         count = change.num_passages
         capacity = capacity if count <= capacity else size_class(count + count // 4)
         kept_vectors.describe(folder, stage, capacity)
-
-
-def _stages(change: Change) -> Iterator[Path]:
-    """Folders of the dense retrievers that were trained on the prepare stage."""
-    for name in kinds.best_first(change.model_dir):
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            answering = records.answering(change.model_dir, (name,))
-            if answering.prepared == change.prepared:
-                if kinds.read_student(answering.student).kind == "dense":
-                    yield answering.student
 
 
 class _Student:
