@@ -29,9 +29,12 @@ esac
 NAMES = ("python3.14", "python3.13", "python3.12", "python3.11", "python3", "chromium")
 DEFAULT, SLOW = "pytest --dist loadfile -n 2", "pytest --dist loadfile -n 3 -m slow"
 TOOLKITS = (
-    f"{DEFAULT} tests/test_integrations.py tests/test_hub.py tests/test_records_from_python.py"
+    f"{DEFAULT} tests/test_integrations.py tests/test_hub.py tests/test_mcp.py "
+    "tests/test_records_from_python.py"
 )
-WITH_TOOLKITS = "pip install --quiet -e .[test,pyterrier,langchain,llamaindex,haystack,pretrained]"
+WITH_TOOLKITS = (
+    "pip install --quiet -e .[test,pyterrier,langchain,llamaindex,haystack,pretrained,mcp]"
+)
 
 
 @pytest.fixture
