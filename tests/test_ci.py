@@ -20,13 +20,21 @@ case $1 in
     if [[ $2 == venv ]]; then
       mkdir -p "$3/bin"; for program in python ruff mypy; do cp "$0" "$3/bin/$program"; done
     elif [[ $2 == pytest ]]; then
-      echo "1 passed"; ! grep -qsx -- "${*:2}" "$FAKE/fail"
-    fi ;;
+      echo "1 passed"
+    fi
+    ! grep -qsxF -- "${*:2}" "$FAKE/fail" ;;
   *) echo "$0 $*" >> "$FAKE/calls" ;;
 esac
 """
 NAMES = ("python3.14", "python3.13", "python3.12", "python3.11", "python3", "chromium")
-DEFAULT, SLOW = "--dist loadfile -n 2", "--dist loadfile -n 3 -m slow"
+DEFAULT, SLOW = "pytest --dist loadfile -n 2", "pytest --dist loadfile -n 3 -m slow"
+TOOLKITS = (
+    f"{DEFAULT} tests/test_integrations.py tests/test_hub.py tests/test_mcp.py "
+    "tests/test_records_from_python.py"
+)
+WITH_TOOLKITS = (
+    "pip install --quiet -e .[test,pyterrier,langchain,llamaindex,haystack,pretrained,mcp]"
+)
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def run(tmp_path):
                 (tmp_path / place / name).chmod(0o755)
         for name, version in here.items():
             (tmp_path / name).write_text(version)
-        (tmp_path / "fail").write_text("".join(f"pytest {line}\n" for line in fail))
+        (tmp_path / "fail").write_text("".join(f"{line}\n" for line in fail))
         settings = {
             "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
             "FAKE": str(tmp_path),
@@ -67,24 +75,27 @@ def test_the_newest_and_the_oldest(run):
     assert done.returncode == 0, done.stderr
     assert [call for call in calls if " venv " in call] == [
         "bin/python3.13 venv venv-newest",
+        "bin/python3.13 venv venv-toolkits",
         "pyenv/versions/3.x/bin/python venv venv-oldest",
     ]
     installs = [call for call in calls if "-e" in call]
     assert installs == [
         "venv-newest/bin/python pip install --quiet -e .[test,docs,release]",
+        f"venv-toolkits/bin/python {WITH_TOOLKITS}",
         "venv-oldest/bin/python pip install --quiet -e .[test] --constraint .ci/oldest.txt",
     ]
     assert [call for call in calls if "pytest" in call] == [
-        f"venv-newest/bin/python pytest {DEFAULT}",
-        f"venv-oldest/bin/python pytest {DEFAULT}",
-        f"venv-newest/bin/python pytest {SLOW}",
+        f"venv-newest/bin/python {DEFAULT}",
+        f"venv-toolkits/bin/python {TOOLKITS}",
+        f"venv-oldest/bin/python {DEFAULT}",
+        f"venv-newest/bin/python {SLOW}",
     ]
     assert [call for call in calls if "ruff" in call or "mypy" in call] == [
         "venv-newest/bin/ruff format --check .",
         "venv-newest/bin/ruff check .",
         "venv-newest/bin/mypy dgr_jax",
     ]
-    assert done.stdout.count("1 passed") == 3
+    assert done.stdout.count("1 passed") == 4
 
 
 def test_one_python_is_enough(run):
@@ -92,6 +103,7 @@ def test_one_python_is_enough(run):
     assert done.returncode == 0, done.stderr
     assert [call for call in calls if " venv " in call] == [
         "bin/python3 venv venv-newest",
+        "bin/python3 venv venv-toolkits",
         "bin/python3 venv venv-oldest",
     ]
 
@@ -99,15 +111,35 @@ def test_one_python_is_enough(run):
 def test_the_oldest_packages_are_not_built_for_newer_pythons(run):
     done, calls = run({"python3.14": "14 1", "python3.13": "13 9"})
     assert done.returncode == 0
-    assert [call for call in calls if " venv " in call] == ["bin/python3.14 venv venv-newest"]
+    assert [call for call in calls if " venv " in call] == [
+        "bin/python3.14 venv venv-newest",
+        "bin/python3.14 venv venv-toolkits",
+    ]
     assert "oldest: not tested" in done.stderr
 
 
-@pytest.mark.parametrize("failing", [DEFAULT, SLOW])
+@pytest.mark.parametrize("failing", [DEFAULT, TOOLKITS, SLOW])
 def test_a_failure_is_remembered_and_the_rest_is_run(run, failing):
     done, calls = run({"python3.11": "11 7"}, fail=[failing])
     assert done.returncode == 1
-    assert len([call for call in calls if "pytest" in call]) == 3
+    assert len([call for call in calls if "pytest" in call]) == 4
+
+
+def test_toolkits_that_cannot_be_installed_are_not_tested_and_nothing_fails(run):
+    done, calls = run({"python3.13": "13 0"}, fail=[WITH_TOOLKITS])
+    assert done.returncode == 0
+    assert "toolkits: not tested, their packages cannot be installed" in done.stderr
+    assert [call for call in calls if "pytest" in call] == [
+        f"venv-newest/bin/python {DEFAULT}",
+        f"venv-newest/bin/python {SLOW}",
+    ]
+
+
+def test_a_project_that_cannot_be_installed_ends_it(run):
+    newest = "pip install --quiet -e .[test,docs,release]"
+    done, calls = run({"python3.13": "13 0"}, fail=[newest])
+    assert done.returncode == 1
+    assert calls[-1] == f"venv-newest/bin/python {newest}"
 
 
 def test_no_python(run):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.retrieval.bm25 import Bm25
-from dgr_jax.teaching import teachers
+from dgr_jax.teaching import sparse_teacher, teachers
 from dgr_jax.teaching.list_recipes import TopM, TwoLists
+from dgr_jax.teaching.sparse_teacher import SparseEncoderTeacher
 from dgr_jax.teaching.teacher import Coverage, Teacher, best_first, judged_first
 from dgr_jax.teaching.teachers import (
     BiEncoderTeacher,
@@ -301,13 +302,66 @@ class FakeSentenceTransformer:
         return vectors
 
 
+class FakeSparseTensor:
+    """As much of a sparse tensor as is read, of an array [rows, columns]."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def coalesce(self):
+        return self
+
+    def indices(self):
+        return Numbers(np.stack(self.array.nonzero()))
+
+    def values(self):
+        return Numbers(self.array[self.array.nonzero()])
+
+
+class Numbers(np.ndarray):
+    """A tensor's numbers, in memory."""
+
+    def __new__(cls, array):
+        return np.asarray(array).view(cls)
+
+    def float(self):
+        return self.astype(np.float32)
+
+    def numpy(self):
+        return np.asarray(self)
+
+
+class FakeSparseEncoder:
+    """Counts words of passages, and weighs those of queries twice."""
+
+    encoded: list[int] = []
+
+    def __init__(self, model):
+        if model == "unreachable":
+            raise OSError("no route to host")
+
+    def encode_document(self, texts, *, convert_to_sparse_tensor, max_active_dims, **settings):
+        assert convert_to_sparse_tensor and settings["save_to_cpu"]
+        self.encoded.append(len(texts))
+        words = ["hive", "honey", "masts", "ships"][:max_active_dims]
+        return FakeSparseTensor(
+            np.array([[text.split().count(word) for word in words] for text in texts], np.float64)
+        )
+
+    def encode_query(self, texts, **settings):
+        tensor = self.encode_document(texts, **settings)
+        return FakeSparseTensor(2 * tensor.array)
+
+
 @pytest.fixture
 def sentence_transformers(monkeypatch):
     fake = types.ModuleType("sentence_transformers")
     fake.CrossEncoder = FakeCrossEncoder
     fake.SentenceTransformer = FakeSentenceTransformer
+    fake.SparseEncoder = FakeSparseEncoder
     monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
     monkeypatch.setattr(FakeCrossEncoder, "calls", [])
+    monkeypatch.setattr(FakeSparseEncoder, "encoded", [])
 
 
 def test_cross_encoder_teacher(sentence_transformers, monkeypatch):
@@ -334,7 +388,26 @@ def test_bi_encoder_teacher(sentence_transformers):
     assert rank(BiEncoderTeacher("local"), {}, {}, {}) == {}
 
 
-@pytest.mark.parametrize("kind", [CrossEncoderTeacher, BiEncoderTeacher])
+def test_sparse_encoder_teacher(sentence_transformers, monkeypatch):
+    monkeypatch.setattr(sparse_teacher, "_QUERIES", 2)
+    ranked = rank(SparseEncoderTeacher("local"))
+    assert ranked["q1"] == scored(("a", 2.0), ("b", 0.0), ("c", 0.0))
+    assert ranked["q2"] == scored(("c", 4.0), ("a", 0.0), ("b", 0.0), ("d", 0.0))
+    assert ranked["q3"] == []
+    assert FakeSparseEncoder.encoded == [4, 2, 1], "each passage once, two queries together"
+    assert rank(SparseEncoderTeacher("local", max_active_dims=1))["q1"][0].score == 0.0
+    assert rank(SparseEncoderTeacher("local"), {}, {}, {}) == {}
+    with pytest.raises(ValueError, match=r"SparseEncoderTeacher\.model = 'unreachable' cannot be"):
+        rank(SparseEncoderTeacher("unreachable"))
+
+
+def test_sparse_encoders_need_a_newer_package(sentence_transformers, monkeypatch):
+    monkeypatch.delattr(sys.modules["sentence_transformers"], "SparseEncoder")
+    with pytest.raises(ImportError, match="'sentence-transformers>=5'"):
+        rank(SparseEncoderTeacher("local"))
+
+
+@pytest.mark.parametrize("kind", [CrossEncoderTeacher, BiEncoderTeacher, SparseEncoderTeacher])
 def test_encoders_without_their_extra(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(

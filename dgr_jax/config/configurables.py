@@ -55,6 +55,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.retrieval.multiview import search as multiview_search
     from dgr_jax.teaching.list_recipes import TopM, TwoLists
     from dgr_jax.teaching.listwise import ListwiseTeacher
+    from dgr_jax.teaching.sparse_teacher import SparseEncoderTeacher
     from dgr_jax.teaching.teachers import (
         BiEncoderTeacher,
         Bm25Teacher,
@@ -81,7 +82,7 @@ def _components() -> tuple[type, ...]:
         optimizers.Adafactor, optimizers.AdamW, optimizers.Constant, optimizers.ReciprocalSqrt,
         optimizers.Linear, optimizers.Cosine,
         RunTeacher, Bm25Teacher, CrossEncoderTeacher,
-        BiEncoderTeacher, VectorTeacher, ListwiseTeacher, FusionTeacher,
+        BiEncoderTeacher, SparseEncoderTeacher, VectorTeacher, ListwiseTeacher, FusionTeacher,
         TopM, TwoLists,
         DenseExperiment, DensePrepare, Lists,
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,

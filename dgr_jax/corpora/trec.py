@@ -104,13 +104,15 @@ def scores(path: str | os.PathLike) -> Iterator[RankList]:
             yield _by_score(rows, path, "pid")
 
 
-def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str) -> None:
+def write_run(
+    path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str, *, exact: bool = False
+) -> None:
     """Writes a run, best first, ranks from 1; packed where the name ends in .gz.
 
     Scores are unrounded and fall strictly with the rank; ties are broken in their last digits (see
-    `ranking`). The file appears whole or not at all. Raises ValueError for white space in an id or
-    the tag, a score that is no finite number of float32, a passage twice in a list and a query with
-    two lists.
+    `ranking`), unless `exact` leaves every score as it is. The file appears whole or not at all.
+    Raises ValueError for white space in an id or the tag, a score that is no finite number of
+    float32, a passage twice in a list and a query with two lists.
     """
     _check_column("tag", tag)
     written: set[str] = set()
@@ -123,7 +125,9 @@ def write_run(path: str | os.PathLike, rank_lists: Iterable[RankList], tag: str)
                 )
             written.add(rank_list.qid)
             passages = _sorted(rank_list)
-            scores = ranking.falling([passage.score for passage in passages])
+            scores = [passage.score for passage in passages]
+            if not exact:
+                scores = ranking.falling(scores)
             for rank, (passage, score) in enumerate(zip(passages, scores, strict=True), start=1):
                 row = f"{rank_list.qid} Q0 {passage.pid} {rank} {score!r} {tag}\n"
                 handle.write(row.encode())

@@ -190,7 +190,7 @@ class Retriever:
             return self
         return self._load(opened.asked, opened.params)
 
-    def _changed(self, **changes: Iterable[Any]) -> int:
+    def _changed(self, **changes: Any) -> int:
         opened = self._opened("add" if "added" in changes else "remove")
         version = update.update(opened.sources.versions, **changes).version
         self._index = self.newest()._index
