@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -18,6 +20,7 @@ from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.retrieval.student_planned import PlannedByLearned, PlannedByOnePass
 from dgr_jax.retrieval.student_plans import Learned, OnePass
+from tests.conftest import ROOT
 from tests.test_old_model_dir import KEPT
 
 QUESTIONS = ["Why do bees dance?", "Xyzzy?"]
@@ -160,6 +163,19 @@ def test_a_student_that_plans_by_itself_answers(model_dir, kind):
     assert [h.parts["log_prob"] for h in alone.search(QUESTIONS[:1], k=5)[0]] == [-np.inf] * 5
     with pytest.raises(ValueError, match="loss: the planned retriever of .* has no such setting"):
         Retriever.load(model_dir, loss=None)
+
+
+def test_an_experiment_alone_knows_the_systems_of_all_plans():
+    """Whatever else has been imported in this process."""
+    code = (
+        "import dgr_jax.experiments.generative\n"
+        "from dgr_jax.retrieval.planned import PlannedSystem\n"
+        "print(*sorted(plan.__name__ for plan in PlannedSystem.of_plans))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["Learned", "Lexical", "OnePass", "StudentPlan"]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.models.initial import Initial, check_initial
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval import planned, set_identifiers
+from dgr_jax.retrieval import kinds, planned, set_identifiers
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.retrieval.simultaneous import Plan
@@ -271,7 +271,7 @@ class Experiment(Measured):
         """See Measured: at last `planned`, the best student with the plan."""
         if self.plan is None:
             return self.evaluate.systems
-        return (*self.evaluate.systems, planned.system_of(self.plan))
+        return (*self.evaluate.systems, kinds.planned_by(self.plan))
 
     def network(self, vocab_size: int) -> T5Config:
         """The sizes of the transformer of every student, with a vocabulary."""

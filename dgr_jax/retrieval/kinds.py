@@ -21,6 +21,7 @@ from dgr_jax.retrieval import bm25, kept_rows, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
 from dgr_jax.settings import restored
 
@@ -150,6 +151,11 @@ def untrained(model_dir: Path) -> Mapping[str, Any]:
         with contextlib.suppress(FileNotFoundError), kept.reading(folder / SYSTEMS) as path:
             return dict(kept.read_json(path))
     return {}
+
+
+def planned_by(plan: Plan) -> SystemSettings:
+    """The settings of the system `planned`, with a plan."""
+    return planned.PlannedSystem.of_plans[type(plan)]("planned", plan.once_trained())
 
 
 def settings_of(said: Mapping[str, Any]) -> SystemSettings:

@@ -330,11 +330,6 @@ class PlannedSystem(SystemSettings):
         return replace(self, plan=replace(plan, **settings))
 
 
-def system_of(plan: Plan) -> PlannedSystem:
-    """The settings of the system `planned`, with a plan."""
-    return PlannedSystem.of_plans[type(plan)]("planned", plan.once_trained())
-
-
 @dataclass(frozen=True)
 class Planned(PlannedSystem, plans=Lexical):
     """The distilled student with the plan Lexical."""
