@@ -125,7 +125,7 @@ class Bm25Index:
             return Postings([], np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, "f4"))
         of = self._model.scores
         words = list(self._vocabulary)[: len(of["indptr"]) - 1]  # bm25s adds a blank one
-        return Postings(words, of["indptr"], of["indices"], of["data"])
+        return Postings(words, np.asarray(of["indptr"], np.int64), of["indices"], of["data"])
 
     def scores(self, text: str) -> np.ndarray:
         """f32 [P]: the score of every passage; 0 where it has no word of the query."""

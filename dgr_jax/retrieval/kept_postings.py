@@ -145,7 +145,7 @@ def _merged(
     passages = np.insert(number[old.passages[keep]], ends, passage[order])
     impacts = np.insert(old.impacts[keep], ends, impact[order])
     starts = np.append(0, np.cumsum(sizes + np.bincount(word, minlength=len(words))))
-    return Postings(words, starts.astype(old.starts.dtype), passages, impacts)
+    return Postings(words, starts.astype(np.int64), passages, impacts)
 
 
 def _idf(frequency: np.ndarray, passages: int) -> np.ndarray:
