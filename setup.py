@@ -54,6 +54,7 @@ setup(
         f"seqio>=0.0.20; {with_tensorflow}",
         "tensorboard>=2.18",
         f"tensorflow-datasets>=4.9.10; {with_tensorflow}",
+        "tensorstore>=0.1.86",
     ],
     entry_points={
         "pyterrier.artifact": ["dgr.dgr_jax = dgr_jax.integrations.pyterrier:DgrArtifact"]

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from dgr_jax.array_trees import NotFinite, check_finite, check_shapes
 from dgr_jax.model_dir import kept
@@ -212,6 +213,8 @@ class Checkpoints:
         folder, rest = self.folder / str(step), abstract.replace(params=None)
         kept.whole(folder)
         with _reading(folder):
+            for item in ("params", "training"):
+                _read_unlisted(folder / item)
             metadata = self._manager.item_metadata(step)
             there = metadata["params"].tree, metadata["training"].tree
         check_shapes(there[0], abstract.params, f"checkpoint {folder}")
@@ -274,6 +277,22 @@ def _reading(folder: Path) -> Iterator[None]:
     else:
         return
     raise damage
+
+
+def _read_unlisted(item: Path) -> None:
+    """Reads the arrays of an item one by one where no list vouches for the files of its checkpoint.
+
+    Orbax reads them side by side. Where one cannot be read, the reads under way find their event
+    loop closed, which can end the process.
+    """
+    if (item.parent / kept.MANIFEST).is_file() or not (item / "manifest.ocdbt").is_file():
+        return
+    store = {"driver": "ocdbt", "base": f"file://{item}/"}
+    for key in tensorstore.KvStore.open(store).result().list().result():
+        name, _, file = key.decode().rpartition("/")
+        if file == ".zarray":
+            array = {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
+            tensorstore.open(array, read=True).result().read().result()
 
 
 def _forget_reads(error: BaseException) -> None:
@@ -357,6 +376,7 @@ def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None
     kept.whole(path)
     where = f"checkpoint {path.parent}"
     with _reading(path):
+        _read_unlisted(path)
         # The handler reads the item's own metadata; a checkpointer would look for a step's there.
         there = ocp.StandardCheckpointHandler().metadata(path).tree
     check_shapes(there, abstract, where)

@@ -258,10 +258,9 @@ def test_of_a_finished_stage_the_last_checkpoint_is_not_replaced_by_an_older(tmp
     )
 
 
-@pytest.mark.parametrize("damage", [_remove_metadata])
+@pytest.mark.parametrize("damage", [_truncate, _remove_metadata])
 def test_unreadable_parameters_are_one_line(tmp_path, states, caplog, damage):
-    """Damage that no manifest tells of before it is read. (Of a data file that is cut, and has no
-    manifest, the library that reads it may end the process.)"""
+    """Damage that no manifest tells of before it is read."""
     _save(tmp_path, states, [1])
     (tmp_path / "1" / "files_made.json").unlink()
     damage(tmp_path / "1")
