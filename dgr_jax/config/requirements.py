@@ -24,6 +24,7 @@ PACKAGES = {  # what is imported -> what is installed, in its first version that
     "sklearn": "scikit-learn>=1.4.2",
     "scipy": "scipy>=1.13",
     "sentencepiece": "sentencepiece>=0.2",
+    "tensorstore": "tensorstore>=0.1.86",
 }
 
 
