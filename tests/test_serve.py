@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 
 import httpx
@@ -405,6 +406,15 @@ def test_a_short_token_is_refused(monkeypatch, tmp_path):
 def test_a_folder_without_a_student_is_told_before_it_listens(tmp_path):
     with pytest.raises(FileNotFoundError, match="no trained student in "):
         serve.command([f"--model_dir={tmp_path}", "--port=0"])
+
+
+def test_an_address_that_cannot_be_had_is_told_before_anything_is_opened(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"got 127.0.0.1 and {port}: Address already in use"):
+            serve.command([f"--model_dir={tmp_path}", f"--port={port}"])
+    with pytest.raises(ValueError, match="--host, --port: got 127.0.0.1 and 65536: .*0-65535"):
+        serve.command([f"--model_dir={tmp_path}", "--port=65536"])
 
 
 @pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])

@@ -121,9 +121,7 @@ def open_student(
         search = restored(kind.search_settings, student.search)
     search = dataclasses.replace(search, **settings)
     source = Trained(folder, prepared, vocabulary, model, search, mesh, rules)
-    if student.kind == "docid":
-        params = kept_rows.opened(params, prepared, folder)
-    return kind.opened(source, params)
+    return kind.opened(source, kept_rows.opened(params, prepared, folder))
 
 
 def write_untrained(model_dir: Path, settings: Iterable[SystemSettings], depth: int) -> None:

@@ -217,7 +217,7 @@ class StudentPlanner:
         if allowed is not None:
             scores = np.where(allowed, scores, -np.inf)
         rank = np.empty(len(self.pids), np.int32)
-        rank[sorted(range(len(self.pids)), key=self.pids.__getitem__)] = np.arange(len(rank))
+        rank[np.asarray(self.index.passages).reshape(-1)[: len(rank)]] = np.arange(len(rank))
         passages = np.stack([np.lexsort((rank, -row))[:count] for row in scores]).astype(np.int32)
         best = np.take_along_axis(scores, passages, 1)
         return PlannedPassages(np.where(best > -np.inf, passages, -1), best)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -51,24 +52,36 @@ def serve(
                 for number, handler in before.items():
                     signal.signal(number, handler)
 
-    models = _opened(places, systems, service)
-    config = uvicorn.Config(
-        application(Api(models, service, token)),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        loop="asyncio",  # another one would take the signals for itself
-        timeout_keep_alive=_KEPT,
-        timeout_graceful_shutdown=max(1, round(service.drain_s)),
-    )
-    server = Server(config)
-    listening = config.bind_socket()
-    listening.listen(config.backlog)  # whoever comes before the server has started, waits
-    logger.info("http://%s:%d", *listening.getsockname()[:2])
-    with listening, interrupts.held("answers what was asked, then ends"):
-        server.run(sockets=[listening])
+    with _bound(host, port) as listening:
+        config = uvicorn.Config(
+            application(Api(_opened(places, systems, service), service, token)),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            loop="asyncio",  # another one would take the signals for itself
+            timeout_keep_alive=_KEPT,
+            timeout_graceful_shutdown=max(1, round(service.drain_s)),
+        )
+        server = Server(config)
+        listening.listen(config.backlog)  # whoever comes before the server has started, waits
+        logger.info("http://%s:%d", *listening.getsockname()[:2])
+        with interrupts.held("answers what was asked, then ends"):
+            server.run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, on which nothing is listened yet. Raises ValueError where it cannot
+    be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # elsewhere it would let two share the port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host, --port: got {host} and {port}: {why}") from None
+    return bound
 
 
 def converse(model_dirs: Sequence[str], systems: Sequence[str], service: Service) -> None:
