@@ -53,7 +53,8 @@ def test_a_student_with_a_plan_answers_with_it(model_dir):
     assert [passage.pid for passage in run["a"]][:5] == [hit.pid for hit in hits]
     with pytest.raises(ValueError, match="k: got 30, expected at most 20: set planned"):
         Retriever.load(model_dir, depth=50).search(QUESTIONS, k=30)
-    student = Retriever.load(model_dir, system="distill", num_beams=5, depth=5)
+    student = Retriever.load(model_dir, system="distill", num_beams=5, depth=5, beside=[planned])
+    assert student.decoder.params is planned.decoder.student.params
     assert not hasattr(student.decoder, "plan")
     (_, alone) = student.search(QUESTIONS, k=5)
     assert [hit.pid for hit in alone] == [hit.pid for hit in nothing]

@@ -26,7 +26,7 @@ from dgr_jax.identifiers.scheme import Scheme
 from dgr_jax.model_dir import writer_lock
 from dgr_jax.models.initial import Initial
 from dgr_jax.models.t5_config import T5Config
-from dgr_jax.retrieval.simultaneous import Lexical
+from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.shipped import resources
 from dgr_jax.teaching.list_recipes import ListRecipe
 from dgr_jax.teaching.teacher import Teacher
@@ -74,7 +74,7 @@ class GenerativeRetriever:
     teacher: Teacher | None = None
     loss: str | functools.partial | None = None
     lists: ListRecipe | None = None
-    plan: Lexical | AsRecipe | None = "recipe"
+    plan: Plan | AsRecipe | None = "recipe"
     initial: Initial | AsRecipe | None = "recipe"
     generate_steps: int | None = None
     distill_steps: int | None = None

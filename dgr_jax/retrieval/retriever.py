@@ -85,6 +85,7 @@ class Retriever:
         *,
         system: str | None = None,
         mesh: partitioning.Mesh | None = None,
+        beside: Iterable[Retriever] = (),
         **settings: Any,
     ) -> Retriever:
         """Open a MODEL_DIR.
@@ -93,6 +94,8 @@ class Retriever:
           as 'bm25' or 'planned'; None: 'planned', where the experiment was evaluated with a plan,
           otherwise the best trained one that is finished.
         mesh: how all devices share queries and parameters; None: one device does it all.
+        beside: retrievers that are open; parameters of theirs are not read again, and not kept
+          twice, where the devices are the same.
         settings: fields of its `Search` (or `MultiviewSearch`, `DenseSearch`) that replace those of
           the experiment, such as num_beams; of a system that no stage trains, its own and those of
           the trained ones that it is made of.
@@ -107,7 +110,11 @@ class Retriever:
         else:
             devices = partitioning.make_mesh(mesh)
         rules = partitioning.RULES if mesh is None else mesh.rules
-        return cls._load(_Asked(Path(model_dir), system, devices, rules, settings), {})
+        known: dict[records.Answering, Any] = {}
+        for _, _, opened in (retriever._index for retriever in beside):
+            if opened and (opened.asked.devices, opened.asked.rules) == (devices, rules):
+                known |= opened.params
+        return cls._load(_Asked(Path(model_dir), system, devices, rules, settings), known)
 
     @classmethod
     def _load(cls, asked: _Asked, known: Mapping[records.Answering, Any]) -> Retriever:

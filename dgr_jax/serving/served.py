@@ -105,7 +105,8 @@ class Served:
                 if old:
                     retriever = old.retriever.newest()
                 else:
-                    retriever = Retriever.load(model_dir, system=name)
+                    others = [system.retriever for system in opened.values()]
+                    retriever = Retriever.load(model_dir, system=name, beside=others)
             except FileNotFoundError:
                 if wanted:
                     raise
