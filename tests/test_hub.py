@@ -9,11 +9,11 @@ import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dgr_jax.corpora.types import Passage
 from dgr_jax.model_dir import kept
 from dgr_jax.models import tensor_files
 from dgr_jax.retrieval.retriever import Retriever
@@ -117,12 +117,17 @@ def test_what_cannot_be_saved(saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-def test_an_index_that_was_changed_is_not_saved(tmp_path):
-    retriever = Retriever.__new__(Retriever)
-    sources = SimpleNamespace(version=3, trained={"distill": None})
-    retriever._index = SimpleNamespace(opened=SimpleNamespace(sources=sources))
-    with pytest.raises(ValueError, match="Retriever.save: got version 3 of the index, expected 0"):
-        retriever.save(tmp_path / "folder")
+def test_an_index_that_was_changed_is_saved_as_it_answers(saved, tmp_path):
+    model_dir = tmp_path / "model"
+    shutil.copytree(saved, model_dir)
+    retriever = Retriever.load(model_dir)
+    pids = retriever.store.pids
+    retriever.add([Passage("later", "Sourdough rises by wild yeast.", "Sourdough")])
+    retriever.remove(pids[:1])
+    again = Retriever.load(retriever.save(tmp_path / "again"))
+    assert again.version == retriever.version == 2
+    assert set(again.store.pids) == {*pids[1:], "later"}
+    assert answers(again) == answers(retriever)
 
 
 # The hub

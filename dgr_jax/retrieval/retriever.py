@@ -245,8 +245,8 @@ class Retriever:
         """Writes what answers into a new folder, without what only training reads, see `hub`.
 
         card: license and datasets, for the model card, by the names of the Hugging Face Hub.
-        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of, and for one
-        of which passages came or went since it was trained.
+        Of the index, the version that answers is written, and the prepare stage.
+        Raises ValueError for a retriever that no student of a MODEL_DIR is a part of.
         """
         from dgr_jax.retrieval import hub
 
@@ -255,11 +255,6 @@ class Retriever:
             raise ValueError(
                 "Retriever.save: got one that was restricted, made by hand, or has no trained "
                 "student, expected what Retriever.load returns for a trained one"
-            )
-        if self.version:
-            raise ValueError(
-                f"Retriever.save: got version {self.version} of the index, expected 0, the "
-                "passages that the student was trained on"
             )
         return hub.save(opened.asked.model_dir, opened.sources.trained, folder, **card)
 
