@@ -200,15 +200,17 @@ class SuffixArray:
         those that are equal do."""
         token = tokens[suffixes].astype(np.int64)
         lo, hi = (self.first[token + i].astype(np.int64) for i in (0, 1))
-        open_, depth = np.arange(len(suffixes)), 1
-        while len(open_):
-            token = tokens[suffixes[open_] + depth].astype(np.int64)
-            below = self._search(lo[open_], hi[open_], depth, token)
-            above = self._search(below, hi[open_], depth, token + 1)
+        left, depth = np.flatnonzero(lo < hi), 1  # those that may still belong to several places
+        while len(left):
+            token = tokens[suffixes[left] + depth].astype(np.int64)
+            asked = np.stack([lo[left], token])  # neighbours often ask the same
+            new = np.append(True, (asked[:, 1:] != asked[:, :-1]).any(0))
+            below = self._search(lo[left][new], hi[left][new], depth, token[new])
+            above = self._search(below, hi[left][new], depth, token[new] + 1)
+            below, above = (bounds[np.cumsum(new) - 1] for bounds in (below, above))
             ends = token == 0
-            lo[open_], hi[open_] = np.where(ends, above, below), above
-            open_ = open_[~ends & (below < above)]
-            depth += 1
+            lo[left], hi[left] = np.where(ends, above, below), above
+            left, depth = left[~ends & (below < above)], depth + 1
         return lo
 
     def like(self, other: SuffixArray) -> SuffixArray:

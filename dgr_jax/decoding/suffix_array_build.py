@@ -126,5 +126,10 @@ def staying(
     keep = np.repeat(stay, lengths + 1)
     positions = np.cumsum(keep, dtype=np.int32) - np.int32(1)
     positions[~keep] = -1
-    moved = positions[suffixes]
-    return tokens[keep], moved[moved >= 0]
+    left, kept = np.empty(int(keep.sum() - stay.sum()), np.int32), 0
+    for part in parts(suffixes):
+        part = positions[part]
+        part = part[part >= 0]
+        left[kept : kept + len(part)] = part
+        kept += len(part)
+    return tokens[keep], left
