@@ -48,7 +48,7 @@ SCHEMES = {
     "semantic, one leaf": KMeansTree(embeddings=LSA, reserve=30),
     "title": Title(),
     "string": NaiveString(),
-    "string by position": NaiveString(by_position=True),
+    "string by position": NaiveString(by_position=True, reserve=41),
 }
 
 
@@ -100,6 +100,8 @@ def test_passages_that_come_later_get_identifiers_that_are_known(tmp_path, name)
     first = table.tokens[rows[78]][0]
     if "string" not in name and name != "semantic, one leaf":
         assert first == before.tokens[old_rows[7]][0], "the same text begins with the same code"
+    if "string" in name:
+        assert table.tokens.shape[1] == len(str(60 + SCHEMES[name].reserve - 1))
     index = trie.load(versions.at(1) / "trie")
     tokens, lengths = index.rows()
     np.testing.assert_array_equal(tokens[:, : table.tokens.shape[1]], table.tokens)
@@ -147,7 +149,8 @@ def test_the_kept_model_embeds_as_the_one_that_was_fitted(tmp_path):
         (
             NaiveString(),
             41,
-            "NaiveString: got 41 passages, expected at most 40: so many numbers of",
+            "NaiveString: got 41 passages, expected at most 40: so many numbers of 2 digits are "
+            "left; prepare and train again with all passages, or with NaiveString.reserve",
         ),
         (
             ResidualQuantization(1, 64, LSA),
