@@ -183,17 +183,19 @@ class SuffixArray:
         new = suffix_array_build.sorted_suffixes(added, of_added, width)
         lengths = np.diff(self.starts, append=len(self.tokens)) - 1
         tokens, suffixes = np.asarray(self.tokens), np.asarray(self.suffixes)
+        first = np.asarray(self.first)
         if not stay.all():
+            gone = tokens[np.repeat(~stay, lengths + 1)]
             tokens, suffixes = suffix_array_build.staying(tokens, suffixes, lengths, stay)
-            lengths = lengths[stay]
-        staying = dataclasses.replace(
-            self, tokens=tokens, suffixes=suffixes, first=suffix_array_build.first(tokens, size)
-        )
+            first, lengths = first - suffix_array_build.first(gone, size), lengths[stay]
+        all_of = len(suffixes) + len(new), len(lengths) + len(of_added)
+        planned_bytes(*all_of, size)  # raises for too many
+        staying = dataclasses.replace(self, tokens=tokens, suffixes=suffixes, first=first)
         places = staying._places(added, new)
         suffixes = np.insert(suffixes, places, new + np.int32(len(tokens)))
         tokens, lengths = np.concatenate([tokens, added]), np.concatenate([lengths, of_added])
-        _check_size(tokens, lengths, size)
-        return _with_branches(tokens, suffixes, lengths, size, max_length)
+        first = first + suffix_array_build.first(added, size)
+        return _with_branches(tokens, suffixes, first, lengths, max_length)
 
     def _places(self, tokens: np.ndarray, suffixes: np.ndarray) -> np.ndarray:
         """int64 [n]: how many suffixes come before each of others, positions in other `tokens`;
@@ -265,29 +267,23 @@ def build(
     tokens, lengths = suffix_array_build.concatenate(passages, vocab_size)
     if not len(lengths):
         raise ValueError("suffix_array.build: no passages; expected at least one")
-    _check_size(tokens, lengths, vocab_size)
+    planned_bytes(len(tokens) - len(lengths), len(lengths), vocab_size)  # raises for too many
     width = suffix_array_build.token_bytes(vocab_size)
     suffixes = suffix_array_build.sorted_suffixes(tokens, lengths, width)
-    return _with_branches(tokens, suffixes, lengths, vocab_size, max_length)
-
-
-def _check_size(tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError for too many tokens, and for none."""
-    num_passages, num_tokens = len(lengths), len(tokens) - len(lengths)
-    planned_bytes(num_tokens, num_passages, vocab_size)
-    if not num_tokens:
-        raise ValueError(
-            f"suffix_array.build: {num_passages} passages without a token; expected at least one"
-        )
+    first = suffix_array_build.first(tokens, vocab_size)
+    return _with_branches(tokens, suffixes, first, lengths, max_length)
 
 
 def _with_branches(
-    tokens: np.ndarray, suffixes: np.ndarray, lengths: np.ndarray, vocab_size: int, max_length: int
+    tokens: np.ndarray, suffixes: np.ndarray, first: np.ndarray, lengths: np.ndarray, longest: int
 ) -> SuffixArray:
-    starts = suffix_array_build.starts(lengths)
-    first = suffix_array_build.first(tokens, vocab_size)
-    branches = suffix_array_branches.find(tokens, suffixes, first, max_length)
-    return SuffixArray(tokens, suffixes, first, starts, branches)
+    """An index whose spans are to be of `longest` tokens; lengths int [P], of the passages."""
+    if not len(suffixes):
+        raise ValueError(
+            f"suffix_array.build: {len(lengths)} passages without a token; expected at least one"
+        )
+    branches = suffix_array_branches.find(tokens, suffixes, first, longest)
+    return SuffixArray(tokens, suffixes, first, suffix_array_build.starts(lengths), branches)
 
 
 def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[str, int]:
