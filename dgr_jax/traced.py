@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -57,6 +58,55 @@ def kept(name: str, settings: object, program: Any) -> Callable[..., Any]:
     return program if folder is None else _Kept(folder, f"{name} {settings!r}", program)
 
 
+def kept_shapes(name: str, make: Callable[[], Any]) -> Any:
+    """The shapes of a model's parameters that `make` finds by tracing it, kept likewise.
+
+    name: of the model, with all its settings. They are dicts of `jax.ShapeDtypeStruct`, some in
+    boxes that name their logical axes; other trees are not kept.
+    """
+    if folder is None:
+        return make()
+    path = folder / f"{_mark(name)}{SUFFIX}.json"
+    try:
+        return _unpacked(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        pass
+    except Exception as error:
+        logger.warning("%s: cannot be read (%s), and is made again", path, error)
+    shapes = make()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        content = json.dumps(_packed(shapes))
+        if _unpacked(json.loads(content)) == shapes:
+            _write(path, content.encode())
+    return shapes
+
+
+def _packed(shapes: Any) -> Any:
+    """Shapes as JSON: a list of shape, dtype and logical axes for each leaf."""
+    if isinstance(shapes, dict):
+        return {name: _packed(node) for name, node in shapes.items()}
+    names = getattr(shapes, "names", None)
+    leaf = shapes if names is None else shapes.value
+    return [leaf.shape, str(leaf.dtype), names]
+
+
+def _unpacked(packed: Any) -> Any:
+    import jax
+    import numpy as np
+    from flax import linen as nn
+
+    if isinstance(packed, dict):
+        return {name: _unpacked(node) for name, node in packed.items()}
+    shape, dtype, names = packed
+    leaf = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+    return leaf if names is None else nn.LogicallyPartitioned(leaf, tuple(names))
+
+
+def _mark(*named: Any) -> str:
+    """The name of a file, by what its content depends on: this package's sources, and more."""
+    return hashlib.sha256(repr([_package(), *named]).encode()).hexdigest()[:32]
+
+
 class _Kept:
     """A jitted program that reads or leaves its text at the first call with other shapes."""
 
@@ -87,8 +137,7 @@ class _Kept:
         (device,) = devices
         options = [getattr(jax.config, option) for option in _OPTIONS]
         named = [self._name, str(tree), shapes, device.platform, device.device_kind, options]
-        mark = hashlib.sha256(repr([_package(), *named]).encode()).hexdigest()
-        path = self._folder / f"{mark[:32]}{SUFFIX}"
+        path = self._folder / f"{_mark(*named)}{SUFFIX}"
         try:
             return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
         except FileNotFoundError:

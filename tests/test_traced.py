@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax import traced
+from dgr_jax import partitioning, traced
 from dgr_jax.decoding.beam_search import BeamResult
+from dgr_jax.models.t5 import T5Config, Transformer
 
 
 @pytest.fixture
@@ -80,3 +81,19 @@ def test_what_cannot_be_kept_is_traced_as_usual(folder):
         )
         np.testing.assert_array_equal(traced.kept("add", (), jax.jit(jnp.add))(spread, 1.0), [1, 2])
     assert not list(folder.iterdir())
+
+
+def test_shapes_of_parameters_are_kept(folder, monkeypatch, caplog):
+    model = Transformer(T5Config(vocab_size=20, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8))
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    read = lambda: partitioning.abstract_params(model, mesh)
+    first, (path,) = read(), folder.iterdir()
+    partitioning._boxed_shapes.cache_clear()
+    with monkeypatch.context() as untraced:
+        untraced.setattr(partitioning, "boxed_params", None)
+        assert read() == first
+    path.write_text("{")
+    partitioning._boxed_shapes.cache_clear()
+    assert read() == first and f"{path}: cannot be read" in caplog.text
+    other = traced.kept_shapes("a list", lambda: [jax.ShapeDtypeStruct((2,), jnp.int32)])
+    assert other[0].shape == (2,) and list(folder.iterdir()) == [path]
