@@ -152,7 +152,7 @@ class _Kept:
         return jax.jit(exported.call)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | bytearray) -> None:
     """Writes a file that is whole as soon as it has its name."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     try:

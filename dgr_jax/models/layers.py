@@ -112,6 +112,7 @@ class MlpBlock(nn.Module):
             y = Projection(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
             y = y if activation == "linear" else getattr(nn, activation)(y)
             hidden = y if hidden is None else hidden * y
+        assert hidden is not None  # there is an activation
         hidden = Dropout(self.dropout_rate)(hidden, deterministic)
         return Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
