@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from dgr_jax.models.layers import Dropout, product
+from dgr_jax.models.layers import product
 from dgr_jax.models.stacking import stack_layers
 from dgr_jax.models.t5 import T5Config, Transformer
 from tests import students
@@ -203,17 +202,3 @@ def test_a_product_and_its_gradients(shape, dtype):
         np.testing.assert_allclose(
             one.astype(jnp.float32), other.astype(jnp.float32), rtol=rtol, atol=rtol
         )
-
-
-def test_dropout_is_that_of_flax_over_one_axis():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 8)), jnp.float32)
-
-    def loss(module, x):
-        y = module.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(3)})
-        return jnp.sum(y**2), y
-
-    modules = Dropout(0.25), nn.Dropout(0.25, broadcast_dims=(-2,), name="Dropout_0")
-    own, flax = (jax.grad(functools.partial(loss, m), has_aux=True)(x) for m in modules)
-    jax.tree.map(np.testing.assert_array_equal, own, flax)
-    assert set(np.unique((own[1] == 0).sum(1))) == {0, 5}
-    np.testing.assert_array_equal(Dropout(0.25).apply({}, x, deterministic=True), x)

@@ -76,26 +76,6 @@ class Projection(nn.Module):
         return product(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
-class Dropout(nn.Module):
-    """x with numbers set to 0 at this rate, and the others made larger; one mask for all places
-    along the last axis but one.
-
-    As Flax's Dropout, to the same masks. But XLA would draw a mask, which is small, anew for every
-    number that it is laid over, in the backward pass too; here it is drawn once.
-    """
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        if self.rate == 0.0 or deterministic:
-            return x
-        kept, shape = 1.0 - self.rate, (*x.shape[:-2], 1, x.shape[-1])
-        mask = jax.random.bernoulli(self.make_rng("dropout"), p=kept, shape=shape)
-        mask = jax.lax.optimization_barrier(mask)
-        return jnp.where(mask, x / kept, jnp.zeros_like(x))
-
-
 class MlpBlock(nn.Module):
     """T5 feed-forward block: product of the activated projections (Shazeer 2020), then `wo`."""
 
@@ -112,8 +92,7 @@ class MlpBlock(nn.Module):
             y = Projection(self.mlp_dim, ("embed", "mlp"), self.dtype, name=name)(x)
             y = y if activation == "linear" else getattr(nn, activation)(y)
             hidden = y if hidden is None else hidden * y
-        assert hidden is not None  # there is an activation
-        hidden = Dropout(self.dropout_rate)(hidden, deterministic)
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic)
         return Projection(x.shape[-1], ("mlp", "embed"), self.dtype, name="wo")(hidden)
 
 
@@ -197,7 +176,7 @@ class Attention(nn.Module):
         self.key = project()
         self.value = project()
         self.out = Projection(self.emb_dim, ("joined_kv", "embed"), self.dtype)
-        self.dropout = Dropout(self.dropout_rate)
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)

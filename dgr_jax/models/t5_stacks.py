@@ -47,8 +47,8 @@ def mlp(config: T5Config) -> layers.MlpBlock:
     )
 
 
-def dropout(config: T5Config) -> layers.Dropout:
-    return layers.Dropout(config.dropout_rate)
+def dropout(config: T5Config) -> nn.Dropout:
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
 
 
 def relpos(config: T5Config) -> layers.RelativePositionBias:
