@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from dgr_jax import update
 from dgr_jax.config import cli, gin_files, questions
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, TINY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-KINDS = {"pseudo_queries": ("PseudoQueries",), "study": ("Study",)}
+KINDS = {"pseudo_queries": ("PseudoQueries",), "study": ("Study",), "update": ("Refresh",)}
 
 
 def lines_of(text):
@@ -138,6 +139,9 @@ def check_experiment(monkeypatch, name, arguments):
     if name == "evaluate" and args.run:
         assert args.qrels
         return
+    if name == "update":  # settings are read where a student is refreshed
+        assert bool(bindings[1:]) <= args.refresh
+        args.gin_file = args.gin_file or [update.REFRESH]
     if name != "study":
         gin_files.load_experiment(
             args, bindings, KINDS.get(name, gin_files.EXPERIMENTS), keep=False

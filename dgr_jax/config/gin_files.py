@@ -286,6 +286,7 @@ def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
     import gin
 
     commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
+    commands["Refresh"] = "update --refresh"
     set_up = {name for _, name, key in bound.settings(gin.config_str()) if key == "model_dir"}
     if described := [kind for kind in kinds if kind in set_up]:
         return described[0]
