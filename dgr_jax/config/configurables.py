@@ -38,6 +38,7 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.experiments.common import Evaluate, Teach, Training
     from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Lists, Negatives
     from dgr_jax.experiments.generative import Candidates, Experiment, Prepare
+    from dgr_jax.experiments.living_study import LivingStudy
     from dgr_jax.experiments.pseudo_queries import Pairs, PseudoQueries
     from dgr_jax.experiments.refresh import Refresh
     from dgr_jax.experiments.study import Study
@@ -89,7 +90,7 @@ def _components() -> tuple[type, ...]:
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,
         dense.DenseSearch, exact_search.ExactSearch,
         PseudoQueries, Pairs, sampling.Sampling, Study,
-        Refresh, refreshing.LevelGeneration,
+        Refresh, refreshing.LevelGeneration, LivingStudy,
     )  # fmt: skip
 
 

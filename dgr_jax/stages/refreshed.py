@@ -219,10 +219,14 @@ def _write_examples(begun: Begun, folder: Path, config: T5Config, params: Any) -
     rate of each. Those that a run before has written stay."""
     rates, counts = {}, {}
     old_log_probs = functools.partial(_log_probs_fn(config), params)
+    objective: Any = begun.settings.training.objective
     for name, rate, features in _examples(begun):
         target = folder / _ARRAYS / name
         if not target.is_dir():
-            write_arrays(target, _with_old(features, begun.codes, old_log_probs))
+            blocks: Iterator[Features] = added.blocks_of(features)
+            if objective.old_weight:
+                blocks = _with_old(blocks, begun.codes, old_log_probs)
+            write_arrays(target, blocks)
         rates[name] = rate
         counts[name] = len(features["decoder_target_tokens"])
     new = int(np.count_nonzero(begun.slices.known == 0))
@@ -262,9 +266,9 @@ def _examples(begun: Begun) -> Iterator[tuple[str, float, Features]]:
         yield f"old-{name}", rate, there[name]
 
 
-def _with_old(features: Features, codes: np.ndarray, log_probs: Any) -> Iterator[Features]:
+def _with_old(blocks: Iterator[Features], codes: np.ndarray, log_probs: Any) -> Iterator[Features]:
     """Blocks of examples with the log-probabilities of the student that was, f32 [n, T, C]."""
-    for block in added.blocks_of(features):
+    for block in blocks:
         yield block | {OLD: old_of(block, codes, log_probs)}
 
 
