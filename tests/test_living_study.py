@@ -61,14 +61,15 @@ def test_shipped_studies_are_whole(name, data, tmp_path, monkeypatch):
     seeds, ways = given.study.seeds, given.ways()
     assert [way.name for way in ways] == [
         "distill, index only", "planned, index only", "bm25, index only", "refresh",
-        "plain fine-tuning", "dense, index only", "rebuilt",
+        "refresh, planned", "plain fine-tuning", "plain fine-tuning, planned",
+        "dense, index only", "rebuilt",
     ]  # fmt: skip
-    assert len(list(given.outstanding())) == len(seeds) * (6 * 5 + 1)
+    assert len(list(given.outstanding())) == len(seeds) * (8 * 5 + 1)
     dense, last = given.experiment(0, "dense", 0), given.experiment(0, "rebuilt", 4)
     first = given.experiment(0, "base", 0)
     assert dense.collection == first.collection
     assert last.collection.core == first.collection.size < last.collection.size
-    plain = given._refresh(1, ways[4], tmp_path)
+    plain = given._refresh(1, ways[5], tmp_path)
     assert (plain.replay, plain.docid_rate, plain.text_rate) == (0.0, 1.0, 1.0)
     assert not plain.training.objective.level_softmax
     assert given._refresh(1, ways[3], tmp_path).training.seed == 1
@@ -119,12 +120,13 @@ def test_a_whole_study(tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     study_command.command([*asked, "--dry_run"])
     listed = capsys.readouterr().out
-    assert listed.count("\n") == 4 * 3 + 1
+    assert listed.count("\n") == 5 * 3 + 1
     study_command.command(asked)
     with (tmp_path / "table.csv").open(encoding="utf-8") as file:
         rows = {row["answers"]: row for row in csv.DictReader(file)}
     assert list(rows) == [
-        "distill, index only", "planned, index only", "bm25, index only", "refresh", "rebuilt",
+        "distill, index only", "planned, index only", "bm25, index only", "refresh",
+        "refresh, planned", "rebuilt",
     ]  # fmt: skip
     assert rows["bm25, index only"]["R@10 added"] > "0.5"
     assert rows["rebuilt"]["R@10 BWT"] == "" and rows["refresh"]["R@10 BWT"] != ""

@@ -20,7 +20,8 @@ class LivingStudy:
     systems: of the experiment, measured with the index alone: nothing is trained after the first
       part.
     refreshed: label -> {NAME: value} over refresh_gin_files: a student that is trained on each part
-      when it is added, by `python -m dgr_jax.update --refresh`.
+      when it is added, by `python -m dgr_jax.update --refresh`. refreshed_systems: further systems
+      of the experiment that are measured with this student in the place of the first one.
     rebuilt: steps after which the experiment is made anew with all passages until then.
     dense_gin_files, dense_bindings: of a dense retriever, whose vectors are added; (): none.
     seeds: values of SEED.
@@ -37,6 +38,7 @@ class LivingStudy:
     parts: int = 4
     systems: tuple[str, ...] = ("distill", "planned", "bm25")
     refreshed: dict[str, Any] = field(default_factory=dict)
+    refreshed_systems: tuple[str, ...] = ()
     refresh_gin_files: tuple[str, ...] = ("runs/living.gin",)
     rebuilt: tuple[int, ...] = ()
     dense_gin_files: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dgr_jax import partitioning, processes
+from dgr_jax.data.examples import SOURCES
 from dgr_jax.experiments.refresh import Refresh
 from dgr_jax.experiments.stage import Stage
 from dgr_jax.identifiers.table import IdentifierTable
@@ -256,9 +257,9 @@ def _examples(begun: Begun) -> Iterator[tuple[str, float, Features]]:
     if not settings.replay:
         return
     training, known = settings.training, slices.settings["sources"]
-    drawn = math.ceil(training.steps * training.batch_size * settings.replay)
-    rates = {name: known[name] for name in ("labelled", "passages", "pseudo_queries")}
-    old = {name: slices.before(name, drawn, training.seed) for name, r in rates.items() if r}
+    rates = {name: known[name] for name in SOURCES if known[name]}
+    drawn = added.shares(rates, training.steps * training.batch_size * settings.replay)
+    old = {n: slices.before(n, math.ceil(count), training.seed) for n, count in drawn.items()}
     there = {name: features for name, features in old.items() if features is not None}
     if not there:
         raise ValueError("Refresh.replay: got no passage that is known and still there, expected 0")

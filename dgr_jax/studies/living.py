@@ -46,12 +46,24 @@ Load = Callable[[Sequence[str], bool], Any]
 @dataclass(frozen=True)
 class Way:
     """A way to answer: name in the table; folder: its MODEL_DIR under a seed; system: None is the
-    refreshed student of each step; steps: after which it is measured."""
+    refreshed student of each step; steps: after which it is measured; label: of the refreshed
+    student, by default the name."""
 
     name: str
     folder: str
     system: str | None
     steps: tuple[int, ...]
+    label: str = ""
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether a student is trained at each step."""
+        return self.folder not in (BASE, DENSE, REBUILT)
+
+    @property
+    def of(self) -> str:
+        """The label of the refreshed student."""
+        return self.label or self.name
 
 
 class Living:
@@ -76,12 +88,16 @@ class Living:
         paths = [f"--gin_search_paths={search_paths}"] if search_paths else []
         self._given = *paths, *(f"--gin.{b.replace(' = ', '=', 1)}" for b in bindings)
         self._loaded: dict[tuple[str, ...], Any] = {}
+        self._made: set[str] = set()
 
     def ways(self) -> list[Way]:
         """All ways to answer, in the order of the table."""
         study, every = self.study, tuple(range(self.study.parts + 1))
         ways = [Way(f"{name}, index only", BASE, name, every) for name in study.systems]
-        ways += [Way(label, slug(label), None, every) for label in study.refreshed]
+        for label in study.refreshed:
+            ways.append(Way(label, slug(label), None, every))
+            others = ((f"{label}, {name}", name) for name in study.refreshed_systems)
+            ways += [Way(name, slug(label), system, every, label) for name, system in others]
         if study.dense_gin_files:
             ways.append(Way("dense, index only", DENSE, DENSE, every))
         if study.rebuilt:
@@ -147,7 +163,7 @@ class Living:
             measured = self._measured(seed, way, step)
             place = self._place(seed, way, step)
             place.parent.mkdir(exist_ok=True)
-            write_kept(place, {"asked": self._asked(seed, way), **measured})
+            write_kept(place, measured | {"asked": self._asked(seed, way)})
 
     def values(self, seed: int, way: Way) -> dict[str, np.ndarray]:
         """Measure -> f64 [steps, parts], NaN where nothing is measured."""
@@ -186,31 +202,38 @@ class Living:
         apart = ("seeds", "systems", "refreshed", "rebuilt", "dense_gin_files", "dense_bindings")
         own = {k: v for k, v in describe(study).items() if k not in apart}
         dense = way.folder == DENSE and (study.dense_gin_files, study.dense_bindings)
-        return fingerprint([own, study.refreshed.get(way.name), describe(dense), self._given, seed])
+        return fingerprint([own, study.refreshed.get(way.of), describe(dense), self._given, seed])
 
     def _measured(self, seed: int, way: Way, step: int) -> dict[str, Any]:
+        """What a way answers after a step, and what its training took."""
+        system = way.system or self.best(seed)
+        if way.is_refreshed and step == 0:  # as whoever is to be refreshed
+            same = (w for w in self.ways() if (w.folder, w.system) == (BASE, system))
+            if (alike := next(same, None)) and (kept := self._kept(seed, alike, 0)):
+                return kept
         experiment = self._trained(seed, way, step)
         folder = Path(experiment.model_dir)
-        system, flops = way.system, 0.0
+        flops = 0.0
         if way.folder == REBUILT or step == 0:
-            trained = experiment.made_of(system or self.best(seed))
+            trained = experiment.made_of(system)
             flops = costs.training_flops(experiment, trained[-1]) if trained else 0.0
-        if way.folder not in (BASE, DENSE, REBUILT):
-            folder, system = self.of(seed, way.folder), self.best(seed)
+        if way.is_refreshed:
+            folder = self.of(seed, way.folder)
             self._copied(Path(experiment.model_dir), folder)
         if way.folder != REBUILT:
             self._grown(seed, folder, step)
-        if way.system is None and step:
+        if way.is_refreshed and step:
             settings = self._refresh(seed, way, folder)
-            system = refreshed.refresh(settings).name
-            flops = costs.refresh_flops(folder / system, settings.training)
+            student = refreshed.refresh(settings)
+            system = way.system or student.name
+            flops = costs.refresh_flops(student, settings.training)
         parts = self._of_parts(seed, Retriever.load(folder, system=system), experiment, step)
         return {"parts": parts, "training_flops": flops}
 
     def _refresh(self, seed: int, way: Way, folder: Path) -> Refresh:
         """How a student is refreshed."""
         assert self._load_refresh is not None  # as the study runs
-        bound = {"SEED": seed} | self.study.refreshed[way.name]
+        bound = {"SEED": seed} | self.study.refreshed[way.of]
         files = (f"--gin_file={file}" for file in self.study.refresh_gin_files)
         flags = (f"--gin.{key}={written(value)}" for key, value in bound.items())
         return self._load_refresh([*files, *flags, f"--model_dir={folder}"])
@@ -218,8 +241,11 @@ class Living:
     def _trained(self, seed: int, way: Way, step: int) -> Any:
         """The experiment that a way begins from, with all that it trains."""
         name = way.folder if way.folder in (DENSE, REBUILT) else BASE
-        experiment = self.experiment(seed, name, step if name == REBUILT else 0, keep=True)
-        pipeline.run(experiment)
+        step = step if name == REBUILT else 0
+        experiment = self.experiment(seed, name, step)
+        if experiment.model_dir not in self._made:
+            pipeline.run(self.experiment(seed, name, step, keep=True))
+            self._made.add(experiment.model_dir)
         return experiment
 
     def _copied(self, base: Path, folder: Path) -> None:
@@ -235,9 +261,10 @@ class Living:
         """Lets the index answer that has the parts until a step, and adds those that are not
         there."""
         versions = update.versions(folder)
-        made = [0, *(version.version for version in versions.all())]
-        versions.switch(min(step, made[-1]))
-        for now in range(made[-1] + 1, step + 1):
+        newest = max([version.version for version in versions.all()], default=0)
+        if newest:
+            versions.switch(min(step, newest))
+        for now in range(newest + 1, step + 1):
             update.update(versions, self.part(seed, now))
 
     def part(self, seed: int, step: int) -> list[Passage]:
