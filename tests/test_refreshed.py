@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 import tarfile
@@ -165,6 +166,29 @@ def test_settings_are_checked():
     with pytest.raises(Mistake, match="quickstart.gin is for python -m dgr_jax.train"):
         parsed = cli.flags(cli.parser("update", ""), flags)
         gin_files.load_experiment(*parsed, ("Refresh",), keep=False)
+
+
+def test_a_student_that_is_trained_again_answers_itself(model_dir):
+    record = records.read_record(model_dir / "distill")
+    systems, began = list(kinds.read_student(model_dir / "distill").systems), "distill"
+    for name in ("refreshed-1", "refreshed-2"):
+        folder, mark = model_dir / name, records.read_record(model_dir / began)["fingerprint"]
+        folder.mkdir()
+        settings = {began: records.read_record(model_dir / began)["settings"]}
+        records.write_record(folder, status="done", fingerprint=name, settings=settings)
+        said = json.loads((model_dir / "distill" / "student.json").read_text())
+        said |= {"systems": (systems := [*systems, name]), "began": [began, mark]}
+        (folder / "student.json").write_text(json.dumps(said))
+        began = name
+    assert kinds.refreshed(model_dir, "distill") == ("refreshed-2", "refreshed-1")
+    assert kinds.refreshed(model_dir, "control") == ()
+    answers = lambda: records.answering(model_dir, kinds.best_first(model_dir)).student.name
+    assert answers() == "refreshed-2"
+    records.write_record(model_dir / "distill", **record | {"status": "running"})
+    assert answers() == "refreshed-2"
+    records.write_record(model_dir / "distill", **record | {"fingerprint": "trained again"})
+    assert answers() == "distill"
+    assert kinds.refreshed(model_dir, "distill") == ()
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ class Refresh:
       blank, the sentences of a passage are its questions. Chunks of it are learned beside them as
       `Sources` of the prepare stage says.
     replay: share of each batch that is drawn from what the student has learned before.
+    recent: share of the replay that is of passages which the student has learned by being refreshed
+      before, where there are any: they are few, and it has seen them seldom.
     docid_rate: the rate of the embeddings of docid codes that passages had in training; those of
       codes that none had, of a reserve, move at the full rate.
     text_rate: the rate of the embeddings of all other tokens; 0 leaves them as they are.
@@ -29,13 +31,15 @@ class Refresh:
     training: Training
     pseudo_query_path: str = ""
     replay: float = 0.5
+    recent: float = 0.5
     docid_rate: float = 0.01
     text_rate: float = 0.0
     mesh: Mesh = Mesh()
 
     def __post_init__(self) -> None:
         rate = ranges.between(0, 1)
-        ranges.check(self, replay=ranges.from_to_below(0, 1), docid_rate=rate, text_rate=rate)
+        rates = dict.fromkeys(("recent", "docid_rate", "text_rate"), rate)
+        ranges.check(self, replay=ranges.from_to_below(0, 1), **rates)
         if not isinstance(self.training.objective, LevelGeneration):
             raise ValueError(
                 f"Training.objective: got {type(self.training.objective).__name__}, expected "

@@ -152,28 +152,16 @@ class Slices:
         )
 
     def before(self, source: str, count: int, seed: int) -> Features | None:
-        """Features of at most `count` examples that the student has learned from, drawn by the
-        seed; None where there are none. Those of passages that have gone are left out."""
-        parts = []
-        if (self.prepared / "arrays" / source).is_dir():
-            arrays = read_arrays(self.prepared / "arrays" / source)
-            parts.append((arrays, np.flatnonzero(self._stays(arrays["decoder_target_tokens"]))))
-        later = np.flatnonzero(self.known == 1)
-        if len(later) and source != "labelled":
-            arrays = self.of_passages(later, self.sources("")).get(source, {})
-            if arrays:
-                parts.append((arrays, np.arange(len(arrays["decoder_target_tokens"]))))
-        total = sum(len(rows) for _, rows in parts)
-        if not total:
+        """Features of at most `count` examples of the prepare stage, drawn by the seed; None where
+        there are none. Those of passages that have gone are left out."""
+        if not (self.prepared / "arrays" / source).is_dir():
             return None
-        drawn = np.sort(np.random.default_rng([seed, 4]).permutation(total)[:count])
-        blocks, start = [], 0
-        for arrays, rows in parts:
-            own = rows[drawn[(drawn >= start) & (drawn < start + len(rows))] - start]
-            if len(own):
-                blocks.append(self._wide({name: rows_[own] for name, rows_ in arrays.items()}))
-            start += len(rows)
-        return _joined(blocks)
+        arrays = read_arrays(self.prepared / "arrays" / source)
+        rows = np.flatnonzero(self._stays(arrays["decoder_target_tokens"]))
+        drawn = np.sort(np.random.default_rng([seed, 4]).permutation(len(rows))[:count])
+        if not len(drawn):
+            return None
+        return self._wide({name: values[rows[drawn]] for name, values in arrays.items()})
 
     def _stays(self, targets: np.ndarray) -> np.ndarray:
         """bool [E]: whether the passage of an identifier of the prepare stage is there still."""

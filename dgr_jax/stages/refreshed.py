@@ -139,7 +139,7 @@ class Begun:
 def _asked(begun: Begun) -> dict[str, Any]:
     """What the stage is made from: its settings, the version, and all stages of the student before,
     by whose prepare stage readers know the index."""
-    given = ("training", "pseudo_query_path", "replay", "docid_rate", "text_rate")
+    given = ("training", "pseudo_query_path", "replay", "recent", "docid_rate", "text_rate")
     own = {name: getattr(begun.settings, name) for name in given}
     about = begun.versions.about(begun.version) if begun.version else None
     version = {"version": begun.version, "made": about.made if about else ""}
@@ -254,16 +254,30 @@ def _examples(begun: Begun) -> Iterator[tuple[str, float, Features]]:
     rates = {name: sources.rates()[name] for name in new}
     for name, rate in added.shares(rates, 1 - settings.replay).items():
         yield f"new-{name}", rate, new[name]
-    if not settings.replay:
+    if settings.replay:
+        yield from _replayed(begun)
+
+
+def _replayed(begun: Begun) -> Iterator[tuple[str, float, Features]]:
+    """The same of what the student has learned before."""
+    settings, slices = begun.settings, begun.slices
+    later = slices.of_passages(np.flatnonzero(slices.known == 1), slices.sources(""))
+    recent = settings.recent * settings.replay if later else 0.0
+    if recent:
+        rates = {name: slices.sources("").rates()[name] for name in later}
+        for name, rate in added.shares(rates, recent).items():
+            yield f"later-{name}", rate, later[name]
+    share = settings.replay - recent
+    if not share:
         return
     training, known = settings.training, slices.settings["sources"]
     rates = {name: known[name] for name in SOURCES if known[name]}
-    drawn = added.shares(rates, training.steps * training.batch_size * settings.replay)
+    drawn = added.shares(rates, training.steps * training.batch_size * share)
     old = {n: slices.before(n, math.ceil(count), training.seed) for n, count in drawn.items()}
     there = {name: features for name, features in old.items() if features is not None}
     if not there:
         raise ValueError("Refresh.replay: got no passage that is known and still there, expected 0")
-    for name, rate in added.shares({n: rates[n] for n in there}, settings.replay).items():
+    for name, rate in added.shares({n: rates[n] for n in there}, share).items():
         yield f"old-{name}", rate, there[name]
 
 

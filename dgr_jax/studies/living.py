@@ -61,7 +61,7 @@ class Way:
         return self.folder not in (BASE, DENSE, REBUILT)
 
     @property
-    def of(self) -> str:
+    def student(self) -> str:
         """The label of the refreshed student."""
         return self.label or self.name
 
@@ -202,7 +202,9 @@ class Living:
         apart = ("seeds", "systems", "refreshed", "rebuilt", "dense_gin_files", "dense_bindings")
         own = {k: v for k, v in describe(study).items() if k not in apart}
         dense = way.folder == DENSE and (study.dense_gin_files, study.dense_bindings)
-        return fingerprint([own, study.refreshed.get(way.of), describe(dense), self._given, seed])
+        return fingerprint(
+            [own, study.refreshed.get(way.student), describe(dense), self._given, seed]
+        )
 
     def _measured(self, seed: int, way: Way, step: int) -> dict[str, Any]:
         """What a way answers after a step, and what its training took."""
@@ -233,7 +235,7 @@ class Living:
     def _refresh(self, seed: int, way: Way, folder: Path) -> Refresh:
         """How a student is refreshed."""
         assert self._load_refresh is not None  # as the study runs
-        bound = {"SEED": seed} | self.study.refreshed[way.of]
+        bound = {"SEED": seed} | self.study.refreshed[way.student]
         files = (f"--gin_file={file}" for file in self.study.refresh_gin_files)
         flags = (f"--gin.{key}={written(value)}" for key, value in bound.items())
         return self._load_refresh([*files, *flags, f"--model_dir={folder}"])
