@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import hypothesis
@@ -92,6 +94,25 @@ def together(tmp_path_factory) -> Path:
     """A folder that the workers of pytest-xdist share: their own folders lie in it side by side."""
     own = tmp_path_factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(together) -> None:
+    """What a test has compiled, the next one that needs the same program reads, in all workers.
+
+    Not by the environment: processes that tests start keep to what they are given.
+    """
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_compilation_cache_dir", str(together / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def versions_read_once() -> Iterator[None]:
+    """Whoever reads a gin file asks for the versions of all packages, which takes a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "version", functools.cache(metadata.version))
+        yield
 
 
 @pytest.fixture(scope="session")
