@@ -81,6 +81,15 @@ def strict_warnings() -> str:
     return ",".join(f"error::DeprecationWarning:{name}" for name in sorted(names))
 
 
+def kept_programs(together: Path) -> dict[str, str]:
+    """Variables with which processes find what those before them have compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    }
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished experiment. Read it only: copy the folder to change something."""
@@ -125,9 +134,7 @@ def command(tmp_path_factory, together) -> Command:
     settings = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **kept_programs(together),
         "PYTHONWARNINGS": strict_warnings(),
     }
 
