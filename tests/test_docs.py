@@ -22,7 +22,7 @@ from dgr_jax.corpora.quickstart import QuickstartCollection
 from dgr_jax.experiments.living_study import LivingStudy
 from dgr_jax.studies.grid import Grid
 from dgr_jax.studies.living import Living
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, kept_programs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -240,9 +240,7 @@ def test_the_commands_of_a_page_run_in_their_order(page, around, together):
     settings = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **kept_programs(together),
     }
 
     def run(*arguments):

@@ -144,7 +144,7 @@ def test_distillation_with_a_plan(kind, own):
     rows = TABLE.lookup(LISTS["identifier_tokens"][:, :, 0])
     passages = np.where(rows >= 0, TABLE.passages[np.maximum(rows, 0)], 0)
     student = scores(kind, LISTS, passages).astype(np.float32)
-    ranked = np.asarray(RANKNET(student, LISTS["teacher_scores"], LISTS["passage_mask"]))
+    ranked = np.asarray(jax.jit(RANKNET)(student, LISTS["teacher_scores"], LISTS["passage_mask"]))
     examples = example_losses(kind, of, passages_of(of))
     loss, _, metrics = value(dataclasses.replace(plain, plan=PLANS[kind]), batch)
     expected = value(plain, batch)[0] + WEIGHT * (ranked.sum() + 0.7 * 3 * examples.mean())
