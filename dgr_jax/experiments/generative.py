@@ -182,13 +182,10 @@ class Experiment(Measured):
                 )
         if self.plan is not None:
             if scheme.views:
-                raise ValueError(
-                    f"Experiment.plan: got {type(self.plan).__name__} with identifiers of "
-                    f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
-                    "has one (Prepare.identifiers)"
-                )
-            assert isinstance(self.evaluate.search, Search)
-            planned.check_search(self.plan, self.evaluate.search)
+                _check_of_views(self.plan, scheme)
+            else:
+                assert isinstance(self.evaluate.search, Search)
+                planned.check_search(self.plan, self.evaluate.search)
             if self.plan.weight is None and not self.prepare.held_out:
                 raise ValueError(
                     f"{type(self.plan).__name__}.weight: got None without questions held out of "
@@ -306,4 +303,19 @@ class Experiment(Measured):
         trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
         return listed(
             "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )
+
+
+def _check_of_views(plan: Plan, scheme: Scheme) -> None:
+    """Raises ValueError where students with identifiers of several views cannot have a plan."""
+    name = type(plan).__name__
+    if not plan.of_any_student:
+        raise ValueError(
+            f"Experiment.plan: got {name} with identifiers of {type(scheme).__name__}, expected "
+            "None, @Lexical(), or identifiers of which a passage has one (Prepare.identifiers)"
+        )
+    if plan.ranked_by == "identifiers":
+        raise ValueError(
+            f"{name}.ranked_by: got 'identifiers' with identifiers of {type(scheme).__name__}, "
+            "expected 'beams' or 'plan': a passage has more identifiers than can be scored"
         )

@@ -123,7 +123,7 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
 
     def __post_init__(self) -> None:
         check(self.plan, self.student.search, self.student.table.num_passages)
-        self._weight = _weight_of(self.plan)
+        self._weight = weight_of(self.plan)
 
     @classmethod
     def of(
@@ -284,6 +284,10 @@ class PlannedDecoder(StudentWithPlan[PlannedQueries]):
         return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
 
 
+# The kind of a student -> what it is with a plan by words. Those from elsewhere come to these.
+BY_WORDS: dict[type, Any] = {Decoder: PlannedDecoder}
+
+
 def with_identifiers(system: System, owner: str) -> Decoder:
     """The system as a student with one identifier a passage. Raises ValueError for another one, of
     which the `owner` has no use."""
@@ -336,12 +340,18 @@ class Planned(PlannedSystem, plans=Lexical):
 
     plan: Lexical
 
-    def open(self, opening: Opening) -> PlannedDecoder:
+    def open(self, opening: Opening) -> System:
         """See SystemSettings."""
         plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
-        student = with_identifiers(opening.system("distill"), "Planned")
-        return PlannedDecoder.of(student, self.plan, planner)
+        student = opening.system("distill")
+        kind = BY_WORDS.get(type(student))
+        if kind is None:
+            raise ValueError(
+                f"Planned: got a {type(student).__name__}, expected a student that writes "
+                f"identifiers: {', '.join(known.__name__ for known in BY_WORDS)}"
+            )
+        return kind.of(student, self.plan, planner)
 
 
 def check(plan: Plan, search: Search, num_passages: int) -> None:
@@ -350,7 +360,7 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     check_corpus(plan, num_passages)
 
 
-def _weight_of(plan: Plan) -> float:
+def weight_of(plan: Plan) -> float:
     """The weight of a plan that has one; otherwise raises ValueError."""
     if plan.weight is None:
         raise ValueError(

@@ -47,6 +47,7 @@ class StudentPlan:
     loss: Ranking | None = None
 
     searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight")
+    of_any_student: ClassVar[bool] = False
     kept_bytes: ClassVar[int] = 0  # of a member on disk
 
     def __post_init__(self) -> None:
