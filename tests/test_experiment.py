@@ -127,6 +127,8 @@ def test_a_plan_of_the_student_s_own_changes_what_is_trained():
     learned = with_plan(Learned(loss_weight=0.5, set_size=9))
     assert learned.model.decoder_query_tokens == 16
     assert learned.generate.objective.plan == learned.distill.objective.plan == SetLoss(9, 0.5)
+    assert with_plan(Learned(flops=0.01)).distill.objective.plan == SetLoss(64, flops=0.01)
+    assert Learned(flops=0.01).once_trained() == Learned()
     assert with_plan(Learned(query_tokens=4)).model.decoder_query_tokens == 4
     one_pass = with_plan(OnePass(loss=listnet))
     assert one_pass.model == PLAIN.model

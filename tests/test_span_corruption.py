@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from dgr_jax.config import cli, gin_files
 from dgr_jax.data.span_corruption import CorruptedTexts, SpanCorruption
+from dgr_jax.stages import pipeline, student, systems
+from dgr_jax.stages.prepared import Prepared
+from tests.conftest import TINY
 
 LAST = 499  # the first sentinel
 
@@ -93,14 +97,12 @@ def test_batches_depend_on_the_step_alone_and_read_every_text():
         CorruptedTexts(["7"], Words(), settings, 4, seed=1)
 
 
-def loaded(*flags):
-    asked = ["--gin_file=quickstart.gin", "--gin_file=runs/pretrain.gin", *flags]
+def loaded(*flags, under=("--gin_file=quickstart.gin",)):
+    asked = [*under, "--gin_file=runs/pretrain.gin", *flags]
     return gin_files.load_experiment(*cli.parse(cli.parser("train", ""), asked), keep=False)
 
 
 def test_the_stage_stands_before_generation_and_makes_it_another():
-    from dgr_jax.stages import pipeline
-
     experiment = loaded()
     assert list(experiment.stages)[:4] == ["prepare", "start", "pretrain", "generate"]
     assert experiment.stages["pretrain"].upstream(experiment) == ("prepare", "start")
@@ -133,3 +135,22 @@ def test_what_cannot_be_pretrained_is_refused(flag, message):
     with pytest.raises(ValueError) as error:
         loaded(flag)
     assert message in str(error.value)
+
+
+@pytest.mark.slow
+def test_generation_begins_where_pretraining_ended(tmp_path, monkeypatch):
+    steps = ("--gin.PRETRAIN_STEPS=30", "--gin.PRETRAIN_BATCH_SIZE=8")
+    more = ("--gin.SpanCorruption.length=16", "--gin.Mesh.data=-1", f"--model_dir={tmp_path}/model")
+    experiment = loaded(*steps, *more, under=TINY)
+    begun = []
+    monkeypatch.setattr(student, "train_student", lambda *args: begun.append(args[-1]))
+    pipeline.run(experiment, ["prepare", "start", "pretrain"])
+    student.generate(experiment, tmp_path)
+    prepared = Prepared.load(experiment.model_dir)
+    pretrained = systems.params(experiment, "pretrain", prepared)
+    jax.tree.map(np.testing.assert_array_equal, begun[0], pretrained)
+    fresh = student.beginning(experiment, prepared, 0)
+    assert any(map(np.any, jax.tree.leaves(jax.tree.map(np.subtract, pretrained, fresh))))
+    rows = [json.loads(line) for line in (tmp_path / "model/pretrain/metrics.jsonl").open()]
+    losses = [row["loss"] for row in rows]
+    assert rows[-1]["step"] == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])

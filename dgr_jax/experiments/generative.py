@@ -249,7 +249,7 @@ class Experiment(Measured):
             read = longest if plan.query_tokens is None else plan.query_tokens
             model = dataclasses.replace(self.model, decoder_query_tokens=read)
             object.__setattr__(self, "model", model)
-            loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss)
+            loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss, plan.flops)
         elif isinstance(plan, OnePass):
             loss = CodeLoss(plan.loss_weight, plan.loss)
         for name in ("generate", "distill"):

@@ -169,7 +169,7 @@ class PlannedViews(SearchingSystem):
         count = (best >= 0).sum()
         of_best = np.full((2, len(best)), -np.inf, np.float32)
         of_best[:, :count] = parts[:, np.searchsorted(passages, best[:count])]
-        return _Both(best, total, *of_best, found)
+        return _Both(best, total, of_best[0], of_best[1], found)
 
 
 def _best_identifiers(found: Scored | None) -> dict[int, np.ndarray]:
