@@ -60,7 +60,7 @@ def with_sets(batch):
 
 EXAMPLES = with_sets(examples(np.array([0, 1, 4, 5, 2])))
 LISTS = with_sets(lists(np.array([[0, 2, 3], [4, 1, -1], [2, 5, 0]])))
-FLOPS = 0.02
+FLOPS = 0.5
 PLANS = {"sets": SetLoss(5, WEIGHT, flops=FLOPS), "codes": CodeLoss(WEIGHT)}
 
 

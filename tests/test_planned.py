@@ -16,9 +16,10 @@ from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
-from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
+from dgr_jax.retrieval.planned import Planned, PlannedDecoder, PlannedQueries, with_identifiers
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
+from dgr_jax.retrieval.system import Opening
 from tests import students, toy
 
 COUNT, PLANNED = 40, 8
@@ -307,6 +308,17 @@ def test_plans_of_allowed_passages_alone(store):
     allowed = np.array([False, True, True, True, True])
     passages, _ = Lexical(planned=3, num_beams=3).planner(store).best(["bees dance"], 3, allowed)
     assert passages.tolist() == [[2, -1, -1]]
+
+
+def test_only_students_that_write_identifiers_have_a_plan_by_words(store, tmp_path):
+    settings = Planned("planned", Lexical(planned=1, num_beams=1))
+    opening = Opening(tmp_path, store, 1, None, None, lambda name: Drawn())
+    with pytest.raises(ValueError) as error:
+        settings.open(opening)
+    assert str(error.value) == (
+        "Planned: got a Drawn, expected a student that writes identifiers: Decoder, "
+        "MultiviewDecoder"
+    )
 
 
 def test_a_plan_is_kept_and_one_of_another_corpus_refused(store, tmp_path):

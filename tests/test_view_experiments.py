@@ -244,7 +244,7 @@ def test_a_plan_is_added_to_the_passage_scores_of_several_views(made, decoder):
         plan = {p: s for p, s in pairs if p >= 0}
         student = dict(zip(found[query].passages.tolist(), found[query].scores, strict=True))
         assert plan and student.keys() - plan.keys()
-        both = {p: plan.get(p, 0) + 0.5 * student.get(p, 0) / 100 for p in plan | student}
+        both = {p: plan.get(p, 0) + 0.5 * student.get(p, 0) ** 0.5 for p in plan | student}
         expected = sorted(both, key=lambda p: (-both[p], p))[:4]
         count = len(expected)
         assert passages[query].tolist() == expected + [-1] * (4 - count)

@@ -345,7 +345,7 @@ class Planned(PlannedSystem, plans=Lexical):
         plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
         student = opening.system("distill")
-        kind = BY_WORDS.get(type(student))
+        kind = next((BY_WORDS[k] for k in type(student).__mro__ if k in BY_WORDS), None)
         if kind is None:
             raise ValueError(
                 f"Planned: got a {type(student).__name__}, expected a student that writes "

@@ -125,8 +125,8 @@ class Lexical:
     ranked_by: what they are ranked by:
       'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
         writes that the plan guides; the other ones come after these, in the order of the plan. Of
-        a student of several views, which is not guided: plan score + weight * its passage score in
-        hundreds, of the passages of both;
+        a student of several views, which is not guided: plan score + weight * the root of its
+        passage score (Scoring.exponent), of the passages of both;
       'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
       'plan': the plan score alone, without the student.
     num_beams: identifiers that are written, in each view where there are several. With as many as

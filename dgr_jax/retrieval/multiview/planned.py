@@ -1,8 +1,11 @@
-"""A plan by words and a student of several views: plan score + weight * passage score.
+"""A plan by words and a student of several views: plan score + weight * root of the passage score.
 
 What the student writes scores every passage that holds it. A planned passage that holds nothing of
 it has the passage score 0, and one that the student found and the plan did not name has the plan
 score 0, so that both are known of all that either of them found.
+
+A passage score is a sum of log-odds to the power Scoring.exponent, 2 as published; its root brings
+it back to the scale of log-odds, on which the log-probability of a docid is, and so to one weight.
 
 Axis letters: n queries of a block, P passages.
 """
@@ -27,8 +30,6 @@ from dgr_jax.retrieval.plan_scores import ranked
 from dgr_jax.retrieval.planned import BY_WORDS, PlannedQueries, check_corpus, weight_of
 from dgr_jax.retrieval.simultaneous import Lexical, Planner
 from dgr_jax.retrieval.system import SearchingSystem, SystemHit
-
-UNIT = 100.0  # passage scores run to hundreds, and are added up in these
 
 
 class _Both(NamedTuple):
@@ -59,7 +60,7 @@ class PlannedViews(SearchingSystem):
 
     def __post_init__(self) -> None:
         check_corpus(self.plan, self.student.index.num_passages)
-        self._weight = weight_of(self.plan) / UNIT
+        self._weight = weight_of(self.plan)
 
     @classmethod
     def of(cls, student: MultiviewDecoder, plan: Lexical, planner: Planner) -> Self:
@@ -164,7 +165,8 @@ class PlannedViews(SearchingSystem):
         parts[0, np.searchsorted(passages, planned)] = scores
         if found is not None:
             parts[1, np.searchsorted(passages, own)] = found.scores
-        totals = parts[0] + np.float32(self._weight) * parts[1]
+        root = parts[1] ** np.float32(1 / self.search.scoring.exponent)
+        totals = parts[0] + np.float32(self._weight) * root
         (best,), (total,) = ranked(passages[None], totals[None], self.search.depth, self.pid_of)
         count = (best >= 0).sum()
         of_best = np.full((2, len(best)), -np.inf, np.float32)
