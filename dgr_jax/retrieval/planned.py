@@ -21,7 +21,7 @@ from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem, Queries
-from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.batching import Found, _nothing
 from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
 from dgr_jax.retrieval.kept_postings import PLANS
@@ -44,7 +44,8 @@ class PlannedQueries:
 class _Scored(NamedTuple):
     """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from
     the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
-    a search of all passages finds; None: all queries have enough planned passages."""
+    a search of all passages finds for the queries that have too few planned ones; None: all have
+    enough."""
 
     passages: np.ndarray | jax.Array
     scores: np.ndarray | jax.Array
@@ -197,11 +198,11 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
 
     def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
         """Passages and log-probabilities [B, M] that the student found for the queries that are
-        `short` of planned passages, bool [B]; none for the others."""
-        student = self.student
-        rows = np.where(short[:, None], student.written_rows(result, len(short)), -1)
-        log_probs = np.asarray(result.log_probs)[: len(short)]
-        beams = self.search.num_beams
+        `short` of planned passages, bool [B], which alone it searched; none for the others."""
+        student, beams = self.student, self.search.num_beams
+        rows, log_probs = _nothing(len(short), beams)
+        rows[short] = student.written_rows(result, short.sum())
+        log_probs[short] = np.asarray(result.log_probs)[: short.sum()]
         return rank_passages(rows, log_probs, student.table, beams, student.allowed)
 
 
@@ -266,8 +267,10 @@ class PlannedDecoder(StudentWithPlan[PlannedQueries]):
         passages, scores = (part[places] for part in queries.planned)
         if self.plan.ranked_by == "plan":
             return _Scored(passages, scores, None, None)
-        short = self.beside and (passages < 0).any()
-        beside = student._start(queries.tokens, places, shape) if short else None
+        short = places[(passages < 0).any(1)] if self.beside else places[:0]
+        few = partitioning.shared_rows(-(-shape[0] // 4), self.mesh)  # two shapes are compiled
+        size = few if len(short) <= few else shape[0]
+        beside = student._start(queries.tokens, short, (size, shape[1])) if len(short) else None
         rows = np.where(passages >= 0, student.rows[np.maximum(passages, 0)], -1)
         order = np.argsort(rows, axis=1, kind="stable")
         passages, scores, rows = (
