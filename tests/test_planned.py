@@ -390,29 +390,6 @@ def test_settings_of_a_plan_that_is_not_there_are_refused():
     assert load("--gin.PLAN=@Lexical()").plan == Lexical(weight=0.3)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ["--gin.PLAN=@Learned()"],
-            "Experiment.plan: got Learned with identifiers of Multiview, expected None, "
-            "@Lexical(), or identifiers of which a passage has one (Prepare.identifiers)",
-        ),
-        (
-            ["--gin.PLAN=@Lexical()", "--gin.Lexical.ranked_by=identifiers"],
-            "Lexical.ranked_by: got 'identifiers' with identifiers of Multiview, expected 'beams' "
-            "or 'plan': a passage has more identifiers than can be scored",
-        ),
-    ],
-)
-def test_plans_that_students_of_several_views_cannot_have(flags, message):
-    asked = ["--gin_file=dgr.gin", "--data_dir=d", "--model_dir=m", *flags]
-    args, bindings = cli.parse(cli.parser("train", ""), asked)
-    with pytest.raises(ValueError) as error:
-        gin_files.load_experiment(args, bindings, keep=False, fill=True)
-    assert message in str(error.value)
-
-
 def test_as_many_passages_are_planned_as_there_are():
     plan = Lexical()
     assert plan.of_corpus(250) == Lexical(planned=100)
