@@ -60,7 +60,8 @@ def with_sets(batch):
 
 EXAMPLES = with_sets(examples(np.array([0, 1, 4, 5, 2])))
 LISTS = with_sets(lists(np.array([[0, 2, 3], [4, 1, -1], [2, 5, 0]])))
-PLANS = {"sets": SetLoss(5, WEIGHT), "codes": CodeLoss(WEIGHT)}
+FLOPS = 0.5
+PLANS = {"sets": SetLoss(5, WEIGHT, flops=FLOPS), "codes": CodeLoss(WEIGHT)}
 
 
 @functools.cache
@@ -109,7 +110,9 @@ def example_losses(kind, batch, passages):
         others = [p for p in passages if (SETS[p] != SETS[own]).any()]
         all_scores = everything[b, [own, *others]]
         losses.append(np.log(np.exp(all_scores - all_scores[0]).sum()))
-    return np.array(losses)
+    spread = (tables(kind, batch).mean(0) ** 2).sum() if kind == "sets" else 0.0
+    assert kind == "codes" or 0.1 < FLOPS * spread < 10
+    return np.array(losses) + FLOPS * spread
 
 
 def passages_of(batch):
