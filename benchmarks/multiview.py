@@ -11,8 +11,8 @@ the student has drawn parameters. Systems, in turns, with the same student, quer
             the package. Every query must find the same passages as ours
 
 Parts are those of ours: the search of each view until its result is there, what the host does with
-the identifiers, and the scores of passages. Milliseconds of processor a query (all threads), in
-batches of --batch and alone; on a machine that others use they say more than the clock.
+the identifiers, and the scores of passages. Milliseconds of processor a query (all threads), by the
+size of --batches; on a machine that others use they say more than the clock.
 """
 
 from __future__ import annotations
@@ -164,13 +164,13 @@ def parts_of(student: MultiviewDecoder, tokens: np.ndarray, size: int) -> dict[s
 
 def measured(passages: int, arguments: argparse.Namespace) -> dict:
     """The rows of a corpus: a batch, and one query alone."""
-    ours, host = students(passages, arguments.batch)
+    ours, host = students(passages, max(arguments.batches))
     systems = {"ours": ours} | ({"host": host} if host else {})
-    random = np.random.default_rng(4)
-    queries = random.integers(3, VOCAB - 3, (arguments.batch, 24), np.int32)
+    random, most = np.random.default_rng(4), max(arguments.batches)
+    queries = random.integers(3, VOCAB - 3, (most, 24), np.int32)
     queries[:, -1] = EOS
     report = {"passages": passages, "tokens": len(ours.index.text)}
-    for size in (arguments.batch, 1):
+    for size in arguments.batches:
         few = queries[:size]
         found = {name: system.passages(few) for name, system in systems.items()}
         if host:
@@ -192,7 +192,7 @@ def measured(passages: int, arguments: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--passages", type=int, nargs="+", default=[250, 100_000])
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 1], help="1: asked alone")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
