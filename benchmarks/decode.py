@@ -4,7 +4,10 @@
 
 Systems, all on the same random weights (T5 1.1 sizes) and the same queries, in turns:
   ours           dgr_jax: the trie on the device, one compiled program a batch
-  unconstrained  the same search, every sequence of the length legal: what the constraint costs
+  int8           ours with kernels of 8 bits (Search.kernels='int8'): other scores, see `as_ours`
+  planned        the best --planned_beams of 100 planned identifiers, drawn for each query, and
+                 `planned, int8`: for speed alone, as nothing drawn says what is relevant
+  unconstrained  ours, every sequence of the length legal: what the constraint costs
   hf             transformers' generate, with a trie of Python dicts through
                  prefix_allowed_tokens_fn (extra `interop`; left out, and said so, without it)
 
@@ -42,12 +45,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dgr_jax import partitioning
 from dgr_jax.analysis.speed import device_name
 from dgr_jax.decoding import trie
 from dgr_jax.decoding.constraint import Unconstrained
-from dgr_jax.models import pretrained
+from dgr_jax.models import eight_bits, pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.generative import decode_fn
+from dgr_jax.retrieval.planned import guided_fn
 
 EOS = 1
 SIZES = {
@@ -134,6 +139,19 @@ def ours(config: T5Config, params: Any, constraint: Any, beams: int, length: int
     def search(tokens: np.ndarray) -> Found:
         result = decode(params, constraint, tokens)
         return Found(np.asarray(result.tokens), np.asarray(result.log_probs))
+
+    return search
+
+
+def planned(config: T5Config, params: Any, rows: np.ndarray, beams: int) -> Callable:
+    """params on the device, rows sorted; log-probabilities f32 [B, 100] of planned identifiers."""
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    decode, random = guided_fn(config, beams, True, mesh), np.random.default_rng(3)
+
+    def search(tokens: np.ndarray) -> np.ndarray:
+        chosen = np.sort(random.integers(0, len(rows), (len(tokens), 100)), 1)
+        bonus = random.standard_normal(chosen.shape, np.float32)
+        return np.asarray(decode(params, (tokens, rows[chosen], bonus)))
 
     return search
 
@@ -274,11 +292,16 @@ class Agreement:
         self.legal = legal
         self.lists = self.equal = 0
         self.score_error = 0.0
+        self.as_ours: list[float] = []  # share of a list by int8 that ours has too
 
     def __call__(self, found: dict[str, Found | None]) -> None:
-        for name in ("ours", "hf"):
+        for name in ("ours", "int8", "hf"):
             if name in found:
                 require_legal(name, found[name].tokens, self.legal)
+        if "ours" in found and "int8" in found:
+            for pair in zip(found["ours"].tokens, found["int8"].tokens, strict=True):
+                a, b = (set(map(tuple, tokens.tolist())) for tokens in pair)
+                self.as_ours.append(len(a & b) / len(a))
         if "ours" in found and "hf" in found:
             a, b = found["ours"], found["hf"]
             self.lists += len(a.tokens)
@@ -295,6 +318,12 @@ def measure(model: str, beams: int, rows: np.ndarray, args: argparse.Namespace) 
     systems: dict[str, Callable] = {"encode": encoder(config, on_device)}
     if "ours" in args.systems:
         systems["ours"] = ours(config, on_device, index, beams, length)
+    rounded = eight_bits.searched(on_device, "int8")
+    if "int8" in args.systems:
+        systems["int8"] = ours(config, rounded, index, beams, length)
+    if "planned" in args.systems:
+        systems["planned"] = planned(config, on_device, rows, args.planned_beams)
+        systems["planned, int8"] = planned(config, rounded, rows, args.planned_beams)
     if "unconstrained" in args.systems:
         systems["unconstrained"] = ours(config, on_device, Unconstrained(length), beams, length)
     if "hf" in args.systems:
@@ -324,6 +353,14 @@ def describe(model, beams, config, length, spent, agreement, args) -> dict[str, 
     if {"ours", "unconstrained"} <= steps.keys():
         added = (steps["ours"] - steps["unconstrained"]) / np.median(steps["unconstrained"])
         line["overhead_percent"] = summary(added, 100)
+    if "ours" in seconds:
+        line["of_ours_by_cpu_seconds"] = {
+            name: summary(values[1] / spent["ours"][1])
+            for name, values in spent.items()
+            if name not in ("ours", "encode")
+        }
+    if agreement.as_ours:
+        line["as_ours"] = float(np.mean(agreement.as_ours))
     if {"ours", "hf"} <= seconds.keys():
         line["times_hf"] = summary(seconds["hf"] / seconds["ours"])
         line["times_hf_by_cpu_seconds"] = summary(spent["hf"][1] / spent["ours"][1])
@@ -349,6 +386,10 @@ def show(line: dict[str, Any]) -> None:
         print(f"  {name:14s}{spread(rate, 2):>24s} queries/s   step {step} ms   CPU {cpu} s")
     if "overhead_percent" in line:
         print(f"  the constraint adds {spread(line['overhead_percent'])} % to a step")
+    for name, ratio in line.get("of_ours_by_cpu_seconds", {}).items():
+        print(f"  {name} takes {spread(ratio, 2)} of the CPU seconds of ours")
+    if "as_ours" in line:
+        print(f"  int8 returns {line['as_ours']:.1%} of the identifiers that ours returns")
     if "times_hf" in line:
         print(
             f"  ours is {spread(line['times_hf'], 2)} times as fast as hf, "
@@ -373,6 +414,7 @@ def parse() -> argparse.Namespace:
     add("--models", type=names, default=["small", "base"], help=", ".join(SIZES))
     add("--beams", type=lambda text: [int(n) for n in text.split(",")], default=[10, 40])
     add("--systems", type=names, default=["ours", "unconstrained", "hf"])
+    add("--planned_beams", type=int, default=4)
     add("--identifiers", type=lambda text: int(float(text)), default=1_000_000)
     add("--batch", type=int, default=16)
     add("--query_length", type=int, default=32)

@@ -266,6 +266,14 @@ def test_from_beam_search_to_passages(monkeypatch):
         assert len(found.passages)
 
 
+def test_no_more_passages_are_scored_than_a_size_class_that_holds_all():
+    most = lambda count, scoring: (
+        dataclasses.replace(build([[3, 4]] * count, {}), scoring=scoring)._most_passages
+    )
+    assert (most(9, Scoring()), most(70, Scoring())) == (64, 128)
+    assert most(70, Scoring(max_passages=5)) == 5
+
+
 def test_scoring_compiles_once_for_queries_of_all_sizes():
     passages = np.random.default_rng(0).integers(2, 6, (9, 8)).tolist()
     index = build(passages, {})

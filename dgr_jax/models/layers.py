@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dgr_jax.models import eight_bits
+
 Dtype = Any
 NEGATIVE = -1e9  # added to masked attention logits; finite, so that an all-masked row stays finite
 
@@ -62,7 +64,8 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class Projection(nn.Module):
-    """x [..., I] @ kernel [I, F] -> [..., F], no bias; the kernel is float32, cast to dtype."""
+    """x [..., I] @ kernel [I, F] -> [..., F], no bias; the kernel is float32, cast to dtype, or one
+    of `eight_bits`."""
 
     features: int
     axes: tuple[str, str]
@@ -71,6 +74,9 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.has_variable("params", "values"):
+            values, scale = (self.get_variable("params", name) for name in ("values", "scale"))
+            return eight_bits.product(x, values, scale).astype(self.dtype)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel: Any = self.param("kernel", init, (x.shape[-1], self.features))
         return product(x.astype(self.dtype), kernel.astype(self.dtype))

@@ -22,6 +22,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.models import eight_bits
 from dgr_jax.models.t5 import Reading, T5Config, Transformer
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.batched import BatchedSystem
@@ -49,6 +50,7 @@ class Search:
     renormalise: log-probabilities over the legal tokens instead of the whole vocabulary.
     constrained: only identifiers of passages are written. Otherwise any tokens may be; what is no
       identifier finds nothing, and is counted (`Decoder.counts`).
+    kernels: 'int8' multiplies rounded kernels, see `models.eight_bits`; 'float': those trained.
     min_query_length, queries_per_shape: a query is padded to query_length or, where at least
       `queries_per_shape` of those retrieved together fit, to its half, quarter ... of at least
       `min_query_length` tokens. Decoding compiles once for each length that is used.
@@ -61,6 +63,7 @@ class Search:
     query_length: int = 32
     renormalise: bool = False
     constrained: bool = field(default=True, metadata={"fingerprint": "unless default"})
+    kernels: str = field(default="float", metadata={"fingerprint": "unless default"})
     min_query_length: int = without_effect(8)
     queries_per_shape: int = without_effect(2048)
     max_replicated_bytes: int = without_effect(4 << 30)
@@ -70,6 +73,7 @@ class Search:
         ranges.check(
             self,
             **dict.fromkeys(counts, ranges.at_least(1)),
+            kernels=eight_bits.KERNELS,
             queries_per_shape=ranges.at_least(0),
             max_replicated_bytes=ranges.at_least(0),
         )
@@ -279,6 +283,7 @@ class Decoder(BatchedSystem[np.ndarray, BeamResult], TrainedSystem, kind="docid"
         index = trie.load(trained.prepared / "trie")
         table = IdentifierTable.load(trained.prepared / "identifiers")
         settings = trained.search, trained.mesh
+        params = eight_bits.searched(params, trained.search.kernels)
         return cls(trained.model, params, index, table, *settings, rules=trained.rules)
 
     def __post_init__(self) -> None:

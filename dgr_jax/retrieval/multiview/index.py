@@ -43,7 +43,7 @@ from dgr_jax.decoding.suffix_array import SuffixArray
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.multiview.written import Written
 
-_FEWEST = 64, 128  # the smallest padded numbers of identifiers and of occurrences of a passage
+_FEWEST = 64, 128  # the smallest padded numbers of identifiers (passages), and of occurrences
 
 
 class _Query(NamedTuple):
@@ -167,6 +167,11 @@ class MultiviewIndex:
             return self.text.num_passages
         return next(iter(self.tables.values())).num_passages
 
+    @property
+    def _most_passages(self) -> int:
+        """How many passages are scored at most; those of a query are padded to that."""
+        return min(self.scoring.max_passages, _size(self.num_passages, _FEWEST[0]))
+
     def rank(self, written: Sequence[Written]) -> list[Scored]:
         """The passages that hold identifiers of each of B queries; none where no passage does.
 
@@ -179,7 +184,7 @@ class MultiviewIndex:
             places, nominated = self._nominated(query, self._rare(query))
             if len(nominated):
                 places = _joined([places, self._common(query, nominated)])
-            packed = _pack(query, places, nominated, self.scoring.max_passages)
+            packed = _pack(query, places, nominated, self._most_passages)
             scores = self._scores(query, packed) if len(nominated) else np.zeros(0, np.float32)
             waiting.append((nominated, scores, query, packed))
         return [_ranked(*parts, self.pid_of) for parts in waiting]
@@ -277,7 +282,7 @@ class MultiviewIndex:
         return _Places(spans[owner], nominated[row], start - offsets[row])
 
     def _scores(self, query: _Query, packed: _Packed) -> jax.Array:
-        """f32 [max_passages], which the device may still be computing."""
+        """f32 [_most_passages], which the device may still be computing."""
         size = _size(len(query.lo), _FEWEST[0])
         grow = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
         return _score(

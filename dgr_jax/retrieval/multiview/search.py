@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +24,7 @@ from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.decoding.passage_scoring import Scoring
 from dgr_jax.decoding.trie import Trie
+from dgr_jax.models import eight_bits
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
 from dgr_jax.retrieval.generative import decode_fn
@@ -51,6 +52,7 @@ class MultiviewSearch:
     query_length: number of tokens of a query, with the marker of the view and EOS; longer queries
       are cut.
     scoring: how passages are scored by their identifiers.
+    kernels: 'int8' multiplies rounded kernels, see `models.eight_bits`; 'float': those trained.
     """
 
     num_beams: int = 15
@@ -58,11 +60,13 @@ class MultiviewSearch:
     depth: int = 100
     query_length: int = 32
     scoring: Scoring = Scoring()
+    kernels: str = field(default="float", metadata={"fingerprint": "unless default"})
 
     def __post_init__(self) -> None:
         counts = ("num_beams", "batch_size", "depth")
         ranges.check(
             self,
+            kernels=eight_bits.KERNELS,
             **dict.fromkeys(counts, ranges.at_least(1)),
             query_length=ranges.at_least(3, ", the marker of the view and EOS counted"),
         )
@@ -107,6 +111,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         """See TrainedSystem."""
         indexes = ViewIndexes.load(trained.prepared, trained.vocabulary)
         settings = trained.search, trained.mesh, trained.rules
+        params = eight_bits.searched(params, trained.search.kernels)
         return cls.of(trained.model, params, indexes, *settings)
 
     @classmethod
