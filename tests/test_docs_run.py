@@ -64,10 +64,7 @@ VIEWS = STUDENT | RANKING | {
     "NUM_BEAMS": 4, "TRAIN_DEPTH": 16, "TwoLists.depth": 16, "Candidates.keys": 6,
     "Multiview.query_tokens": 12, "QUERY_LENGTH": 16,
 }  # fmt: skip
-DENSE = {name.replace("T5Config", "DualEncoderConfig"): v for name, v in STUDENT.items()
-         if "decoder" not in name} | {
-    "STEPS": 6, "QUERY_LENGTH": 12, "PASSAGE_LENGTH": 16, "DEPTH": 8,
-}  # fmt: skip
+DENSE = STUDENT | {"STEPS": 6, "QUERY_LENGTH": 12, "PASSAGE_LENGTH": 16, "DEPTH": 16}
 WRITER = STUDENT | {"STEPS": 6, "Sampling.number": 2}
 EMBEDDED = {
     "COLLECTION": "@Subset()", "Subset.collection": "@QuickstartCollection()",
