@@ -47,7 +47,7 @@ def commands_of(path):
 
 def has_arguments(words):
     """Whether a call is more than the name of a program."""
-    return len(words) > (3 if words[:2] == ["python", "-m"] else 1)
+    return len(words) > (1 if words[0] != "python" else 3 if words[1] == "-m" else 2)
 
 
 def is_program(words):

@@ -213,6 +213,7 @@ def around(tmp_path_factory):
         "".join(f"{p.pid}\twhat is known of {p.title}\n" for p in passages())
     )
     (folder / "docs" / "assets" / "tour").mkdir(parents=True)
+    (folder / "kept" / "nothing").mkdir(parents=True)
     (folder / "scripts").symlink_to(ROOT / "scripts")
     return folder
 
@@ -223,6 +224,8 @@ def record(passage, score):
 
 FIRST = ("own_data.md", "tour.md", "evaluate.md")  # others ask what these have made
 ORDER = sorted(PAGES, key=lambda path: ((*FIRST, path.name).index(path.name), path.suffix))
+# What DIR holds when a page begins, where it is not an experiment with docids.
+GIVEN = {"RESULTS.md": "views", "python.md": "nothing", "README.md": "nothing"}
 NEEDED = [path for path in ORDER if what_stands_on(path)[0]]
 
 
@@ -232,8 +235,7 @@ def done(around, together):
     asked = []
     for page in NEEDED:
         if page.name not in FIRST[:2]:
-            kept = "views" if page.name == "RESULTS.md" else "docid"
-            asked.append((page, "", {"copy": {f"kept/{kept}": "DIR"}}))
+            asked.append((page, "", {"copy": {f"kept/{GIVEN.get(page.name, 'docid')}": "DIR"}}))
         asked += [(page, text, call) for text, call in what_stands_on(page)[0]]
         if page.name in ("own_data.md", "multiview.md"):
             kept = "views" if page.name == "multiview.md" else "docid"
