@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -55,18 +56,25 @@ def served(words):
                 word for line in lines for word in line.split() if word.startswith("http://")
             )
             asked = urllib.request.Request(
-                f"{url.rstrip('/')}/search", b'{"query": "bees", "k": 2}'
+                f"{url}/search", b'{"query": "bees", "k": 2}', {"Content-Type": "application/json"}
             )
-            for _ in range(SECONDS):
-                with contextlib.suppress(OSError), urllib.request.urlopen(asked) as answer:
-                    assert json.load(answer)["hits"]
-                    break
-                time.sleep(1)
-            else:
-                raise RuntimeError(f"it was not ready in {SECONDS} s")
+            answer = answered(asked, time.monotonic() + SECONDS)
+            assert len(answer["results"][0]["hits"]) == 2
         finally:
             service.send_signal(signal.SIGTERM)
             service.communicate()
+
+
+def answered(asked, until):
+    """The answer of a service that may still compile."""
+    while True:
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > until:
+                raise
+            time.sleep(0.5)
 
 
 def main(calls, results):
