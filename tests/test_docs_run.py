@@ -120,9 +120,9 @@ def at_the_smallest_size(words):
 
 def python_of(code):
     """Python of a page, with passages in place of "..." and fewer steps."""
-    code = code.replace(", ...]", ", *PASSAGES]")
-    code = code.replace("generate_steps=500", f"bindings={DOCID!r}")
-    return code.replace("PASSAGES]", f"{[asdict(p) for p in passages()]!r}]")
+    others = repr([asdict(passage) for passage in passages()[2:]])
+    code = code.replace(", ...]", f", *{others}]")
+    return code.replace("generate_steps=500", f"bindings={DOCID!r}")
 
 
 def reason(text, reasons):
