@@ -36,6 +36,7 @@ NOT_RUN = {
     r"scaling_tables\.py": "ranks meshes of 15 programs, for minutes",
     r"benchmarks\.(index|constraint) ": "needs the code of another project",
     r"benchmarks\.(train_step|exact_search|substring) ": "needs packages to be compared with",
+    r"benchmarks\.(growth|quickstart) ": "trains the quickstart, or all stages of many passages",
     r"benchmarks\.prepare ": "counts the memory of processes, each of which starts anew",
 }
 NO_PYTHON = {
@@ -95,6 +96,8 @@ def added(words):
         return OF_BENCHMARKS[name.partition(".")[2]].split()
     if name == "dgr_jax.study":  # hours; here, whether its experiments are such, and what they cost
         return ["--dry_run"]
+    if "--refresh" in words:
+        return ["--gin.REFRESH_STEPS=3"]
     if name == "dgr_jax.plan" or not files or {"--plan", "--explain"} & set(words):
         return []
     bindings = kind_of(files[0]) | (EMBEDDED if files[0].startswith("quickstart") else {})
@@ -211,6 +214,7 @@ def around(tmp_path_factory):
     (folder / "pseudo_queries.tsv").write_text(
         "".join(f"{p.pid}\twhat is known of {p.title}\n" for p in passages())
     )
+    shutil.copy(folder / "pseudo_queries.tsv", folder / "questions.tsv")
     (folder / "docs" / "assets" / "tour").mkdir(parents=True)
     (folder / "kept" / "nothing").mkdir(parents=True)
     (folder / "scripts").symlink_to(ROOT / "scripts")
