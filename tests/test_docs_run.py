@@ -30,6 +30,7 @@ NOT_RUN = {
     r"^python -m pytest|tests[./]campaigns": "these tests, and what is run by hand",
     r"@Pretrained\(\)": "needs weights of the Hub: tests/test_pretrained.py",
     r"@ListwiseTeacher\(\)": "needs a language model: tests/test_listwise.py",
+    r"--refresh": "after a rollback there is nothing new to learn: tests/test_refreshed.py",
     r"--mcp": "speaks with an assistant over its standard input: tests/test_mcp.py",
     r"--system=sum": "needs a class among the components: tests/test_systems.py has it in whole",
     r"--topology=v5": "needs libtpu (extra tpu), where it is not there: tests/test_planning.py",
@@ -96,8 +97,6 @@ def added(words):
         return OF_BENCHMARKS[name.partition(".")[2]].split()
     if name == "dgr_jax.study":  # hours; here, whether its experiments are such, and what they cost
         return ["--dry_run"]
-    if "--refresh" in words:
-        return ["--gin.REFRESH_STEPS=3"]
     if name == "dgr_jax.plan" or not files or {"--plan", "--explain"} & set(words):
         return []
     bindings = kind_of(files[0]) | (EMBEDDED if files[0].startswith("quickstart") else {})
@@ -214,7 +213,6 @@ def around(tmp_path_factory):
     (folder / "pseudo_queries.tsv").write_text(
         "".join(f"{p.pid}\twhat is known of {p.title}\n" for p in passages())
     )
-    shutil.copy(folder / "pseudo_queries.tsv", folder / "questions.tsv")
     (folder / "docs" / "assets" / "tour").mkdir(parents=True)
     (folder / "kept" / "nothing").mkdir(parents=True)
     (folder / "scripts").symlink_to(ROOT / "scripts")
