@@ -126,7 +126,15 @@ def test_values_that_cannot_be(asked, body, message):
     ("how", "status", "message"),
     [
         (("POST", "/search", b"{"), 400, "the body is no JSON"),
-        (("POST", "/search", b'{"query": "\\ud800"}'), 422, "query: "),
+        (("POST", "/search", b'{"query": "\\ud800"}'), 400, "the body is no JSON: unexpected en"),
+        (("POST", "/search", b""), 400, "the body is no JSON: EOF while parsing a value at line 1"),
+        (
+            ("POST", "/search?explain=yes", b'{"query": "x"}'),
+            422,
+            "explain: got 'yes', expected tr",
+        ),
+        (("POST", "/search?k=3", b'{"query": "x"}'), 422, "k: no such parameter, expected explain"),
+        (("POST", "/passages", b"{"), 400, "the body is no JSON: Expecting property name"),
         (("POST", "/search", b"x" * (10 << 20)), 413, "the body: got more bytes than 1,048,576"),
         (("GET", "/search", b""), 405, "Method Not Allowed"),
         (("GET", "/nowhere", b""), 404, "Not Found"),
@@ -147,6 +155,10 @@ def test_what_else_is_there(asked):
     }
     paths = asked.get("/openapi.json").json()["paths"]
     assert {"post"} == paths["/search"].keys() and {"post", "delete"} == paths["/passages"].keys()
+    read = paths["/search"]["post"]
+    assert read["parameters"][0]["name"] == "explain" and "SearchBody" in str(read["requestBody"])
+    schemas = asked.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["SearchBody"]["properties"]["filter"] and schemas["FilterBody"]
     assert asked.get("/docs").status_code == 404  # it would be fetched from elsewhere
     counted = asked.get("/metrics").text
     assert 'dgr_jax_requests_total{path="/search",status="422"}' in counted

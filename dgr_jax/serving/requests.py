@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dgr_jax.retrieval.retriever import Hit, is_text
 from dgr_jax.serving.served import Filter
@@ -58,6 +59,20 @@ class SearchBody(_Body):
     explain: bool = Field(False, description="also what the search of one query has looked at")
     explain_pid: str | None = Field(None, description="a passage to follow through that search")
     seconds: float | None = Field(None, description="give up after so long")
+
+    @classmethod
+    def read(cls, body: bytes, explain: str = "false", **others: str) -> Self:
+        """A body, and what the address says beside it. Raises Refused."""
+        if others:
+            raise Refused(422, f"{min(others):.40}: no such parameter, expected explain")
+        if explain not in ("true", "false"):
+            raise Refused(422, f"explain: got {explain!r:.40}, expected true or false")
+        try:
+            asked = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise refusal(error.errors(include_url=False)) from None
+        asked.explain = asked.explain or explain == "true"
+        return asked
 
     def texts(self, service: Service) -> list[str]:
         """The queries. Raises Refused for none, too many, and one that is blank or too long."""
@@ -122,6 +137,40 @@ class RemoveBody(_Body):
     model: str | None = None
 
 
+# The body of a search is read by `SearchBody.read`: to have it read by FastAPI takes as long as to
+# answer. What it would say of it in its description, these say.
+SEARCH_PARAMETERS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "explain",
+            "in": "query",
+            "schema": {"type": "boolean", "default": False},
+            "description": "as in the body",
+        }
+    ]
+}
+
+
+def describe_search(described: dict[str, Any]) -> None:
+    """Adds the body of a search to an OpenAPI description."""
+    schema = SearchBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = described["components"]["schemas"]
+    schemas |= schema.pop("$defs") | {"SearchBody": schema}
+    reference = {"$ref": "#/components/schemas/SearchBody"}
+    described["paths"]["/search"]["post"]["requestBody"] = {
+        "content": {"application/json": {"schema": reference}},
+        "required": True,
+    }
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """What is said of a body that is no JSON, or in which pydantic found something wrong."""
+    for error in errors:
+        if error["type"] == "json_invalid":
+            return Refused(400, f"the body is no JSON: {error['ctx']['error']}")
+    return Refused(422, "; ".join(map(problem, errors[:5])))
+
+
 def problem(error: Mapping[str, Any]) -> str:
     """A line on what pydantic found wrong with a body."""
     place = ".".join(str(part) for part in error["loc"] if part != "body") or "the body"
@@ -144,6 +193,14 @@ def hit_json(hit: Hit) -> dict[str, Any]:
         "identifier": hit.identifier,
         "parts": {name: number(value) for name, value in hit.parts.items()},
     }
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def written(answer: Mapping[str, Any]) -> bytes:
+    """An answer as JSON."""
+    return _encode(answer).encode()
 
 
 def number(value: float | None) -> float | None:

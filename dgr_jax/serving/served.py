@@ -19,7 +19,8 @@ from dgr_jax.retrieval.retriever import Hit, Retriever
 
 logger = logging.getLogger(__name__)
 
-_NO_WORDS = ""  # planned search of a query without known words asks the student too
+# Planned search of a query without known words asks the student too; a long one and a short one.
+_NO_WORDS = ("zq" * 200, "")
 _FILTERS = 16  # filters whose retrievers are kept, for each system
 
 
@@ -124,7 +125,7 @@ class Served:
         """Has every shape compiled that a query can need, as long as it goes on."""
         for opened in self.systems.values():
             retriever = opened.retriever
-            for query in (retriever.store[0].contents[:200], _NO_WORDS):
+            for query in (retriever.store[0].contents[:200], *_NO_WORDS):
                 for size in sizes:
                     if goes_on():
                         retriever.search([query] * size, 1)
