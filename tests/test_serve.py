@@ -77,6 +77,16 @@ def test_a_filter_finds_only_what_it_admits(asked):
     assert by_prefix and all(pid.startswith("music-") for pid in by_prefix)
     titled = found(title="WOLF", pid_prefix="bees-").json()["results"][0]
     assert pids(titled) == ["bees-02"]
+    of = lambda **metadata: found(metadata=metadata)
+    assert set(pids(of(year=1991).json()["results"][0])) <= {
+        "bees-01", "bees-04", "music-07", "music-10"
+    }  # fmt: skip
+    assert pids(of(year=[1990, 1991], part="wind").json()["results"][0]) in (
+        ["music-09", "music-10"], ["music-10", "music-09"]
+    )  # fmt: skip
+    message = "filter: metadata: got 'place', expected 'part', 'year'"
+    assert of(place="x").status_code == 422 and of(place="x").json() == {"error": message}
+    assert of(part="string").json()["error"].startswith("filter: passages: got none of the corpus")
     unknown = found(pids=["bees-01", "nobody"])
     assert unknown.status_code == 422 and "got 'nobody', expected pids of the 12" in unknown.text
 
@@ -109,7 +119,11 @@ BAD = [
     ({"queries": ["x"] * 65}, "queries: got 65, expected 1 to 64 of them"),
     ({"query": "x", "system": "bm26"}, "system: got 'bm26', expected one of distill"),
     ({"query": "x", "path": "/etc"}, "path: no such field"),
-    ({"query": "x", "filter": {}}, "filter: got nothing, expected pids, pid_prefix or title"),
+    ({"query": "x", "filter": {}}, "filter: got nothing, expected pids, pid_prefix, ti"),
+    (
+        {"query": "x", "filter": {"metadata": {"year": {}}}},
+        "filter.metadata.year.str: input should",
+    ),
     ({"query": "x", "filter": {"pid_prefix": "q"}}, "filter: passages: got none of the corpus"),
     ({"query": "x", "seconds": 0}, "seconds: got 0, expected above 0, at most 10"),
     ({"query": "x", "explain_pid": "p"}, "explain_pid: has no effect without explain"),

@@ -286,7 +286,7 @@ def _add_routes(app: FastAPI, api: Api) -> None:
     async def add(request: Request, body: AddBody) -> Response:
         """Adds passages, or replaces those of the same pid; needs the admin token."""
         api.admit(request)
-        passages = [Passage(p.pid, p.text, p.title) for p in body.passages]
+        passages = [Passage(p.pid, p.text, p.title, p.metadata) for p in body.passages]
         return JSONResponse(await api.change(body.model, "add", passages))
 
     @app.delete("/passages", responses={401: {}, 403: {}, 501: {}})

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dgr_jax.corpora.types import Scalar
 from dgr_jax.retrieval.retriever import Hit, is_text
 from dgr_jax.serving.served import Filter
 from dgr_jax.serving.settings import Service
@@ -37,12 +38,18 @@ class FilterBody(_Body):
         None, description="those whose title contains this, in upper or lower case"
     )
 
+    metadata: dict[str, Scalar | list[Scalar]] | None = Field(
+        None, description="those with this value, or one of these, of each name"
+    )
+
     def wanted(self) -> Filter:
         """The filter. Raises Refused where nothing is given."""
-        if self.pids is None and not self.pid_prefix and not self.title:
-            raise Refused(422, "filter: got nothing, expected pids, pid_prefix or title")
+        if self.pids is None and not (self.pid_prefix or self.title or self.metadata):
+            raise Refused(422, "filter: got nothing, expected pids, pid_prefix, title or metadata")
         pids = None if self.pids is None else frozenset(self.pids)
-        return Filter(pids, self.pid_prefix or None, self.title or None)
+        values = {n: v if isinstance(v, list) else [v] for n, v in (self.metadata or {}).items()}
+        metadata = tuple((name, tuple(values[name])) for name in sorted(values))
+        return Filter(pids, self.pid_prefix or None, self.title or None, metadata)
 
 
 class SearchBody(_Body):
@@ -121,6 +128,7 @@ class PassageBody(_Body):
     pid: str
     title: str = ""
     text: str
+    metadata: dict[str, Scalar] = {}
 
 
 class AddBody(_Body):

@@ -18,7 +18,9 @@ class Service:
     """Each is a flag of `python -m dgr_jax.serve` of the same name."""
 
     batch_size: int = _setting(32, "queries that are decoded together, at most")
-    patience_ms: float = _setting(2.0, "milliseconds that a query waits for others to come")
+    patience_ms: float = _setting(
+        2.0, "milliseconds that a query waits for as many as came before, at most"
+    )
     waiting: int = _setting(
         512, "queries that may wait; a request beyond them is told to try later"
     )
