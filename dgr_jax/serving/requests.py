@@ -38,8 +38,8 @@ class FilterBody(_Body):
         None, description="those whose title contains this, in upper or lower case"
     )
 
-    metadata: dict[str, Scalar | list[Scalar]] | None = Field(
-        None, description="those with this value, or one of these, of each name"
+    metadata: dict[str, Any] | None = Field(
+        None, description="those with this value (no object), or one of a list, of each name"
     )
 
     def wanted(self) -> Filter:
@@ -47,7 +47,15 @@ class FilterBody(_Body):
         if self.pids is None and not (self.pid_prefix or self.title or self.metadata):
             raise Refused(422, "filter: got nothing, expected pids, pid_prefix, title or metadata")
         pids = None if self.pids is None else frozenset(self.pids)
-        values = {n: v if isinstance(v, list) else [v] for n, v in (self.metadata or {}).items()}
+        asked = self.metadata or {}
+        values = {name: of if isinstance(of, list) else [of] for name, of in asked.items()}
+        for name, given in values.items():
+            if not given or not all(isinstance(value, Scalar) for value in given):
+                raise Refused(
+                    422,
+                    f"filter: metadata: got {asked[name]!r:.40} for {name!r:.40}, expected a "
+                    "string, a number, a truth value, or a list of these",
+                )
         metadata = tuple((name, tuple(values[name])) for name in sorted(values))
         return Filter(pids, self.pid_prefix or None, self.title or None, metadata)
 

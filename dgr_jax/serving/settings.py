@@ -26,7 +26,9 @@ class Service:
     )
     deadline_s: float = _setting(10.0, "seconds within which a request is answered, or given up")
     body_bytes: int = _setting(1 << 20, "bytes of a request's body, at most")
-    body_s: float = _setting(10.0, "seconds within which a body must arrive")
+    body_s: float = _setting(
+        10.0, "seconds within which the headers of a request must arrive, and its body"
+    )
     query_length: int = _setting(1000, "characters of a query, at most")
     most_queries: int = _setting(64, "queries of a request, at most")
     most_k: int = _setting(100, "passages of a query, at most")

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.serve import Client, Process  # noqa: E402
 from dgr_jax.corpora.types import Passage  # noqa: E402
@@ -46,7 +47,7 @@ class Load(threading.Thread):
         super().__init__(daemon=True)
         self.statuses: Counter[int] = Counter()
         self._port, self._clients, self._pause = port, clients, pause
-        bodies = [json.dumps({"query": query, "k": 5}).encode() for query in queries]
+        bodies = [json.dumps({"query": query, "k": 3}).encode() for query in queries]
         self._bodies = itertools.cycle(bodies)
         self._over = threading.Event()
 
@@ -132,7 +133,7 @@ def campaign(
     texts = [json.loads(line)["text"] for line in queries]
     random.Random(0).shuffle(texts)
     flags = (f"--watch_s={WATCH}", "--deadline_s=120", "--batch_size=8", f"--system={system}")
-    with Process(served, *flags) as service:
+    with Process(served, *flags, settings={"PYTHONPATH": str(ROOT)}) as service:
         load, switched = Load(service.port, texts, clients, pause), Switched(service.port)
         load.start()
         counts = {"switched": 0}
