@@ -1,0 +1,139 @@
+"""The whole experiment over corpora of growing size: seconds, memory and disk of every stage.
+
+    python -m benchmarks.growth --passages=1000,10000,100000 --steps=200
+
+The passages are drawn as in `benchmarks.prepare`, a training and a test question for every hundred
+of them. The student is that of laptop.gin with 3 codes of 256. Every stage runs as a command of
+its own, over what those before it left, so that its seconds (of the processor, of all threads; in
+brackets the clock's), its largest resident set and what it adds on disk are its own. Each command
+starts Python and imports: the row `commands`, measured by a stage that is finished already.
+
+Questions and examples are in proportion to the passages. Steps are not: `--steps` of generation
+and a fifth of distillation run at each size, and the lines below the table say what one pass over
+all examples would take. The last column is the exponent b of size^b between the two largest sizes,
+less what a command needs anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import benchmarks.prepare as collections
+
+STAGES = ("prepare", "start", "generate", "candidates", "teach", "distill", "evaluate")
+
+
+def command(args: argparse.Namespace, folder: Path, stage: str) -> list[str]:
+    return [
+        sys.executable, "-m", "dgr_jax.train", "--gin_file=laptop.gin",
+        f"--data_dir={folder / 'collection'}", f"--model_dir={folder / 'model'}",
+        f"--stages={stage}", f"--gin.GENERATE_STEPS={args.steps}",
+        f"--gin.DISTILL_STEPS={max(1, args.steps // 5)}", "--gin.Experiment.control=False",
+        "--gin.ResidualQuantization.num_codes=3", "--gin.ResidualQuantization.codebook_size=256",
+        "--gin.NUM_BEAMS=10", *args.also,
+    ]  # fmt: skip
+
+
+def run(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, float]:
+    """A command, waited for; -> its seconds, peak memory and growth of the folder in GiB."""
+    before, start = size(folder / "model"), time.perf_counter()
+    log = folder / f"{stage}.log"
+    with log.open("w") as written:
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
+        child = subprocess.Popen(
+            command(args, folder, stage), stdout=written, stderr=written, env=environment
+        )
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{stage}: exit status {child.returncode}\n{log.read_text()[-3000:]}")
+    return {
+        "processor": used.ru_utime + used.ru_stime,
+        "seconds": time.perf_counter() - start,
+        "peak": used.ru_maxrss / 2**20,
+        "disk": size(folder / "model") - before,
+    }
+
+
+def size(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
+
+
+def measure(args: argparse.Namespace, passages: int) -> dict[str, dict[str, float]]:
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as name:
+        folder = Path(name)
+        collections.write_collection(folder / "collection", passages, args.words)
+        measured = {}
+        for stage in STAGES:
+            measured[stage] = run(args, folder, stage)
+            print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
+        measured["commands"] = run(args, folder, "evaluate")
+        report = json.loads((folder / "model" / "prepare" / "report.json").read_text())
+        measured["prepare"]["examples"] = sum(report["examples"].values())
+        return measured
+
+
+def exponent(first: float, last: float, ratio: float) -> str:
+    """b where last / first = ratio^b; nothing where either is too little to say."""
+    if min(first, last) < 0.5:
+        return ""
+    return f"{math.log(last / first) / math.log(ratio):.2f}"
+
+
+def show(args: argparse.Namespace, found: dict[int, dict[str, dict[str, float]]]) -> None:
+    sizes = sorted(found)
+    print("\n| stage | " + " | ".join(f"{n:,} passages" for n in sizes) + " | exponent |")
+    print("|---|" + "---|" * (len(sizes) + 1))
+    for stage in (*STAGES, "commands"):
+        cells = [found[n][stage] for n in sizes]
+        text = [
+            f"{c['processor']:,.0f} ({c['seconds']:,.0f}) s, {c['peak']:.1f} GiB, "
+            f"{c['disk'] * 1024:,.0f} MiB"
+            for c in cells
+        ]
+        grows = ""
+        if stage != "commands" and len(sizes) > 1:
+            own = [found[n][stage]["processor"] - found[n]["commands"]["processor"] for n in sizes]
+            grows = exponent(own[-2], own[-1], sizes[-1] / sizes[-2])
+        print(f"| {stage} | " + " | ".join(text) + f" | {grows} |")
+    for n in sizes:
+        examples = found[n]["prepare"]["examples"]
+        own = found[n]["generate"]["processor"] - found[n]["commands"]["processor"]
+        steps = examples / args.batch_size
+        print(
+            f"{n:,} passages: {examples:,} examples, one pass of them {steps:,.0f} steps, "
+            f"{own / args.steps * steps / 60:,.1f} minutes of processor"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passages", default="1000,10000,100000")
+    parser.add_argument("--steps", type=int, default=200, help="of generation, at each size")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="of laptop.gin; for the last lines"
+    )
+    parser.add_argument("--words", type=int, default=56, help="of a passage")
+    parser.add_argument("--also", action="append", default=[], help="further --gin.NAME=VALUE")
+    parser.add_argument("--folder", default="", help="where to write; a temporary one by default")
+    parser.add_argument("--output", help="JSON of all that was measured")
+    args = parser.parse_args()
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    found: dict[int, dict[str, dict[str, float]]] = {}
+    for passages in sorted(int(n) for n in args.passages.split(",")):
+        found[passages] = measure(args, passages)
+        if args.output:
+            Path(args.output).write_text(json.dumps(found, indent=1))
+    show(args, found)
+
+
+if __name__ == "__main__":
+    main()
