@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +23,14 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
 from dgr_jax.array_trees import NotFinite, check_finite, check_shapes
 from dgr_jax.model_dir import kept
+from dgr_jax.saved_params import BEST, first_line, read_unlisted, reading, restore_params
+
+__all__ = ["BEST", "Checkpoints", "restore_params"]
 
 logger = logging.getLogger(__name__)
-
-BEST = "best_checkpoint"  # the key, in a position, of the step whose parameters are used
 
 
 @dataclass
@@ -110,7 +107,7 @@ class Checkpoints:
             if folder.is_dir():
                 kept.write_manifest(folder)
         except OSError as error:
-            logger.warning("checkpoint %s has no manifest (%s)", folder, _first_line(error))
+            logger.warning("checkpoint %s has no manifest (%s)", folder, first_line(error))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -121,7 +118,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: from tensorstore
             raise OSError(
                 f"checkpoint {self.folder / str(self._writes)} could not be written "
-                f"({_first_line(error)}): is the disk full, or not writable? {self._left()}"
+                f"({first_line(error)}): is the disk full, or not writable? {self._left()}"
             ) from error
 
     def _check_room(self, state: Any) -> None:
@@ -212,14 +209,14 @@ class Checkpoints:
         """Raises kept.Damaged where a checkpoint cannot be read."""
         folder, rest = self.folder / str(step), abstract.replace(params=None)
         kept.whole(folder)
-        with _reading(folder):
+        with reading(folder):
             for item in ("params", "training"):
-                _read_unlisted(folder / item)
+                read_unlisted(folder / item)
             metadata = self._manager.item_metadata(step)
             there = metadata["params"].tree, metadata["training"].tree
         check_shapes(there[0], abstract.params, f"checkpoint {folder}")
         check_shapes(there[1], rest, f"checkpoint {folder}")
-        with _reading(folder):
+        with reading(folder):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -246,84 +243,10 @@ class Checkpoints:
             logger.warning(
                 "checkpoint %s cannot be read (%s): set aside as %s, an older one is used",
                 folder,
-                _first_line(error),
+                first_line(error),
                 aside.name,
             )
         self._manager = self._open()
-
-
-_DAMAGE = (OSError, *kept.UNREADABLE)
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Raises kept.Damaged in place of the errors of reading a truncated, changed or missing file.
-
-    MemoryError and errors of the device stay as they are.
-    """
-    try:
-        yield
-    except kept.Damaged:
-        raise
-    except Exception as error:
-        root = error
-        while type(root) is Exception and root.__cause__ is not None:  # tensorstore's, from orbax
-            root = root.__cause__
-        if isinstance(root, jax.errors.JaxRuntimeError) or not isinstance(root, _DAMAGE):
-            raise
-        said = _first_line(root)[:200]
-        damage = kept.Damaged(folder, f"cannot be read ({said}); truncated or damaged")
-        _forget_reads(error)
-    else:
-        return
-    raise damage
-
-
-def _read_unlisted(item: Path) -> None:
-    """Reads the arrays of an item one by one where no list vouches for the files of its checkpoint.
-
-    Orbax reads them side by side. Where one cannot be read, the reads under way find their event
-    loop closed, which can end the process.
-    """
-    if (item.parent / kept.MANIFEST).is_file() or not (item / "manifest.ocdbt").is_file():
-        return
-    store = {"driver": "ocdbt", "base": f"file://{item}/"}
-    for key in tensorstore.KvStore.open(store).result().list().result():
-        name, _, file = key.decode().rpartition("/")
-        if file == ".zarray":
-            array = {"driver": "zarr", "kvstore": store | {"path": f"{name}/"}}
-            tensorstore.open(array, read=True).result().read().result()
-
-
-def _forget_reads(error: BaseException) -> None:
-    """Frees the other reads that failed or wait beside that of the error.
-
-    Otherwise asyncio would log each of them at length, and Python would report those that raise
-    when they are destroyed, until the end of the process.
-    """
-    asyncio_logger = logging.getLogger("asyncio")
-    if _is_logged not in asyncio_logger.filters:
-        asyncio_logger.addFilter(_is_logged)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error.__traceback__ = None
-            error = error.__cause__ or error.__context__
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
-
-
-def _is_logged(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
-
-
-def _chosen(folder: Path, newest: int) -> int:
-    """The step whose parameters are used: the one that the newest checkpoint names as the best, or
-    else the newest."""
-    file = folder / str(newest) / "position" / "metadata"
-    return kept.read_json(file).get(BEST, newest) if file.is_file() else newest
 
 
 def _handlers() -> dict[str, Any]:
@@ -334,62 +257,9 @@ def _handlers() -> dict[str, Any]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, kept.Damaged):
-        return error.what
-    if isinstance(error, NotFinite):
-        return str(error)
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
 def _unreadable(folder: Path, damaged: Mapping[int, Exception]) -> ValueError:
-    reasons = ", ".join(f"{step} ({_first_line(error)})" for step, error in damaged.items())
+    reasons = ", ".join(f"{step} ({first_line(error)})" for step, error in damaged.items())
     return ValueError(
         f"checkpoints in {folder}: cannot read step {reasons}; remove these folders to go on "
         f"without them"
     )
-
-
-def restore_params(folder: str | Path, abstract: Any, *, step: int | None = None) -> Any:
-    """The parameters of a checkpoint alone, for search or as the start of another stage.
-
-    Args:
-      folder: a folder of checkpoints; nothing in it is changed.
-      abstract: parameters as `jax.ShapeDtypeStruct` with shardings.
-      step: the step to read; by default the best, where the run kept it, and else the newest.
-
-    Raises FileNotFoundError when there is no checkpoint, ValueError when the model's shapes differ,
-    kept.Damaged when a file of the checkpoint was changed since it was written or cannot be read.
-    """
-    folder = Path(folder).absolute()
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    # A finished stage lists its checkpoints. If the newest of them is lost, none older replaces it.
-    listed = {name.partition("/")[0] for name in kept.listed_in(folder)}
-    steps = sorted(int(name) for name in listed if name.isdecimal()) or steps
-    if step is None and steps:
-        step = _chosen(folder, steps[-1])
-    if step not in steps:
-        wanted = "a checkpoint" if step is None else f"step {step}, found {steps}"
-        raise FileNotFoundError(f"{folder}: expected {wanted}; has the stage been trained?")
-    path = folder / str(step) / "params"
-    kept.opened(path.parent / kept.MANIFEST)
-    kept.whole(path)
-    where = f"checkpoint {path.parent}"
-    with _reading(path):
-        _read_unlisted(path)
-        # The handler reads the item's own metadata; a checkpointer would look for a step's there.
-        there = ocp.StandardCheckpointHandler().metadata(path).tree
-    check_shapes(there, abstract, where)
-    try:
-        params = _restored(path, abstract)
-    except kept.Damaged:
-        # Its hashes are right, so that a read may have been cut short.
-        params = _restored(path, abstract)
-    check_finite(params, where)
-    return params
-
-
-def _restored(path: Path, abstract: Any) -> Any:
-    """The parameters of an item. Raises kept.Damaged where they cannot be read."""
-    with _reading(path), ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract)

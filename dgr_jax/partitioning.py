@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dgr_jax import ranges
+from dgr_jax import ranges, traced
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,8 @@ def boxed_params(model: Any, key: jax.Array) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _boxed_shapes(model: Any) -> Any:
-    return jax.eval_shape(lambda: boxed_params(model, jax.random.PRNGKey(0)))
+    shapes = lambda: jax.eval_shape(lambda: boxed_params(model, jax.random.PRNGKey(0)))
+    return traced.kept_shapes(f"parameters {model!r}", shapes)
 
 
 def abstract_params(model: Any, mesh: jax.sharding.Mesh, rules: Any = RULES) -> Any:

@@ -72,6 +72,11 @@ def test_stop_words_single_letters_and_case():
     ]
 
 
+def test_english_stop_words_are_those_of_bm25s():
+    tokenizer = pytest.importorskip("bm25s.tokenization").Tokenizer(stopwords="english")
+    assert frozenset(tokenizer.stopwords) == bm25.ENGLISH
+
+
 def test_title_is_indexed_too():
     store = ListStore([Passage("p0", "sail"), Passage("p1", "mast", title="Bees")])
     assert [p.pid for p in Bm25().fit(store).search({"q": "bees"}, 5)["q"]] == ["p1"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgr_jax import array_trees, checkpoints, partitioning
+from dgr_jax import array_trees, checkpoints, partitioning, saved_params
 from dgr_jax.checkpoints import Checkpoints
 from dgr_jax.model_dir import kept
 from dgr_jax.partitioning import Mesh, make_mesh
@@ -212,6 +212,19 @@ def test_a_checkpoint_without_a_manifest_is_read(tmp_path, states):
     _assert_equal(state, states[2])
     found = checkpoints.restore_params(tmp_path, partitioning.abstract_params(MODEL, _mesh()))
     _assert_equal(found, states[2].params)
+
+
+def test_parameters_for_one_device_are_read_without_orbax(tmp_path, states, monkeypatch):
+    _save(tmp_path, states, [1])
+    spread, alone = (partitioning.abstract_params(MODEL, _mesh(data)) for data in (2, 1))
+    by_orbax = checkpoints.restore_params(tmp_path, spread)
+    monkeypatch.setattr(saved_params, "_restored", None)
+    read = checkpoints.restore_params(tmp_path, alone)
+    _assert_equal(read, by_orbax)
+    placed = jax.tree.map(lambda leaf, to: leaf.sharding == to.sharding, read, alone)
+    assert all(jax.tree.leaves(placed))
+    with pytest.raises(TypeError):  # several devices are left to orbax
+        checkpoints.restore_params(tmp_path, spread)
 
 
 def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, states):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dgr_jax import traced
 from dgr_jax.config import cli, compiled
 from tests.conftest import ROOT
 
@@ -27,6 +28,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "jax", raising=False)
     monkeypatch.setattr(compiled.interrupts, "is_program", lambda: True)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(traced, "folder", None)
     return tmp_path / "cache"
 
 
@@ -41,12 +43,12 @@ def kept(*flags):
 def test_it_is_in_the_cache_folder_of_the_user(home):
     folder = kept()
     assert Path(folder).is_dir() and Path(folder).parent == home / "dgr_jax" / "compiled"
-    assert folder == str(compiled.folder())
+    assert folder == str(compiled.folder()) == str(traced.folder)
     assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) < 1
 
 
 def test_a_flag_and_a_variable_turn_it_off(home, monkeypatch):
-    assert kept("--no-compilation_cache") is None
+    assert kept("--no-compilation_cache") is None and traced.folder is None
     monkeypatch.setenv(compiled.VARIABLE, "off")
     assert kept() is None and not home.exists()
 

@@ -14,15 +14,19 @@ import sys
 
 import pytest
 
+from dgr_jax import study as study_command
+from dgr_jax import update
 from dgr_jax.config import cli, gin_files, questions
 from dgr_jax.corpora.beir import write_beir
 from dgr_jax.corpora.quickstart import QuickstartCollection
+from dgr_jax.experiments.living_study import LivingStudy
 from dgr_jax.studies.grid import Grid
+from dgr_jax.studies.living import Living
 from tests.conftest import ROOT, TINY
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RESULTS.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-KINDS = {"pseudo_queries": ("PseudoQueries",), "study": ("Study",)}
+KINDS = {"pseudo_queries": ("PseudoQueries",), "study": study_command.KINDS, "update": ("Refresh",)}
 
 
 def lines_of(text):
@@ -138,15 +142,21 @@ def check_experiment(monkeypatch, name, arguments):
     if name == "evaluate" and args.run:
         assert args.qrels
         return
+    if name == "update":  # settings are read where a student is refreshed
+        assert bool(bindings[1:]) <= args.refresh
+        args.gin_file = args.gin_file or [update.REFRESH]
     if name != "study":
         gin_files.load_experiment(
             args, bindings, KINDS.get(name, gin_files.EXPERIMENTS), keep=False
         )
         return
-    own = [binding for binding in bindings if binding.startswith("Study.")]
+    own = [binding for binding in bindings if binding.partition(".")[0] in KINDS[name]]
     study = gin_files.load_experiment(args, own, KINDS[name], keep=False)
     others = [b for b in bindings if b not in own and not b.startswith("MODEL_DIR")]
     load = functools.partial(gin_files.from_flags, fill=True)
+    if isinstance(study, LivingStudy):
+        Living(study, args.model_dir, load, others).check()
+        return
     grid = Grid(study, args.model_dir, load, others, args.gin_search_paths)
     gin_files.from_flags(grid.runs[0].flags, fill=True)
 

@@ -108,6 +108,22 @@ def test_a_passage_of_the_same_pid_replaces_the_one_that_was(model_dir):
     assert (version.added, version.removed, version.passages) == (1, 1, 25)
 
 
+def test_passages_that_are_there_as_they_are_make_no_version(model_dir, caplog):
+    versions = update.versions(model_dir)
+    there = list(PassageStore(versions.at(0) / "passages"))
+    with caplog.at_level(logging.INFO):
+        kept_as_it_is = update.update(versions, there[:2])
+    assert (kept_as_it_is.version, kept_as_it_is.passages) == (0, 25)
+    assert "index: 2 passages are there as they are\n" in caplog.text.replace("  ", " ")
+    assert "index: version 0 stays as it is" in caplog.text
+    assert Retriever.load(model_dir, system="bm25").add(there) == 0
+    assert not versions.all()
+    made = update.update(versions, [*there[:2], ZEBRA])
+    assert (made.version, made.added, made.removed, made.passages) == (1, 1, 0, 26)
+    assert update.update(versions, [ZEBRA]) == made
+    assert update.update(versions, [there[0]], [there[1].pid]).removed == 1
+
+
 def test_those_that_stay_keep_their_identifiers_and_new_ones_are_of_the_nearest_codes(model_dir):
     retriever = Retriever.load(model_dir, system="distill")
     before, old = retriever.decoder.table, retriever.store

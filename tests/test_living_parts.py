@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ SCHEMES = {
     "semantic, one leaf": KMeansTree(embeddings=LSA, reserve=30),
     "title": Title(),
     "string": NaiveString(),
-    "string by position": NaiveString(by_position=True),
+    "string by position": NaiveString(by_position=True, reserve=41),
 }
 
 
@@ -100,6 +102,8 @@ def test_passages_that_come_later_get_identifiers_that_are_known(tmp_path, name)
     first = table.tokens[rows[78]][0]
     if "string" not in name and name != "semantic, one leaf":
         assert first == before.tokens[old_rows[7]][0], "the same text begins with the same code"
+    if "string" in name:
+        assert table.tokens.shape[1] == len(str(60 + SCHEMES[name].reserve - 1))
     index = trie.load(versions.at(1) / "trie")
     tokens, lengths = index.rows()
     np.testing.assert_array_equal(tokens[:, : table.tokens.shape[1]], table.tokens)
@@ -147,7 +151,8 @@ def test_the_kept_model_embeds_as_the_one_that_was_fitted(tmp_path):
         (
             NaiveString(),
             41,
-            "NaiveString: got 41 passages, expected at most 40: so many numbers of",
+            "NaiveString: got 41 passages, expected at most 40: so many numbers of 2 digits are "
+            "left; prepare and train again with all passages, or with NaiveString.reserve",
         ),
         (
             ResidualQuantization(1, 64, LSA),
@@ -285,6 +290,26 @@ def test_titles_spans_and_sentences_join_the_others(tmp_path, views):
         np.testing.assert_array_equal(grown.text.suffixes, expected.text.suffixes)
     assert grown.num_tokens == expected.num_tokens or "body" not in views
     assert (grown.opening is None) == (expected.opening is None)
+
+
+def test_a_full_disk_under_the_suffix_array_changes_nothing(tmp_path, monkeypatch):
+    versions = prepared(tmp_path, Multiview(("title", "body")), drawn(60, 0))
+    made = update.update(versions, drawn(2, 1, "new"))
+    text = suffix_array.load(versions.at(1) / "text")
+    suffixes, save = text.suffixes.copy(), suffix_array.SuffixArray.save
+
+    def full(index: suffix_array.SuffixArray, folder: Path) -> None:
+        save(index, folder)
+        (folder / "suffixes.npy").write_bytes(b"")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suffix_array.SuffixArray, "save", full)
+        with pytest.raises(OSError, match="the disk is full .*; nothing was changed, version 1 an"):
+            update.update(versions, drawn(2, 2, "more"), ["p3"])
+    assert [*versions.all(), versions.current()] == [made, 1]
+    np.testing.assert_array_equal(suffix_array.load(versions.at(1) / "text").suffixes, suffixes)
+    assert update.update(versions, drawn(2, 2, "more"), ["p3"]).passages == 63
 
 
 def test_a_passage_of_no_view_is_named(tmp_path):

@@ -17,15 +17,21 @@ from dgr_jax.capacity.planner import planner_of
 from dgr_jax.capacity.programs import ProgramShape
 from dgr_jax.capacity.sizes import training_stages
 from dgr_jax.corpora import trec
+from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.identifiers.scheme import CorpusSize
+from dgr_jax.model_dir.kept import read_json
 from dgr_jax.models.t5 import T5Config
+from dgr_jax.retrieval.kinds import read_student
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.retrieval.system import System
+from dgr_jax.settings import restored
 from dgr_jax.stages.evaluate import chosen_queries, first_test_split
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.stages.systems import open_system
+from dgr_jax.training.arrays import read_arrays
+from dgr_jax.training.refreshing import OLD
 
 QUERIES = 200  # the most queries that are timed, and whose drift is measured
 
@@ -84,6 +90,21 @@ def training_flops(experiment: Experiment | DenseExperiment, system: str) -> flo
         batches = experiment.stages[stage].batches
         assert batches is not None  # as the stage trains
         total += settings.steps * step_flops(config, batches(experiment).batch(0))
+    return total
+
+
+def refresh_flops(folder: Path, settings: Training) -> float:
+    """FLOPs of a refreshed student, from the folder of its stage: of its training steps, and of the
+    pass in which the student before said what it knew."""
+    config = restored(T5Config, read_student(folder).model)
+    counts, total = read_json(folder / "report.json")["examples"], 0.0
+    for name, count in counts.items():
+        arrays = read_arrays(folder / "arrays" / name)
+        shapes = {n: arrays[n][:1] for n in ("encoder_input_tokens", "decoder_target_tokens")}
+        of_example = step_flops(config, shapes)
+        share = read_json(folder / "report.json")["rates"][name]
+        total += settings.steps * settings.batch_size * share * of_example
+        total += count * of_example / formulas.passes(config) * (OLD in arrays)
     return total
 
 

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dgr_jax import interrupts, processes
+from dgr_jax import interrupts, processes, traced
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def keep(args: argparse.Namespace) -> None:
     if not os.access(kept, os.W_OK | os.X_OK):
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(kept)
+    traced.keep_in(kept)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", _LEAST_SECONDS)
     mend(kept)
 

@@ -38,7 +38,9 @@ def _components() -> tuple[type, ...]:
     from dgr_jax.experiments.common import Evaluate, Teach, Training
     from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Lists, Negatives
     from dgr_jax.experiments.generative import Candidates, Experiment, Prepare
+    from dgr_jax.experiments.living_study import LivingStudy
     from dgr_jax.experiments.pseudo_queries import Pairs, PseudoQueries
+    from dgr_jax.experiments.refresh import Refresh
     from dgr_jax.experiments.study import Study
     from dgr_jax.identifiers import atomic, embeddings, multiview, rq, semantic, string, title
     from dgr_jax.models import dual_encoder, t5
@@ -65,7 +67,7 @@ def _components() -> tuple[type, ...]:
         VectorTeacher,
     )
     from dgr_jax.training import dense as dense_objective
-    from dgr_jax.training import objectives, optimizers
+    from dgr_jax.training import objectives, optimizers, refreshing
 
     return (
         Experiment, Prepare, Training, Candidates,
@@ -88,6 +90,7 @@ def _components() -> tuple[type, ...]:
         Negatives, dual_encoder.DualEncoderConfig, dense_objective.Dense,
         dense.DenseSearch, exact_search.ExactSearch,
         PseudoQueries, Pairs, sampling.Sampling, Study,
+        Refresh, refreshing.LevelGeneration, LivingStudy,
     )  # fmt: skip
 
 

@@ -91,10 +91,17 @@ def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) ->
     _bind(files, bindings)
 
 
-def from_flags(flags: Sequence[str], keep: bool = False, *, fill: bool = False) -> Any:
-    """The experiment that flags of `python -m dgr_jax.train` describe; see `load_experiment`."""
+def from_flags(
+    flags: Sequence[str],
+    keep: bool = False,
+    *,
+    fill: bool = False,
+    kinds: Sequence[str] = EXPERIMENTS,
+) -> Any:
+    """The experiment that flags of `python -m dgr_jax.train`, or of the command of another kind,
+    describe; see `load_experiment`."""
     args, bindings = cli.parse(cli.parser("train", ""), flags)
-    return load_experiment(args, bindings, keep=keep, fill=fill)
+    return load_experiment(args, bindings, kinds, keep=keep, fill=fill)
 
 
 def _labelled(experiment: Any) -> Any:
@@ -286,7 +293,9 @@ def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
     import gin
 
     commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
-    set_up = {name for _, name, key in bound.settings(gin.config_str()) if key == "model_dir"}
+    commands["Refresh"] = "update --refresh"
+    marks = ("model_dir", "gin_files")  # of experiments, and of studies of these
+    set_up = {name for _, name, key in bound.settings(gin.config_str()) if key in marks}
     if described := [kind for kind in kinds if kind in set_up]:
         return described[0]
     if others := [other for other in commands if other in set_up]:

@@ -166,7 +166,7 @@ def write_changed(
 
 def _write_places(folder: Path, pids: list[str], offsets: np.ndarray) -> None:
     with lines.writing(folder / _PIDS) as handle:
-        handle.writelines(pid.encode() + b"\n" for pid in pids)
+        handle.write("\n".join([*pids, ""]).encode())
     with lines.writing(folder / _OFFSETS) as handle:
         np.save(handle, offsets)
 

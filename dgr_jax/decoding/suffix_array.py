@@ -10,23 +10,18 @@
 The passages lie one after another, each followed by token 0, which occurs nowhere else, so that no
 substring crosses the border of a passage. Suffixes that begin with the same tokens are neighbours
 in the sorted order, so a substring is an interval [lo, hi) of it, and hi - lo is the number of its
-occurrences. See suffix_array_expand for the decoding step.
-
-The sorting of suffix arrays (Manber and Myers 1993) is left to libdivsufsort, which sorts bytes. A
-token is written as two or three bytes, the most significant first, so that the order of the bytes
-is that of the tokens, and suffixes that begin inside a token are dropped.
+occurrences. See suffix_array_build for the sorting, and suffix_array_expand for the decoding step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from dgr_jax.decoding import array_folder, suffix_array_branches
+from dgr_jax.decoding import array_folder, suffix_array_branches, suffix_array_build
 from dgr_jax.decoding.suffix_array_branches import SpanBranches
 from dgr_jax.decoding.suffix_array_expand import SubstringConstraint
 from dgr_jax.decoding.trie_build import size_class
@@ -36,8 +31,6 @@ _FORMAT = "dgr_jax.suffix_array"
 _VERSION = 1
 _MAX_VOCAB = 1 << 17
 _MAX_POSITIONS = (1 << 31) - 1  # positions are int32, on the host as on the device
-_CHUNK = 1 << 22  # how many entries a pass over the corpus holds at a time
-_PASSAGES = 1 << 14
 # Arrays of one length for all corpora, and what the others are padded with, where it is not 0.
 _FIXED = ("first", "branches_levels")
 _FILL = {"starts": np.iinfo(np.int32).max}
@@ -127,7 +120,7 @@ class SuffixArray:
         Reads the whole interval.
         """
         counts = np.zeros(self.vocab_size, np.int64)
-        for part in _parts(self.suffixes[lo:hi]):
+        for part in suffix_array_build.parts(self.suffixes[lo:hi]):
             tokens, times = np.unique(self.tokens[part + depth], return_counts=True)
             counts[tokens] += times
         following = np.flatnonzero(counts[1:]) + 1  # 0: the passage ends here
@@ -170,6 +163,57 @@ class SuffixArray:
         branches = SpanBranches(**{name: arrays.pop(f"branches_{name}") for name in names})
         ordered = [arrays[name] for name in ("tokens", "suffixes", "first", "starts")]
         return SubstringConstraint.put(ordered, branches, opens, max_length)
+
+    def changed(
+        self,
+        stay: np.ndarray,
+        passages: Iterable[Sequence[int] | np.ndarray],
+        *,
+        max_length: int = 10,
+    ) -> SuffixArray:
+        """The index of the passages that stay, bool [P], and then of others, as `build` would make
+        it of all of them; only the suffixes of the others are sorted.
+
+        An index of an older version may have suffixes that are equal up to the end of their
+        passages in another order; they keep it.
+        """
+        stay, size = np.asarray(stay), self.vocab_size
+        added, of_added = suffix_array_build.concatenate(passages, size)
+        width = suffix_array_build.token_bytes(size)
+        new = suffix_array_build.sorted_suffixes(added, of_added, width)
+        lengths = np.diff(self.starts, append=len(self.tokens)) - 1
+        tokens, suffixes = np.asarray(self.tokens), np.asarray(self.suffixes)
+        first = np.asarray(self.first)
+        if not stay.all():
+            gone = tokens[np.repeat(~stay, lengths + 1)]
+            tokens, suffixes = suffix_array_build.staying(tokens, suffixes, lengths, stay)
+            first, lengths = first - suffix_array_build.first(gone, size), lengths[stay]
+        all_of = len(suffixes) + len(new), len(lengths) + len(of_added)
+        planned_bytes(*all_of, size)  # raises for too many
+        staying = dataclasses.replace(self, tokens=tokens, suffixes=suffixes, first=first)
+        places = staying._places(added, new)
+        suffixes = np.insert(suffixes, places, new + np.int32(len(tokens)))
+        tokens, lengths = np.concatenate([tokens, added]), np.concatenate([lengths, of_added])
+        first = first + suffix_array_build.first(added, size)
+        return _with_branches(tokens, suffixes, first, lengths, max_length)
+
+    def _places(self, tokens: np.ndarray, suffixes: np.ndarray) -> np.ndarray:
+        """int64 [n]: how many suffixes come before each of others, positions in other `tokens`;
+        those that are equal do."""
+        token = tokens[suffixes].astype(np.int64)
+        lo, hi = (self.first[token + i].astype(np.int64) for i in (0, 1))
+        left, depth = np.flatnonzero(lo < hi), 1  # those that may still belong to several places
+        while len(left):
+            token = tokens[suffixes[left] + depth].astype(np.int64)
+            asked = np.stack([lo[left], token])  # neighbours often ask the same
+            new = np.append(True, (asked[:, 1:] != asked[:, :-1]).any(0))
+            below = self._search(lo[left][new], hi[left][new], depth, token[new])
+            above = self._search(below, hi[left][new], depth, token[new] + 1)
+            below, above = (bounds[np.cumsum(new) - 1] for bounds in (below, above))
+            ends = token == 0
+            lo[left], hi[left] = np.where(ends, above, below), above
+            left, depth = left[~ends & (below < above)], depth + 1
+        return lo
 
     def like(self, other: SuffixArray) -> SuffixArray:
         """The same, of the shapes that another index has on the device, as long as all fit, so that
@@ -220,20 +264,26 @@ def build(
         raise ValueError(
             f"suffix_array.build.vocab_size must be between 2 and {_MAX_VOCAB}; got {vocab_size}"
         )
-    tokens, lengths = _concatenate(passages, vocab_size)
-    if len(lengths) == len(tokens):
+    tokens, lengths = suffix_array_build.concatenate(passages, vocab_size)
+    if not len(lengths):
+        raise ValueError("suffix_array.build: no passages; expected at least one")
+    planned_bytes(len(tokens) - len(lengths), len(lengths), vocab_size)  # raises for too many
+    width = suffix_array_build.token_bytes(vocab_size)
+    suffixes = suffix_array_build.sorted_suffixes(tokens, lengths, width)
+    first = suffix_array_build.first(tokens, vocab_size)
+    return _with_branches(tokens, suffixes, first, lengths, max_length)
+
+
+def _with_branches(
+    tokens: np.ndarray, suffixes: np.ndarray, first: np.ndarray, lengths: np.ndarray, longest: int
+) -> SuffixArray:
+    """An index whose spans are to be of `longest` tokens; lengths int [P], of the passages."""
+    if not len(suffixes):
         raise ValueError(
             f"suffix_array.build: {len(lengths)} passages without a token; expected at least one"
         )
-    starts = np.append(0, np.cumsum(lengths + 1)[:-1]).astype(np.int32)
-    counts = np.zeros(vocab_size, np.int64)
-    for part in _parts(tokens):
-        counts += np.bincount(part, minlength=vocab_size)
-    first = np.append(0, np.cumsum(np.append(0, counts[1:]))).astype(np.int32)
-    suffixes = _sorted_suffixes(tokens, _token_bytes(vocab_size))[len(lengths) :]
-    suffixes = suffixes.copy()
-    branches = suffix_array_branches.find(tokens, suffixes, first, max_length)
-    return SuffixArray(tokens, suffixes, first, starts, branches)
+    branches = suffix_array_branches.find(tokens, suffixes, first, longest)
+    return SuffixArray(tokens, suffixes, first, suffix_array_build.starts(lengths), branches)
 
 
 def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[str, int]:
@@ -248,7 +298,7 @@ def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[s
 
     Building sorts 2 or 3 bytes for each token, and for each of these bytes libdivsufsort needs 4
     bytes (8 from 2^31 bytes on, which is about 715M tokens of a vocabulary larger than 2^16). With
-    the tokens that is 8.5 GB for the same corpus; then the index is copied out.
+    the tokens and the positions of the sorted ones that is 10 GB for the same corpus.
     """
     positions = num_tokens + num_passages
     if positions > _MAX_POSITIONS:
@@ -256,86 +306,19 @@ def planned_bytes(num_tokens: int, num_passages: int, vocab_size: int) -> dict[s
             f"suffix_array: {num_tokens} tokens and {num_passages} separators; expected at most "
             f"{_MAX_POSITIONS} together: split the corpus into several indexes"
         )
-    width, dtype = _token_bytes(vocab_size), _token_dtype(vocab_size)
+    width = suffix_array_build.token_bytes(vocab_size)
     sizes = {
-        "tokens": positions * dtype.itemsize,
+        "tokens": positions * suffix_array_build.token_dtype(vocab_size).itemsize,
         "suffixes": 4 * num_tokens,
         "first": 4 * (vocab_size + 1),
         "starts": 4 * num_passages,
         "branches": num_tokens // 4 + 4096,
     }
-    written = positions * width
-    order = written * (4 if written <= _MAX_POSITIONS else 8)
-    build = sizes["tokens"] + order + max(written, sizes["suffixes"])
+    places = positions + suffix_array_build.NUMBER * num_passages
+    order = places * width * (4 if places * width <= _MAX_POSITIONS else 8)
+    build = sizes["tokens"] + order + places * (1 + 4)
     return {**sizes, "index": sum(sizes.values()), "build": build}
-
-
-def _token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def _token_bytes(vocab_size: int) -> int:
-    """How many bytes a token has while it is sorted."""
-    return 2 if vocab_size <= 1 << 16 else 3
 
 
 def _pad(array: np.ndarray, size: int, fill: int) -> np.ndarray:
     return np.pad(array, (0, max(0, size - len(array))), constant_values=fill)
-
-
-def _parts(array: np.ndarray) -> Iterable[np.ndarray]:
-    return (array[a : a + _CHUNK] for a in range(0, len(array), _CHUNK))
-
-
-def _concatenate(passages, vocab_size):
-    """(tokens with a 0 after each passage, lengths int64 [P])."""
-    stream, blocks, lengths = iter(passages), [], []
-    separator = np.zeros(1, np.uint8)
-    while block := [np.asarray(p) for p in itertools.islice(stream, _PASSAGES)]:
-        _check(block, len(lengths) * _PASSAGES, vocab_size)
-        lengths.append(np.array([len(p) for p in block]))
-        separated = [part for p in block for part in (p, separator)]
-        joined = np.concatenate(separated, dtype=_token_dtype(vocab_size), casting="unsafe")
-        blocks.append(joined)
-    if not blocks:
-        raise ValueError("suffix_array.build: no passages; expected at least one")
-    lengths = np.concatenate(lengths)
-    planned_bytes(int(lengths.sum()), len(lengths), vocab_size)  # raises for too many tokens
-    return np.concatenate(blocks), lengths
-
-
-def _check(block, before, vocab_size):
-    for i, passage in enumerate(block):
-        if passage.ndim != 1 or (passage.size and passage.dtype.kind not in "iu"):
-            raise ValueError(
-                f"suffix_array.build: passage {before + i} has dtype {passage.dtype} and shape "
-                f"{passage.shape}; expected integers [n]"
-            )
-        if passage.size and not 0 < passage.min() <= passage.max() < vocab_size:
-            wrong = passage.min() if passage.min() < 1 else passage.max()
-            raise ValueError(
-                f"suffix_array.build: passage {before + i} holds token {wrong}; expected 1 to "
-                f"{vocab_size - 1} (0 separates passages; set suffix_array.build.vocab_size)"
-            )
-
-
-def _sorted_suffixes(tokens, width):
-    """int32 [n]: positions in `tokens`, sorted by the text that begins there."""
-    try:
-        from pydivsufsort import divsufsort
-    except ImportError:
-        raise ImportError(
-            "suffix_array.build needs the extra 'dgr_jax[multiview]': pip install "
-            "'dgr_jax[multiview]' (or pip install pydivsufsort)"
-        ) from None
-    written = np.empty((len(tokens), width), np.uint8)
-    for byte in range(width):
-        written[:, byte] = tokens >> (8 * (width - 1 - byte))
-    order = divsufsort(written.reshape(-1))
-    del written
-    kept = 0
-    for part in _parts(order):  # in place, as kept entries are never written ahead of the reading
-        part = part[part % width == 0] // width
-        order[kept : kept + len(part)] = part
-        kept += len(part)
-    return order[:kept].astype(np.int32, copy=False)

@@ -77,15 +77,16 @@ def _continuations(tokens, suffixes, depth, low, high):
     """(interval, first suffix, end) of every continuation of the intervals, in their order."""
     size = high - low
     heads = np.cumsum(size) - size
-    suffix = np.arange(size.sum()) + np.repeat(low - heads, size)
-    following = tokens[suffixes[suffix] + depth]
+    gaps = low - np.append(low[:1], high[:-1])
+    inside = np.repeat(np.tile([False, True], len(low)), np.stack([gaps, size], 1).ravel())
+    following = tokens[suffixes[low[0] : high[-1]][inside] + np.int32(depth)]
     new = np.append(True, following[1:] != following[:-1])
     new[heads] = True
     at = np.flatnonzero(new)
-    run = np.diff(np.append(at, len(suffix)))
+    run = np.diff(at, append=len(following))
     legal = following[at] > 0  # 0: the passage ends
     node = np.searchsorted(heads, at, side="right") - 1
-    start = suffix[at]
+    start = at + (low - heads)[node]
     return node[legal], start[legal], (start + run)[legal]
 
 

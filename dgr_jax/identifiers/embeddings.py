@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -104,16 +105,21 @@ class TfidfSvd(KeptEmbeddings):
         return self._embed(store, seed, folder)
 
     def of_texts(self, texts: Sequence[str], folder: Path) -> np.ndarray:
-        """f32 [n, D] unit rows, as those of `embed`."""
+        """f32 [n, D] unit rows, as those of `embed`.
+
+        By hand, as scikit-learn takes longer to be imported than all else here.
+        """
         arrays = kept_models.load(folder, ("words", "weights", "axes"))
+        known = arrays["words"].tobytes().decode().split("\n")
+        places = {word: place for place, word in enumerate(known)}
+        idf, axes = np.asarray(arrays["weights"]), np.asarray(arrays["axes"])
         vectors = np.zeros((len(texts), self.dim), np.float32)
-        if len(arrays["words"]):
-            known = arrays["words"].tobytes().decode().split("\n")
-            vectorizer = self._vectorizer(0)
-            vectorizer.set_params(vocabulary=known)
-            vectorizer.idf_ = np.asarray(arrays["weights"])
-            axes = arrays["axes"]
-            vectors[:, : axes.shape[1]] = vectorizer.transform(texts) @ axes
+        for vector, text in zip(vectors, texts, strict=True):
+            counts = Counter(places[word] for word in words.words(text) if word in places)
+            if counts:
+                place, count = np.array(sorted(counts.items())).T
+                weights = idf[place] * (1 + np.log(count))
+                vector[: axes.shape[1]] = weights / np.linalg.norm(weights) @ axes[place]
         return _unit_rows(vectors)
 
     def _embed(self, store: PassageStore, seed: int, folder: Path | None) -> np.ndarray:

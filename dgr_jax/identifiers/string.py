@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from dgr_jax import ranges
 from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable
+from dgr_jax.settings import unless_default
 
 
 @dataclass(frozen=True)
@@ -16,17 +18,23 @@ class NaiveString(Scheme):
 
     One code token a digit, the same ten at every position; pids of the corpus do not enter.
     by_position: a digit at another position is another token (Wang et al. 2022).
+    reserve: further numbers for which there are digits, for passages that come later
+      (`dgr_jax.update`).
     """
 
-    by_position: bool = field(default=False, metadata={"fingerprint": "unless default"})
+    by_position: bool = unless_default(False)
+    reserve: int = unless_default(0)
+
+    def __post_init__(self) -> None:
+        ranges.check(self, reserve=ranges.at_least(0))
 
     @property
     def codes_by_position(self) -> bool:
         return self.by_position
 
     def tables(self, material: Material) -> list[IdentifierTable]:
-        """Rows int32 [P, digits of P-1]: first_code_id + digit, the highest digit first; by
-        position first_code_id + 10 * position + digit."""
+        """Rows int32 [P, digits of P + reserve - 1]: first_code_id + digit, the highest digit
+        first; by position first_code_id + 10 * position + digit."""
         count = len(material.store)
         if count == 0:
             raise ValueError("the corpus has no passages to number")
@@ -45,7 +53,7 @@ class NaiveString(Scheme):
             raise ValueError(
                 f"NaiveString: got {count:,} passages, expected at most {10**width - first:,}: so "
                 f"many numbers of {width} digits are left; prepare and train again with all "
-                "passages"
+                "passages, or with NaiveString.reserve"
             )
         return self._rows(np.arange(first, first + count), width, addition.first_code_id)
 
@@ -62,5 +70,5 @@ class NaiveString(Scheme):
 
     def _digits(self, count: int) -> tuple[int, int]:
         """(digits of every number, alphabets of ten codes)."""
-        width = len(str(count - 1))
+        width = len(str(count + self.reserve - 1))
         return width, width if self.by_position else 1

@@ -5,7 +5,8 @@ MODEL_DIR/index/IDENTITY/current.json   the version that answers; none: the prep
 
 IDENTITY is that of a prepare stage, so that no student meets identifiers of another one. A version
 is written beside the others and then named in current.json, which is replaced as a whole: whoever
-is killed leaves the old version or the new one. Stages never read any of this.
+is killed leaves the old version or the new one. No stage of an
+experiment reads any of this; that of a refreshed student does (`dgr_jax.update --refresh`).
 """
 
 from __future__ import annotations

@@ -23,6 +23,11 @@ from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 
 SNOWBALL = "snowball"
+# The list "english" of bm25s, which takes as long to import as a question to answer.
+ENGLISH = frozenset(
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with".split()
+)
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,8 @@ def _bm25s() -> ModuleType:
 
 def _stop_words(name: str) -> frozenset[str]:
     """A list of bm25s; none for ""."""
+    if name == "english":
+        return ENGLISH
     from bm25s.tokenization import Tokenizer
 
     try:

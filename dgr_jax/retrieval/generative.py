@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
-from dgr_jax import moved, partitioning, ranges
+from dgr_jax import moved, partitioning, ranges, traced
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.decoding import trie
@@ -115,7 +115,10 @@ def decode_fn(
     if mesh is None:
         return jax.jit(decode)
     on_shards = partitioning.on_batch_shards(decode, mesh, whole=2, rules=rules)
-    return jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+    program = jax.jit(on_shards, out_shardings=partitioning.replicated(mesh))
+    if record:
+        return program
+    return traced.kept("decode", (config, num_beams, length, mesh.shape, rules), program)
 
 
 def written(

@@ -67,7 +67,7 @@ class KeptPostings:
         it would among all passages.
         """
         assert self.mean_words is not None
-        new = [Counter(bm25.reader(alone=True)(text)) for text in texts]
+        new = [Counter(words) for words in map(bm25.reader(alone=True), texts)]
         places = {word: i for i, word in enumerate(self.postings.words)}
         frequency = Counter(word for counts in new for word in counts if word not in places)
         places |= {word: len(places) + i for i, word in enumerate(frequency)}

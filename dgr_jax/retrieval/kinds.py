@@ -46,18 +46,30 @@ _OPTIONAL = ("control", "refresh")
 @dataclass(frozen=True)
 class Student:
     """What student.json says of a trained system: its kind, its settings as JSON, and the systems
-    that its experiment trains, the best one last."""
+    that its experiment trains, the best one last.
+
+    began: of one that has learned passages which came later, the name of the student that it began
+      from, and the fingerprint of its stage; (): of all others.
+    """
 
     kind: str
     model: dict[str, Any]
     search: dict[str, Any]
     systems: tuple[str, ...]
+    began: tuple[str, ...] = ()
 
 
-def write_student(folder: Path, kind: str, model: Any, search: Any, systems: Sequence[str]) -> None:
+def write_student(
+    folder: Path,
+    kind: str,
+    model: Any,
+    search: Any,
+    systems: Sequence[str],
+    began: tuple[str, ...] = (),
+) -> None:
     """Leave beside the checkpoints of a trained system what is needed to open it."""
     settings = dataclasses.asdict(model), dataclasses.asdict(search)
-    described = dataclasses.asdict(Student(kind, *settings, tuple(systems)))
+    described = dataclasses.asdict(Student(kind, *settings, tuple(systems), began))
     (folder / STUDENT).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
@@ -74,19 +86,49 @@ def read_student(folder: Path) -> Student:
         if kind not in TRAINED:
             raise ValueError(f"got kind {kind!r}, expected one of {', '.join(sorted(TRAINED))}")
         there = [n for n in _OLD[old] if n not in _OPTIONAL or (folder.parent / n).is_dir()]
-        return Student(kind, model, search, tuple(said.get("systems", there)))
+        began = tuple(map(str, said.get("began", ())))
+        return Student(kind, model, search, tuple(said.get("systems", there)), began)
 
 
 def best_first(model_dir: Path) -> tuple[str, ...]:
-    """The systems that the experiments of a MODEL_DIR train, the best one first."""
+    """The systems that the experiments of a MODEL_DIR train, the best one first. A refreshed one is
+    not among them once the student that it began from was trained again."""
     said = []
     for folder in ("*", f"{PREVIOUS}/*"):
         for path in model_dir.glob(f"{folder}/{STUDENT}"):
             # Whoever opens a system that is damaged is told so.
             with contextlib.suppress(OSError, ValueError):
-                said.append(read_student(path.parent).systems[::-1])
+                student = read_student(path.parent)
+                if _goes_back(model_dir, student) is not None:
+                    said.append(student.systems[::-1])
     orders = sorted(said, key=len, reverse=True) or [order[::-1] for order in _OLD.values()]
     return tuple(dict.fromkeys(name for order in orders for name in order))
+
+
+def refreshed(model_dir: Path, system: str) -> tuple[str, ...]:
+    """The refreshed students that go back to a trained system, the best one first."""
+    names = []
+    for name in best_first(model_dir):
+        with contextlib.suppress(OSError, ValueError):
+            student = read_student(model_dir / name)
+            if student.began and _goes_back(model_dir, student) == system:
+                names.append(name)
+    return tuple(names)
+
+
+def _goes_back(model_dir: Path, student: Student) -> str | None:
+    """The name of the trained system that a refreshed student goes back to, through all that were
+    refreshed before; blank for one that was not; None where one of them was trained again."""
+    name = ""
+    while student.began:
+        name, mark = student.began
+        record = records.read_record(model_dir / name)
+        if record.get("status") == "done" and record.get("fingerprint") != mark:
+            return None
+        if not (model_dir / name / STUDENT).is_file():
+            break
+        student = read_student(model_dir / name)
+    return name
 
 
 def params_of(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgr_jax import partitioning
+from dgr_jax import partitioning, traced
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import BeamResult, score_by_token
@@ -93,7 +93,8 @@ def guided_fn(
         result = written(config, params, guide, tokens, num_beams, rows.shape[-1], guide=guide)
         return guide.log_probs(result)
 
-    return _compiled(decode, mesh, rules)
+    settings = config, num_beams, fixed, mesh.shape, rules
+    return traced.kept("guided", settings, _compiled(decode, mesh, rules))
 
 
 def _compiled(function: Any, mesh: jax.sharding.Mesh, rules: partitioning.Rules) -> Any:

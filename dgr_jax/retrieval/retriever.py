@@ -21,7 +21,6 @@ from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.batching import BLOCK, Found, scored_passages
 from dgr_jax.retrieval.explanation import Explanation, explain
-from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.sources import Sources
 from dgr_jax.retrieval.system import Opening, System, SystemHit
@@ -198,6 +197,8 @@ class Retriever:
         return self._load(opened.asked, opened.params)
 
     def _changed(self, **changes: Any) -> int:
+        from dgr_jax.retrieval.living import update  # which a question has no use for
+
         opened = self._opened("add" if "added" in changes else "remove")
         version = update.update(opened.sources.versions, **changes).version
         self._index = self.newest()._index

@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Sources:
     """What a system is opened from: trained ones by name, each with the prepare stage that it was
-    trained on; said: of a system that no stage trains, what `kinds.untrained` says of it;
-    answering: the trained ones or, where it is made of passages alone, the evaluation; version: of
-    the index."""
+    trained on (in the place of one stands the student that has learned later passages, where there
+    is any); said: of a system that no stage trains, what `kinds.untrained` says of it; answering:
+    the trained ones or, where it is made of passages alone, the evaluation; version: of the
+    index."""
 
     name: str
     model_dir: Path
@@ -55,7 +56,10 @@ class Sources:
     @classmethod
     def _made_of(cls, model_dir: Path, system: str, said: Mapping[str, Any]) -> Sources:
         names = kinds.settings_of(said).made_of
-        trained = {name: records.answering(model_dir, (name,)) for name in names}
+        trained = {
+            name: records.answering(model_dir, (*kinds.refreshed(model_dir, name), name))
+            for name in names
+        }
         answering = tuple(trained.values()) or (
             records.answering(model_dir, (kinds.EVALUATION,), kinds.SYSTEMS),
         )

@@ -6,20 +6,25 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
-from dgr_jax.experiments.dense import DenseExperiment
-from dgr_jax.experiments.generative import Experiment
-from dgr_jax.experiments.pseudo_queries import PseudoQueries
 from dgr_jax.training import loop
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
 
 Settings = Callable[[Any], Mapping[str, Any]]  # see `Stage.settings`
+
+
+class Meshed(Protocol):
+    """An experiment of any kind, as far as a training run is concerned."""
+
+    @property
+    def mesh(self) -> partitioning.Mesh:
+        """How devices share the work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def check_batches(experiment: Any, stage: str, settings: Training, *sizes: str) 
 
 
 def train(
-    experiment: Experiment | DenseExperiment | PseudoQueries,
+    experiment: Meshed,
     folder: Path,
     name: str,
     settings: Training,

@@ -71,7 +71,7 @@ class Grid:
                 flags = (
                     *(f"--gin_file={file}" for file in files),
                     *self._paths,
-                    *(f"--gin.{k}={_written(v)}" for k, v in bound.items()),
+                    *(f"--gin.{k}={written(v)}" for k, v in bound.items()),
                     *self._given,
                 )
                 name = "-".join([*(slug(f"{k}={v}") for k, v in labels.items()), f"seed={seed}"])
@@ -148,7 +148,7 @@ class Grid:
                 yield runs
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as --gin.NAME=VALUE takes it."""
     return value if isinstance(value, str) else repr(value)
 

@@ -16,12 +16,30 @@ from dgr_jax import evaluation, plots
 from dgr_jax.analysis import beam_losses, costs
 from dgr_jax.display import harmless
 from dgr_jax.experiments.study import choices
+from dgr_jax.model_dir import writer_lock
 from dgr_jax.retrieval.kinds import TRAINED
-from dgr_jax.studies import results
+from dgr_jax.studies import results, runner
 from dgr_jax.studies.grid import Grid, shown, slug
 from dgr_jax.studies.rows import Row, check_fair, interval, markdown
 
 logger = logging.getLogger(__name__)
+
+
+def of_runs(grid: Grid, *, table_only: bool) -> str:
+    """Runs what has not been run, unless a table is all that is wanted, and writes the report of
+    what is finished; -> which experiments failed, in lines; blank where none did."""
+    with writer_lock.held(grid.folder):
+        failures = [] if table_only else runner.run(grid)
+        summary = f"{len(failures)} of {len(grid.runs)} experiments failed"
+        try:
+            if not failures or any(grid.finished()):
+                write(grid)
+        except ValueError as error:
+            if not failures:
+                raise
+            failures.append(f"the others cannot be reported: {error}")
+    tried = f"{summary}; the same command tries them again"
+    return "\n".join([tried, *failures]) if failures else ""
 
 
 def write(grid: Grid) -> None:
@@ -39,7 +57,7 @@ def write(grid: Grid) -> None:
             "study: no row to test against, Study.baseline %s", shown(grid.study.baseline)
         )
     table = [_cells(grid, *pair) for pair in zip(rows, baselines, strict=True)]
-    _write_table(grid.folder, "table", table)
+    write_table(grid.folder, "table", table)
     for axis, values in grid.study.axes.items():
         if all(_is_number(label) for label, _ in choices(axis, values)):
             _plot(grid, axis, rows)
@@ -69,12 +87,13 @@ def _report_limits(grid: Grid) -> None:
                 line.append((float(losses[0].num_beams), means))
     if not table:
         raise ValueError("Study.beams: got no student that writes identifiers, expected one")
-    _write_table(grid.folder, "beams", table)
+    write_table(grid.folder, "beams", table)
     names = list(next(iter(series.values()))[0][1])
     plots.measures_over(series, "beams", names, grid.folder / "beams.png")
 
 
-def _write_table(folder: Path, name: str, table: Sequence[Mapping[str, Any]]) -> None:
+def write_table(folder: Path, name: str, table: Sequence[Mapping[str, Any]]) -> None:
+    """Writes NAME.csv and NAME.md of rows of equal keys, and prints the table."""
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, table[0].keys())
         writer.writeheader()

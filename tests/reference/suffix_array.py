@@ -39,12 +39,11 @@ def spans(passages, length):
 
 
 def sorted_suffixes(passages):
-    """Positions in the passages, each followed by a 0, sorted by the text that begins there.
-
-    Texts that are equal up to the end of their passages go on with the passages after them.
-    """
+    """Positions in the passages, each followed by a 0, sorted by the text that begins there and
+    ends with its passage; equal ones by position."""
     tokens = [token for passage in passages for token in (*passage, 0)]
-    return sorted((p for p, token in enumerate(tokens) if token), key=lambda p: tokens[p:])
+    text = lambda p: tokens[p : tokens.index(0, p)]
+    return sorted((p for p, token in enumerate(tokens) if token), key=text)
 
 
 def expand(passages, beams, scores, width):

@@ -75,8 +75,7 @@ class Change:
     @cached_property
     def scheme(self) -> Scheme:
         """How passages get identifiers."""
-        schemes: Any = Scheme  # abstract: those that it names are not
-        return from_described(schemes, self.settings.get("identifiers"), str(self.prepared))
+        return scheme_of(self.settings, self.prepared)
 
     @property
     def kept(self) -> Path:
@@ -91,3 +90,10 @@ class Change:
                 if answering.prepared == self.prepared:
                     if kinds.read_student(answering.student).kind == kind:
                         yield answering.student
+
+
+def scheme_of(settings: Mapping[str, Any], prepared: Path) -> Scheme:
+    """How passages get identifiers, by the recorded settings of a prepare stage, whose folder is
+    named in errors."""
+    schemes: Any = Scheme  # abstract: those that it names are not
+    return from_described(schemes, settings.get("identifiers"), str(prepared))

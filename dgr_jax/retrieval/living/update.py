@@ -51,10 +51,11 @@ def update(
 ) -> Version:
     """Makes a version with some passages more, and without others; -> what is said of it.
 
-    A passage whose pid is there replaces the one that was. incdsi: how the
-    rows of atomic identifiers are found. Raises ValueError, and changes nothing,
-    for what `corpora.changes` refuses, a passage that can have no identifier, and where no passage
-    is left; writer_lock.Locked where another process writes into MODEL_DIR.
+    A passage whose pid is there replaces the one that was; one that is there as it is changes
+    nothing, and where all are, no version is made. incdsi: how the rows of atomic identifiers are
+    found. Raises ValueError, and changes nothing, for what `corpora.changes` refuses, a passage
+    that can have no identifier, and where no passage is left; writer_lock.Locked where another
+    process writes into MODEL_DIR.
     """
     added, removed = changes.check_added(added), changes.check_pids(removed)
     if not added and not removed:
@@ -67,10 +68,22 @@ def update(
                 f"pids: got {both[0]!r}, which is among the passages that are added too; expected "
                 "it there alone: it replaces the passage that was"
             )
+        current, given = versions.current(), len(added)
+        added = [passage for passage in added if not _is_there(passage, passages)]
+        if len(added) < given:
+            logger.info("index: %s passages are there as they are", f"{given - len(added):,}")
+        if not added and not removed:
+            logger.info("index: version %d stays as it is", current)
+            first = Version(0, 0, "", len(passages), 0, 0, versions.identity)
+            return versions.about(current) if current else first
         gone = [*removed, *(passage.pid for passage in added if passage.pid in passages)]
         stay = np.ones(len(passages), bool)
         stay[[passages.index_of(pid) for pid in gone]] = False
         return _make(versions, passages, stay, added, incdsi=incdsi)
+
+
+def _is_there(passage: Passage, passages: PassageStore) -> bool:
+    return passage.pid in passages and passages[passages.index_of(passage.pid)] == passage
 
 
 def compact(versions: Versions) -> Version:

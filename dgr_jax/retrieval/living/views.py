@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from dgr_jax.data.examples import Sources
-from dgr_jax.data.views import Body
-from dgr_jax.decoding import suffix_array
 from dgr_jax.identifiers.scheme import Material
 from dgr_jax.retrieval.living import docids
 from dgr_jax.retrieval.living.change import Change
@@ -22,8 +20,8 @@ def write(change: Change) -> None:
     """Writes the indexes of a version; nothing where passages have one identifier, or none.
 
     The pseudo-queries of passages that come later are their sentences, where the others have these
-    too; where they came from a file, there are none. The suffix array is sorted anew. Raises
-    ValueError where a passage has no identifier in any view.
+    too; where they came from a file, there are none. Raises ValueError where a passage has no
+    identifier in any view.
     """
     if not (change.old / FILE).is_file():
         return
@@ -51,10 +49,7 @@ def write(change: Change) -> None:
         docids.save(change, changed, view)
     tokens = old.num_tokens + counts["tokens"]
     if old.text is not None:
-        staying = _texts(old.text, change.stay)
-        index = suffix_array.build(
-            [*staying, *text], vocab_size=vocabulary.size, max_length=old.span_tokens
-        )
+        index = old.text.changed(change.stay, text, max_length=old.span_tokens)
         index.like(old.text).save(change.new / "text")
         tokens = len(index)
     ViewIndexes.describe(
@@ -68,14 +63,6 @@ def write(change: Change) -> None:
 def _entries(table: docids.IdentifierTable) -> tuple[np.ndarray, np.ndarray]:
     """A row of each pair of an identifier and a passage, int32 [N, T], and the passages int [N]."""
     return table.tokens[np.repeat(np.arange(len(table)), np.diff(table.offsets))], table.passages
-
-
-def _texts(text: suffix_array.SuffixArray, stay: np.ndarray) -> Iterator[np.ndarray]:
-    """The tokens of the passages that stay."""
-    tokens = np.array(text.tokens)  # slices of a memory map take ten times as long
-    lengths = Body(tokens, text.starts).lengths
-    for start, length in zip(text.starts[stay].tolist(), lengths[stay].tolist(), strict=True):
-        yield tokens[start : start + length]
 
 
 def _pseudo_queries(change: Change) -> Iterator[tuple[int, str]]:
