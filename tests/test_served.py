@@ -22,6 +22,7 @@ from dgr_jax.serving import served
 from dgr_jax.serving.app import Api, application
 from dgr_jax.serving.served import Model, OpenSystem, Served, mark_of
 from dgr_jax.serving.settings import Service
+from tests.campaigns import endurance
 from tests.conftest import ROOT, kept_programs
 from tests.served import Gate
 
@@ -180,6 +181,14 @@ def test_passages_are_added_and_removed_over_http(tiny_model_dir, tmp_path):
         assert unknown.status_code == 422 and "'no'" in unknown.json()["error"]
         gone = http.request("DELETE", "/passages", json={"pids": ["new-1"]}, headers=token)
         assert gone.status_code == 200 and found() == before
+
+
+@pytest.mark.slow
+def test_no_request_fails_while_indexes_and_students_are_exchanged(tiny_model_dir, tmp_path):
+    few = {"switches": 3, "reloads": 1, "minutes": 0, "clients": 2, "system": "distill"}
+    counts = endurance.campaign(tmp_path, tiny_model_dir, **few)
+    assert (counts["switched"], counts["failed"], counts["not_opened"]) == (4, 0, 0)
+    assert counts["requests"] > 0
 
 
 @pytest.mark.slow
