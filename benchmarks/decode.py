@@ -51,8 +51,8 @@ from dgr_jax.decoding import trie
 from dgr_jax.decoding.constraint import Unconstrained
 from dgr_jax.models import eight_bits, pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.planned import guided_fn
+from dgr_jax.retrieval.search_programs import decode_fn
 
 EOS = 1
 SIZES = {

@@ -37,9 +37,9 @@ from dgr_jax.decoding.constraint import Candidates
 from dgr_jax.decoding.suffix_array_expand import SpanState
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import T5Config
-from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.multiview.index import MultiviewIndex
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
+from dgr_jax.retrieval.search_programs import decode_fn
 
 VOCAB, BEAMS, SPAN, EOS = substring.VOCAB, substring.BEAMS, substring.LENGTH, 1
 MARKERS = {"title": VOCAB - 1, "body": VOCAB - 2, "query": VOCAB - 3}

@@ -26,7 +26,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.decoding.beam_search import score_by_token
 from dgr_jax.models import eight_bits
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval import generative
+from dgr_jax.retrieval import search_programs
 
 BATCH, QUERY, BEAMS, CODES, VOCAB = 16, 32, 10, 8, 32_128
 LENGTH, STEPS, AHEAD = CODES + 1, 3, 5
@@ -54,7 +54,7 @@ def spent(function: Callable, *arguments: Any, rounds: int) -> tuple[float, Any]
 def parts(config: T5Config, params: Any, index: Any, rounds: int) -> Iterator[tuple[str, float]]:
     """Names and processor milliseconds a batch, the whole last."""
     timed = functools.partial(spent, rounds=rounds)
-    of = lambda params: generative.applied(config, params)
+    of = lambda params: search_programs.applied(config, params)
     bare = lambda params: functools.partial(WithoutLogits(config).apply, {"params": params})
     tokens = np.random.default_rng(2).integers(2, VOCAB, (BATCH, QUERY), np.int32)
     random = np.random.default_rng(3)
@@ -98,7 +98,7 @@ def parts(config: T5Config, params: Any, index: Any, rounds: int) -> Iterator[tu
         functools.partial(of(p), method="logits"), x, targets
     )
     yield "last five tokens: logits, normaliser", timed(score, params, x, inputs)[0]
-    whole = lambda p, index, x: generative.written(config, p, index, x, BEAMS, LENGTH)
+    whole = lambda p, index, x: search_programs.written(config, p, index, x, BEAMS, LENGTH)
     yield "whole", timed(whole, params, index, tokens)[0]
 
 

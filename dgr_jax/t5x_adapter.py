@@ -33,7 +33,7 @@ from dgr_jax.model_dir.records import read_record
 from dgr_jax.models import pretrained
 from dgr_jax.models.initial import Pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval import generative
+from dgr_jax.retrieval import search_programs
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.training import arrays
 from dgr_jax.training.objectives import Distillation, Generation
@@ -274,7 +274,7 @@ class Student(t5x_models.BaseTransformerModel):
 
     def _search(self, params: Any, encoder_input_tokens: jax.Array, num_decodes: int) -> Any:
         """int32 [B, Q] -> BeamResult, best first."""
-        decode = generative.decode_fn(self.config, num_decodes, self._constraint.max_length)
+        decode = search_programs.decode_fn(self.config, num_decodes, self._constraint.max_length)
         return decode(params, self._constraint, encoder_input_tokens)
 
     def score_batch(

@@ -24,7 +24,8 @@ from dgr_jax.decoding.sampling import sample
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval.batching import batches
-from dgr_jax.retrieval.generative import Search, decode_fn, rank_passages
+from dgr_jax.retrieval.generative import Search, rank_passages
+from dgr_jax.retrieval.search_programs import decode_fn
 from dgr_jax.retrieval.system import TrainedSystem
 from dgr_jax.serving import ask
 from dgr_jax.settings import describe

@@ -15,7 +15,7 @@ from dgr_jax.decoding import trie
 from dgr_jax.losses.generation import cross_entropy
 from dgr_jax.models import hugging_face, pretrained
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import decode_fn
+from dgr_jax.retrieval.search_programs import decode_fn
 
 WHY = "needs the extra 'interop': pip install 'dgr_jax[interop]'"
 torch = pytest.importorskip("torch", reason=WHY)

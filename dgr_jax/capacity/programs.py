@@ -16,7 +16,8 @@ from dgr_jax.decoding.trie_expand import TrieConstraint
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.generative import Experiment
 from dgr_jax.models.t5 import T5Config, Transformer
-from dgr_jax.retrieval.generative import Search, decode_fn
+from dgr_jax.retrieval.generative import Search
+from dgr_jax.retrieval.search_programs import decode_fn
 from dgr_jax.training import plan_losses
 from dgr_jax.training.step import abstract_state, make_train_step
 

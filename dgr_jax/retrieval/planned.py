@@ -23,9 +23,10 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem, Queries
 from dgr_jax.retrieval.batching import Found, _nothing
 from dgr_jax.retrieval.explanation import Writes
-from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
+from dgr_jax.retrieval.generative import Decoder, Search, rank_passages
 from dgr_jax.retrieval.kept_postings import PLANS
 from dgr_jax.retrieval.plan_scores import joined, ranked, summed
+from dgr_jax.retrieval.search_programs import written
 from dgr_jax.retrieval.simultaneous import Lexical, Plan, PlannedPassages, Planner
 from dgr_jax.retrieval.system import Opening, System, SystemHit, SystemSettings
 

@@ -22,8 +22,9 @@ from dgr_jax.decoding.beam_search import score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models import query_tables
 from dgr_jax.models.t5 import Reading, T5Config
-from dgr_jax.retrieval.generative import Decoder, applied, written_of
+from dgr_jax.retrieval.generative import Decoder
 from dgr_jax.retrieval.planned import PlannedSystem, StudentWithPlan, _Scored, with_identifiers
+from dgr_jax.retrieval.search_programs import applied, written_of
 from dgr_jax.retrieval.simultaneous import PlannedPassages
 from dgr_jax.retrieval.student_plans import Learned, OnePass, StudentPlan
 from dgr_jax.retrieval.system import Opening, System

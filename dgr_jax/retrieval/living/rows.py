@@ -24,10 +24,11 @@ from dgr_jax.model_dir import kept
 from dgr_jax.model_dir.records import STUDENT
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.retrieval import kept_rows, kinds
-from dgr_jax.retrieval.generative import Search, applied
+from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.kept_rows import KeptRows
 from dgr_jax.retrieval.living import incdsi
 from dgr_jax.retrieval.living.change import Change
+from dgr_jax.retrieval.search_programs import applied
 from dgr_jax.settings import from_described, restored
 
 logger = logging.getLogger(__name__)

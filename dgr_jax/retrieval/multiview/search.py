@@ -27,12 +27,12 @@ from dgr_jax.decoding.trie import Trie
 from dgr_jax.models import eight_bits
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batching import Found
-from dgr_jax.retrieval.generative import decode_fn
 from dgr_jax.retrieval.multiview.index import MultiviewIndex, Scored, best
 from dgr_jax.retrieval.multiview.keys import Keys, keys
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
 from dgr_jax.retrieval.multiview.written import Written, written_rows, written_spans
 from dgr_jax.retrieval.overlap import one_behind
+from dgr_jax.retrieval.search_programs import decode_fn
 from dgr_jax.retrieval.system import SystemHit, Trained, TrainedSystem, checked_mask
 from dgr_jax.special_tokens import EOS_ID
 
