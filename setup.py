@@ -93,6 +93,7 @@ setup(
         "langchain": ["langchain-core>=1.0"],
         "llamaindex": ["llama-index-core>=0.14"],
         "haystack": ["haystack-ai>=2.20"],
+        "grain": ["grain>=0.2.13"],
         "irds": ["ir_datasets>=0.5.9"],
         "encoders": ["sentence-transformers>=3"],
         "pretrained": ["huggingface_hub>=0.23"],

@@ -7,7 +7,7 @@ import sys
 
 from dgr_jax import moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _end_early(*_: object) -> None:

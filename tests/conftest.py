@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import hypothesis
@@ -79,6 +81,15 @@ def strict_warnings() -> str:
     return ",".join(f"error::DeprecationWarning:{name}" for name in sorted(names))
 
 
+def kept_programs(together: Path) -> dict[str, str]:
+    """Variables with which processes find what those before them have compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+    }
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished experiment. Read it only: copy the folder to change something."""
@@ -94,6 +105,25 @@ def together(tmp_path_factory) -> Path:
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(together) -> None:
+    """What a test has compiled, the next one that needs the same program reads, in all workers.
+
+    Not by the environment: processes that tests start keep to what they are given.
+    """
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_compilation_cache_dir", str(together / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def versions_read_once() -> Iterator[None]:
+    """Whoever reads a gin file asks for the versions of all packages, which takes a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "version", functools.cache(metadata.version))
+        yield
+
+
 @pytest.fixture(scope="session")
 def command(tmp_path_factory, together) -> Command:
     """command(module, *arguments, env={}) runs `python -m module` in an empty folder.
@@ -104,9 +134,7 @@ def command(tmp_path_factory, together) -> Command:
     settings = {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(1 << 31),  # with a limit, it is locked
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        **kept_programs(together),
         "PYTHONWARNINGS": strict_warnings(),
     }
 

@@ -17,7 +17,12 @@ from tests import students
 
 TITLES = ("The waggle dance", "Reed instruments", "Wolf spiders", "<script>alert(1)</script>")
 PASSAGES = [
-    Passage(f"{'bees' if i < 6 else 'music'}-{i:02d}", f"Text {i} of dances.", TITLES[i % 4])
+    Passage(
+        f"{'bees' if i < 6 else 'music'}-{i:02d}",
+        f"Text {i} of dances.",
+        TITLES[i % 4],
+        {"year": 1990 + i % 3} | ({"part": "wind"} if i > 8 else {}),
+    )
     for i in range(12)
 ]
 

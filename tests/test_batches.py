@@ -62,6 +62,30 @@ def test_a_full_batch_does_not_wait():
     assert seconds < 5
 
 
+def test_one_waits_for_as_many_as_came_before_and_nobody_who_asks_alone_waits():
+    async def work(batcher, answer):
+        await asyncio.wait_for(batcher.ask("a", answer, [1], 50), 5)
+        await asyncio.wait_for(batcher.ask("a", answer, [2, 3], 50), 5)
+        waits = asyncio.create_task(batcher.ask("a", answer, [4], 50))
+        await asyncio.sleep(0.05)
+        assert not waits.done() and len(batcher) == 1
+        await asyncio.wait_for(batcher.ask("a", answer, [5], 50), 5)
+        await asyncio.wait_for(waits, 5)
+        assert len(batcher) == 0
+
+    _, answer = run(work, patience=30)
+    assert answer.batches == [[1], [2, 3], [4, 5]]
+
+
+def test_patience_ends():
+    async def work(batcher, answer):
+        await batcher.ask("a", answer, [1, 2], 5)
+        return await batcher.ask("a", answer, [3], 5)
+
+    answers, answer = run(work, patience=0.02)
+    assert answers == [6] and answer.batches == [[1, 2], [3]]
+
+
 def test_other_keys_are_other_batches_in_the_order_of_their_first():
     async def work(batcher, answer):
         asked = [("a", 1), ("b", 2), ("a", 3)]

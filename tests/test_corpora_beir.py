@@ -70,7 +70,7 @@ ID = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_
 @given(st.dictionaries(ID, st.tuples(TEXT, TEXT), min_size=1, max_size=5))
 def test_any_text_survives_the_way_out_and_back(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("beir")
-    passages = [Passage(pid, text, title) for pid, (text, title) in texts.items()]
+    passages = [Passage(pid, text, title, {title: text}) for pid, (text, title) in texts.items()]
     queries = [Query(pid, text, (title,)) for pid, (text, title) in texts.items()]
     qrels = [Qrel(pid, pid, number) for number, pid in enumerate(texts)]
     beir.write_beir(folder, passages, queries, {"test": qrels})
@@ -83,12 +83,15 @@ def test_any_text_survives_the_way_out_and_back(tmp_path_factory, texts):
 
 def test_other_producers_forms(folder):
     (folder / "corpus.jsonl").write_bytes(
-        b'\xef\xbb\xbf{"_id": 7, "text": "a", "metadata": {"x": 1}}\r\n\r\n'
-        b'{"_id": "8", "title": null, "text": "cut \\ud83d emoji"}\r\n'
+        b'\xef\xbb\xbf{"_id": 7, "text": "a", "metadata": {"x": 1, "y": [2], "z": true}}\r\n\r\n'
+        b'{"_id": "8", "title": null, "text": "cut \\ud83d emoji", "metadata": {"": "\\ud83d"}}\n'
     )
     (folder / "queries.jsonl").write_text('{"_id": "q", "text": "t", "metadata": {"answers": "a"}}')
     collection = beir.BeirCollection(str(folder))
-    assert list(collection.passages()) == [Passage("7", "a"), Passage("8", "cut \ufffd emoji")]
+    assert list(collection.passages()) == [
+        Passage("7", "a", metadata={"x": 1, "z": True}),
+        Passage("8", "cut \ufffd emoji", metadata={"": "\ufffd"}),
+    ]
     assert list(collection.all_queries()) == [Query("q", "t", ("a",))]
 
 

@@ -127,6 +127,8 @@ def test_a_plan_of_the_student_s_own_changes_what_is_trained():
     learned = with_plan(Learned(loss_weight=0.5, set_size=9))
     assert learned.model.decoder_query_tokens == 16
     assert learned.generate.objective.plan == learned.distill.objective.plan == SetLoss(9, 0.5)
+    assert with_plan(Learned(flops=0.01)).distill.objective.plan == SetLoss(64, flops=0.01)
+    assert Learned(flops=0.01).once_trained() == Learned()
     assert with_plan(Learned(query_tokens=4)).model.decoder_query_tokens == 4
     one_pass = with_plan(OnePass(loss=listnet))
     assert one_pass.model == PLAIN.model
@@ -213,23 +215,43 @@ def test_without_a_plan_evaluation_is_what_it_was():
     assert changed("plan", Lexical()).measured == (*BASE.measured, "planned")
 
 
+OF_VIEWS = dict(
+    prepare=dataclasses.replace(BASE.prepare, identifiers=Multiview()),
+    candidates=Candidates(MultiviewSearch()),
+    evaluate=Evaluate(MultiviewSearch()),
+)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("plan", "settings", "message"),
     [
-        (dict(evaluate=Evaluate(Search(renormalise=True))), "Search.renormalise: got True with a"),
         (
-            dict(
-                prepare=dataclasses.replace(BASE.prepare, identifiers=Multiview()),
-                candidates=Candidates(MultiviewSearch()),
-                evaluate=Evaluate(MultiviewSearch()),
-            ),
-            "Experiment.plan: got Lexical with identifiers of Multiview, expected None, or",
+            Lexical(),
+            dict(evaluate=Evaluate(Search(renormalise=True))),
+            "Search.renormalise: got True with a",
+        ),
+        (
+            OnePass(),
+            OF_VIEWS,
+            "Experiment.plan: got OnePass with identifiers of Multiview, expected None, "
+            r"@Lexical\(\), or identifiers of which a passage has one \(Prepare.identifiers\)",
+        ),
+        (
+            Lexical(ranked_by="identifiers"),
+            OF_VIEWS,
+            "Lexical.ranked_by: got 'identifiers' with identifiers of Multiview, expected 'beams' "
+            "or 'plan': a passage has more identifiers than can be scored",
         ),
     ],
 )
-def test_plans_that_cannot_be_followed_are_refused(settings, message):
+def test_plans_that_cannot_be_followed_are_refused(plan, settings, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(BASE, plan=Lexical(), **settings)
+        dataclasses.replace(BASE, plan=plan, **settings)
+
+
+def test_identifiers_of_several_views_have_a_plan_by_words():
+    experiment = dataclasses.replace(BASE, plan=Lexical(), **OF_VIEWS)
+    assert experiment.measured == (*BASE.measured, "planned")
 
 
 def test_batches_that_cannot_be_cut_into_microbatches_are_refused():
@@ -256,7 +278,9 @@ def test_files_belong_to_the_stage_that_reads_them_and_those_after_it():
 
 
 def test_every_setting_of_an_experiment_is_read_by_a_stage():
-    read = {name for stage in BASE.stages.values() for name in stage.settings(BASE)}
+    prepare = dataclasses.replace(BASE.prepare, vocabulary=SentencePiece(extra_ids=9))
+    full = dataclasses.replace(BASE, pretrain=BASE.generate, prepare=prepare)
+    read = {name for stage in full.stages.values() for name in stage.settings(full)}
     names = {field.name for field in dataclasses.fields(Experiment)}
     assert names - read == {"model_dir", "control", "mesh", "further", "plan"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
@@ -209,8 +210,9 @@ def test_lengths_are_mixed_and_padding_changes_nothing(decoder):
     assert padded._decode._cache_size() == compiled
 
 
-def test_a_query_alone_is_a_batch_of_one(decoder, monkeypatch):
-    """And all other batches are whole, also the last of a block."""
+@pytest.fixture
+def shapes(decoder, monkeypatch):
+    """The shapes of batches that the decoder searches for, and finds nothing."""
     shapes = []
 
     def nothing(params, constraint, tokens):
@@ -219,6 +221,25 @@ def test_a_query_alone_is_a_batch_of_one(decoder, monkeypatch):
         return BeamResult(None, jnp.full(rows.shape, -jnp.inf), None, rows)
 
     monkeypatch.setattr(decoder, "_decode", nothing)
+    return shapes
+
+
+def test_sizes_that_are_asked_for_and_short_queries_apart_where_there_are_many(decoder, shapes):
+    served = copy.copy(decoder)
+    served.pad_to((8, 1, 2, 16))
+    queries = np.zeros((11, 8), np.int32)
+    queries[:, :4] = 3
+    queries[[2, 5], 4:] = 3  # two long ones
+    served.passages(queries)
+    assert shapes == [(2, 8), (16, 4)]
+    shapes.clear()
+    served.passages(queries[:9])  # seven short ones are too few
+    served.passages(queries[:1])
+    assert shapes == [(16, 8), (1, 8)]
+
+
+def test_a_query_alone_is_a_batch_of_one(decoder, shapes):
+    """And all other batches are whole, also the last of a block."""
     for number, expected in ((1, [(1, 8)]), (2, [(4, 8)]), (5, [(4, 8)] * 2)):
         shapes.clear()
         found, _ = decoder.passages(np.full((number, 8), 3))

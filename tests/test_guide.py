@@ -26,7 +26,10 @@ def planned(queries, fixed=False):
     for query, pairs in enumerate(queries):
         for i, (row, score) in enumerate(sorted(pairs)):
             rows[query, i, : len(row)], bonus[query, i] = row, score
-    return PlannedRows.of(jnp.asarray(rows), jnp.asarray(bonus), fixed=fixed)
+    return planned_rows(rows, bonus, fixed=fixed)
+
+
+planned_rows = compiled(PlannedRows.of, static_argnames="fixed")
 
 
 @functools.partial(compiled, static_argnames=("beams", "fixed", "score"))
@@ -36,6 +39,12 @@ def search(rows, bonus, beams, fixed, score=None):
         step_fn, guide, start(2, beams), batch_size=2, num_beams=beams, guide=guide, score_fn=score
     )
     return result, guide.log_probs(result)
+
+
+@functools.partial(compiled, static_argnames=("step", "beams"))
+def searched_by(step, guide, beams):
+    """The steps of one query."""
+    return beam_search(step, guide, {}, batch_size=1, num_beams=beams, guide=guide)
 
 
 def searched(queries, beams, fixed=False, score=None):
@@ -146,7 +155,7 @@ def test_the_bonus_of_a_prefix_is_not_added_up():
     the first win, were they added up; so would a bonus in the reported log-probability."""
     flat = lambda tokens, cache, position: (jnp.zeros((*tokens.shape, 12)), cache)
     guide = planned([[((2, 3, 4, 5, 6), 1.0), ((7, 7, 7, 7, 7), 1.5)]], fixed=True)
-    result = beam_search(flat, guide, {}, batch_size=1, num_beams=2, guide=guide)
+    result = searched_by(flat, guide, 2)
     assert result.tokens[0, 0].tolist() == [7] * 5
     assert result.bonus[0].tolist() == [1.5, 1.0]
     np.testing.assert_allclose(result.log_probs[0], [-5 * np.log(12)] * 2, rtol=1e-6)
@@ -158,7 +167,7 @@ def test_a_bonus_saves_a_prefix_that_one_beam_would_drop():
     step = lambda tokens, cache, position: (jnp.broadcast_to(logits, (*tokens.shape, 12)), cache)
     for score, expected in [(0.0, likely), (14.0, likely), (16.0, planned_best)]:
         guide = planned([[(likely, 0.0), (planned_best, score)]], fixed=True)
-        result = beam_search(step, guide, {}, batch_size=1, num_beams=1, guide=guide)
+        result = searched_by(step, guide, 1)
         # The first token decides: 3 against the bonus.
         chosen = expected if score != 14.0 else planned_best
         assert result.tokens[0, 0].tolist() == list(chosen)
@@ -167,7 +176,8 @@ def test_a_bonus_saves_a_prefix_that_one_beam_would_drop():
 def test_without_a_bonus_planned_rows_are_a_constraint():
     rows = [(2, 3), (2, 4, 4), (5,), (6, 6, 6, 6, 6)]
     guide = planned([[(row, 3.0) for row in rows]] * 2)
-    result = beam_search(step_fn, guide, start(2, 2), batch_size=2, num_beams=2)
+    search = functools.partial(beam_search, step_fn, batch_size=2, num_beams=2)
+    result = compiled(search)(guide, start(2, 2))
     assert result.bonus is None
     for query in range(2):
         expected = decoding.beam_search(model, query, sorted(rows), 2)

@@ -12,7 +12,7 @@ import pytest
 
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval.retriever import Retriever
-from tests.conftest import ROOT
+from tests.conftest import ROOT, kept_programs
 
 QUESTIONS = ["Why do bees dance?", "What is a button cell?", "How does a lighthouse shine?"]
 
@@ -51,7 +51,7 @@ def test_readers_beside_a_writer_get_the_answers_of_one_whole_version(copied, to
     before = answers(copied)
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(together / "compiled"),
+        **kept_programs(together),
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # of one device
     }
     code = (

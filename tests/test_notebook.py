@@ -40,22 +40,6 @@ def rows_of(shown):
     ]
 
 
-# The notebook as it is committed.
-
-
-def test_the_notebook_is_clean():
-    text = NOTEBOOK.read_text(encoding="utf-8")
-    notebook = nbformat.reads(text, as_version=4)
-    nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None
-            compile(cell.source, cell.id, "exec")
-    assert len(text) < 20_000
-
-
 # The notebook on the output of a real, short run.
 
 

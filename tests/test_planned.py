@@ -16,9 +16,10 @@ from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
-from dgr_jax.retrieval.planned import PlannedDecoder, PlannedQueries, with_identifiers
+from dgr_jax.retrieval.planned import Planned, PlannedDecoder, PlannedQueries, with_identifiers
 from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
+from dgr_jax.retrieval.system import Opening
 from tests import students, toy
 
 COUNT, PLANNED = 40, 8
@@ -135,27 +136,35 @@ def test_passages_of_one_identifier_keep_their_own_plan_scores(ranked_by):
 
 
 class Few(Drawn):
-    """Plans two passages of even queries, and none of odd ones."""
+    """Of `every` so many queries one has few: two passages where its place is even, or none."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.every = every
 
     def best(self, texts, count, allowed=None):
         passages, scores = super().best(texts, count, allowed)
-        there = np.arange(count) < 2 * (np.arange(len(texts)) % 2 == 0)[:, None]
+        place = np.arange(len(texts))
+        planned = np.where(place % self.every == 0, 2 * (place % 2 == 0), count)
+        there = np.arange(count) < planned[:, None]
         return PlannedPassages(np.where(there, passages, -1), np.where(there, scores, -np.inf))
 
 
-@pytest.mark.parametrize("ranked_by", ["identifiers", "beams"])
-def test_where_few_are_planned_the_student_searches_all(ranked_by):
-    """Its passages count 0 in the plan."""
-    plan = Lexical(planned=PLANNED, ranked_by=ranked_by, weight=0.5, num_beams=4)
+@pytest.mark.parametrize(("ranked_by", "every"), [("identifiers", 1), ("beams", 3)])
+def test_where_few_are_planned_the_student_searches_all(ranked_by, every):
+    """For these queries alone; its passages count 0 in the plan."""
+    planned = PLANNED if every == 1 else 4  # all of which are written
+    plan = Lexical(planned=planned, ranked_by=ranked_by, weight=0.5, num_beams=4)
     decoder = planned_decoder(ROWS["rq"], plan)
-    decoder.planner = Few()
+    decoder.planner = Few(every)
     queries = asked(decoder)
     student = students.decoder(ROWS["rq"], dataclasses.replace(SEARCH, depth=4))
     alone, log_probs = student.passages(QUERIES)
     passages, scores = decoder.passages(queries)
     for query, expected in enumerate(expected_hits(decoder, queries)):
-        found = dict(zip(alone[query].tolist(), 0.5 * log_probs[query], strict=True))
-        expected = sorted((found | dict(expected)).items(), key=lambda item: -item[1])
+        if query % every == 0:
+            found = dict(zip(alone[query].tolist(), 0.5 * log_probs[query], strict=True))
+            expected = sorted((found | dict(expected)).items(), key=lambda item: -item[1])
         expected = expected[: SEARCH.depth]
         count = len(expected)
         assert passages[query].tolist() == [p for p, _ in expected] + [-1] * (SEARCH.depth - count)
@@ -307,6 +316,17 @@ def test_plans_of_allowed_passages_alone(store):
     allowed = np.array([False, True, True, True, True])
     passages, _ = Lexical(planned=3, num_beams=3).planner(store).best(["bees dance"], 3, allowed)
     assert passages.tolist() == [[2, -1, -1]]
+
+
+def test_only_students_that_write_identifiers_have_a_plan_by_words(store, tmp_path):
+    settings = Planned("planned", Lexical(planned=1, num_beams=1))
+    opening = Opening(tmp_path, store, 1, None, None, lambda name: Drawn())
+    with pytest.raises(ValueError) as error:
+        settings.open(opening)
+    assert str(error.value) == (
+        "Planned: got a Drawn, expected a student that writes identifiers: Decoder, "
+        "MultiviewDecoder"
+    )
 
 
 def test_a_plan_is_kept_and_one_of_another_corpus_refused(store, tmp_path):

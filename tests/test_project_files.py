@@ -40,6 +40,7 @@ def test_the_changelog_is_as_keep_a_changelog_says():
     matches = [re.fullmatch(r"\[([\d.]+)\] - \d{4}-\d\d-\d\d", line) for line in releases[1:]]
     versions = [Version(match[1]) for match in matches]
     assert versions == sorted(versions, reverse=True)
+    assert str(versions[0]) == dgr_jax.__version__
     for release in text.split("\n## ")[1:]:
         kinds = re.findall(r"^### (.*)$", release, re.MULTILINE)
         assert len(kinds) == len(set(kinds))

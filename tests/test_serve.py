@@ -77,6 +77,16 @@ def test_a_filter_finds_only_what_it_admits(asked):
     assert by_prefix and all(pid.startswith("music-") for pid in by_prefix)
     titled = found(title="WOLF", pid_prefix="bees-").json()["results"][0]
     assert pids(titled) == ["bees-02"]
+    of = lambda **metadata: found(metadata=metadata)
+    assert set(pids(of(year=1991).json()["results"][0])) <= {
+        "bees-01", "bees-04", "music-07", "music-10"
+    }  # fmt: skip
+    assert pids(of(year=[1990, 1991], part="wind").json()["results"][0]) in (
+        ["music-09", "music-10"], ["music-10", "music-09"]
+    )  # fmt: skip
+    message = "filter: metadata: got 'place', expected 'part', 'year'"
+    assert of(place="x").status_code == 422 and of(place="x").json() == {"error": message}
+    assert of(part="string").json()["error"].startswith("filter: passages: got none of the corpus")
     unknown = found(pids=["bees-01", "nobody"])
     assert unknown.status_code == 422 and "got 'nobody', expected pids of the 12" in unknown.text
 
@@ -109,7 +119,11 @@ BAD = [
     ({"queries": ["x"] * 65}, "queries: got 65, expected 1 to 64 of them"),
     ({"query": "x", "system": "bm26"}, "system: got 'bm26', expected one of distill"),
     ({"query": "x", "path": "/etc"}, "path: no such field"),
-    ({"query": "x", "filter": {}}, "filter: got nothing, expected pids, pid_prefix or title"),
+    ({"query": "x", "filter": {}}, "filter: got nothing, expected pids, pid_prefix, ti"),
+    (
+        {"query": "x", "filter": {"metadata": {"year": {}}}},
+        "filter: metadata: got {} for 'year'",
+    ),
     ({"query": "x", "filter": {"pid_prefix": "q"}}, "filter: passages: got none of the corpus"),
     ({"query": "x", "seconds": 0}, "seconds: got 0, expected above 0, at most 10"),
     ({"query": "x", "explain_pid": "p"}, "explain_pid: has no effect without explain"),
@@ -126,7 +140,15 @@ def test_values_that_cannot_be(asked, body, message):
     ("how", "status", "message"),
     [
         (("POST", "/search", b"{"), 400, "the body is no JSON"),
-        (("POST", "/search", b'{"query": "\\ud800"}'), 422, "query: "),
+        (("POST", "/search", b'{"query": "\\ud800"}'), 400, "the body is no JSON: unexpected en"),
+        (("POST", "/search", b""), 400, "the body is no JSON: EOF while parsing a value at line 1"),
+        (
+            ("POST", "/search?explain=yes", b'{"query": "x"}'),
+            422,
+            "explain: got 'yes', expected tr",
+        ),
+        (("POST", "/search?k=3", b'{"query": "x"}'), 422, "k: no such parameter, expected explain"),
+        (("POST", "/passages", b"{"), 400, "the body is no JSON: Expecting property name"),
         (("POST", "/search", b"x" * (10 << 20)), 413, "the body: got more bytes than 1,048,576"),
         (("GET", "/search", b""), 405, "Method Not Allowed"),
         (("GET", "/nowhere", b""), 404, "Not Found"),
@@ -147,6 +169,10 @@ def test_what_else_is_there(asked):
     }
     paths = asked.get("/openapi.json").json()["paths"]
     assert {"post"} == paths["/search"].keys() and {"post", "delete"} == paths["/passages"].keys()
+    read = paths["/search"]["post"]
+    assert read["parameters"][0]["name"] == "explain" and "SearchBody" in str(read["requestBody"])
+    schemas = asked.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["SearchBody"]["properties"]["filter"] and schemas["FilterBody"]
     assert asked.get("/docs").status_code == 404  # it would be fetched from elsewhere
     counted = asked.get("/metrics").text
     assert 'dgr_jax_requests_total{path="/search",status="422"}' in counted
@@ -417,7 +443,7 @@ def test_an_address_that_cannot_be_had_is_told_before_anything_is_opened(tmp_pat
         serve.command([f"--model_dir={tmp_path}", "--port=65536"])
 
 
-@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("name", ["fastapi", "httptools", "uvicorn", "prometheus_client"])
 def test_what_must_be_installed_is_named(name, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(ValueError, match=r"needs the extra 'dgr_jax\[serve\]' .*: pip install 'dg"):

@@ -22,7 +22,8 @@ from dgr_jax.serving import served
 from dgr_jax.serving.app import Api, application
 from dgr_jax.serving.served import Model, OpenSystem, Served, mark_of
 from dgr_jax.serving.settings import Service
-from tests.conftest import ROOT
+from tests.campaigns import endurance
+from tests.conftest import ROOT, kept_programs
 from tests.served import Gate
 
 
@@ -183,10 +184,18 @@ def test_passages_are_added_and_removed_over_http(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_no_request_fails_while_indexes_and_students_are_exchanged(tiny_model_dir, tmp_path):
+    few = {"switches": 3, "reloads": 1, "minutes": 0, "clients": 2, "system": "distill"}
+    counts = endurance.campaign(tmp_path, tiny_model_dir, **few)
+    assert (counts["switched"], counts["failed"], counts["not_opened"]) == (4, 0, 0)
+    assert counts["requests"] > 0
+
+
+@pytest.mark.slow
 def test_sigterm_lets_requests_end_and_a_new_version_answers(tiny_model_dir, tmp_path, together):
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
-    settings = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(together / "compiled")}
+    settings = {"PYTHONPATH": str(ROOT), **kept_programs(together)}
     command = [sys.executable, "-m", "dgr_jax.serve", f"--model_dir={model}", "--port=0"]
     command += ["--batch_size=2", "--watch_s=0.2", "--system=distill", "--system=bm25"]
     command += ["--waiting=2000", "--deadline_s=90", "--drain_s=90"]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,7 +25,8 @@ COUNT, PLANNED = 23, 8
 QUERIES = students.queries(5)
 SEARCH = Search(num_beams=4, depth=6, batch_size=4, query_length=8)
 ROWS = {"rq": students.codes(COUNT, seed=3), "text": students.texts(COUNT, seed=3)}
-READS = dataclasses.replace(students.CONFIG, decoder_query_tokens=5)
+PLAIN = students.CONFIG
+READS = dataclasses.replace(PLAIN, decoder_query_tokens=5)
 SETS = np.random.default_rng(0).integers(0, 64, (COUNT, 6)).astype(np.uint16)
 SETS[7] = SETS[2]  # equal in the plan
 PIDS = [f"p{i:02}" for i in np.random.default_rng(5).permutation(COUNT)]
@@ -49,32 +51,31 @@ def prepared(monkeypatch):
 
 def planned_decoder(plan, kind="rq", mesh=Mesh(data=1), devices=1, **settings):
     plan = dataclasses.replace(plan, **settings)
-    config = READS if isinstance(plan, Learned) else students.CONFIG
+    config = READS if isinstance(plan, Learned) else PLAIN
     student = students.decoder(ROWS[kind], SEARCH, mesh=mesh, devices=devices, config=config)
     opening = Opening(Path("nowhere"), Store(), 6, student.mesh, student.rules, None)
     return StudentPlannedDecoder.of(student, plan, StudentPlanner.of(student, plan, opening))
 
 
+@functools.cache
+def applied(config):
+    apply = jax.jit(Transformer(config).apply, static_argnames="method")
+    return functools.partial(apply, {"params": students.parameters(PLAIN)})
+
+
 def plan_scores(decoder, queries=QUERIES):
     """[n, P] by the twin."""
-    params = students.parameters(students.CONFIG)
-    config = decoder.student.config
-    apply = functools.partial(Transformer(config).apply, {"params": params})
+    student, apply, members = decoder.student, applied(decoder.student.config), SETS
     encoded = apply(queries, method="encode")
     if isinstance(decoder.plan, Learned):
-        table = np.asarray(query_tables.token_table(apply, encoded, queries)[0])
-        members = SETS
+        table = query_tables.token_table(apply, encoded, queries)[0]
     else:
-        length = decoder.student.index.layout.max_length
-        table = query_tables.code_table(apply, encoded, queries, length, config.vocab_size)
-        table, rows = (
-            np.asarray(table).reshape(len(queries), -1),
-            decoder.student.table.rows_of_passages(),
-        )
-        tokens = decoder.student.table.tokens[rows]
-        places = np.arange(tokens.shape[1]) * config.vocab_size
-        members = np.where(tokens > 0, tokens + places, 0)
-    return np.stack([reference.sums(row, members) for row in table])
+        length, vocab_size = student.index.layout.max_length, PLAIN.vocab_size
+        table = query_tables.code_table(apply, encoded, queries, length, vocab_size)
+        tokens = student.table.tokens[student.table.rows_of_passages()]
+        members = np.where(tokens > 0, tokens + vocab_size * np.arange(tokens.shape[1]), 0)
+    rows = np.asarray(table).reshape(len(queries), -1)
+    return np.stack([reference.sums(row, members) for row in rows])
 
 
 def expected_hits(decoder, queries=QUERIES, allowed=None):
@@ -107,6 +108,11 @@ CASES = [
     ("sets", "rq", "identifiers"),
     pytest.param("codes", "text", "identifiers", marks=pytest.mark.slow),
 ]
+
+
+BY_PLAN_OR_BEAMS = pytest.mark.parametrize(
+    "ranked_by", ["plan", pytest.param("beams", marks=pytest.mark.slow)]
+)
 
 
 @pytest.mark.parametrize(("plan", "kind", "ranked_by"), CASES)
@@ -177,23 +183,30 @@ def test_only_allowed_passages_are_planned_and_nothing_is_compiled_again(plan):
     assert decoder._search._cache_size() == compiled
 
 
-def test_few_beams_and_one_query_alone():
+def test_few_beams_and_blocks():
     decoder = planned_decoder(PLANS["sets"], num_beams=3)
     passages, scores = decoder.passages(QUERIES)
     for query, expected in enumerate(expected_hits(decoder)):
         exact = {p: s for p, s, _ in expected}
         written = passages[query][:3].tolist()
         np.testing.assert_allclose(scores[query][:3], [exact[p] for p in written], atol=1e-3)
-    alone = decoder.passages(QUERIES[:1])
-    np.testing.assert_array_equal(alone[0], passages[:1])
     blocks = list(decoder.passages_of_blocks([QUERIES[:2], QUERIES[2:]]))
     np.testing.assert_array_equal(np.concatenate([block[0] for block in blocks]), passages)
 
 
-def test_the_same_passages_on_a_mesh():
+@BY_PLAN_OR_BEAMS
+def test_one_query_alone(ranked_by):
+    decoder = planned_decoder(PLANS["sets"], num_beams=4, ranked_by=ranked_by)
+    alone = decoder.passages(QUERIES[:1])
+    np.testing.assert_array_equal(alone[0], decoder.passages(QUERIES)[0][:1])
+
+
+@BY_PLAN_OR_BEAMS
+def test_the_same_passages_on_a_mesh(ranked_by):
     toy.devices(4)
-    alone = planned_decoder(PLANS["sets"], num_beams=4).passages(QUERIES)
-    shared = planned_decoder(PLANS["sets"], mesh=Mesh(data=2, model=2), devices=4, num_beams=4)
+    settings = dict(num_beams=4, ranked_by=ranked_by)
+    alone = planned_decoder(PLANS["sets"], **settings).passages(QUERIES)
+    shared = planned_decoder(PLANS["sets"], mesh=Mesh(data=2, model=2), devices=4, **settings)
     found = shared.passages(QUERIES)
     np.testing.assert_array_equal(found[0], alone[0])
     np.testing.assert_allclose(found[1], alone[1], atol=1e-4)

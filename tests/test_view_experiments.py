@@ -22,8 +22,10 @@ from dgr_jax.models.t5 import Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.retrieval.multiview.index import MultiviewIndex, Written
 from dgr_jax.retrieval.multiview.keys import keys
+from dgr_jax.retrieval.multiview.planned import PlannedViews
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.retrieval.retriever import Retriever
+from dgr_jax.retrieval.simultaneous import Lexical
 from dgr_jax.training import packing
 from dgr_jax.training.objectives import Distillation, multiview_scores
 from tests import students
@@ -222,6 +224,55 @@ def test_restricted_search_finds_allowed_passages_alone(made, decoder):
         decoder.restrict(np.ones(3, bool))
 
 
+def planned_views(made, decoder, **settings):
+    """A student with a plan by words, which has found what `found_by` makes up."""
+    vocabulary, indexes, passages, _ = made
+    plan = Lexical(planned=3, num_beams=3, **settings)
+    student = dataclasses.replace(decoder)
+    found = found_by(vocabulary, indexes)
+    student._scored = lambda blocks, size: iter([f for f, _ in zip(found, *blocks, strict=False)])
+    return PlannedViews(student, plan, plan.planner(passages)), found
+
+
+def test_a_plan_is_added_to_the_passage_scores_of_several_views(made, decoder):
+    """Against a dictionary of every passage that the plan or the student names."""
+    system, found = planned_views(made, decoder, weight=0.5)
+    queries = system.encode(made[0], TEXTS)
+    passages, scores = system.by_pid(made[2].pid_of).passages(queries)
+    for query, hits in enumerate(system.hits(queries)):
+        pairs = zip(*(part[query].tolist() for part in queries.planned), strict=True)
+        plan = {p: s for p, s in pairs if p >= 0}
+        student = dict(zip(found[query].passages.tolist(), found[query].scores, strict=True))
+        assert plan and student.keys() - plan.keys()
+        both = {p: plan.get(p, 0) + 0.5 * student.get(p, 0) ** 0.5 for p in plan | student}
+        expected = sorted(both, key=lambda p: (-both[p], p))[:4]
+        count = len(expected)
+        assert passages[query].tolist() == expected + [-1] * (4 - count)
+        np.testing.assert_allclose(scores[query, :count], [both[p] for p in expected], rtol=1e-5)
+        assert [hit.passage for hit in hits] == expected
+        for hit in hits:
+            assert hit.parts["plan"] == pytest.approx(plan.get(hit.passage, 0))
+            assert hit.parts["passage_score"] == pytest.approx(student.get(hit.passage, 0))
+            assert hit.tokens.any() == (hit.passage in student)
+
+
+def test_a_plan_of_several_views_alone_and_of_some_passages(made, decoder):
+    system, _ = planned_views(made, decoder, ranked_by="plan")
+    queries = system.encode(made[0], TEXTS)
+    blocks = [system.encode(made[0], part) for part in (TEXTS[:1], [], TEXTS[1:])]
+    parts = zip(*system.passages_of_blocks(iter(blocks)), strict=True)
+    for part, expected in zip(map(np.concatenate, parts), queries.planned, strict=True):
+        np.testing.assert_array_equal(part[:, :3], expected)
+    assert system.limits == {"planned": 3, "depth": 4} and system.query_length == 15
+    some = system.restrict(np.array([False, True, True, False, False]))
+    planned = some.encode(made[0], TEXTS).planned.passages
+    assert set(planned.ravel().tolist()) == {-1, 1, 2}
+    with pytest.raises(ValueError, match="Lexical.planned: got 6, expected at most 5, the passa"):
+        PlannedViews.of(decoder, Lexical(planned=6, num_beams=3), system.planner)
+    of_beams = PlannedViews.of(decoder, Lexical(num_beams=2), system.planner)
+    assert of_beams.search.num_beams == 2 and of_beams.plan.planned == 5
+
+
 def odd_collection(folder):
     """Passages as they come: without title, of one word, of 5,000, twice the same, not Latin; some
     without pseudo-queries."""
@@ -266,7 +317,7 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
         "--gin.Experiment.control=False", "--gin.Candidates.keys=6",
         "--gin.Multiview.query_tokens=20", "--gin.TEACHER=@RunTeacher()",
         f"--gin.RunTeacher.path={data / 'teacher.trec'}", "--gin.MultiviewSearch.num_beams=4",
-        f"--gin.Sources.pseudo_query_path={data / 'pseudo.tsv'}",
+        f"--gin.Sources.pseudo_query_path={data / 'pseudo.tsv'}", "--gin.PLAN=@Lexical()",
     )  # fmt: skip
     report = json.loads((folder / "prepare" / "report.json").read_text())["identifiers"]
     assert report["named_passages"] == {"title": 12, "query": 6, "body": 13, "none": 1}
@@ -280,8 +331,10 @@ def test_an_experiment_on_an_odd_collection(command, tmp_path):
     rows = taught["keys"]["packed_rows"]
     assert rows > 0 and f"rank lists: identifiers in {rows} rows of 64 tokens" in made.stderr
     measured = json.loads((folder / "evaluate" / "metrics.json").read_text())
-    assert set(measured) == {"bm25", "generate", "distill"}
-    retriever = Retriever.load(folder)
+    assert set(measured) == {"bm25", "generate", "distill", "planned"}
+    ((best,),) = Retriever.load(folder).search(["everything about bees"], k=1)
+    assert best.pid == "p0" and best.parts["plan"] > 0
+    retriever = Retriever.load(folder, system="distill")
     (hits,) = retriever.search(["everything about bees"], k=3)
     assert 1 <= len(hits) <= 3 and all(hit.identifier for hit in hits)
     assert {hit.pid for hit in hits} <= set(retriever.store.pids) - {"blank"}

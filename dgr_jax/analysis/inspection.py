@@ -28,6 +28,7 @@ from dgr_jax.retrieval.retriever import Retriever
 STAGES = {
     "prepare": "reads the collection; makes vocabulary, identifiers, trie and training examples",
     "start": "makes token embeddings from the passages",
+    "pretrain": "the student learns to fill in spans of the passages",
     "generate": "the student learns to write identifiers",
     "candidates": "the student retrieves passages for the training queries",
     "negatives": "finds passages that are no answers, such as those of BM25",

@@ -107,6 +107,8 @@ def generative(experiment: Experiment, corpus: CorpusSize) -> Iterator[Line]:
         size = asked * (depth * keys * 2.0 + written * (_INT * length + 5.0))
         yield Line("candidates", f"their {keys} best identifiers each", size)
     yield _rank_lists(experiment.teach, asked, keys * _INT * (length + (7 if views else 1)))
+    if experiment.pretrain is not None:
+        stages = {"pretrain": experiment.pretrain} | stages
     for stage, settings in stages.items():
         yield _checkpoints(stage, settings, model)._replace(on_device=0.0)
 

@@ -33,7 +33,7 @@ def configurables() -> Mapping[str, Callable[..., Any]]:
 def _components() -> tuple[type, ...]:
     from dgr_jax import partitioning
     from dgr_jax.corpora import beir, dpr, irds, msmarco, quickstart, subset, variations
-    from dgr_jax.data import examples, views, vocabulary
+    from dgr_jax.data import examples, span_corruption, views, vocabulary
     from dgr_jax.decoding import passage_scoring
     from dgr_jax.experiments.common import Evaluate, Teach, Training
     from dgr_jax.experiments.dense import DenseExperiment, DensePrepare, Lists, Negatives
@@ -75,7 +75,8 @@ def _components() -> tuple[type, ...]:
         beir.BeirCollection, dpr.DprCollection, irds.IrDatasetsCollection,
         msmarco.MsmarcoCollection, quickstart.QuickstartCollection, subset.Subset,
         variations.Variation,
-        examples.Sources, views.ViewMixture, vocabulary.SentencePiece, generative.Search,
+        examples.Sources, span_corruption.SpanCorruption, views.ViewMixture,
+        vocabulary.SentencePiece, generative.Search,
         multiview_search.MultiviewSearch, passage_scoring.Scoring, bm25.Bm25, bm25.Bm25Baseline,
         simultaneous.Lexical, student_plans.Learned, student_plans.OnePass,
         atomic.Atomic, rq.ResidualQuantization, semantic.KMeansTree, string.NaiveString,

@@ -16,7 +16,9 @@ _ORIGIN = (
     "dgr_jax.corpora.beir.write_beir, or any folder of this layout"
 )
 _CORPUS = checks.SourceFile(
-    ("corpus.jsonl",), 'JSON lines {"_id", "title" (optional), "text"}, one a passage', _ORIGIN
+    ("corpus.jsonl",),
+    'JSON lines {"_id", "title" (optional), "text", "metadata" (optional)}, one a passage',
+    _ORIGIN,
 )
 _QUERIES = checks.SourceFile(
     ("queries.jsonl",),
@@ -28,7 +30,8 @@ _QREL_COLUMNS = "a header, then query-id, corpus-id, score (a whole number), sep
 
 @dataclass(frozen=True)
 class BeirCollection:
-    """A folder in BEIR layout. Answers come from a query's metadata.answers."""
+    """A folder in BEIR layout. Answers come from a query's metadata.answers; of a passage's
+    metadata, strings, numbers and truth values are kept."""
 
     folder: str
 
@@ -110,7 +113,9 @@ def write_beir(
     if passages is not None:
         with lines.writing(folder / "corpus.jsonl") as handle:
             for passage in passages:
-                fields = {"_id": passage.pid, "title": passage.title, "text": passage.text}
+                fields: dict = {"_id": passage.pid, "title": passage.title, "text": passage.text}
+                if passage.metadata:
+                    fields["metadata"] = dict(passage.metadata)
                 handle.write(_json(fields))
     with lines.writing(folder / "queries.jsonl") as handle:
         for query in queries:
@@ -133,7 +138,8 @@ def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
     for line, record in lines.json_objects(path, "'_id' and 'text'"):
         pid = checks.id_field(record, "_id", path, line, "passage")
         text = checks.text_field(record, "text", path, line)
-        yield line, Passage(pid, text, checks.text_field(record, "title", path, line, default=""))
+        title = checks.text_field(record, "title", path, line, default="")
+        yield line, Passage(pid, text, title, checks.metadata_field(record))
 
 
 def _queries(path: Path) -> Iterator[tuple[int, Query]]:

@@ -1,6 +1,7 @@
 """What is added to a corpus and taken out: read from files, checked against what is there.
 
-new.jsonl   {"pid": ..., "title": ..., "text": ...} a line, or BEIR's "_id" in place of "pid"
+new.jsonl   {"pid": ..., "title": ..., "text": ...} a line, or BEIR's "_id" in place of "pid"; also
+            "metadata": {name: value, ...}
 pids.txt    a pid a line
 """
 
@@ -27,7 +28,8 @@ def read_passages(path: str | os.PathLike) -> list[Passage]:
         name = "_id" if "_id" in record and "pid" not in record else "pid"
         pid = checks.id_field(record, name, where, line, "passage")
         title = checks.text_field(record, "title", where, line, default="")
-        passage = Passage(pid, checks.text_field(record, "text", where, line, default=""), title)
+        text = checks.text_field(record, "text", where, line, default="")
+        passage = Passage(pid, text, title, checks.metadata_field(record))
         if not words.visible(passage.contents):
             expected = "a title or a text that shows something"
             raise lines.error(where, line, f"nothing in the passage {lines.shown(pid)}", expected)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import heapq
 import logging
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dgr_jax.corpora import lines
-from dgr_jax.corpora.types import Passage, Qrel, Query
+from dgr_jax.corpora.types import Passage, Qrel, Query, Scalar
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,18 @@ def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple
     if not isinstance(value, list | None) or not all(isinstance(v, str) for v in value or ()):
         raise lines.error(path, line, f"{name!r}: {lines.shown(value)}", "a list of strings")
     return tuple(_LONE_SURROGATE.sub("\ufffd", v) for v in value or ())
+
+
+def metadata_field(record: dict[str, Any]) -> dict[str, Scalar]:
+    """The strings, finite numbers and truth values of a JSON record's object `metadata`; what else
+    is there is left out."""
+    given = record.get("metadata")
+    clean = lambda value: _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
+    return {
+        clean(name): clean(value)
+        for name, value in (given.items() if isinstance(given, dict) else ())
+        if isinstance(value, str | bool | int) or isinstance(value, float) and math.isfinite(value)
+    }
 
 
 def integer(text: str, path: Path, line: int, what: str, most: int = 2**63 - 1) -> int:

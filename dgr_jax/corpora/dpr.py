@@ -127,7 +127,8 @@ def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
         if len(fields) != len(_HEADER):
             columns = f"{len(fields)} column{'s' * (len(fields) != 1)} ({fields[0][:60]!r} ...)"
             raise lines.error(path, line, columns, "3 columns: id, text, title")
-        yield line, Passage(*fields)
+        pid, text, title = fields
+        yield line, Passage(pid, text, title)
 
 
 def _questions(path: Path, split: str) -> Iterator[tuple[int, Query]]:

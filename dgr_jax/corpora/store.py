@@ -1,6 +1,7 @@
 """A corpus on disk: one JSON line for each passage, and the byte where each line begins.
 
-passages.jsonl   {"pid": ..., "title": ..., "text": ...}, in corpus order
+passages.jsonl   {"pid": ..., "title": ..., "text": ...}, in corpus order; where there is any, also
+                 "metadata": {name: value, ...}
 pids.txt         the pids alone, one a line, to load them fast
 offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: a folder without it,
                  or where it does not fit passages.jsonl, is not taken for a store
@@ -16,6 +17,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,7 +175,9 @@ def _line(passage: Passage) -> bytes:
     """One line of passages.jsonl; ValueError for a passage that no line of the store can hold."""
     if not passage.pid or "\n" in passage.pid or "\r" in passage.pid:
         raise ValueError(f"found the pid {passage.pid!r}; expected an id without line ends")
-    fields = {"pid": passage.pid, "title": passage.title, "text": passage.text}
+    fields: dict[str, Any] = {"pid": passage.pid, "title": passage.title, "text": passage.text}
+    if passage.metadata:
+        fields["metadata"] = dict(passage.metadata)
     try:
         return _encode(fields).encode() + b"\n"
     except UnicodeEncodeError as err:

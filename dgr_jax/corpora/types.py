@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+Scalar = str | int | float | bool
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A retrieval unit. `pid` is the corpus's own id; `text` may be blank."""
+    """A retrieval unit. `pid` is the corpus's own id; `text` may be blank. metadata: what else is
+    known of it, by which searches can be restricted; no system reads it."""
 
     pid: str
     text: str
     title: str = ""
+    metadata: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
 
     @property
     def contents(self) -> str:

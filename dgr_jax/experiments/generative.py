@@ -10,6 +10,7 @@ from dgr_jax import ranges
 from dgr_jax.corpora.types import Collection
 from dgr_jax.data.examples import SOURCES, Sources
 from dgr_jax.data.rules import TEST_SPLITS, TRAIN_SPLIT, DataRules, check_apart
+from dgr_jax.data.span_corruption import SpanCorruption
 from dgr_jax.data.views import ViewMixture
 from dgr_jax.data.vocabulary import SentencePiece
 from dgr_jax.experiments.common import (
@@ -140,6 +141,7 @@ class Experiment(Measured):
     plan: what scores all passages before a student writes: Lexical, or Learned or OnePass, which
       the student is trained for in all of its stages. The distilled student with it is measured as
       `planned` beside the others. None: nothing.
+    pretrain: how the student first learns to fill in `spans` of the passages; None: it does not.
     """
 
     model_dir: str
@@ -156,6 +158,8 @@ class Experiment(Measured):
     initial: Initial | None = None
     further: tuple[Stage, ...] = ()
     plan: Plan | None = None
+    pretrain: Training | None = None
+    spans: SpanCorruption = SpanCorruption()
 
     own_pairs: ClassVar = (("distill", "generate"), ("distill", "control"), ("distill", "bm25"))
     planner: ClassVar = "planners:GENERATIVE"
@@ -182,13 +186,10 @@ class Experiment(Measured):
                 )
         if self.plan is not None:
             if scheme.views:
-                raise ValueError(
-                    f"Experiment.plan: got {type(self.plan).__name__} with identifiers of "
-                    f"{type(scheme).__name__}, expected None, or identifiers of which a passage "
-                    "has one (Prepare.identifiers)"
-                )
-            assert isinstance(self.evaluate.search, Search)
-            planned.check_search(self.plan, self.evaluate.search)
+                _check_of_views(self.plan, scheme)
+            else:
+                assert isinstance(self.evaluate.search, Search)
+                planned.check_search(self.plan, self.evaluate.search)
             if self.plan.weight is None and not self.prepare.held_out:
                 raise ValueError(
                     f"{type(self.plan).__name__}.weight: got None without questions held out of "
@@ -200,6 +201,7 @@ class Experiment(Measured):
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
                 "with one identifier a passage"
             )
+        self._check_pretraining()
         self.check_systems()
         self.generate.check_batches("generate/Training", "batch_size")
         self.distill.check_batches("distill/Training", "batch_size", "list_batch_size")
@@ -216,6 +218,18 @@ class Experiment(Measured):
                     f"Candidates.sources: got {source!r}, expected 'labelled' or one of "
                     f"{sorted(rates)}: give Sources.{source} a rate"
                 )
+
+    def _check_pretraining(self) -> None:
+        """Raises ValueError where the student cannot be trained on spans of passages so."""
+        if self.pretrain is None:
+            return
+        self.pretrain.check_batches("pretrain/Training", "batch_size")
+        if self.pretrain.validate_every:
+            raise ValueError(
+                f"pretrain/Training.validate_every: got {self.pretrain.validate_every}, expected "
+                "0: before it learns identifiers, a student finds nothing"
+            )
+        self.spans.check_ids(self.prepare.vocabulary.extra_ids)
 
     def _train_for(self, plan: Plan | None) -> None:
         """Changes what is trained to what a plan of the student's own needs.
@@ -235,7 +249,7 @@ class Experiment(Measured):
             read = longest if plan.query_tokens is None else plan.query_tokens
             model = dataclasses.replace(self.model, decoder_query_tokens=read)
             object.__setattr__(self, "model", model)
-            loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss)
+            loss = SetLoss(plan.set_size, plan.loss_weight, plan.loss, plan.flops)
         elif isinstance(plan, OnePass):
             loss = CodeLoss(plan.loss_weight, plan.loss)
         for name in ("generate", "distill"):
@@ -295,7 +309,9 @@ class Experiment(Measured):
             "examples": sum(run.steps * run.examples for run in self.training(system).values()),
             "model": sizes(self.model),
             "decoder": self.model.prefix_adaptive_layers,
-            "start": repr(self.initial),
+            "start": repr(
+                (self.initial, self.pretrain, self.spans) if self.pretrain else self.initial
+            ),
             "data": (self.prepare.train_split, *texts(self.prepare)),
         }
 
@@ -303,7 +319,29 @@ class Experiment(Measured):
     def stages(self) -> dict[str, Stage]:
         """All stages, in the order that they run in."""
         control = ("student:CONTROL",) if self.control else ()
-        trained = (*start(self.initial), "student:GENERATE", "candidates:STAGE", "teach:STAGE")
+        pretrained = ("pretrain:STAGE",) if self.pretrain is not None else ()
+        trained = (
+            *start(self.initial),
+            *pretrained,
+            "student:GENERATE",
+            "candidates:STAGE",
+            "teach:STAGE",
+        )
         return listed(
             "prepare:STAGE", *trained, "distill:STAGE", *control, "evaluate:STAGE", *self.further
+        )
+
+
+def _check_of_views(plan: Plan, scheme: Scheme) -> None:
+    """Raises ValueError where students with identifiers of several views cannot have a plan."""
+    name = type(plan).__name__
+    if not plan.of_any_student:
+        raise ValueError(
+            f"Experiment.plan: got {name} with identifiers of {type(scheme).__name__}, expected "
+            "None, @Lexical(), or identifiers of which a passage has one (Prepare.identifiers)"
+        )
+    if plan.ranked_by == "identifiers":
+        raise ValueError(
+            f"{name}.ranked_by: got 'identifiers' with identifiers of {type(scheme).__name__}, "
+            "expected 'beams' or 'plan': a passage has more identifiers than can be scored"
         )

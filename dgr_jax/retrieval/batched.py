@@ -13,9 +13,11 @@ import numpy as np
 
 from dgr_jax import partitioning
 from dgr_jax.corpora.ranking import PidOf
-from dgr_jax.retrieval.batching import Found, _nothing, batches
+from dgr_jax.retrieval.batching import Found, Shapes, _nothing, batches
 from dgr_jax.retrieval.overlap import one_behind
 from dgr_jax.retrieval.system import SearchingSystem
+
+_PAYS = 8  # short queries beside longer ones from which on a batch of their own costs less
 
 Queries = TypeVar("Queries", bound=Sized)
 Result = TypeVar("Result")
@@ -80,13 +82,17 @@ class BatchedSystem(SearchingSystem, Generic[Queries, Result]):
                 yield batch.block
 
     def _started(self, blocks: Iterable[Queries], batch_size: int) -> Iterator[_Batch[Result]]:
-        size = partitioning.shared_rows(batch_size, self.mesh)
+        shapes, size = self.search.shapes, partitioning.shared_rows(batch_size, self.mesh)
+        if self.sizes:
+            shapes = Shapes(shapes.longest, (shapes.longest + 1) // 2, _PAYS)
         for queries in blocks:
             block, lengths = self._nothing(len(queries)), self._lengths(queries)
-            planned = list(batches(lengths, self.search.shapes, size))
+            planned = list(batches(lengths, shapes, size))
             if not planned:
                 yield _Batch(block, lengths, None, last=True)
             for position, (length, places) in enumerate(planned, start=1):
+                if self.sizes:
+                    size = partitioning.shared_rows(self.padded(len(places)), self.mesh)
                 result = self._start(queries, places, (size, length))
                 yield _Batch(block, places, result, last=position == len(planned))
 

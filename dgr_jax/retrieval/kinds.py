@@ -20,6 +20,7 @@ from dgr_jax.model_dir.records import PREVIOUS, STUDENT
 from dgr_jax.retrieval import bm25, kept_rows, planned, student_planned, trained
 from dgr_jax.retrieval.dense import Searcher
 from dgr_jax.retrieval.generative import Decoder
+from dgr_jax.retrieval.multiview.planned import PlannedViews
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.simultaneous import Plan
 from dgr_jax.retrieval.system import System, SystemSettings, Trained, TrainedSystem
@@ -28,7 +29,7 @@ from dgr_jax.settings import restored
 # These are in the two tables of kinds once they are imported; those from elsewhere come to them.
 SHIPPED = (
     *(Decoder, MultiviewDecoder, Searcher, bm25.Bm25Baseline, planned.Planned),
-    *(student_planned.PlannedByLearned, student_planned.PlannedByOnePass),
+    *(PlannedViews, student_planned.PlannedByLearned, student_planned.PlannedByOnePass),
 )
 TRAINED = TrainedSystem.kinds
 

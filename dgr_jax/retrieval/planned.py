@@ -21,7 +21,7 @@ from dgr_jax.decoding.beam_search import BeamResult, score_by_token
 from dgr_jax.decoding.guide import PlannedRows
 from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.retrieval.batched import BatchedSystem, Queries
-from dgr_jax.retrieval.batching import Found
+from dgr_jax.retrieval.batching import Found, _nothing
 from dgr_jax.retrieval.explanation import Writes
 from dgr_jax.retrieval.generative import Decoder, Search, rank_passages, written
 from dgr_jax.retrieval.kept_postings import PLANS
@@ -44,7 +44,8 @@ class PlannedQueries:
 class _Scored(NamedTuple):
     """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from
     the device, -inf where an identifier was not written; None: the plan decides alone. beside: what
-    a search of all passages finds; None: all queries have enough planned passages."""
+    a search of all passages finds for the queries that have too few planned ones; None: all have
+    enough."""
 
     passages: np.ndarray | jax.Array
     scores: np.ndarray | jax.Array
@@ -124,7 +125,7 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
 
     def __post_init__(self) -> None:
         check(self.plan, self.student.search, self.student.table.num_passages)
-        self._weight = _weight_of(self.plan)
+        self._weight = weight_of(self.plan)
 
     @classmethod
     def of(
@@ -198,11 +199,11 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
 
     def _beside(self, result: BeamResult, short: np.ndarray) -> Found:
         """Passages and log-probabilities [B, M] that the student found for the queries that are
-        `short` of planned passages, bool [B]; none for the others."""
-        student = self.student
-        rows = np.where(short[:, None], student.written_rows(result, len(short)), -1)
-        log_probs = np.asarray(result.log_probs)[: len(short)]
-        beams = self.search.num_beams
+        `short` of planned passages, bool [B], which alone it searched; none for the others."""
+        student, beams = self.student, self.search.num_beams
+        rows, log_probs = _nothing(len(short), beams)
+        rows[short] = student.written_rows(result, short.sum())
+        log_probs[short] = np.asarray(result.log_probs)[: short.sum()]
         return rank_passages(rows, log_probs, student.table, beams, student.allowed)
 
 
@@ -267,8 +268,10 @@ class PlannedDecoder(StudentWithPlan[PlannedQueries]):
         passages, scores = (part[places] for part in queries.planned)
         if self.plan.ranked_by == "plan":
             return _Scored(passages, scores, None, None)
-        short = self.beside and (passages < 0).any()
-        beside = student._start(queries.tokens, places, shape) if short else None
+        short = places[(passages < 0).any(1)] if self.beside else places[:0]
+        few = partitioning.shared_rows(-(-shape[0] // 4), self.mesh)  # two shapes are compiled
+        size = few if len(short) <= few else shape[0]
+        beside = student._start(queries.tokens, short, (size, shape[1])) if len(short) else None
         rows = np.where(passages >= 0, student.rows[np.maximum(passages, 0)], -1)
         order = np.argsort(rows, axis=1, kind="stable")
         passages, scores, rows = (
@@ -283,6 +286,10 @@ class PlannedDecoder(StudentWithPlan[PlannedQueries]):
         tokens = partitioning.place_padded(queries.tokens[places], shape, self.mesh)
         placed = partitioning.place((identifiers, bonus), partitioning.batch_sharding(self.mesh))
         return _Scored(passages, scores, self._score(student.params, (tokens, *placed)), beside)
+
+
+# The kind of a student -> what it is with a plan by words. Those from elsewhere come to these.
+BY_WORDS: dict[type, Any] = {Decoder: PlannedDecoder}
 
 
 def with_identifiers(system: System, owner: str) -> Decoder:
@@ -337,12 +344,18 @@ class Planned(PlannedSystem, plans=Lexical):
 
     plan: Lexical
 
-    def open(self, opening: Opening) -> PlannedDecoder:
+    def open(self, opening: Opening) -> System:
         """See SystemSettings."""
         plans = opening.prepared / PLANS
         planner = self.plan.planner(opening.store, plans, keep=opening.keep)
-        student = with_identifiers(opening.system("distill"), "Planned")
-        return PlannedDecoder.of(student, self.plan, planner)
+        student = opening.system("distill")
+        kind = next((BY_WORDS[k] for k in type(student).__mro__ if k in BY_WORDS), None)
+        if kind is None:
+            raise ValueError(
+                f"Planned: got a {type(student).__name__}, expected a student that writes "
+                f"identifiers: {', '.join(known.__name__ for known in BY_WORDS)}"
+            )
+        return kind.of(student, self.plan, planner)
 
 
 def check(plan: Plan, search: Search, num_passages: int) -> None:
@@ -351,7 +364,7 @@ def check(plan: Plan, search: Search, num_passages: int) -> None:
     check_corpus(plan, num_passages)
 
 
-def _weight_of(plan: Plan) -> float:
+def weight_of(plan: Plan) -> float:
     """The weight of a plan that has one; otherwise raises ValueError."""
     if plan.weight is None:
         raise ValueError(

@@ -218,7 +218,7 @@ class Retriever:
         where it is, and nothing is compiled again.
 
         passages: their pids; or what says of a Passage whether it may be found, by its `pid`,
-          `title` and `text`, which is all that a MODEL_DIR keeps of a passage.
+          `title`, `text` and `metadata`.
         Raises ValueError for pids that are not in the corpus, and where no passage is left.
         """
         if isinstance(passages, str):

@@ -55,7 +55,12 @@ class Planner(Protocol):
 
 
 class Plan(Protocol):
-    """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are."""
+    """Settings of a plan, and of what is done with it: see `Lexical`, whose first four they are.
+
+    of_any_student: whether students with identifiers of several views may have it too.
+    """
+
+    of_any_student: ClassVar[bool]
 
     @property
     def planned(self) -> int | None: ...
@@ -119,10 +124,13 @@ class Lexical:
       None: 100, or all passages of a smaller corpus.
     ranked_by: what they are ranked by:
       'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
-        writes that the plan guides; the other ones come after these, in the order of the plan;
+        writes that the plan guides; the other ones come after these, in the order of the plan. Of
+        a student of several views, which is not guided: plan score + weight * the root of its
+        passage score (Scoring.exponent), of the passages of both;
       'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
       'plan': the plan score alone, without the student.
-    num_beams: identifiers that are written. With as many as are planned, all are.
+    num_beams: identifiers that are written, in each view where there are several. With as many as
+      are planned, all are.
     weight: of the log-probability. The default is a number that held-out training questions of two
       small collections agreed on (.2 to .3 on SQuAD, .1 to .2 on the embedded one, where .05 to .7
       differ by .015 RR@10); it is not fitted to others. None: an evaluation chooses the weight on
@@ -137,6 +145,7 @@ class Lexical:
     bm25: Bm25 = Bm25()
 
     searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight", "bm25")
+    of_any_student: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_plan(self)

@@ -20,6 +20,7 @@ from dgr_jax.retrieval import set_identifiers
 from dgr_jax.retrieval.plan_sizes import PlanSizes
 from dgr_jax.retrieval.simultaneous import PLANNED, check_plan, of_corpus
 from dgr_jax.retrieval.system import Opening
+from dgr_jax.settings import unless_default
 
 _LENGTH = 8  # tokens of an identifier of millions of passages
 _SUM = 4e-9  # seconds of one core to read a place of a table and add it
@@ -47,6 +48,7 @@ class StudentPlan:
     loss: Ranking | None = None
 
     searched: ClassVar[tuple[str, ...]] = ("planned", "ranked_by", "num_beams", "weight")
+    of_any_student: ClassVar[bool] = False
     kept_bytes: ClassVar[int] = 0  # of a member on disk
 
     def __post_init__(self) -> None:
@@ -99,6 +101,8 @@ class Learned(StudentPlan):
 
     set_size: pieces of a passage at most, see `set_identifiers`.
     query_tokens: tokens of the query that are read. None: as many as the encoder reads.
+    flops: of what keeps the weights of a query few while it is trained, see
+      `training.plan_losses.SetLoss`; .01 in PAG.
     weight: the default is what 144 held-out training questions of the embedded collection chose of
       .05 to 1.5.
     """
@@ -106,6 +110,7 @@ class Learned(StudentPlan):
     weight: float | None = 1.5
     set_size: int = 64
     query_tokens: int | None = None
+    flops: float = unless_default(0.0)
 
     kept_bytes = 2
 
@@ -114,12 +119,17 @@ class Learned(StudentPlan):
         """See StudentPlan."""
         return self.set_size
 
+    def once_trained(self) -> Self:
+        """See Plan."""
+        return replace(super().once_trained(), flops=0.0)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         ranges.check(
             self,
             set_size=ranges.at_least(1),
             query_tokens=ranges.optional(ranges.at_least(1)),
+            flops=ranges.at_least(0),
         )
 
     def table(

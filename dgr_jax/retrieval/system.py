@@ -122,7 +122,8 @@ class System(Protocol):
 
     def pad_to(self, sizes: Sequence[int]) -> None:
         """From now on, the number of queries that `passages` and `hits` get is padded to the least
-        of these sizes that is enough, so that few shapes are compiled; here nothing is padded."""
+        of these sizes that is enough, so that few shapes are compiled; where many queries are no
+        longer than half of what is read, these are padded to that. Here nothing is padded."""
         return None
 
     def by_pid(self, pid_of: PidOf) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import hmac
 import logging
 import time
@@ -25,12 +26,15 @@ from dgr_jax.serving.batches import Batcher, Closed, Full, Late
 from dgr_jax.serving.guard import BodyGuard, Measured
 from dgr_jax.serving.metrics import Metrics
 from dgr_jax.serving.requests import (
+    SEARCH_PARAMETERS,
     AddBody,
     Refused,
     RemoveBody,
     SearchBody,
-    problem,
+    describe_search,
+    refusal,
     results_json,
+    written,
 )
 from dgr_jax.serving.served import Filter, Model, OpenSystem
 from dgr_jax.serving.settings import Service
@@ -98,6 +102,9 @@ class Api:
             self.failure = f"{type(error).__name__}: {error}"
             logger.error("nothing is answered: %s", self.failure)
             return
+        # What is there by now stays: the garbage collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         logger.info("ready")
         while True:
             await asyncio.sleep(self.service.watch_s)
@@ -220,20 +227,28 @@ class Api:
 
 async def unless_gone(request: Request, answer: Awaitable[Any]) -> Any:
     """What is awaited; cancelled, and Refused, as soon as the client has gone."""
+    answering = asyncio.current_task()
+    gone = False
 
-    async def gone() -> None:
+    async def watch() -> None:
+        nonlocal gone
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        gone = True
+        assert answering is not None
+        answering.cancel()
 
-    tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(gone())]
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise Refused(_GONE, "the client has gone")
+        return await answer
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        assert answering is not None
+        answering.uncancel()
+        raise Refused(_GONE, "the client has gone") from None
     finally:
-        for task in tasks:
-            task.cancel()
+        watching.cancel()
 
 
 def application(api: Api) -> FastAPI:
@@ -250,28 +265,28 @@ def application(api: Api) -> FastAPI:
     _add_routes(app, api)
     _add_status(app, api)
     app.add_middleware(BodyGuard, service=api.service)
+    describe_search(app.openapi())
     app.add_middleware(Measured, metrics=api.metrics, known=frozenset(app.openapi()["paths"]))
     return app
 
 
 def _add_routes(app: FastAPI, api: Api) -> None:
-    @app.post("/search", responses=_ERRORS)
-    async def search(request: Request, body: SearchBody, explain: bool = False) -> Response:
+    @app.post("/search", responses=_ERRORS, openapi_extra=SEARCH_PARAMETERS)
+    async def search(request: Request) -> Response:
         """The best passages of one query, or of many."""
-        if explain:
-            body.explain = True
+        body = SearchBody.read(await request.body(), **request.query_params)
         start = time.perf_counter()
         answer = await unless_gone(request, api.search(body))
         if api.service.log_queries:
             asked = [result["query"] for result in answer["results"]]
             logger.info("%.0f ms: %r", 1000 * (time.perf_counter() - start), asked)
-        return JSONResponse(answer)
+        return Response(written(answer), media_type="application/json")
 
     @app.post("/passages", responses={401: {}, 403: {}, 501: {}})
     async def add(request: Request, body: AddBody) -> Response:
         """Adds passages, or replaces those of the same pid; needs the admin token."""
         api.admit(request)
-        passages = [Passage(p.pid, p.text, p.title) for p in body.passages]
+        passages = [Passage(p.pid, p.text, p.title, p.metadata) for p in body.passages]
         return JSONResponse(await api.change(body.model, "add", passages))
 
     @app.delete("/passages", responses={401: {}, 403: {}, 501: {}})
@@ -318,10 +333,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        errors = error.errors()
-        if any(e["type"] == "json_invalid" for e in errors):
-            return JSONResponse({"error": "the body is no JSON"}, 400)
-        return JSONResponse({"error": "; ".join(map(problem, errors[:5]))}, 422)
+        wrong = refusal(error.errors())
+        return JSONResponse({"error": wrong.message}, wrong.status)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -30,20 +31,21 @@ class Closed(Exception):
     """The service ends; nothing more is taken."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Waiting:
     key: Hashable
     answer: Answer
     item: Any
     answered: asyncio.Future
     since: float
+    taken: bool = False  # out of the queue, or nobody waits for it
 
 
 class Batcher:
     """A queue in one event loop, whose batches are answered one after another in one thread.
 
-    While a batch is answered, others gather. The first one to come to an idle thread waits
-    `patience` seconds for more, less where a batch is full before.
+    While a batch is answered, others gather. The first one to come to an idle thread waits for as
+    many as the last batch had, `patience` seconds at most: who asks alone is answered at once.
 
     most: items that are answered together. waiting: items that may wait.
     on_batch: is told the size of each batch.
@@ -60,7 +62,10 @@ class Batcher:
         self.most, self.patience, self.waiting = most, patience, waiting
         self._on_batch = on_batch
         self._queue: deque[_Waiting] = deque()
-        self._came = asyncio.Event()
+        self._waits = 0  # of the queue, those that somebody waits for
+        self._expected = 1  # items that are worth waiting for
+        self._came = asyncio.Event()  # there are any
+        self._enough = asyncio.Event()  # there are as many as expected
         self._idle = asyncio.Event()
         self._idle.set()
         self._closed = False
@@ -74,7 +79,7 @@ class Batcher:
 
     def __len__(self) -> int:
         """Items that wait."""
-        return sum(not waiting.answered.done() for waiting in self._queue)
+        return self._waits
 
     async def ask(
         self, key: Hashable, answer: Answer, items: Sequence[Any], seconds: float
@@ -86,14 +91,17 @@ class Batcher:
         """
         if self._closed:
             raise Closed
-        if len(self) + len(items) > self.waiting:
+        if self._waits + len(items) > self.waiting:
             batches = -(-self.waiting // self.most)
             raise Full(max(1, round(batches * self._seconds)))
         loop, now = asyncio.get_running_loop(), time.monotonic()
         asked = [_Waiting(key, answer, item, loop.create_future(), now) for item in items]
         self._queue.extend(asked)
+        self._waits += len(asked)
         self._idle.clear()
         self._came.set()
+        if self._waits >= self._expected:
+            self._enough.set()
         try:
             async with asyncio.timeout(seconds):
                 return list(await asyncio.gather(*(waiting.answered for waiting in asked)))
@@ -102,10 +110,16 @@ class Batcher:
         finally:
             for waiting in asked:
                 waiting.answered.cancel()
+                self._take(waiting)
+
+    def _take(self, waiting: _Waiting) -> None:
+        self._waits -= not waiting.taken
+        waiting.taken = True
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing more, and returns when all that waits is answered, or is late."""
         self._closed = True
+        self._enough.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
@@ -136,21 +150,26 @@ class Batcher:
                 self._idle.set()
 
     async def _gather(self) -> None:
-        """Waits until a batch is full, or its first item has waited long enough."""
-        while self._queue and len(self) < self.most:
+        """Waits until as many are there as the last batch had, or the first has waited enough."""
+        while self._queue and self._waits < self._expected and not self._closed:
             left = self._queue[0].since + self.patience - time.monotonic()
-            if left <= 0 or self._closed:
+            if left <= 0:
                 return
-            await asyncio.sleep(min(left, 0.001))
+            self._enough.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._enough.wait()
 
     def _next(self) -> list[_Waiting]:
         """The longest waiting item, and those that can be answered with it; they leave the queue,
         with those that nobody waits for."""
-        there = [waiting for waiting in self._queue if not waiting.answered.done()]
+        there = [waiting for waiting in self._queue if not waiting.taken]
         same = (waiting for waiting in there if waiting.key == there[0].key)
         batch = list(itertools.islice(same, self.most))
-        taken = set(map(id, batch))
-        self._queue = deque(waiting for waiting in there if id(waiting) not in taken)
+        for waiting in batch:
+            self._take(waiting)
+        self._queue = deque(waiting for waiting in there if not waiting.taken)
+        self._expected = len(batch)
         return batch
 
 

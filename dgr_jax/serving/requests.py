@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dgr_jax.corpora.types import Scalar
 from dgr_jax.retrieval.retriever import Hit, is_text
 from dgr_jax.serving.served import Filter
 from dgr_jax.serving.settings import Service
@@ -36,12 +38,26 @@ class FilterBody(_Body):
         None, description="those whose title contains this, in upper or lower case"
     )
 
+    metadata: dict[str, Any] | None = Field(
+        None, description="those with this value (no object), or one of a list, of each name"
+    )
+
     def wanted(self) -> Filter:
         """The filter. Raises Refused where nothing is given."""
-        if self.pids is None and not self.pid_prefix and not self.title:
-            raise Refused(422, "filter: got nothing, expected pids, pid_prefix or title")
+        if self.pids is None and not (self.pid_prefix or self.title or self.metadata):
+            raise Refused(422, "filter: got nothing, expected pids, pid_prefix, title or metadata")
         pids = None if self.pids is None else frozenset(self.pids)
-        return Filter(pids, self.pid_prefix or None, self.title or None)
+        asked = self.metadata or {}
+        values = {name: of if isinstance(of, list) else [of] for name, of in asked.items()}
+        for name, given in values.items():
+            if not given or not all(isinstance(value, Scalar) for value in given):
+                raise Refused(
+                    422,
+                    f"filter: metadata: got {asked[name]!r:.40} for {name!r:.40}, expected a "
+                    "string, a number, a truth value, or a list of these",
+                )
+        metadata = tuple((name, tuple(values[name])) for name in sorted(values))
+        return Filter(pids, self.pid_prefix or None, self.title or None, metadata)
 
 
 class SearchBody(_Body):
@@ -58,6 +74,20 @@ class SearchBody(_Body):
     explain: bool = Field(False, description="also what the search of one query has looked at")
     explain_pid: str | None = Field(None, description="a passage to follow through that search")
     seconds: float | None = Field(None, description="give up after so long")
+
+    @classmethod
+    def read(cls, body: bytes, explain: str = "false", **others: str) -> Self:
+        """A body, and what the address says beside it. Raises Refused."""
+        if others:
+            raise Refused(422, f"{min(others):.40}: no such parameter, expected explain")
+        if explain not in ("true", "false"):
+            raise Refused(422, f"explain: got {explain!r:.40}, expected true or false")
+        try:
+            asked = cls.model_validate_json(body)
+        except ValidationError as error:
+            raise refusal(error.errors(include_url=False)) from None
+        asked.explain = asked.explain or explain == "true"
+        return asked
 
     def texts(self, service: Service) -> list[str]:
         """The queries. Raises Refused for none, too many, and one that is blank or too long."""
@@ -106,6 +136,7 @@ class PassageBody(_Body):
     pid: str
     title: str = ""
     text: str
+    metadata: dict[str, Scalar] = {}
 
 
 class AddBody(_Body):
@@ -120,6 +151,40 @@ class RemoveBody(_Body):
 
     pids: list[str]
     model: str | None = None
+
+
+# The body of a search is read by `SearchBody.read`: to have it read by FastAPI takes as long as to
+# answer. What it would say of it in its description, these say.
+SEARCH_PARAMETERS: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": "explain",
+            "in": "query",
+            "schema": {"type": "boolean", "default": False},
+            "description": "as in the body",
+        }
+    ]
+}
+
+
+def describe_search(described: dict[str, Any]) -> None:
+    """Adds the body of a search to an OpenAPI description."""
+    schema = SearchBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = described["components"]["schemas"]
+    schemas |= schema.pop("$defs") | {"SearchBody": schema}
+    reference = {"$ref": "#/components/schemas/SearchBody"}
+    described["paths"]["/search"]["post"]["requestBody"] = {
+        "content": {"application/json": {"schema": reference}},
+        "required": True,
+    }
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """What is said of a body that is no JSON, or in which pydantic found something wrong."""
+    for error in errors:
+        if error["type"] == "json_invalid":
+            return Refused(400, f"the body is no JSON: {error['ctx']['error']}")
+    return Refused(422, "; ".join(map(problem, errors[:5])))
 
 
 def problem(error: Mapping[str, Any]) -> str:
@@ -144,6 +209,14 @@ def hit_json(hit: Hit) -> dict[str, Any]:
         "identifier": hit.identifier,
         "parts": {name: number(value) for name, value in hit.parts.items()},
     }
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def written(answer: Mapping[str, Any]) -> bytes:
+    """An answer as JSON."""
+    return _encode(answer).encode()
 
 
 def number(value: float | None) -> float | None:

@@ -13,24 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dgr_jax.corpora.types import Passage, Scalar
 from dgr_jax.model_dir import records
 from dgr_jax.retrieval import kinds
 from dgr_jax.retrieval.retriever import Hit, Retriever
 
 logger = logging.getLogger(__name__)
 
-_NO_WORDS = ""  # planned search of a query without known words asks the student too
+# Planned search of a query without known words asks the student too; a long one and a short one.
+_NO_WORDS = ("zq" * 200, "")
 _FILTERS = 16  # filters whose retrievers are kept, for each system
 
 
 @dataclass(frozen=True)
 class Filter:
     """Which passages may be found: those of `pids`, whose pid begins with `pid_prefix`, whose title
-    contains `title` (upper and lower case are the same); None: any."""
+    contains `title` (upper and lower case are the same); None: any. metadata: (name, values): those
+    with one of these values."""
 
     pids: frozenset[str] | None = None
     pid_prefix: str | None = None
     title: str | None = None
+    metadata: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
 
     def admits(self, pid: str) -> bool:
         """Whether a passage of this pid may be found, its title aside."""
@@ -38,17 +42,31 @@ class Filter:
 
     def of(self, retriever: Retriever) -> Retriever:
         """The retriever of these passages. Raises ValueError for pids that are not in the corpus,
-        and where no passage is left."""
+        metadata that no passage has, and where no passage is left."""
         if self.pids is not None:
             retriever = retriever.restrict(sorted(self.pids))
-        if self.title is not None:
-            title = self.title.casefold()
-            return retriever.restrict(
-                lambda passage: self.admits(passage.pid) and title in passage.title.casefold()
-            )
+        if self.title is not None or self.metadata:
+            return self._by_contents(retriever)
         if self.pid_prefix is not None:
             return retriever.restrict([pid for pid in retriever.store.pids if self.admits(pid)])
         return retriever
+
+    def _by_contents(self, retriever: Retriever) -> Retriever:
+        title, names = (self.title or "").casefold(), set()
+
+        def admits(passage: Passage) -> bool:
+            names.update(passage.metadata)
+            same = (passage.metadata.get(name) in values for name, values in self.metadata)
+            return self.admits(passage.pid) and title in passage.title.casefold() and all(same)
+
+        try:
+            return retriever.restrict(admits)
+        except ValueError:
+            for name, _ in self.metadata:
+                if name not in names:
+                    known = ", ".join(map(repr, sorted(names))) or "nothing: passages have none"
+                    raise ValueError(f"metadata: got {name!r:.80}, expected {known}") from None
+            raise
 
 
 @dataclass
@@ -124,7 +142,7 @@ class Served:
         """Has every shape compiled that a query can need, as long as it goes on."""
         for opened in self.systems.values():
             retriever = opened.retriever
-            for query in (retriever.store[0].contents[:200], _NO_WORDS):
+            for query in (retriever.store[0].contents[:200], *_NO_WORDS):
                 for size in sizes:
                     if goes_on():
                         retriever.search([query] * size, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from dgr_jax import interrupts
 from dgr_jax.serving.served import Model
@@ -34,10 +36,11 @@ def serve(
     Raises ValueError and OSError, before anything is listened on, for what cannot be served.
     """
     places, token = named(model_dirs), _token()
-    _require("serving", "serve", "fastapi", "prometheus_client", "uvicorn")
+    _require("serving", "serve", "fastapi", "httptools", "prometheus_client", "uvicorn")
     import uvicorn
 
     from dgr_jax.serving.app import Api, application
+    from dgr_jax.serving.connection import Connection
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -58,6 +61,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            http=cast(Any, functools.partial(Connection, seconds=service.body_s)),
             loop="asyncio",  # another one would take the signals for itself
             timeout_keep_alive=_KEPT,
             timeout_graceful_shutdown=max(1, round(service.drain_s)),

@@ -18,13 +18,17 @@ class Service:
     """Each is a flag of `python -m dgr_jax.serve` of the same name."""
 
     batch_size: int = _setting(32, "queries that are decoded together, at most")
-    patience_ms: float = _setting(2.0, "milliseconds that a query waits for others to come")
+    patience_ms: float = _setting(
+        2.0, "milliseconds that a query waits for as many as came before, at most"
+    )
     waiting: int = _setting(
         512, "queries that may wait; a request beyond them is told to try later"
     )
     deadline_s: float = _setting(10.0, "seconds within which a request is answered, or given up")
     body_bytes: int = _setting(1 << 20, "bytes of a request's body, at most")
-    body_s: float = _setting(10.0, "seconds within which a body must arrive")
+    body_s: float = _setting(
+        10.0, "seconds within which the headers of a request must arrive, and its body"
+    )
     query_length: int = _setting(1000, "characters of a query, at most")
     most_queries: int = _setting(64, "queries of a request, at most")
     most_k: int = _setting(100, "passages of a query, at most")

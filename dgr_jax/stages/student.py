@@ -29,6 +29,7 @@ from dgr_jax.training.source import MixtureSource, Source
 
 logger = logging.getLogger(__name__)
 
+PRETRAIN = "pretrain"  # the stage before, where there is one
 _OWN, _ENOUGH = "passages_with_codes_of_their_own", 0.9
 
 
@@ -36,17 +37,23 @@ def generate(experiment: Experiment, folder: Path) -> None:
     """Learn to generate identifiers."""
     if isinstance(experiment.plan, OnePass):
         _say_of_own_codes(Path(experiment.model_dir) / PREPARE / "report.json")
-    initial = None
-    if experiment.initial is not None:
-        vocabulary = Prepared.load(experiment.model_dir).vocabulary
-        config = experiment.sized(vocabulary.size)
-        if start.STAGE.name in experiment.stages:
-            seed = experiment.generate.seed
-            initial = start.parameters(experiment, Transformer(config), seed)
-        else:
-            initial = initial_params(experiment, config, vocabulary)
+    prepared = Prepared.load(experiment.model_dir)
+    if PRETRAIN in experiment.stages:
+        initial = params(experiment, PRETRAIN, prepared)
+    else:
+        initial = beginning(experiment, prepared, experiment.generate.seed)
     source = mixture(experiment, experiment.generate)
     train_student(experiment, folder, experiment.generate, source, initial)
+
+
+def beginning(experiment: Experiment, prepared: Prepared, seed: int) -> Any:
+    """Parameters before any training; None: random by the seed of what trains them."""
+    if experiment.initial is None:
+        return None
+    config = experiment.sized(prepared.vocabulary.size)
+    if start.STAGE.name in experiment.stages:
+        return start.parameters(experiment, Transformer(config), seed)
+    return initial_params(experiment, config, prepared.vocabulary)
 
 
 def _say_of_own_codes(report: Path) -> None:
@@ -153,11 +160,16 @@ def train_student(
         write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)
 
 
+def _before(experiment: Any) -> tuple[str, ...]:
+    pretrained = (PRETRAIN,) if PRETRAIN in experiment.stages else ()
+    return (*start.after_start(PREPARE)(experiment), *pretrained)
+
+
 GENERATE = Stage(
     "generate",
     generate,
     settings=validated(fields("model", "generate", "initial"), "generate"),
-    upstream=start.after_start(PREPARE),
+    upstream=_before,
     check=lambda e: check_batches(e, "generate", e.generate, "batch_size"),
     batches=lambda e: mixture(e, e.generate),
 )

@@ -25,6 +25,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.losses import contrastive
 from dgr_jax.models import activations, query_tables
 from dgr_jax.models.t5 import Reading
+from dgr_jax.settings import unless_default
 from dgr_jax.training.source import Source
 
 Batch = Mapping[str, Any]
@@ -63,14 +64,19 @@ class SetLoss:
 
     An example's loss is the cross entropy of its passage among those of its batch, or microbatch.
     Passages with one set are no negatives of each other.
+
+    flops: of the sum over the vocabulary of (mean of w_q[v] over the queries)^2, which is added, so
+      that a query gives weight to few tokens (Formal et al. 2021).
     """
 
     members: int
     weight: float = 1.0
     loss: Ranking | None = None
+    flops: float = unless_default(0.0)
 
     def __post_init__(self) -> None:
-        ranges.check(self, members=ranges.at_least(1), weight=ranges.at_least(0))
+        at_least_0 = dict.fromkeys(("weight", "flops"), ranges.at_least(0))
+        ranges.check(self, members=ranges.at_least(1), **at_least_0)
 
     def table(
         self, apply: Any, encoded: jax.Array, tokens: jax.Array, shape: Shape, **dropout: Any
@@ -89,7 +95,8 @@ class SetLoss:
         same = (members[:, None] == members[None]).all(-1)
         own = jnp.eye(len(members), dtype=bool)
         mask = there & there[:, None] & (own | ~same)
-        return contrastive.single_lh(scores, own & mask, mask)
+        losses = contrastive.single_lh(scores, own & mask, mask)
+        return losses + self.flops * jnp.sum(table.mean(0) ** 2) if self.flops else losses
 
     def of_lists(self, table: jax.Array, lists: Batch) -> jax.Array:
         """See PlanLoss."""

@@ -48,7 +48,7 @@ def _arrays(given: str | Path | Mapping[str, np.ndarray]) -> Features:
     return _checked(read_arrays(given), str(given))
 
 
-def _local(batch_size: int, process_index: int, process_count: int) -> slice:
+def local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
     if batch_size % process_count:
         raise ValueError(
             f"batch_size: got {batch_size}, expected a multiple of {process_count}, the number of "
@@ -58,7 +58,7 @@ def _local(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _positive(batch_size: int) -> int:
+def positive(batch_size: int) -> int:
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected 1 or more")
     return batch_size
@@ -104,13 +104,13 @@ class ArraySource:
         """
         self.features = _arrays(arrays)
         self.count = len(next(iter(self.features.values())))
-        self.batch_size = _positive(batch_size)
+        self.batch_size = positive(batch_size)
         self._order = _Shuffled(self.count, seed)
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `Source`."""
         start = step * self.batch_size
-        local = _local(self.batch_size, process_index, process_count)
+        local = local_rows(self.batch_size, process_index, process_count)
         rows = self._order.rows(start + local.start, start + local.stop)
         return {name: values[rows] for name, values in self.features.items()}
 
@@ -145,7 +145,7 @@ class MixtureSource:
         """Args:
         tasks: name -> (folder or features, rate); rates are relative, all above 0.
         """
-        self.batch_size = _positive(batch_size)
+        self.batch_size = positive(batch_size)
         self.names = sorted(tasks)
         self._seed = seed
         self._features = [_arrays(tasks[name][0]) for name in self.names]
@@ -193,7 +193,7 @@ class MixtureSource:
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `Source`."""
-        local = _local(self.batch_size, process_index, process_count)
+        local = local_rows(self.batch_size, process_index, process_count)
         before, here = self.counts(step), self._of_steps(step, step + 1)[0]
         task = np.repeat(np.arange(len(self.names)), here)
         ranges = zip(self._orders, before, before + here, strict=True)
