@@ -31,6 +31,7 @@ UNITS = {
     "contrastive_loss": "nats a query",
     "teacher_loss": "score units",
 }
+_MANY = 5  # lines, from which on their names stand beside the plot
 VALIDATION = "validation_"  # begins the name of what is measured on held-out questions
 
 
@@ -152,17 +153,25 @@ def measures_over(
     for panel, measure in enumerate(measures, start=1):
         axes = figure.add_subplot(1, len(measures), panel)
         looks = zip(_cycle(COLOURS, len(series)), _cycle(MARKERS, len(series)), strict=True)
-        for (name, points), (colour, marker) in zip(series.items(), looks, strict=True):
+        for place, (name, points) in enumerate(series.items()):
+            (colour, marker), again = next(looks), place >= len(COLOURS)
             points = sorted(points, key=lambda point: point[0])
             at = [value for value, _ in points]
             means, lows, highs = zip(*(intervals[measure] for _, intervals in points), strict=True)
             axes.fill_between(at, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(at, means, color=colour, marker=marker, linewidth=1.8, label=plot_label(name))
+            axes.plot(
+                at, means, color=colour, marker=marker, linewidth=1.8, label=plot_label(name),
+                linestyle="--" if again else "-",
+            )  # fmt: skip
         axes.set_title(plot_label(measure), loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel(plot_label(axis))
         if 0 < 8 * values[0] <= values[-1]:
             _log_scale(axes, values)
-    if len(series) > 1:
+    if len(series) > _MANY:
+        lines, names = axes.get_legend_handles_labels()
+        figure.set_figwidth(figure.get_figwidth() + 2.4)
+        figure.legend(lines, names, frameon=False, fontsize=9, loc="outside right upper")
+    elif len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
     return _save(figure, path)
 
