@@ -8,7 +8,7 @@ returns ranked passages:
 - hf             transformers' generate with a trie of Python dicts (left out where it is not there)
 - plain          beam search among all identifiers
 - plain, int8    the same with Search.kernels='int8'
-- planned        by the plan of the experiment, with its beams; and with int8 kernels
+- planned        by the plan of the experiment, with its beams or --planned_beams; also with int8
 - one pass       the identifiers of --planned planned passages scored at once; and with int8 kernels
 
 Processor seconds are those of all threads of this process: of a system that others keep from its
@@ -62,7 +62,8 @@ def systems_of(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
     settings = {"num_beams": arguments.beams, "depth": 10, "batch_size": arguments.batch}
     retriever = Retriever.load(arguments.model_dir, system="distill", **settings)
     student, vocabulary = retriever.decoder, retriever.vocabulary
-    planned = Retriever.load(arguments.model_dir, system="planned").decoder
+    beams = {"num_beams": arguments.planned_beams} if arguments.planned_beams else {}
+    planned = Retriever.load(arguments.model_dir, system="planned", **beams).decoder
     asked: dict[str, Any] = {}
     if all(map(importlib.util.find_spec, ("torch", "transformers"))):
         asked["hf"] = hugging_face(student, vocabulary, arguments)
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--min_relevance", type=int, default=1)
     parser.add_argument("--beams", type=int, default=10)
     parser.add_argument("--planned", type=int, default=10, help="passages that one pass scores")
+    parser.add_argument("--planned_beams", type=int, help="instead of those of the experiment")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=pathlib.Path)
