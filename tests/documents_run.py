@@ -22,8 +22,7 @@ import urllib.request
 from pathlib import Path
 
 SECONDS = 300  # until a service is ready
-# What TFDS keeps of a folder in a process is that of the first experiment there. Without it the
-# same token arrays are made, faster.
+# Without these the same token arrays are made, faster.
 LEFT_OUT = ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text")
 
 

@@ -1,5 +1,6 @@
 """Vocabulary, examples, SeqIO tasks and feature converters."""
 
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -311,6 +312,25 @@ def test_dense_tasks(tmp_path, vocabulary, passages):
     made = arrays("tiny_dense_corpus", {"inputs": 9}, PassageConverter())
     read = vocabulary.encode_inputs([passage.contents for passage in PASSAGES], 9)
     np.testing.assert_array_equal(made["passage_tokens"], read)
+
+
+@with_seqio
+def test_a_folder_that_was_written_again(tmp_path, vocabulary, passages):
+    """Another experiment in the same folder and process: other splits, other numbers."""
+    from dgr_jax.data import prepared, tasks
+    from dgr_jax.data.feature_converters import PositivesConverter
+
+    lengths = {"inputs": 12, "positives": 1, "grades": 1, "query": 1}
+    texts = lambda: iter(())
+    for source, count in (("passages", 1), ("sentences", 2), ("passages", 3)):
+        shutil.rmtree(tmp_path / "tfds", ignore_errors=True)
+        (tmp_path / "tfds").mkdir()
+        streams = {source: examples.of_positives([("of owls", n, "") for n in range(count)])}
+        prepared.write(tmp_path / "tfds", "positives", streams, prepared.positives())
+        collection = tasks.PreparedPositives(tmp_path / "tfds", vocabulary, (source,), texts)
+        tasks.register("tiny", collection)
+        made = arrays(f"tiny_dense_{source}", lengths, PositivesConverter())
+        assert sorted(made["positives"].tolist()) == [[n] for n in range(count)]
 
 
 def test_converters_refuse_wrong_lengths(registered):

@@ -279,10 +279,10 @@ def test_scoring_compiles_once_for_queries_of_all_sizes():
     index = build(passages, {})
     spans = sorted({tuple(p[a : a + n]) for p in passages for n in (1, 2) for a in range(7)})
     queries = [[(-1.0, span, "body") for span in spans[:n]] for n in (1, 4, 8)]
-    index.rank(written(index, queries[:1]))
+    index.rank(written(index, queries[2:]))
     before = multiview._score._cache_size()
     index.rank(written(index, queries))
-    assert multiview._score._cache_size() == before
+    assert multiview._score._cache_size() == before > 0
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class PreparedPositives:
 
 def register(name: str, collection: PreparedExamples | PreparedPositives) -> None:
     """Adds (or replaces) the tasks and the mixture of the collection `name`."""
+    _forget(collection.tfds_dir)
     if isinstance(collection, PreparedPositives):
         _register_dense(name, collection)
         return
@@ -94,6 +95,14 @@ def register(name: str, collection: PreparedExamples | PreparedPositives) -> Non
     )
     if collection.rank_lists is not None:
         _register_rank_lists(name, collection, text, identifier)
+
+
+def _forget(tfds_dir: Path) -> None:
+    """SeqIO keeps what it has read of a folder as long as the process lives; by now another
+    experiment may have written it."""
+    kept = getattr(seqio.LazyTfdsLoader, "_MEMOIZED_BUILDERS", {})
+    for key in [key for key in kept if key[-1] == str(tfds_dir)]:
+        del kept[key]
 
 
 def _register_dense(name: str, collection: PreparedPositives) -> None:
