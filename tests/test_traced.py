@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dgr_jax import partitioning, traced
-from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.retrieval.search_programs import BeamResult
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -82,9 +81,6 @@ class BeamResult(NamedTuple):
     rows: jax.Array
     prefixes: Prefixes | None = None
     bonus: jax.Array | None = None
-
-
-jax.export.register_namedtuple_serialization(BeamResult, serialized_name="dgr_jax.BeamResult")
 
 
 class _Beams(NamedTuple):

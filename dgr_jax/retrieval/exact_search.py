@@ -67,13 +67,9 @@ class ExactSearch:
     max_device_bytes: int = without_effect(8 << 30)
 
     def __post_init__(self) -> None:
-        if self.storage not in BYTES:
-            raise ValueError(
-                f"ExactSearch.storage: got {self.storage!r}, expected one of "
-                f"{', '.join(map(repr, BYTES))}"
-            )
         counts = ("batch_size", "chunk", "max_scores", "max_device_bytes")
-        ranges.check(self, **dict.fromkeys(counts, ranges.at_least(1)))
+        count = dict.fromkeys(counts, ranges.at_least(1))
+        ranges.check(self, storage=ranges.one_of(*BYTES), **count)
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a stored vector, with its scale."""

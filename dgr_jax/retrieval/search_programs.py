@@ -9,10 +9,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.export
 
 from dgr_jax import partitioning, traced
 from dgr_jax.decoding.beam_search import BeamResult, beam_search, score_by_token
 from dgr_jax.models.t5 import Reading, T5Config, Transformer
+
+# So that programs with this result can be kept.
+jax.export.register_namedtuple_serialization(BeamResult, serialized_name="dgr_jax.BeamResult")
 
 
 @functools.lru_cache(maxsize=8)
