@@ -16,6 +16,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,8 @@ _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_p
 @functools.cache
 def _package() -> str:
     """The sources of this package, and the versions of the libraries that trace it."""
-    import flax
-    import jax
-    import jaxlib
-
     here = Path(__file__).parent
-    libraries = [library.__version__ for library in (jax, jaxlib, flax)]
+    libraries = [metadata.version(name) for name in ("jax", "jaxlib", "flax")]
     mark = hashlib.sha256(repr(libraries).encode())
     for path in sorted(here.rglob("*.py")):
         mark.update(str(path.relative_to(here)).encode())

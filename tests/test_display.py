@@ -97,7 +97,7 @@ def test_notebook_tables():
 
 def test_study_tables(tmp_path):
     row = {"axis": "a|b\x1b[31m", "system": "x\ny", "RR@10": 0.5}
-    report._write_table(tmp_path, "table", [row])
+    report.write_table(tmp_path, "table", [row])
     assert markdown([row]) == (
         "| axis | system | RR@10 |\n| --- | --- | --- |\n| a\\|b\\\\x1b[31m | x y | 0.5 |\n"
     )

@@ -36,7 +36,10 @@ NOT_RUN = {
     r"--topology=v5": "needs libtpu (extra tpu), where it is not there: tests/test_planning.py",
     r"scaling_tables\.py": "ranks meshes of 15 programs, for minutes",
     r"benchmarks\.(index|constraint) ": "needs the code of another project",
-    r"benchmarks\.(train_step|exact_search|substring) ": "needs packages to be compared with",
+    r"benchmarks\.(train_step|exact_search|substring|decode|whole_query) ": (
+        "needs packages to be compared with"
+    ),
+    r"benchmarks\.(query_parts|multiview) ": "has a T5 small, and an index of many passages",
     r"benchmarks\.(growth|quickstart) ": "trains the quickstart, or all stages of many passages",
     r"benchmarks\.prepare ": "counts the memory of processes, each of which starts anew",
 }
