@@ -63,6 +63,7 @@ setup(
         "test": [
             "fastapi>=0.115",
             "filelock>=3.12",
+            "httptools>=0.6",
             "httpx>=0.27",
             "hypothesis>=6.100",
             "ipykernel>=6.29",
