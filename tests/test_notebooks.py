@@ -62,7 +62,7 @@ def executed(name, folder, **environment):
             notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
         ).execute()
     return {
-        cell.id: "\n".join(
+        cell.id: "".join(
             output.get("text", "") or str(dict(output.get("data", {}))) for output in cell.outputs
             if output.get("name") != "stderr"
         )
