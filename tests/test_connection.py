@@ -35,6 +35,10 @@ def told(*parts, pause=0.0, seconds=0.1):
         for part in parts:
             writer.write(part)
             await asyncio.sleep(pause)
+            for _ in range(8):  # what was answered meanwhile arrives: who goes on to write is reset
+                await asyncio.sleep(0)
+            if answer.done():
+                break
         try:
             return await asyncio.wait_for(answer, 5)
         finally:
