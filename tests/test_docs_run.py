@@ -255,7 +255,7 @@ def done(around, together):
     with (around / "log.txt").open("w") as log:
         subprocess.run(
             [sys.executable, "-m", "tests.documents_run", "calls.json", "results.jsonl"],
-            cwd=around, env=os.environ | settings, stdout=log, stderr=log, check=True, timeout=900,
+            cwd=around, env=os.environ | settings, stdout=log, stderr=log, check=True, timeout=2400,
         )  # fmt: skip
     results = [json.loads(line) for line in (around / "results.jsonl").read_text().splitlines()]
     by_page = {}
