@@ -6,7 +6,8 @@ The passages are drawn as in `benchmarks.prepare`, a training and a test questio
 of them. The student is that of laptop.gin with 3 codes of 256. Every stage runs as a command of
 its own, over what those before it left, so that its seconds (of the processor, of all threads; in
 brackets the clock's), its largest resident set and what it adds on disk are its own. Each command
-starts Python and imports: the row `commands`, measured by a stage that is finished already.
+starts Python and imports: the row `commands`, measured by a stage that is finished already. What
+one size has compiled, the next reads, as always.
 
 Questions and examples are in proportion to the passages. Steps are not: `--steps` of generation
 and a fifth of distillation run at each size, and the lines below the table say what one pass over
