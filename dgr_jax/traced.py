@@ -113,10 +113,10 @@ class _Kept:
 
     def __call__(self, *arguments: Any) -> Any:
         import jax
-        import jax.numpy as jnp
 
         leaves, tree = jax.tree.flatten(arguments)
-        shapes = tuple((getattr(leaf, "shape", ()), str(jnp.result_type(leaf))) for leaf in leaves)
+        # At every call, of every parameter: nothing here that takes longer than to look it up.
+        shapes = tuple([getattr(leaf, "aval", type(leaf)) for leaf in leaves])
         if (tree, shapes) not in self._ready:
             self._ready[tree, shapes] = self._opened(leaves, tree, shapes)
         return self._ready[tree, shapes](*leaves)

@@ -43,24 +43,30 @@ BEES = Passage("dance-1", "Why do bees dance? A dance tells other bees where flo
 QUESTION = "Why do bees dance?"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A MODEL_DIR whose prepare stage has kept its model, evaluated with BM25 and a plan."""
-    folder = tmp_path_factory.mktemp("living")
+def kept_model(folder: Path) -> tuple[Path, PassageStore]:
+    """(MODEL_DIR, its passages) of a trained student, with the model that later passages need."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     prepared = folder / "model" / "prepare"
     passages, vocabulary = PassageStore(prepared / "passages"), Vocabulary.load(prepared)
     material = Material(passages, vocabulary.encode, vocabulary.first_code_id, keep=prepared / KEPT)
     SCHEME.tables(material)
+    return folder / "model", passages
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A MODEL_DIR whose prepare stage has kept its model, evaluated with BM25 and a plan."""
+    model_dir, passages = kept_model(tmp_path_factory.mktemp("living"))
+    prepared = model_dir / "prepare"
     plan = Lexical(planned=10, num_beams=5)
     KeptPostings.save(
         plan.bm25.fit(passages).kept(), place(prepared / PLANS, plan.bm25), plan.bm25,
         passages.pids,
     )  # fmt: skip
     systems = [Planned("planned", plan), Bm25Baseline("bm25", plan.bm25)]
-    kinds.write_untrained(folder / "model", systems, depth=8)
-    return folder / "model"
+    kinds.write_untrained(model_dir, systems, depth=8)
+    return model_dir
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,10 @@ import pytest
 from dgr_jax import update as command
 from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
-from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
-from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.experiments.common import Training
 from dgr_jax.experiments.refresh import Refresh
 from dgr_jax.identifiers.atomic import Atomic
-from dgr_jax.identifiers.kept_models import KEPT
-from dgr_jax.identifiers.scheme import Material
 from dgr_jax.losses import levels
 from dgr_jax.model_dir import records
 from dgr_jax.models.t5 import T5Config, Transformer
@@ -38,7 +33,7 @@ from dgr_jax.training.arrays import read_arrays
 from dgr_jax.training.objectives import Generation
 from dgr_jax.training.optimizers import Adafactor
 from dgr_jax.training.refreshing import OLD, LevelGeneration
-from tests.test_living import ARCHIVE, BEES, SCHEME, ZEBRA
+from tests.test_living import BEES, ZEBRA, kept_model
 
 STEPS = ("--gin.REFRESH_STEPS=2", "--gin.BATCH_SIZE=8")
 
@@ -46,15 +41,9 @@ STEPS = ("--gin.REFRESH_STEPS=2", "--gin.BATCH_SIZE=8")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A MODEL_DIR with passages that were added: version 1 of its index."""
-    folder = tmp_path_factory.mktemp("refreshed")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    prepared = folder / "model" / "prepare"
-    passages, vocabulary = PassageStore(prepared / "passages"), Vocabulary.load(prepared)
-    material = Material(passages, vocabulary.encode, vocabulary.first_code_id, keep=prepared / KEPT)
-    SCHEME.tables(material)
-    update.update(update.versions(folder / "model"), [ZEBRA, BEES], [passages.pids[0]])
-    return folder / "model"
+    model_dir, passages = kept_model(tmp_path_factory.mktemp("refreshed"))
+    update.update(update.versions(model_dir), [ZEBRA, BEES], [passages.pids[0]])
+    return model_dir
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ span alone, which would always be its end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.special_tokens import EOS_ID
+
+_BLOCK = 10_000  # texts that are encoded together
 
 
 class Sizes(NamedTuple):
@@ -108,6 +111,14 @@ class SpanCorruption:
         return whole(inputs), whole(targets)
 
 
+def _encoded(texts: Iterable[str], vocabulary: Vocabulary) -> Iterator[np.ndarray]:
+    """The tokens of each text, some texts at a time: lists of them take ten times the memory."""
+    unread = iter(texts)
+    while block := list(islice(unread, _BLOCK)):
+        for tokens in vocabulary.encode_all(block):
+            yield np.array(tokens, np.uint16 if vocabulary.text_size <= 1 << 16 else np.int32)
+
+
 def _parts(total: int, count: int, random: np.random.Generator) -> np.ndarray:
     """int [count], 1 or more each, whose sum is `total`, all such equally likely."""
     cuts = 1 + np.sort(random.choice(total - 1, count - 1, replace=False))
@@ -131,8 +142,7 @@ class CorruptedTexts:
     ) -> None:
         """Raises ValueError where no text has two tokens."""
         settings.check_ids(vocabulary.text_size - vocabulary.pieces)
-        tokens = [np.array(t, np.int32) for t in vocabulary.encode_all([*texts])]
-        self._texts = [text for text in tokens if len(text) > 1]
+        self._texts = [text for text in _encoded(texts, vocabulary) if len(text) > 1]
         if not self._texts:
             raise ValueError("span corruption: got no text of two tokens or more, expected one")
         self._settings, self._sentinel = settings, vocabulary.text_size - 1
