@@ -80,7 +80,7 @@ def test_the_newest_and_the_oldest(run):
     ]
     installs = [call for call in calls if "-e" in call]
     assert installs == [
-        "venv-newest/bin/python pip install --quiet -e .[test,docs,release]",
+        "venv-newest/bin/python pip install --quiet -e .[test,docs,release,grain]",
         f"venv-toolkits/bin/python {WITH_TOOLKITS}",
         "venv-oldest/bin/python pip install --quiet -e .[test] --constraint .ci/oldest.txt",
     ]
@@ -136,7 +136,7 @@ def test_toolkits_that_cannot_be_installed_are_not_tested_and_nothing_fails(run)
 
 
 def test_a_project_that_cannot_be_installed_ends_it(run):
-    newest = "pip install --quiet -e .[test,docs,release]"
+    newest = "pip install --quiet -e .[test,docs,release,grain]"
     done, calls = run({"python3.13": "13 0"}, fail=[newest])
     assert done.returncode == 1
     assert calls[-1] == f"venv-newest/bin/python {newest}"

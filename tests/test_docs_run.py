@@ -1,6 +1,7 @@
 """What README and the documents show runs, in its order, at the smallest size."""
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -231,6 +232,7 @@ ORDER = sorted(PAGES, key=lambda path: ((*FIRST, path.name).index(path.name), pa
 # What DIR holds when a page begins, where it is not an experiment with docids.
 GIVEN = {"RESULTS.md": "views", "python.md": "nothing", "README.md": "nothing"}
 NEEDED = [path for path in ORDER if what_stands_on(path)[0]]
+GRAIN = "need the extra 'dgr_jax[grain]'"
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +270,13 @@ def done(around, together):
 @pytest.mark.parametrize("page", NEEDED, ids=lambda page: page.name)
 def test_what_stands_on_a_page_runs(page, done):
     failed = [f"{text}\n{result['error']}" for text, result in done[page] if result["error"]]
-    assert not failed, "\n\n".join(failed)
+    missing = [error for error in failed if GRAIN in error and not importlib.util.find_spec("grain")]
+    assert failed == missing, "\n\n".join(failed)
     for text, result in done[page]:
         if "for hit in" in text:
             assert len(result["said"].splitlines()) == 5
+    if missing:
+        pytest.skip("the rest of the page runs; batches of Grain need the package grain")
 
 
 def test_everything_is_run_or_there_is_a_reason():
