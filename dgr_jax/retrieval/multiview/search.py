@@ -280,6 +280,11 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
 
     def _start(self, view: str, tokens: np.ndarray, size: int) -> BeamResult:
         """tokens int32 [n <= size, Q]."""
+        placed = self._placed(view, tokens, size)
+        return self._decode[view](self.params, self._constraints[view], placed)
+
+    def _placed(self, view: str, tokens: np.ndarray, size: int) -> jax.Array:
+        """int32 [size, Q], with the marker of the view before each query."""
         longest = int((tokens > 0).sum(1).max())
         if longest > self.query_length:
             raise ValueError(
@@ -290,17 +295,16 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         padded[:, :2] = self.markers[view], EOS_ID  # for the rows that no query fills
         width = min(tokens.shape[1], self.query_length)
         padded[: len(tokens), 1 : width + 1] = tokens[:, :width]
-        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
-        return self._decode[view](self.params, self._constraints[view], placed)
+        return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
     def _written(self, count: int, results: Mapping[str, BeamResult]) -> list[Written]:
         """The identifiers that `count` queries wrote in each view, on the host."""
-        written = []
-        for view, result in jax.device_get(dict(results)).items():
-            result = jax.tree.map(lambda leaf: leaf[:count], result)
-            if view == "body":
-                written.append(written_spans(result))
-                continue
-            rows = self.tries[view].table_rows(result.rows)
-            written.append(written_rows(view, result, rows, self.index.tables[view]))
-        return written
+        results = jax.device_get(dict(results))
+        return [self._of_view(view, result, count) for view, result in results.items()]
+
+    def _of_view(self, view: str, result: BeamResult, count: int) -> Written:
+        result = jax.tree.map(lambda leaf: leaf[:count], result)
+        if view == "body":
+            return written_spans(result)
+        rows = self.tries[view].table_rows(result.rows)
+        return written_rows(view, result, rows, self.index.tables[view])
