@@ -23,7 +23,7 @@ from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.batching import _nothing
 from dgr_jax.retrieval.multiview.index import size_class
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
-from dgr_jax.retrieval.multiview.written import Written, written_rows
+from dgr_jax.retrieval.multiview.written import Written, table_rows
 from dgr_jax.retrieval.planned import guided_fn, weight_of
 from dgr_jax.retrieval.simultaneous import Lexical, PlannedPassages
 
@@ -145,8 +145,7 @@ class GuidedDecoder(MultiviewDecoder):
             rows = np.concatenate([rows, np.where(same, -1, more)], 1)
             log_probs = np.concatenate([log_probs, values], 1)
         table = self.index.tables[view]
-        result = BeamResult(_tokens(table, rows), log_probs, rows >= 0, rows)
-        return written_rows(view, result, rows, table)
+        return table_rows(view, _tokens(table, rows), log_probs, rows, table)
 
 
 def _tokens(table: IdentifierTable, rows: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -195,7 +195,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         most = self.search.scoring.max_passages
         return {"depth": self.search.depth, "scoring.max_passages": most}
 
-    def restrict(self, passage_mask: np.ndarray) -> MultiviewDecoder:
+    def restrict(self, passage_mask: np.ndarray) -> Self:
         """See System. Titles and pseudo-queries of no other passage are not written, ValueError
         where none is left; spans of the text are those of all passages. Counts stay those of the
         whole corpus."""
@@ -212,7 +212,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         }
         return dataclasses.replace(self, index=index, tries=tries)
 
-    def by_pid(self, pid_of: PidOf) -> MultiviewDecoder:
+    def by_pid(self, pid_of: PidOf) -> Self:
         """The same decoder, which brings passages of equal score into the order of their pids."""
         ordered = copy.copy(self)
         ordered.index = dataclasses.replace(self.index, pid_of=pid_of)
@@ -261,7 +261,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
                 parts.append({"passages": passages, "scores": scores} | held)
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
+    def _scored(self, blocks: Iterable[Any], batch_size: int) -> Iterator[Scored]:
         """What each query of all blocks found, one after another, with its identifiers.
 
         The next batch is on the device while the host ranks the one before.
@@ -270,12 +270,12 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
             yield from self.index.rank(self._written(*batch))
 
     def _started(
-        self, blocks: Iterable[np.ndarray], batch_size: int
+        self, blocks: Iterable[Any], batch_size: int
     ) -> Iterator[tuple[int, dict[str, BeamResult]]]:
         size = partitioning.shared_rows(batch_size, self.mesh)
-        for tokens in blocks:
-            for start in range(0, len(tokens), size):
-                batch = tokens[start : start + size]
+        for queries in blocks:
+            for start in range(0, len(queries), size):
+                batch = queries[start : start + size]
                 yield len(batch), {view: self._start(view, batch, size) for view in self.markers}
 
     def _start(self, view: str, tokens: np.ndarray, size: int) -> BeamResult:
