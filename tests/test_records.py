@@ -134,6 +134,16 @@ def test_of_a_dense_retriever_the_first_student_may_be_the_best(tmp_path):
     assert made.answering()[2] == "dense answers, as refresh is not trained yet"
 
 
+def test_of_two_experiments_that_of_the_newer_prepare_stage_answers(made):
+    (made.folder / "previous").mkdir()
+    (made.folder / "prepare").rename(made.folder / "previous/prepare")
+    made.prepare(1)
+    assert made.answering()[:2] == ("distill", "previous/prepare")
+    made.student("dense", 1)
+    assert made.answering() == ("dense", "prepare", "")
+    assert made.answering("distill")[:2] == ("distill", "previous/prepare")
+
+
 def test_identifiers_that_are_made_again_are_said_to_be(made):
     made.prepare(0, status="running")
     with pytest.raises(ValueError, match=r"prepare: is not whole, and .*distill was trained on it"):

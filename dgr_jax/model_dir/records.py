@@ -206,6 +206,11 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
     return None
 
 
+def is_current(student: Path) -> bool:
+    """Whether a stage was made from the prepare stage that lies beside it."""
+    return _trained_on(student.parent, read_record(student)) == student.parent / "prepare"
+
+
 def _prepare_settings(settings: Any) -> dict[str, Any] | None:
     """The settings of the prepare stage within those of a later stage.
 

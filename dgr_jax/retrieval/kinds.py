@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def read_student(folder: Path) -> Student:
 
 
 def best_first(model_dir: Path) -> tuple[str, ...]:
-    """The systems that the experiments of a MODEL_DIR train, the best one first. A refreshed one is
-    not among them once the student that it began from was trained again."""
+    """The systems that the experiments of a MODEL_DIR train, the best one first: of several
+    experiments, that of the prepare stage which is there now. A refreshed one is not among them
+    once the student that it began from was trained again."""
     said = []
     for folder in ("*", f"{PREVIOUS}/*"):
         for path in model_dir.glob(f"{folder}/{STUDENT}"):
@@ -102,8 +104,16 @@ def best_first(model_dir: Path) -> tuple[str, ...]:
                 student = read_student(path.parent)
                 if _goes_back(model_dir, student) is not None:
                     said.append(student.systems[::-1])
-    orders = sorted(said, key=len, reverse=True) or [order[::-1] for order in _OLD.values()]
+    orders = list(dict.fromkeys(said)) or [order[::-1] for order in _OLD.values()]
+    if len(orders) > 1 and said:
+        orders.sort(key=lambda order: (_is_current(model_dir, order), len(order)), reverse=True)
     return tuple(dict.fromkeys(name for order in orders for name in order))
+
+
+def _is_current(model_dir: Path, order: Sequence[str]) -> bool:
+    """Whether the first of these systems that is there was trained on the prepare stage that is."""
+    there = (model_dir / name for name in order if (model_dir / name / STUDENT).is_file())
+    return any(records.is_current(student) for student in itertools.islice(there, 1))
 
 
 def refreshed(model_dir: Path, system: str) -> tuple[str, ...]:
