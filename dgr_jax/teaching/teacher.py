@@ -61,8 +61,9 @@ class Teacher(ABC):
 
         Few lists are in memory at a time, whatever the number of queries. Queries without
         candidates and positives, and those that the teacher does not know, get an empty list.
-        Scores that are not finite, or beyond 1e30, are left out. At the end there is a warning about these, and one
-        about lists of equal scores where there are many, as they teach no order.
+        Scores that are not finite, or beyond 1e30, are left out. At the end there is a warning
+        about these, and one about lists of equal scores where there are many, as they teach no
+        order.
 
         coverage: qid -> the counts that the query's list is added to, in the teacher's own order,
           before judged passages are moved to the front.
