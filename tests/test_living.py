@@ -398,6 +398,12 @@ def test_what_cannot_be_changed_is_named_and_changes_nothing(model_dir):
         (lambda: retriever.add([Passage("a b", "x")]),
          "passages: got, as number 1, the pid 'a b', expected an id without white space"),
         (lambda: retriever.add(["x"]), "passages: got, as number 1, str, expected dgr_jax.corpora"),
+        (lambda: retriever.add(ZEBRA), "passages: got one passage 'zebra-1', expected a list"),
+        (lambda: retriever.add([Passage("a", None)]),
+         "passages: got, as number 1, the text None, expected a string"),
+        (lambda: retriever.add([Passage(7, "x")]), "as number 1, the pid 7, expected a string"),
+        (lambda: retriever.add([Passage("a", "x", metadata={"n": [1]})]),
+         "got, as number 1, [1] as 'n' in the metadata of 'a', expected a string, a finite number"),
         (lambda: update.update(update.versions(model_dir), [ZEBRA], ["zebra-1"]),
          "pids: got 'zebra-1', expected pids of passages that are there"),
         (lambda: update.update(
