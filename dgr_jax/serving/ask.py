@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,7 @@ def answer(args: argparse.Namespace) -> None:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
     asked = [_written(query) for query in args.query]
     queries = read_queries(args.queries) if args.queries else {}
-    settings = {"depth": args.k or USUAL_K}
+    settings: dict[str, Any] = {"depth": args.k or USUAL_K}
     if args.batch_size is not None:
         settings["batch_size"] = args.batch_size
     elif not args.report_speed:
