@@ -357,6 +357,16 @@ def test_a_damaged_index_says_how_to_go_back(model_dir):
         Retriever.load(model_dir, system="distill")
 
 
+def test_an_index_that_does_not_say_which_version_answers_is_told_of(model_dir):
+    versions = update.versions(model_dir)
+    update.update(versions, [ZEBRA])
+    (versions.folder / "current.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"current.json: is missing, expected it beside 1 versions"
+    ):
+        Retriever.load(model_dir, system="distill")
+
+
 def test_an_older_model_dir_learns_again_what_it_has_not_kept(model_dir, caplog):
     versions, places = update.versions(model_dir), []
     update.update(versions, [ZEBRA, BEES])

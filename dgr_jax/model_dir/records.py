@@ -183,8 +183,13 @@ def finished(model_dir: Path, stage: str, file: str) -> Iterator[Path]:
     """The folders of a stage and of its earlier versions, of those that are done and left a file;
     the newest first."""
     for folder in _versions(model_dir, stage):
-        if (folder / file).is_file() and read_record(folder).get("status", "done") == "done":
+        if leaves(folder, file) and read_record(folder).get("status", "done") == "done":
             yield folder
+
+
+def leaves(folder: Path, file: str) -> bool:
+    """Whether a stage has left a file, which may have been lost since."""
+    return (folder / file).is_file() or file in (read_record(folder).get("files_made") or {})
 
 
 def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:
