@@ -122,7 +122,7 @@ def compiled_once(together) -> None:
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_compilation_cache_dir", str(together / "programs"))
         # Most of what compiles in less is never asked for again, and to keep it takes time, too.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session", autouse=True)

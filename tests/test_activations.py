@@ -120,7 +120,11 @@ def decoder(layout, **config):
 
 @pytest.mark.parametrize(
     ("layout", "scanned"),
-    [((2, 1), False), ((1, 2), True), *(slow(layout, False) for layout in ((1, 1), (1, 2), (2, 2)))],
+    [
+        ((2, 1), False),
+        ((1, 2), True),
+        *(slow(layout, False) for layout in ((1, 1), (1, 2), (2, 2))),
+    ],
 )
 def test_decoding(layout, scanned):
     """Each data shard has its rows already: the encoder's layer and, of one beam and of three, the

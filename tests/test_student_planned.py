@@ -183,6 +183,7 @@ def test_only_allowed_passages_are_planned_and_nothing_is_compiled_again(plan):
     assert decoder._search._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_few_beams_and_blocks():
     decoder = planned_decoder(PLANS["sets"], num_beams=3)
     passages, scores = decoder.passages(QUERIES)
