@@ -105,7 +105,7 @@ CASES = [
     ("sets", "rq", "beams"),
     pytest.param("sets", "text", "beams", marks=pytest.mark.slow),
     ("codes", "rq", "beams"),
-    ("sets", "rq", "identifiers"),
+    pytest.param("sets", "rq", "identifiers", marks=pytest.mark.slow),
     pytest.param("codes", "text", "identifiers", marks=pytest.mark.slow),
 ]
 
