@@ -31,6 +31,9 @@ for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiza
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+# Modules, tests and programs stay: to look through them for garbage as often as usual takes a while.
+gc.set_threshold(20_000, 20, 50)
+
 # A shell in the background has its processes ignore Ctrl-C; commands that tests start must hear it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,13 +100,6 @@ class Finished:
 
     folder: Path
     log: str
-
-
-def pytest_collection_finish() -> None:
-    """Modules and tests stay: what looks for garbage need not look through them again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
