@@ -31,7 +31,7 @@ for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiza
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
-# Modules, tests and programs stay: to look through them for garbage as often as usual takes a while.
+# To look through all modules, tests and programs for garbage as often as usual takes a while.
 gc.set_threshold(20_000, 20, 50)
 
 # A shell in the background has its processes ignore Ctrl-C; commands that tests start must hear it.
