@@ -43,6 +43,8 @@ class Training:
     patience: training ends after so many searches in a row that found no better RR@10; 0: never.
     pack_queries: short queries share rows of a student's encoder, which then reads little padding;
       they are encoded as each would be alone.
+    drop_tokens: the probability with which a token of a query's text is left out of a step, so that
+      a retriever learns to do without some. Not of texts to pre-train on or to refresh with.
     """
 
     objective: Objective
@@ -59,6 +61,7 @@ class Training:
     keep: str = unless_default("last")
     patience: int = unless_default(0)
     pack_queries: bool = unless_default(True)
+    drop_tokens: float = unless_default(0.0)
 
     def __post_init__(self) -> None:
         ranges.check(
@@ -74,6 +77,7 @@ class Training:
             validate_every=ranges.at_least(0),
             keep=ranges.one_of("last", "best"),
             patience=ranges.at_least(0),
+            drop_tokens=ranges.from_to_below(0, 1),
         )
         for name in ("keep", "patience"):
             chosen = getattr(self, name)

@@ -128,7 +128,10 @@ def train_encoder(
     in_passing = validation.in_passing(embedded, folder)
     measured = validation.of(experiment, settings, prepared, in_passing)
     model = DualEncoder(config)
-    training_run.train(experiment, folder, folder.name, settings, model, source, initial, measured)
+    training_run.train(
+        *(experiment, folder, folder.name, settings, model, source, initial, measured),
+        text_tokens=prepared.vocabulary.first_view_id,
+    )
     trained = params(experiment, folder.name, prepared)
     _embed(experiment, trained, prepared, search_for(experiment), folder)
     systems = experiment.systems

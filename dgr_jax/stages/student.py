@@ -156,6 +156,7 @@ def train_student(
     model = Transformer(config)
     train(
         *(experiment, folder, folder.name, settings, model, source, initial, measured),
+        text_tokens=prepared.vocabulary.first_view_id,
         pack_queries=settings.pack_queries,
     )
     if processes.first():

@@ -13,6 +13,7 @@ import jax
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
 from dgr_jax.training import loop
+from dgr_jax.training.dropped_tokens import DroppedTokens
 from dgr_jax.training.packed_queries import PackedQueries
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
@@ -78,11 +79,19 @@ def train(
     batches: Source,
     start: Any = None,
     validation: Validation | None = None,
+    *,
+    text_tokens: int = 0,
     pack_queries: bool = False,
 ) -> None:
-    """One training run of an experiment's stage. pack_queries: see `Training`, where the objective
-    encodes queries by `list_decoding`."""
+    """One training run of an experiment's stage.
+
+    text_tokens: for `Training.drop_tokens`, see `DroppedTokens`; 0 where the inputs are no queries.
+    pack_queries: see `Training`; where the objective encodes queries by `list_decoding`.
+    """
     mesh = partitioning.make_mesh(experiment.mesh)
+    if settings.drop_tokens and text_tokens:
+        dropped = {"text_tokens": text_tokens, "seed": settings.seed}
+        batches = DroppedTokens(batches, settings.drop_tokens, **dropped)
     if pack_queries:
         shards = partitioning.batch_shards(mesh)
         batches = PackedQueries(batches, shards=shards, microbatches=settings.microbatches)

@@ -12,14 +12,13 @@ groups, n inputs of a group, R rows of a group, W = 2Q tokens of a row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from dgr_jax.training.arrays import Features
 from dgr_jax.training.packing import first_fit
-from dgr_jax.training.source import Source
+from dgr_jax.training.source import Source, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ class PackedQueries:
         inputs: dict[str, int] = {}
         rows: dict[str, int] = {}
         for step in range(_SEEN):
-            for name, part in _parts(source.batch(step)).items():
+            for name, part in parts_of(source.batch(step)).items():
                 lengths = _lengths(part)[self._groups(part, shards)]
                 needed = _rows(lengths, part)
                 inputs[name], rows[name] = lengths.shape[1], max(rows.get(name, 0), needed)
@@ -66,9 +65,9 @@ class PackedQueries:
         batch = self._source.batch(step, process_index, process_count)
         # All processes need equally many rows, so that each looks at the queries of all.
         whole = batch if process_count == 1 else self._source.batch(step)
-        parts, shards = _parts(batch), self._shards // process_count
+        parts, shards = parts_of(batch), self._shards // process_count
         for name in self._rows:
-            every = _parts(whole)[name]
+            every = parts_of(whole)[name]
             lengths = _lengths(every)[self._groups(every, self._shards)]
             fits = _rows(lengths, every) <= self._rows[name]
             rows = self._rows[name] if fits else -(-lengths.shape[1] // _PER_ROW)
@@ -103,12 +102,6 @@ def packed(part: Features, groups: np.ndarray, rows: int) -> Features:
         "packed_query_segments": segments,
         "packed_query_starts": in_order.reshape(tokens.shape[:-1]),
     }
-
-
-def _parts(batch: Any) -> dict[str, Features]:
-    """The parts of a batch that has some; {"": batch} of one that has none."""
-    whole = not all(isinstance(part, Mapping) for part in batch.values())
-    return {"": batch} if whole else dict(batch)
 
 
 def _lengths(part: Features) -> np.ndarray:

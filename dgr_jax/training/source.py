@@ -35,6 +35,12 @@ class Source(Protocol):
         """This process's rows of the global batch of a step, [batch_size / process_count, ...]."""
 
 
+def parts_of(batch: Mapping[str, Any]) -> dict[str, Features]:
+    """The parts of a batch {name: features}; {"": features} of one that has none."""
+    whole = not all(isinstance(part, Mapping) for part in batch.values())
+    return {"": dict(batch)} if whole else dict(batch)
+
+
 def _checked(features: Mapping[str, np.ndarray], name: str) -> Features:
     counts = {key: len(values) for key, values in features.items()}
     if not counts or len(set(counts.values())) != 1 or 0 in counts.values():
