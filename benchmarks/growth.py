@@ -69,17 +69,28 @@ def size(folder: Path) -> float:
 
 
 def measure(args: argparse.Namespace, passages: int) -> dict[str, dict[str, float]]:
-    with tempfile.TemporaryDirectory(dir=args.folder or None) as name:
-        folder = Path(name)
+    """Name of a stage -> what it took; stages that an earlier call has measured are not run."""
+    if not args.folder:
+        with tempfile.TemporaryDirectory() as name:
+            return measured_in(Path(name), args, passages)
+    return measured_in(Path(args.folder) / str(passages), args, passages)
+
+
+def measured_in(folder: Path, args: argparse.Namespace, passages: int) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = folder / "measured.json"
+    measured = json.loads(notes.read_text()) if notes.exists() else {}
+    if not (folder / "collection").exists():
         collections.write_collection(folder / "collection", passages, args.words)
-        measured = {}
-        for stage in STAGES:
-            measured[stage] = run(args, folder, stage)
-            print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
-        measured["commands"] = run(args, folder, "evaluate")
+    for stage in (*args.stages, "commands"):
+        if stage in measured:
+            continue
+        measured[stage] = run(args, folder, args.stages[-1] if stage == "commands" else stage)
+        print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
         report = json.loads((folder / "model" / "prepare" / "report.json").read_text())
         measured["prepare"]["examples"] = sum(report["examples"].values())
-        return measured
+        notes.write_text(json.dumps(measured, indent=1))
+    return measured
 
 
 def exponent(first: float, last: float, ratio: float) -> str:
@@ -93,7 +104,7 @@ def show(args: argparse.Namespace, found: dict[int, dict[str, dict[str, float]]]
     sizes = sorted(found)
     print("\n| stage | " + " | ".join(f"{n:,} passages" for n in sizes) + " | exponent |")
     print("|---|" + "---|" * (len(sizes) + 1))
-    for stage in (*STAGES, "commands"):
+    for stage in (*args.stages, "commands"):
         cells = [found[n][stage] for n in sizes]
         text = [
             f"{c['processor']:,.0f} ({c['seconds']:,.0f}) s, {c['peak']:.1f} GiB, "
@@ -124,7 +135,17 @@ def main() -> None:
     )
     parser.add_argument("--words", type=int, default=56, help="of a passage")
     parser.add_argument("--also", action="append", default=[], help="further --gin.NAME=VALUE")
-    parser.add_argument("--folder", default="", help="where to write; a temporary one by default")
+    parser.add_argument(
+        "--folder",
+        default="",
+        help="where each size is kept, and gone on with by a later call; temporary by default",
+    )
+    parser.add_argument(
+        "--stages",
+        default=",".join(STAGES),
+        help="stages to run, with --folder the first ones of all",
+        type=lambda names: tuple(names.split(",")),
+    )
     parser.add_argument("--output", help="JSON of all that was measured")
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")

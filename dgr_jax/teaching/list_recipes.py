@@ -212,12 +212,14 @@ class _Builder:
         self._scores.extend([*(p.score for p in listed), *[0.0] * free])
 
     def arrays(self) -> RankLists:
-        rows = np.array(self._rows, np.int32)
-        order = np.argsort(rows, kind="stable")
+        columns = (self._rows, self._positives, self._passages, self._scores)
+        rows, positives, passages, scores = map(np.asarray, columns)  # int32, and float32; no copy
+        in_order = bool((rows[:-1] <= rows[1:]).all())
+        order = slice(None) if in_order else np.argsort(rows, kind="stable")
         return RankLists(
             query_rows=rows[order],
-            passages=np.array(self._passages, np.int32).reshape(-1, self._width)[order],
-            teacher_scores=np.array(self._scores, np.float32).reshape(-1, self._width)[order],
-            positives=np.array(self._positives, np.int32)[order],
+            passages=passages.reshape(-1, self._width)[order],
+            teacher_scores=scores.reshape(-1, self._width)[order],
+            positives=positives[order],
             report={"queries": len(self._row_of), "lists": len(rows), **self._left_out},
         )
