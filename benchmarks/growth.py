@@ -1,6 +1,7 @@
 """The whole experiment over corpora of growing size: seconds, memory and disk of every stage.
 
-    python -m benchmarks.growth --passages=1000,10000,100000 --steps=200
+    python -m benchmarks.growth --passages=1000,10000,100000 --steps=50 --folder=grown \
+        --max_queries=50000 --plot=docs/growth.png
 
 The passages are drawn as in `benchmarks.prepare`, a training and a test question for every hundred
 of them. The student is that of laptop.gin with 3 codes of 256. Every stage runs as a command of
@@ -11,8 +12,11 @@ one size has compiled, the next reads, as always.
 
 Questions and examples are in proportion to the passages. Steps are not: `--steps` of generation
 and a fifth of distillation run at each size, and the lines below the table say what one pass over
-all examples would take. The last column is the exponent b of size^b between the two largest sizes,
-less what a command needs anyway.
+all examples would take. `--max_queries` bounds the queries of candidates and teach; where it does,
+a line says how many were asked, and exponents and plot count the seconds of a query for all. The
+last column is the exponent b of size^b between the two largest sizes, less what a command needs
+anyway. The plot draws the same to 8.8 million passages: by a n + b n^2 where a stage has grown
+faster than its passages, by size^b otherwise.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ from pathlib import Path
 import benchmarks.prepare as collections
 
 STAGES = ("prepare", "start", "generate", "candidates", "teach", "distill", "evaluate")
+BY_QUERY = ("candidates", "teach")  # stages that take queries in proportion, where they may
+DRAWN = ("prepare", "start", *BY_QUERY)  # stages whose work is in proportion to the passages
+MSMARCO = 8_800_000
+
+Measured = dict[str, dict[str, float]]
 
 
 def command(args: argparse.Namespace, folder: Path, stage: str) -> list[str]:
@@ -39,7 +48,7 @@ def command(args: argparse.Namespace, folder: Path, stage: str) -> list[str]:
         f"--stages={stage}", f"--gin.GENERATE_STEPS={args.steps}",
         f"--gin.DISTILL_STEPS={max(1, args.steps // 5)}", "--gin.Experiment.control=False",
         "--gin.ResidualQuantization.num_codes=3", "--gin.ResidualQuantization.codebook_size=256",
-        "--gin.NUM_BEAMS=10", *args.also,
+        "--gin.NUM_BEAMS=10", f"--gin.Candidates.max_queries={args.max_queries}", *args.also,
     ]  # fmt: skip
 
 
@@ -68,7 +77,7 @@ def size(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
-def measure(args: argparse.Namespace, passages: int) -> dict[str, dict[str, float]]:
+def measure(args: argparse.Namespace, passages: int) -> Measured:
     """Name of a stage -> what it took; stages that an earlier call has measured are not run."""
     if not args.folder:
         with tempfile.TemporaryDirectory() as name:
@@ -76,21 +85,30 @@ def measure(args: argparse.Namespace, passages: int) -> dict[str, dict[str, floa
     return measured_in(Path(args.folder) / str(passages), args, passages)
 
 
-def measured_in(folder: Path, args: argparse.Namespace, passages: int) -> dict:
+def measured_in(folder: Path, args: argparse.Namespace, passages: int) -> Measured:
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "measured.json"
     measured = json.loads(notes.read_text()) if notes.exists() else {}
     if not (folder / "collection").exists():
         collections.write_collection(folder / "collection", passages, args.words)
-    for stage in (*args.stages, "commands"):
-        if stage in measured:
-            continue
-        measured[stage] = run(args, folder, args.stages[-1] if stage == "commands" else stage)
-        print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
-        report = json.loads((folder / "model" / "prepare" / "report.json").read_text())
-        measured["prepare"]["examples"] = sum(report["examples"].values())
-        notes.write_text(json.dumps(measured, indent=1))
+    for stage in (*STAGES, "commands"):
+        if stage not in measured:
+            measured[stage] = run(args, folder, "evaluate" if stage == "commands" else stage)
+            print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
+            notes.write_text(json.dumps(measured, indent=1))
+    report = json.loads((folder / "model" / "prepare" / "report.json").read_text())
+    measured["prepare"]["examples"] = sum(report["examples"].values())
+    qids = json.loads((folder / "model" / "candidates" / "qids.json").read_text())
+    measured["candidates"]["queries"] = len(qids)
     return measured
+
+
+def own_seconds(measured: Measured, stage: str) -> float:
+    """Processor seconds of a stage without those of any command, for all of its queries."""
+    seconds = measured[stage]["processor"] - measured["commands"]["processor"]
+    if stage in BY_QUERY:
+        seconds *= measured["prepare"]["examples"] / measured["candidates"]["queries"]
+    return seconds
 
 
 def exponent(first: float, last: float, ratio: float) -> str:
@@ -100,11 +118,20 @@ def exponent(first: float, last: float, ratio: float) -> str:
     return f"{math.log(last / first) / math.log(ratio):.2f}"
 
 
-def show(args: argparse.Namespace, found: dict[int, dict[str, dict[str, float]]]) -> None:
+def beyond(sizes: list[int], seconds: list[float], wanted: int) -> float:
+    """Seconds at a size above the last two that were measured."""
+    (n, m), (first, last) = sizes[-2:], seconds[-2:]
+    square = (last / m - first / n) / (m - n)
+    if square > 0:
+        return (last / m - square * m) * wanted + square * wanted**2
+    return last * (wanted / m) ** (math.log(last / first) / math.log(m / n))
+
+
+def show(args: argparse.Namespace, found: dict[int, Measured]) -> None:
     sizes = sorted(found)
     print("\n| stage | " + " | ".join(f"{n:,} passages" for n in sizes) + " | exponent |")
     print("|---|" + "---|" * (len(sizes) + 1))
-    for stage in (*args.stages, "commands"):
+    for stage in (*STAGES, "commands"):
         cells = [found[n][stage] for n in sizes]
         text = [
             f"{c['processor']:,.0f} ({c['seconds']:,.0f}) s, {c['peak']:.1f} GiB, "
@@ -113,17 +140,53 @@ def show(args: argparse.Namespace, found: dict[int, dict[str, dict[str, float]]]
         ]
         grows = ""
         if stage != "commands" and len(sizes) > 1:
-            own = [found[n][stage]["processor"] - found[n]["commands"]["processor"] for n in sizes]
+            own = [own_seconds(found[n], stage) for n in sizes]
             grows = exponent(own[-2], own[-1], sizes[-1] / sizes[-2])
         print(f"| {stage} | " + " | ".join(text) + f" | {grows} |")
     for n in sizes:
-        examples = found[n]["prepare"]["examples"]
-        own = found[n]["generate"]["processor"] - found[n]["commands"]["processor"]
+        examples, asked = found[n]["prepare"]["examples"], found[n]["candidates"]["queries"]
         steps = examples / args.batch_size
         print(
             f"{n:,} passages: {examples:,} examples, one pass of them {steps:,.0f} steps, "
-            f"{own / args.steps * steps / 60:,.1f} minutes of processor"
+            f"{own_seconds(found[n], 'generate') / args.steps * steps / 60:,.1f} minutes of "
+            f"processor; candidates and teach: {asked:,} queries"
         )
+    if len(sizes) > 1:
+        for stage in DRAWN:
+            seconds = beyond(sizes, [own_seconds(found[n], stage) for n in sizes], MSMARCO)
+            print(f"{MSMARCO:,} passages: {stage} {seconds / 3600:,.1f} hours of processor")
+
+
+def draw(path: str, found: dict[int, Measured]) -> None:
+    """Seconds and memory of the stages whose work grows with the corpus, and the lines beyond."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from dgr_jax.plots import COLOURS, MARKERS
+
+    sizes = sorted(found)
+    figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    times, memory = figure.subplots(1, 2)
+    further = [sizes[-1] * (MSMARCO / sizes[-1]) ** (place / 20) for place in range(21)]
+    for stage, colour, marker in zip(DRAWN, COLOURS, MARKERS, strict=False):
+        seconds = [own_seconds(found[n], stage) for n in sizes]
+        look = {"color": colour, "marker": marker}
+        times.plot(sizes, seconds, label=stage, **look)
+        lines = [seconds[-1], *(beyond(sizes, seconds, n) for n in further[1:])]
+        times.plot(further, lines, color=colour, linestyle=":")
+        memory.plot(sizes, [found[n][stage]["peak"] for n in sizes], label=stage, **look)
+    for axes, label in ((times, "processor seconds, all queries"), (memory, "peak memory (GiB)")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("passages")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    for hours, name in ((1, "an hour"), (24, "a day"), (24 * 30, "a month")):
+        times.axhline(hours * 3600, color="#999999", linewidth=0.7)
+        times.annotate(name, (sizes[0], hours * 3600), fontsize=8, color="#555555", va="bottom")
+    times.legend(fontsize=8, loc="lower right")
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -134,27 +197,27 @@ def main() -> None:
         "--batch_size", type=int, default=64, help="of laptop.gin; for the last lines"
     )
     parser.add_argument("--words", type=int, default=56, help="of a passage")
+    parser.add_argument(
+        "--max_queries", type=int, default=0, help="of each source in candidates; 0: all"
+    )
     parser.add_argument("--also", action="append", default=[], help="further --gin.NAME=VALUE")
     parser.add_argument(
         "--folder",
         default="",
         help="where each size is kept, and gone on with by a later call; temporary by default",
     )
-    parser.add_argument(
-        "--stages",
-        default=",".join(STAGES),
-        help="stages to run, with --folder the first ones of all",
-        type=lambda names: tuple(names.split(",")),
-    )
+    parser.add_argument("--plot", default="", help="a PNG of seconds and memory")
     parser.add_argument("--output", help="JSON of all that was measured")
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    found: dict[int, dict[str, dict[str, float]]] = {}
+    found: dict[int, Measured] = {}
     for passages in sorted(int(n) for n in args.passages.split(",")):
         found[passages] = measure(args, passages)
         if args.output:
             Path(args.output).write_text(json.dumps(found, indent=1))
     show(args, found)
+    if args.plot:
+        draw(args.plot, found)
 
 
 if __name__ == "__main__":

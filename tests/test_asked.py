@@ -6,6 +6,7 @@ import pytest
 from dgr_jax.experiments.generative import Candidates
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.stages import asked, npz
+from dgr_jax.teaching.places import Places
 
 WORDS = ["The Otter", "a weir", "owls; otters", "Ärger", ""]  # one text of each passage
 
@@ -89,3 +90,13 @@ def test_arrays_in_blocks_are_as_written_whole(tmp_path):
         npz.write(
             tmp_path / "c.npz", {"numbers": columns["numbers"]._replace(blocks=[numbers[:4]])}
         )
+
+
+def test_places_are_found_in_order_and_out_of_it():
+    ids = ["a", "b", "c", "d"]
+    for order in ("abcd", "aabdd", "acab", "dcba"):
+        places = Places(ids)
+        assert [places.of(name) for name in order] == ["abcd".index(name) for name in order]
+        with pytest.raises(KeyError, match="x"):
+            places.of("x")
+        assert places.of("b") == 1

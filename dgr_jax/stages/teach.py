@@ -25,6 +25,7 @@ from dgr_jax.stages.asked import training_queries
 from dgr_jax.stages.inputs import named_by
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.teaching.list_recipes import RankLists
+from dgr_jax.teaching.places import Places
 from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays, packing
 
@@ -142,7 +143,7 @@ class CandidateLists(Mapping[str, list[str]]):
     """qid -> the pids that the student found, best first; made from the arrays when asked for."""
 
     def __init__(self, qids: Sequence[str], passages: np.ndarray, pids: Sequence[str]) -> None:
-        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self._qids, self._place = qids, Places(qids)
         self._passages, self._pids = passages, pids
 
     @classmethod
@@ -152,13 +153,13 @@ class CandidateLists(Mapping[str, list[str]]):
         return cls(qids, _candidates(folder), prepared.store.pids)
 
     def __getitem__(self, qid: str) -> list[str]:
-        return [self._pids[i] for i in self._passages[self._row_of[qid]] if i >= 0]
+        return [self._pids[i] for i in self._passages[self._place.of(qid)] if i >= 0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._row_of)
+        return iter(self._qids)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self._qids)
 
 
 def _candidates(folder: Path) -> np.ndarray:
