@@ -33,6 +33,7 @@ class WrittenIds:
     def __init__(self, source: str) -> None:
         self.source = source
         self.places = array("q")
+        self._last: tuple[object, int] = ("", -1)  # what is asked once is asked again
 
     def __len__(self) -> int:
         return len(self.places)
@@ -42,10 +43,13 @@ class WrittenIds:
 
     def row_of(self, qid: object) -> int:
         """The row of an id; KeyError where it is none of these."""
+        if qid == self._last[0] and qid:
+            return self._last[1]
         source, _, place = str(qid).rpartition(":")
         if source == self.source and place.isdecimal():
             row = bisect.bisect_left(self.places, int(place))
             if row < len(self) and f"{source}:{self.places[row]}" == qid:
+                self._last = qid, row
                 return row
         raise KeyError(qid)
 
@@ -59,6 +63,12 @@ class Column(Mapping[str, Value]):
     def __getitem__(self, qid: str) -> Value:
         return self._made(self._ids.row_of(qid))
 
+    def __contains__(self, qid: object) -> bool:
+        try:
+            return self._ids.row_of(qid) >= 0
+        except KeyError:
+            return False
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
 
@@ -71,13 +81,17 @@ class Joined(Mapping[str, Value]):
 
     def __init__(self, parts: Sequence[Mapping[str, Value]]) -> None:
         self._parts = parts
+        self._likely = 0  # the part that the last key was in
 
     def __getitem__(self, qid: str) -> Value:
-        for part in self._parts:
+        for place in range(self._likely, self._likely + len(self._parts)):
+            place %= len(self._parts)
             try:
-                return part[qid]
+                value = self._parts[place][qid]
             except KeyError:
                 continue
+            self._likely = place
+            return value
         raise KeyError(qid)
 
     def __iter__(self) -> Iterator[str]:
