@@ -5,8 +5,9 @@ import pytest
 
 from dgr_jax.experiments.generative import Candidates
 from dgr_jax.retrieval.generative import Search
-from dgr_jax.stages import asked, npz
+from dgr_jax.stages import asked, candidates, npz
 from dgr_jax.teaching.places import Places
+from dgr_jax.training import arrays
 
 WORDS = ["The Otter", "a weir", "owls; otters", "Ärger", ""]  # one text of each passage
 
@@ -90,6 +91,27 @@ def test_arrays_in_blocks_are_as_written_whole(tmp_path):
         npz.write(
             tmp_path / "c.npz", {"numbers": columns["numbers"]._replace(blocks=[numbers[:4]])}
         )
+
+
+def test_parts_are_joined_with_their_keys(tmp_path):
+    rng, parts, paths = np.random.default_rng(0), [], []
+    for count in (4, 3):
+        part = {
+            "passages": rng.integers(0, 9, (count, 2), np.int32),
+            "scores": rng.random((count, 2), np.float32),
+            "keys": rng.integers(0, 9, (count, 2, 3), np.int32),
+            "members": rng.integers(0, 9, (count, 2), np.int32),
+        }
+        parts.append(part)
+        paths.append(tmp_path / f"part-{len(paths)}.npz")
+        np.savez(paths[-1], **part)
+    candidates._join(tmp_path, paths, 7)
+    with np.load(tmp_path / "candidates.npz") as joined:
+        assert joined.files == ["passages", "scores"]
+        joined = dict(joined) | arrays.read_arrays(tmp_path / "keys")
+    assert joined.keys() == parts[0].keys()
+    for name, values in joined.items():
+        assert np.array_equal(values, np.concatenate([part[name] for part in parts]))
 
 
 def test_places_are_found_in_order_and_out_of_it():
