@@ -12,11 +12,11 @@ one size has compiled, the next reads, as always.
 
 Questions and examples are in proportion to the passages. Steps are not: `--steps` of generation
 and a fifth of distillation run at each size, and the lines below the table say what one pass over
-all examples would take. `--max_queries` bounds the queries of candidates and teach; where it does,
-a line says how many were asked, and exponents and plot count the seconds of a query for all. The
-last column is the exponent b of size^b between the two largest sizes, less what a command needs
-anyway. The plot draws the same to 8.8 million passages: by a n + b n^2 where a stage has grown
-faster than its passages, by size^b otherwise.
+all examples would take. `--max_queries` bounds the queries of candidates and teach. Where it does,
+both are run again with a few hundred, so that what a further query costs is known; exponents, plot
+and the lines below the table count all queries. The last column is the exponent b of size^b between
+the two largest sizes, less what a command needs anyway. The plot goes on to 8.8 million passages:
+by a n + b n^2 where b is clearly above 1, by size^b otherwise, but never below linear.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,31 +36,36 @@ import benchmarks.prepare as collections
 
 STAGES = ("prepare", "start", "generate", "candidates", "teach", "distill", "evaluate")
 BY_QUERY = ("candidates", "teach")  # stages that take queries in proportion, where they may
-DRAWN = ("prepare", "start", *BY_QUERY)  # stages whose work is in proportion to the passages
+GROWING = ("prepare", "start", *BY_QUERY, "evaluate")  # stages without a number of steps
+FEW = 100  # queries of each source, where what all stages of BY_QUERY need is measured
 MSMARCO = 8_800_000
+CLEARLY = 1.2  # exponents above it are no matter of chance
 
 Measured = dict[str, dict[str, float]]
 
 
-def command(args: argparse.Namespace, folder: Path, stage: str) -> list[str]:
+def command(args: argparse.Namespace, model: Path, stage: str, max_queries: int) -> list[str]:
     return [
         sys.executable, "-m", "dgr_jax.train", "--gin_file=laptop.gin",
-        f"--data_dir={folder / 'collection'}", f"--model_dir={folder / 'model'}",
+        f"--data_dir={model.parent / 'collection'}", f"--model_dir={model}",
         f"--stages={stage}", f"--gin.GENERATE_STEPS={args.steps}",
         f"--gin.DISTILL_STEPS={max(1, args.steps // 5)}", "--gin.Experiment.control=False",
         "--gin.ResidualQuantization.num_codes=3", "--gin.ResidualQuantization.codebook_size=256",
-        "--gin.NUM_BEAMS=10", f"--gin.Candidates.max_queries={args.max_queries}", *args.also,
+        "--gin.NUM_BEAMS=10", f"--gin.Candidates.max_queries={max_queries}", *args.also,
     ]  # fmt: skip
 
 
-def run(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, float]:
+def run(args: argparse.Namespace, model: Path, stage: str, max_queries: int) -> dict[str, float]:
     """A command, waited for; -> its seconds, peak memory and growth of the folder in GiB."""
-    before, start = size(folder / "model"), time.perf_counter()
-    log = folder / f"{stage}.log"
+    before, start = size(model), time.perf_counter()
+    log = model.parent / f"{stage}.log"
     with log.open("w") as written:
         environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
         child = subprocess.Popen(
-            command(args, folder, stage), stdout=written, stderr=written, env=environment
+            command(args, model, stage, max_queries),
+            stdout=written,
+            stderr=written,
+            env=environment,
         )
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -69,7 +75,7 @@ def run(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, float]:
         "processor": used.ru_utime + used.ru_stime,
         "seconds": time.perf_counter() - start,
         "peak": used.ru_maxrss / 2**20,
-        "disk": size(folder / "model") - before,
+        "disk": size(model) - before,
     }
 
 
@@ -91,23 +97,46 @@ def measured_in(folder: Path, args: argparse.Namespace, passages: int) -> Measur
     measured = json.loads(notes.read_text()) if notes.exists() else {}
     if not (folder / "collection").exists():
         collections.write_collection(folder / "collection", passages, args.words)
+    model = folder / "model"
     for stage in (*STAGES, "commands"):
         if stage not in measured:
-            measured[stage] = run(args, folder, "evaluate" if stage == "commands" else stage)
+            name = "evaluate" if stage == "commands" else stage
+            measured[stage] = run(args, model, name, args.max_queries)
             print(f"  {passages:,} {stage}: {measured[stage]}", flush=True)
             notes.write_text(json.dumps(measured, indent=1))
-    report = json.loads((folder / "model" / "prepare" / "report.json").read_text())
+    report = json.loads((model / "prepare" / "report.json").read_text())
     measured["prepare"]["examples"] = sum(report["examples"].values())
-    qids = json.loads((folder / "model" / "candidates" / "qids.json").read_text())
-    measured["candidates"]["queries"] = len(qids)
+    measured["candidates"]["queries"] = queries(model)
+    if queries(model) < measured["prepare"]["examples"]:
+        for stage in BY_QUERY:
+            if f"few {stage}" not in measured:
+                measured[f"few {stage}"] = run_few(args, folder, stage)
+                print(f"  {passages:,} few {stage}: {measured[f'few {stage}']}", flush=True)
+                notes.write_text(json.dumps(measured, indent=1))
     return measured
+
+
+def queries(model: Path) -> int:
+    """Queries that were asked in candidates."""
+    return len(json.loads((model / "candidates" / "qids.json").read_text()))
+
+
+def run_few(args: argparse.Namespace, folder: Path, stage: str) -> dict[str, float]:
+    """The same stage with few queries, on a copy of what it reads."""
+    if not (folder / "few").exists():
+        later = shutil.ignore_patterns("candidates", "teach", "distill", "evaluate", "runs")
+        shutil.copytree(folder / "model", folder / "few", ignore=later)
+    measured = run(args, folder / "few", stage, FEW)
+    return measured | {"queries": queries(folder / "few")}
 
 
 def own_seconds(measured: Measured, stage: str) -> float:
     """Processor seconds of a stage without those of any command, for all of its queries."""
     seconds = measured[stage]["processor"] - measured["commands"]["processor"]
-    if stage in BY_QUERY:
-        seconds *= measured["prepare"]["examples"] / measured["candidates"]["queries"]
+    if few := measured.get(f"few {stage}"):
+        asked = measured["candidates"]["queries"]
+        query = (measured[stage]["processor"] - few["processor"]) / (asked - few["queries"])
+        seconds += query * (measured["prepare"]["examples"] - asked)
     return seconds
 
 
@@ -121,10 +150,11 @@ def exponent(first: float, last: float, ratio: float) -> str:
 def beyond(sizes: list[int], seconds: list[float], wanted: int) -> float:
     """Seconds at a size above the last two that were measured."""
     (n, m), (first, last) = sizes[-2:], seconds[-2:]
-    square = (last / m - first / n) / (m - n)
-    if square > 0:
+    grows = math.log(last / first) / math.log(m / n)
+    if grows > CLEARLY:
+        square = (last / m - first / n) / (m - n)
         return (last / m - square * m) * wanted + square * wanted**2
-    return last * (wanted / m) ** (math.log(last / first) / math.log(m / n))
+    return last * (wanted / m) ** max(1.0, grows)
 
 
 def show(args: argparse.Namespace, found: dict[int, Measured]) -> None:
@@ -152,13 +182,13 @@ def show(args: argparse.Namespace, found: dict[int, Measured]) -> None:
             f"processor; candidates and teach: {asked:,} queries"
         )
     if len(sizes) > 1:
-        for stage in DRAWN:
+        for stage in GROWING:
             seconds = beyond(sizes, [own_seconds(found[n], stage) for n in sizes], MSMARCO)
             print(f"{MSMARCO:,} passages: {stage} {seconds / 3600:,.1f} hours of processor")
 
 
 def draw(path: str, found: dict[int, Measured]) -> None:
-    """Seconds and memory of the stages whose work grows with the corpus, and the lines beyond."""
+    """Seconds of the stages that grow with the corpus, the lines beyond, and everyone's memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -169,23 +199,26 @@ def draw(path: str, found: dict[int, Measured]) -> None:
     FigureCanvasAgg(figure)
     times, memory = figure.subplots(1, 2)
     further = [sizes[-1] * (MSMARCO / sizes[-1]) ** (place / 20) for place in range(21)]
-    for stage, colour, marker in zip(DRAWN, COLOURS, MARKERS, strict=False):
-        seconds = [own_seconds(found[n], stage) for n in sizes]
-        look = {"color": colour, "marker": marker}
-        times.plot(sizes, seconds, label=stage, **look)
-        lines = [seconds[-1], *(beyond(sizes, seconds, n) for n in further[1:])]
-        times.plot(further, lines, color=colour, linestyle=":")
+    for stage, colour, marker in zip(STAGES, COLOURS, MARKERS, strict=True):
+        look = {"color": colour, "marker": marker, "markersize": 5}
         memory.plot(sizes, [found[n][stage]["peak"] for n in sizes], label=stage, **look)
-    for axes, label in ((times, "processor seconds, all queries"), (memory, "peak memory (GiB)")):
+        if stage in GROWING:
+            seconds = [own_seconds(found[n], stage) for n in sizes]
+            lines = [seconds[-1], *(beyond(sizes, seconds, n) for n in further[1:])]
+            times.plot(sizes, seconds, **look)
+            times.plot(further, lines, color=colour, linestyle=":")
+    for axes, label in ((times, "processor seconds, all queries"), (memory, "peak memory, GiB")):
         axes.set_xscale("log")
-        axes.set_yscale("log")
         axes.set_xlabel("passages")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
+    times.set_yscale("log")
+    times.margins(y=0.1)
     for hours, name in ((1, "an hour"), (24, "a day"), (24 * 30, "a month")):
         times.axhline(hours * 3600, color="#999999", linewidth=0.7)
         times.annotate(name, (sizes[0], hours * 3600), fontsize=8, color="#555555", va="bottom")
-    times.legend(fontsize=8, loc="lower right")
+    memory.set_ylim(0)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path)
 
 
