@@ -48,12 +48,12 @@ def teach(experiment: Experiment, folder: Path) -> None:
     prepared = Prepared.load(experiment.model_dir)
     candidates = CandidateLists.load(experiment, prepared)
     asked = training_queries(experiment, prepared)
-    texts, qrels = asked.texts, asked.qrels
-    qids = list(texts)
+    texts, qrels, qids = asked.texts, asked.qrels, candidates.qids
     coverage = {source: Coverage() for source in asked.sources}
     lists = taught(
         settings,
         texts,
+        qids=qids,
         coverage=asked.by_source(coverage),
         candidates=candidates,
         store=prepared.store,
@@ -119,18 +119,20 @@ def taught(
     settings: Teach,
     texts: Mapping[str, str],
     *,
+    qids: Sequence[str],
     coverage: Mapping[str, Coverage],
     self_hits: Container[str] = (),
     **known: Any,
 ) -> RankLists:
     """The teacher's lists of the queries, qid -> text, cut as the recipe says.
 
+    qids: the queries in the order that rows of the lists are counted in;
     coverage: of each query, added to; self_hits: queries whose lists lack the passage of their id;
     known: candidates, store, qrels and min_relevance, as teachers and recipes take them. Raises
     ValueError where no list could be made.
     """
     ranked = settings.teacher.rank(texts, coverage=coverage, self_hits=self_hits, **known)
-    lists = settings.lists.select(ranked, qids=list(texts), seed=settings.seed, **known)
+    lists = settings.lists.select(ranked, qids=qids, seed=settings.seed, **known)
     if not len(lists.passages):
         raise ValueError(
             f"no rank list could be made of {len(texts)} queries: {listed(lists.report)}; look at "
@@ -143,7 +145,7 @@ class CandidateLists(Mapping[str, list[str]]):
     """qid -> the pids that the student found, best first; made from the arrays when asked for."""
 
     def __init__(self, qids: Sequence[str], passages: np.ndarray, pids: Sequence[str]) -> None:
-        self._qids, self._place = qids, Places(qids)
+        self.qids, self._place = qids, Places(qids)
         self._passages, self._pids = passages, pids
 
     @classmethod
@@ -156,10 +158,10 @@ class CandidateLists(Mapping[str, list[str]]):
         return [self._pids[i] for i in self._passages[self._place.of(qid)] if i >= 0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._qids)
+        return iter(self.qids)
 
     def __len__(self) -> int:
-        return len(self._qids)
+        return len(self.qids)
 
 
 def _candidates(folder: Path) -> np.ndarray:
