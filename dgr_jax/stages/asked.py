@@ -153,7 +153,7 @@ def training_queries(experiment: Experiment, prepared: Prepared) -> TrainingQuer
     Raises ValueError where a labelled query has the id of a text of another source.
     """
     parts, own = [], frozenset()
-    for source in experiment.candidates.sources:
+    for source in dict.fromkeys(experiment.candidates.sources):
         if source == LABELLED:
             part = _labelled(experiment, prepared)
             own = judged.self_hits(experiment.prepare, part.texts, prepared.store, part.qrels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -38,8 +37,11 @@ def candidates(experiment: Experiment, folder: Path) -> None:
     prepared = Prepared.load(experiment.model_dir)
     asked = training_queries(experiment, prepared)
     search = experiment.candidates.search
+    own = np.zeros(0, np.int64)
     if asked.own:
         search = search.deeper()
+        rows = (prepared.store.index_of(q) if q in asked.own else -1 for q in asked.texts)
+        own = np.fromiter(rows, np.int64, len(asked.texts))
     student = open_system(experiment, GENERATE.name, prepared, search)
     parts = {n: folder / f"part-{n:09d}.npz" for n in range(0, len(asked.texts), BLOCK)}
     missing = [start for start, part in parts.items() if not _is_whole(part)]
@@ -51,9 +53,7 @@ def candidates(experiment: Experiment, folder: Path) -> None:
         if not processes.first():
             continue
         if asked.own:
-            qids = itertools.islice(asked.texts, start, start + BLOCK)
-            own = [prepared.store.index_of(q) if q in asked.own else -1 for q in qids]
-            retrieved = self_hits.left_out(retrieved, np.array(own, np.int64))
+            retrieved = self_hits.left_out(retrieved, own[start : start + BLOCK])
         temporary = folder / "part.partial.npz"
         arrays: dict[str, Any] = retrieved
         np.savez(temporary, **arrays)
