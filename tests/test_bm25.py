@@ -56,6 +56,28 @@ def test_ties_go_by_pid_also_at_the_cut():
     assert [p.pid for p in found] == ["a", "b"]
 
 
+def test_the_best_of_many_are_those_of_all():
+    rng = np.random.default_rng(0)
+    for values in (3, 100_000):  # with many ties, and with hardly any
+        for filled in (0.002, 0.9):
+            scores = rng.integers(1, values + 1, 5000) * (rng.random(5000) < filled)
+            scores = scores.astype(np.float32)
+            pids = [f"p{place}" for place in rng.permutation(5000)]
+            best = sorted(np.flatnonzero(scores), key=lambda i: (-scores[i], pids[i]))
+            for k in (1, 10, 39, 60):
+                assert bm25.places(scores, k, pids) == best[:k]
+    assert bm25.places(np.zeros(0, np.float32), 3, []) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts, st.lists(st.sampled_from([*NOUNS, "unknown"]), max_size=4))
+def test_scores_of_a_few_are_those_of_all(texts, query):
+    index = Bm25().fit(corpus(*texts))
+    places = np.arange(len(texts))[::-2]
+    text = " ".join(query)
+    assert np.array_equal(index.scores_of(text, places), index.scores(text)[places])
+
+
 def test_stop_words_single_letters_and_case():
     store = corpus("The bee and a hive", "THE SAIL", "x y z")
     index = Bm25().fit(store)

@@ -150,7 +150,7 @@ def test_counts_are_words():
         seed=0,
     )
     with pytest.raises(ValueError) as error:
-        taught(settings, {"1": "a", "2": "b"}, coverage={})
+        taught(settings, {"1": "a", "2": "b"}, qids=["1", "2"], coverage={})
     assert str(error.value) == (
         "no rank list could be made of 2 queries: 2 queries, 2 fewer than two; look at "
         "Teach.teacher and Teach.lists"

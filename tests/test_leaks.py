@@ -31,7 +31,8 @@ from dgr_jax.retrieval.dense import DenseSearch
 from dgr_jax.retrieval.generative import Decoder, Search
 from dgr_jax.retrieval.multiview.search import MultiviewSearch
 from dgr_jax.stages import judged, labels
-from dgr_jax.stages.candidates import candidates, training_queries
+from dgr_jax.stages.asked import training_queries
+from dgr_jax.stages.candidates import candidates
 from dgr_jax.stages.generation_data import Work
 from dgr_jax.stages.prepare import prepare, read
 from dgr_jax.stages.prepared import Prepared

@@ -143,6 +143,18 @@ def test_lists_of_equal_scores_are_counted_and_warned_of(caplog):
     assert not caplog.text
 
 
+def test_lists_may_come_in_any_order_and_queries_without_one_come_last():
+    class Shuffled(Teacher):
+        def order(self, queries, pools, store):
+            return ((qid, []) for qid in ("q4", "q2", "q0", "q5"))
+
+    queries = {f"q{place}": "" for place in range(7)}
+    answered = [qid for qid, _ in Shuffled().rank(queries, {}, STORE, {})]
+    assert answered == ["q4", "q2", "q0", "q5", "q1", "q3", "q6"]
+    with pytest.raises(KeyError, match="q4"):
+        list(Shuffled().rank({"q1": "", "q2": ""}, {}, STORE, {}))
+
+
 def test_min_relevance_decides_what_is_positive():
     ranked = rank(Bm25Teacher(), min_relevance=2)
     assert pids(ranked) == {"q1": ["b", "c"], "q2": ["c", "a", "d"], "q3": []}

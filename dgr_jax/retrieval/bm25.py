@@ -29,6 +29,8 @@ ENGLISH = frozenset(
     "there these they this to was will with".split()
 )
 
+_GROUP = 128  # passages of which the best is looked up first
+
 
 @dataclass(frozen=True)
 class Bm25:
@@ -134,10 +136,25 @@ class Bm25Index:
 
     def scores(self, text: str) -> np.ndarray:
         """f32 [P]: the score of every passage; 0 where it has no word of the query."""
-        ids = [self._vocabulary[w] for w in self._words(text) if w in self._vocabulary]
-        if not ids:
-            return np.zeros(len(self._pids), np.float32)
-        return self._model.get_scores_from_ids(ids)
+        if ids := self._ids(text):
+            return self._model.get_scores_from_ids(ids)
+        return np.zeros(len(self._pids), np.float32)
+
+    def scores_of(self, text: str, passages: np.ndarray) -> np.ndarray:
+        """f32 [n]: `scores` of a few passages, int [n], to the last bit; the time hardly grows with
+        the corpus, for each word's passages, which ascend, are searched for these."""
+        scores = np.zeros(len(passages), np.float32)
+        for word in self._ids(text):
+            of = self._model.scores
+            entries = slice(of["indptr"][word], of["indptr"][word + 1])
+            holders, impacts = of["indices"][entries], of["data"][entries]
+            if len(holders):
+                place = np.minimum(holders.searchsorted(passages), len(holders) - 1)
+                scores += np.where(holders[place] == passages, impacts[place], np.float32(0))
+        return scores
+
+    def _ids(self, text: str) -> list[int]:
+        return [self._vocabulary[w] for w in self._words(text) if w in self._vocabulary]
 
     def kept(self) -> KeptPostings:
         """The same with what passages that come later are weighed with."""
@@ -175,13 +192,21 @@ class Bm25Index:
 
 def places(scores: np.ndarray, k: int, pids: Sequence[str]) -> list[int]:
     """Indices of the k best of `scores` (f32 [P]) above 0, best first, ties by pid."""
-    matching = np.flatnonzero(scores > 0)  # alone, as partition is slow where most are 0
+    # Alone, as partition is slow where most are 0, or where many share a common word.
+    reached = _reached(scores, k)
+    matching = np.flatnonzero(scores >= reached if reached > 0 else scores > 0)
     if k < len(matching):
         of_matching = scores[matching]
         threshold = np.partition(of_matching, len(matching) - k)[len(matching) - k]
         # All passages as good as the k-th stay in, so that pids decide between equals.
         matching = matching[of_matching >= threshold]
     return sorted(matching.tolist(), key=lambda i: (-scores[i], pids[i]))[:k]
+
+
+def _reached(scores: np.ndarray, k: int) -> float:
+    """A score that k passages reach: the k-th best of the best of disjoint groups; 0 of too few."""
+    maxima = scores[: len(scores) // _GROUP * _GROUP].reshape(_GROUP, -1).max(0)
+    return np.partition(maxima, len(maxima) - k)[len(maxima) - k] if k <= len(maxima) else 0.0
 
 
 @dataclass(frozen=True)

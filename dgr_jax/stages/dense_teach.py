@@ -62,6 +62,7 @@ def _ranked(
     lists = taught(
         experiment.teach,
         {qid: queries[qid].text for qid in qids},
+        qids=qids,
         coverage=dict.fromkeys(qids, coverage),
         candidates=CandidateLists(qids, pool, prepared.store.pids),
         store=prepared.store,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from dgr_jax.experiments.stage import Stage, after, fields
 from dgr_jax.model_dir import kept
 from dgr_jax.retrieval.multiview.keys import Keyed
 from dgr_jax.stages import candidates as retrieved
-from dgr_jax.stages.candidates import training_queries
+from dgr_jax.stages import npz
+from dgr_jax.stages.asked import training_queries
 from dgr_jax.stages.inputs import named_by
 from dgr_jax.stages.prepared import Prepared
 from dgr_jax.teaching.list_recipes import RankLists
+from dgr_jax.teaching.places import Places
 from dgr_jax.teaching.teacher import Coverage
 from dgr_jax.training import arrays, packing
 
@@ -46,32 +48,24 @@ def teach(experiment: Experiment, folder: Path) -> None:
     prepared = Prepared.load(experiment.model_dir)
     candidates = CandidateLists.load(experiment, prepared)
     asked = training_queries(experiment, prepared)
-    texts, qrels = asked.texts, asked.qrels
-    qids = list(texts)
-    coverage = {source: Coverage() for source in dict.fromkeys(asked.sources.values())}
+    texts, qrels, qids = asked.texts, asked.qrels, candidates.qids
+    coverage = {source: Coverage() for source in asked.sources}
     lists = taught(
         settings,
         texts,
-        coverage={qid: coverage[source] for qid, source in asked.sources.items()},
+        qids=qids,
+        coverage=asked.by_source(coverage),
         candidates=candidates,
         store=prepared.store,
         qrels=qrels,
         min_relevance=experiment.prepare.min_relevance,
         self_hits=asked.own,
     )
-    np.savez(
-        folder / "rank_lists.npz",
-        qids=np.array([qids[row] for row in lists.query_rows]),
-        texts=np.array([texts[qids[row]][:200] for row in lists.query_rows]),
-        passages=lists.passages,
-        teacher_scores=lists.teacher_scores,
-        positives=lists.positive_passages,
-    )
+    text_of = lambda row: texts[qids[row]]
+    _write(folder / "rank_lists.npz", lists, qids, text_of)
     counts: Counter = Counter()
     features = _features if prepared.indexes is None else partial(_view_features, counts)
-    arrays.write_arrays(
-        folder / "rank_lists", features(experiment, lists, list(texts.values()), prepared)
-    )
+    arrays.write_arrays(folder / "rank_lists", features(experiment, lists, text_of, prepared))
     teacher = {source: counted.report() for source, counted in coverage.items()}
     report = {"teacher": teacher, "lists": lists.report}
     if counts:
@@ -94,22 +88,51 @@ def teach(experiment: Experiment, folder: Path) -> None:
         )
 
 
+def _write(
+    path: Path, lists: RankLists, qids: Sequence[str], text_of: Callable[[int], str]
+) -> None:
+    """rank_lists.npz, of which a block of lists is in memory."""
+    rows = lists.query_rows
+
+    def strings(of_row: Callable[[int], str]) -> npz.Rows:
+        longest = max(len(of_row(row)) for row in rows)
+        starts = range(0, len(rows), _BLOCK)
+        blocks = (np.array([of_row(row) for row in rows[n : n + _BLOCK]]) for n in starts)
+        return npz.Rows(np.dtype(f"U{max(1, longest)}"), rows.shape, blocks)
+
+    def whole(array: np.ndarray) -> npz.Rows:
+        return npz.Rows(array.dtype, array.shape, [array])
+
+    npz.write(
+        path,
+        {
+            "qids": strings(qids.__getitem__),
+            "texts": strings(lambda row: text_of(row)[:200]),
+            "passages": whole(lists.passages),
+            "teacher_scores": whole(lists.teacher_scores),
+            "positives": whole(lists.positive_passages),
+        },
+    )
+
+
 def taught(
     settings: Teach,
     texts: Mapping[str, str],
     *,
+    qids: Sequence[str],
     coverage: Mapping[str, Coverage],
     self_hits: Container[str] = (),
     **known: Any,
 ) -> RankLists:
     """The teacher's lists of the queries, qid -> text, cut as the recipe says.
 
+    qids: the queries in the order that rows of the lists are counted in;
     coverage: of each query, added to; self_hits: queries whose lists lack the passage of their id;
     known: candidates, store, qrels and min_relevance, as teachers and recipes take them. Raises
     ValueError where no list could be made.
     """
     ranked = settings.teacher.rank(texts, coverage=coverage, self_hits=self_hits, **known)
-    lists = settings.lists.select(ranked, qids=list(texts), seed=settings.seed, **known)
+    lists = settings.lists.select(ranked, qids=qids, seed=settings.seed, **known)
     if not len(lists.passages):
         raise ValueError(
             f"no rank list could be made of {len(texts)} queries: {listed(lists.report)}; look at "
@@ -122,7 +145,7 @@ class CandidateLists(Mapping[str, list[str]]):
     """qid -> the pids that the student found, best first; made from the arrays when asked for."""
 
     def __init__(self, qids: Sequence[str], passages: np.ndarray, pids: Sequence[str]) -> None:
-        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self.qids, self._place = qids, Places(qids)
         self._passages, self._pids = passages, pids
 
     @classmethod
@@ -132,13 +155,13 @@ class CandidateLists(Mapping[str, list[str]]):
         return cls(qids, _candidates(folder), prepared.store.pids)
 
     def __getitem__(self, qid: str) -> list[str]:
-        return [self._pids[i] for i in self._passages[self._row_of[qid]] if i >= 0]
+        return [self._pids[i] for i in self._passages[self._place.of(qid)] if i >= 0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._row_of)
+        return iter(self.qids)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self.qids)
 
 
 def _candidates(folder: Path) -> np.ndarray:
@@ -148,14 +171,17 @@ def _candidates(folder: Path) -> np.ndarray:
 
 
 def _features(
-    experiment: Experiment, lists: RankLists, texts: Sequence[str], prepared: Prepared
+    experiment: Experiment,
+    lists: RankLists,
+    text_of: Callable[[int], str],
+    prepared: Prepared,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Model features of all rank lists in blocks."""
     assert prepared.table is not None
     for start in range(0, len(lists.passages), _BLOCK):
         block = slice(start, start + _BLOCK)
         yield rank_lists.features(
-            [texts[row] for row in lists.query_rows[block]],
+            [text_of(row) for row in lists.query_rows[block]],
             lists.passages[block],
             lists.teacher_scores[block],
             lists.positive_passages[block],
@@ -169,7 +195,7 @@ def _view_features(
     counts: Counter,
     experiment: Experiment,
     lists: RankLists,
-    texts: Sequence[str],
+    text_of: Callable[[int], str],
     prepared: Prepared,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same of identifiers of several views, with the keys of the candidates."""
@@ -182,7 +208,7 @@ def _view_features(
     for start in range(0, len(lists.passages), _KEYED):
         block = slice(start, start + _KEYED)
         rows = lists.query_rows[block]
-        asked = [texts[row] for row in rows]
+        asked = [text_of(row) for row in rows]
         named = keyed.of(rows, asked, lists.passages[block], counts)
         needed = packing.rows_needed(named.tokens, named.views)
         counts["packed_rows"] = max(counts["packed_rows"], needed)

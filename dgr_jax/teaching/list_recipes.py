@@ -12,6 +12,7 @@ import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.teaching.places import Places
 
 if TYPE_CHECKING:
     from dgr_jax.corpora.store import PassageStore
@@ -182,7 +183,8 @@ class _Builder:
     def __init__(self, width: int, store: PassageStore, qids: Sequence[str]) -> None:
         self._width = width
         self._store = store
-        self._row_of = {qid: row for row, qid in enumerate(qids)}
+        self._place = Places(qids)
+        self._queries = len(qids)
         self._rows, self._positives, self._passages = array("i"), array("i"), array("i")
         self._scores = array("f")
         self._left_out = {"without_positive": 0, "positive_not_scored": 0, "too_few_negatives": 0}
@@ -206,18 +208,20 @@ class _Builder:
 
     def add(self, qid: str, listed: Sequence[ScoredPassage], positive: ScoredPassage) -> None:
         free = self._width - len(listed)
-        self._rows.append(self._row_of[qid])
+        self._rows.append(self._place.of(qid))
         self._positives.append(listed.index(positive))
         self._passages.extend([*(self._store.index_of(p.pid) for p in listed), *[-1] * free])
         self._scores.extend([*(p.score for p in listed), *[0.0] * free])
 
     def arrays(self) -> RankLists:
-        rows = np.array(self._rows, np.int32)
-        order = np.argsort(rows, kind="stable")
+        columns = (self._rows, self._positives, self._passages, self._scores)
+        rows, positives, passages, scores = map(np.asarray, columns)  # int32, and float32; no copy
+        in_order = bool((rows[:-1] <= rows[1:]).all())
+        order = slice(None) if in_order else np.argsort(rows, kind="stable")
         return RankLists(
             query_rows=rows[order],
-            passages=np.array(self._passages, np.int32).reshape(-1, self._width)[order],
-            teacher_scores=np.array(self._scores, np.float32).reshape(-1, self._width)[order],
-            positives=np.array(self._positives, np.int32)[order],
-            report={"queries": len(self._row_of), "lists": len(rows), **self._left_out},
+            passages=passages.reshape(-1, self._width)[order],
+            teacher_scores=scores.reshape(-1, self._width)[order],
+            positives=positives[order],
+            report={"queries": self._queries, "lists": len(rows), **self._left_out},
         )

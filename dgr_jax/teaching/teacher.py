@@ -8,6 +8,7 @@ recipe (dgr_jax.teaching.list_recipes) then makes the arrays that distillation r
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -70,9 +71,9 @@ class Teacher(ABC):
         self_hits: queries that are passages of the corpus; the passage with their id is left out.
         """
         pools = _Pools(queries, candidates, store, qrels, min_relevance)
-        left, counts = dict.fromkeys(queries), Counter()
+        left, counts = _Unanswered(queries), Counter()
         for qid, listed in self.order(queries, pools, store):
-            del left[qid]
+            left.remove(qid)
             if qid in self_hits:
                 listed = [passage for passage in listed if passage.pid != qid]
             own = [passage for passage in listed if abs(passage.score) <= _LARGEST]
@@ -120,6 +121,33 @@ class Teacher(ABC):
         self, queries: Queries, pools: Mapping[str, list[str]], store: PassageStore
     ) -> Iterable[tuple[str, list[ScoredPassage]]]:
         """(qid, the passages of its pool that the teacher can score, best first)."""
+
+
+class _Unanswered:
+    """The queries that wait for their lists; only those are held whose lists came before their
+    turn."""
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+        self._turns = iter(queries)
+        self._next = next(self._turns, None)
+        self._early: set[str] = set()
+
+    def remove(self, qid: str) -> None:
+        """Takes a query out. Raises KeyError where it is none."""
+        if qid != self._next:
+            if qid in self._early or qid not in self._queries:
+                raise KeyError(qid)
+            self._early.add(qid)
+            return
+        self._next = next(self._turns, None)
+        while self._next in self._early:
+            self._early.discard(self._next)
+            self._next = next(self._turns, None)
+
+    def __iter__(self) -> Iterator[str]:
+        waiting = itertools.chain([] if self._next is None else [self._next], self._turns)
+        return (qid for qid in waiting if qid not in self._early)
 
 
 class _Pools(Mapping[str, list[str]]):

@@ -93,10 +93,14 @@ class Bm25Teacher(Teacher):
     ) -> Iterator[tuple[str, list[ScoredPassage]]]:
         index = self.bm25.fit(store)
         for qid, pids in pools.items():
-            scores = index.scores(queries[qid])
-            own = index.best(scores, self.own) if self.own else []
-            pids = list(dict.fromkeys([*pids, *(passage.pid for passage in own)]))
-            yield qid, best_first(pids, scores[[store.index_of(pid) for pid in pids]])
+            places = [store.index_of(pid) for pid in pids]
+            if not self.own:
+                scores = index.scores_of(queries[qid], np.array(places, np.int64))
+                yield qid, best_first(pids, scores)
+                continue
+            of_all = index.scores(queries[qid])
+            places = list(dict.fromkeys([*places, *index.places(of_all, self.own)]))
+            yield qid, best_first([store.pids[i] for i in places], of_all[places])
 
 
 @dataclass(frozen=True)
