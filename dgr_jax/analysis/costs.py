@@ -157,6 +157,7 @@ def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives:
     targets, longest = 1, batch["decoder_target_tokens"].shape[-1]
     if "packed_tokens" in batch:
         _, targets, longest = batch["packed_tokens"].shape
+        targets += positives
     elif "identifier_tokens" in batch:
         listed = batch["identifier_tokens"].shape
         targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]

@@ -175,6 +175,13 @@ class Experiment(Measured):
                 "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
                 "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
             )
+        if self.model.prefix_adaptive_layers and getattr(
+            self.distill.objective, "pack_docids", False
+        ):
+            raise ValueError(
+                "Distillation.pack_docids: got True with T5Config.prefix_adaptive_layers="
+                f"{self.model.prefix_adaptive_layers}, expected False: these layers count places"
+            )
         expected = MultiviewSearch if scheme.views else Search
         for name in ("candidates", "evaluate"):
             search = getattr(self, name).search
