@@ -270,7 +270,9 @@ def done(around, together):
 @pytest.mark.parametrize("page", NEEDED, ids=lambda page: page.name)
 def test_what_stands_on_a_page_runs(page, done):
     failed = [f"{text}\n{result['error']}" for text, result in done[page] if result["error"]]
-    missing = [error for error in failed if GRAIN in error and not importlib.util.find_spec("grain")]
+    missing = [
+        error for error in failed if GRAIN in error and not importlib.util.find_spec("grain")
+    ]
     assert failed == missing, "\n\n".join(failed)
     for text, result in done[page]:
         if "for hit in" in text:

@@ -41,6 +41,8 @@ class Training:
       none. A dense retriever embeds all passages for each.
     keep: the student of the stage is that of the 'last' step, or that of the 'best' RR@10.
     patience: training ends after so many searches in a row that found no better RR@10; 0: never.
+    pack_queries: short queries share rows of a student's encoder, which then reads little padding;
+      they are encoded as each would be alone.
     """
 
     objective: Objective
@@ -56,6 +58,7 @@ class Training:
     validate_every: int = unless_default(0)
     keep: str = unless_default("last")
     patience: int = unless_default(0)
+    pack_queries: bool = unless_default(True)
 
     def __post_init__(self) -> None:
         ranges.check(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dgr_jax.models.prefix_adaptation import PrefixAdaptation
+from dgr_jax.models.query_rows import QueryRows
 from dgr_jax.models.t5_config import REMAT, T5Config
 from dgr_jax.models.t5_stacks import DecoderStack, EncoderStack, Reading
 
@@ -44,19 +45,30 @@ class Transformer(nn.Module):
         encoder_input_tokens: jax.Array,
         decoder_input_tokens: jax.Array,
         deterministic: bool = True,
+        rows: QueryRows | None = None,
     ) -> jax.Array:
-        """int32 [B, Q] and [B, T] or [B, R, T] -> float32 logits [B, T, V] or [B, R, T, V]."""
-        encoded = self.encode(encoder_input_tokens, deterministic)
+        """int32 [B, Q] and [B, T] or [B, R, T] -> float32 logits [B, T, V] or [B, R, T, V]. rows:
+        as of `encode`."""
+        encoded = self.encode(encoder_input_tokens, deterministic, rows)
         targets = decoder_input_tokens
         if single := targets.ndim == 2:
             targets = targets[:, None]
         logits = self.logits(self.decode(encoded, encoder_input_tokens, targets, deterministic))
         return logits[:, 0] if single else logits
 
-    def encode(self, encoder_input_tokens: jax.Array, deterministic: bool = True) -> jax.Array:
-        """int32 [B, Q] -> [B, Q, D] in the activation dtype."""
-        x = self._embed(encoder_input_tokens)
-        return self.encoder(x, encoder_input_tokens > 0, deterministic)
+    def encode(
+        self,
+        encoder_input_tokens: jax.Array,
+        deterministic: bool = True,
+        rows: QueryRows | None = None,
+    ) -> jax.Array:
+        """int32 [B, Q] -> [B, Q, D] in the activation dtype. rows: the same queries side by side;
+        the encoder reads these, and what it makes of padding is then 0."""
+        valid = encoder_input_tokens > 0
+        if rows is None:
+            return self.encoder(self._embed(encoder_input_tokens), valid, deterministic)
+        tokens, segments = (x.reshape(-1, x.shape[-1]) for x in (rows.tokens, rows.segments))
+        return rows.apart(self.encoder(self._embed(tokens), segments, deterministic), valid)
 
     def decode(
         self,

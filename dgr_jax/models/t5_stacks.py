@@ -230,11 +230,16 @@ class EncoderStack(nn.Module):
         self.encoder_norm = norm(self.config)
         self.dropout = dropout(self.config)
 
-    def __call__(self, x: jax.Array, valid: jax.Array, deterministic: bool) -> jax.Array:
-        """x [B, Q, D], valid bool [B, Q] -> [B, Q, D]"""
+    def __call__(self, x: jax.Array, seen: jax.Array, deterministic: bool) -> jax.Array:
+        """x [B, Q, D] -> [B, Q, D]. seen: bool [B, Q], the tokens that all look at, or int32
+        segments [B, Q]: a token looks at those of its own."""
         length = x.shape[1]
         bias = self.relpos_bias(length, length, True)[None]
-        bias = bias + jnp.where(valid, 0.0, layers.NEGATIVE)[:, None, None, :]
+        if seen.dtype == bool:
+            mask = seen[:, None, None, :]
+        else:
+            mask = (seen[:, :, None] == seen[:, None, :])[:, None]
+        bias = bias + jnp.where(mask, 0.0, layers.NEGATIVE)
         x = self.dropout(x, deterministic)
         if self.config.scan_layers:
             x, _ = self.layers.scan(x, bias, deterministic)

@@ -154,7 +154,10 @@ def train_student(
     opened = lambda params, search: assembled(experiment, folder, params, search, prepared)
     measured = validation.of(experiment, settings, prepared, validation.reopened(opened))
     model = Transformer(config)
-    train(experiment, folder, folder.name, settings, model, source, initial, measured)
+    train(
+        *(experiment, folder, folder.name, settings, model, source, initial, measured),
+        pack_queries=settings.pack_queries,
+    )
     if processes.first():
         systems = experiment.systems
         write_student(folder, experiment.kind, config, experiment.evaluate.search, systems)

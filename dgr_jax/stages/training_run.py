@@ -13,6 +13,7 @@ import jax
 from dgr_jax import partitioning
 from dgr_jax.experiments.common import Training
 from dgr_jax.training import loop
+from dgr_jax.training.packed_queries import PackedQueries
 from dgr_jax.training.source import Source
 from dgr_jax.training.validation import Validation
 
@@ -77,8 +78,14 @@ def train(
     batches: Source,
     start: Any = None,
     validation: Validation | None = None,
+    pack_queries: bool = False,
 ) -> None:
-    """One training run of an experiment's stage."""
+    """One training run of an experiment's stage. pack_queries: see `Training`, where the objective
+    encodes queries by `list_decoding`."""
+    mesh = partitioning.make_mesh(experiment.mesh)
+    if pack_queries:
+        shards = partitioning.batch_shards(mesh)
+        batches = PackedQueries(batches, shards=shards, microbatches=settings.microbatches)
     loop.train(
         name=name,
         folder=folder,
@@ -86,7 +93,7 @@ def train(
         objective=settings.objective,
         optimizer=settings.optimizer,
         source=batches,
-        mesh=partitioning.make_mesh(experiment.mesh),
+        mesh=mesh,
         total_steps=settings.steps,
         seed=settings.seed,
         initial_params=start,

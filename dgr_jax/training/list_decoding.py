@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dgr_jax.losses import generation
+from dgr_jax.models.query_rows import QueryRows
 from dgr_jax.special_tokens import PAD_ID
 from dgr_jax.training.plan_losses import PlanLoss
 
@@ -32,16 +33,24 @@ def pad_to(tokens: jax.Array, length: int) -> jax.Array:
     return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, length - tokens.shape[-1])])
 
 
+def packed_queries(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What `encode` is told of queries that lie side by side; nothing, where they do not."""
+    rows = QueryRows.of(batch)
+    return {} if rows is None else {"rows": rows}
+
+
 def decoded_examples(
     model: Any, params: Any, batch: Mapping[str, Any], rng: jax.Array, plan: PlanLoss | None
 ) -> tuple[jax.Array, Any]:
     """Logits [G, T, V] of generation targets, and the table of the plan; None: there is none."""
     queries, inputs = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
-    apply = functools.partial(model.apply, {"params": params})
+    apply, rows = functools.partial(model.apply, {"params": params}), packed_queries(batch)
     if plan is None:
-        return apply(queries, inputs, deterministic=False, rngs={"dropout": rng}), None
+        logits = apply(queries, inputs, deterministic=False, rngs={"dropout": rng}, **rows)
+        return logits, None
     encode_rng, decode_rng = jax.random.split(rng)
-    encoded = apply(queries, method="encode", deterministic=False, rngs={"dropout": encode_rng})
+    dropout = {"deterministic": False, "rngs": {"dropout": encode_rng}}
+    encoded = apply(queries, method="encode", **dropout, **rows)
     table, known = _planned(model, apply, plan, encoded, queries, inputs.shape[-1], decode_rng)
     dropout = {"deterministic": False, "rngs": {"dropout": decode_rng}}
     x = apply(encoded, queries, inputs[:, None], method="decode", **dropout, **known)
@@ -136,6 +145,7 @@ def _encoded_queries(
         deterministic=False,
         method="encode",
         rngs={"dropout": rng},
+        **packed_queries(lists),
     )
     if queries.ndim == 2:
         return encoded, queries

@@ -55,7 +55,7 @@ def places(tokens: np.ndarray, views: np.ndarray, width: int) -> Places:
     # A prefix of any is a prefix of the next in order.
     is_prefix = np.pad(is_prefix, ((0, 0), (0, 1)))
     lengths = np.where(is_prefix, 0, (words[..., 1:] > 0).sum(-1))
-    starts, rows = _first_fit(lengths, width)
+    starts, rows = first_fit(lengths, width)
     ordinals = np.where(is_prefix, words.shape[1], np.arange(words.shape[1]))
     extends = np.minimum.accumulate(ordinals[:, ::-1], axis=1)[:, ::-1]
     starts = np.take_along_axis(starts, extends, axis=1)
@@ -67,7 +67,7 @@ def places(tokens: np.ndarray, views: np.ndarray, width: int) -> Places:
     )
 
 
-def _first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """First fit, the longest first: starts int32 [n, I] and rows in use int32 [n]."""
     order = np.argsort(-lengths, axis=1, kind="stable")
     most = int((lengths > 0).sum(1).max(initial=0))
