@@ -7,6 +7,7 @@ name to a pair (sum, weight), added up the same way; its value is sum / weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -328,7 +329,7 @@ class Distillation:
         loss_sum, _ = generation.cross_entropy(
             logits, targets, shares, label_smoothing=self.label_smoothing, z_loss=0.0
         )
-        examples = targets.shape[0]
+        examples = math.prod(targets.shape[:-1])
         metrics = {"generation_loss": (loss_sum, jnp.float32(examples))}
         return loss_sum / examples, metrics | _tokens_right(logits, targets, weights)
 
