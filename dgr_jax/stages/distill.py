@@ -32,8 +32,7 @@ def batches(experiment: Experiment) -> Source:
 def _rank_lists(experiment: Experiment) -> Source:
     folder, settings = Path(experiment.model_dir) / teach.STAGE.name, experiment.distill
     lists = ArraySource(folder / "rank_lists", settings.list_batch_size, settings.seed)
-    tokens, views = (lists.features.get(f"identifier_{name}") for name in ("tokens", "views"))
-    assert tokens is not None
+    tokens, views = lists.features["identifier_tokens"], lists.features.get("identifier_views")
     if views is None:
         if not getattr(settings.objective, "pack_docids", False):
             return with_sets(experiment, lists)
