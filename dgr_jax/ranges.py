@@ -8,6 +8,8 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
+from dgr_jax.special_tokens import LONGEST_IDENTIFIER
+
 
 class Range(NamedTuple):
     """What a setting is expected to be, in words, and whether a value is."""
@@ -34,6 +36,12 @@ def below(limit: float) -> Range:
 def between(least: float, most: float) -> Range:
     """`least` to `most`, both included."""
     return Range(f"{least:,} to {most:,}", _real(lambda value: least <= value <= most))
+
+
+def identifier_tokens(beside: int) -> Range:
+    """At most the tokens of an identifier, without so many that come beside them, such as EOS."""
+    most = LONGEST_IDENTIFIER - beside
+    return Range(f"at most {most}, which an index can hold", _real(lambda value: value <= most))
 
 
 def from_to_below(least: float, limit: float) -> Range:

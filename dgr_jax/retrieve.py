@@ -31,7 +31,9 @@ def command(argv: Sequence[str] | None) -> None:
         metavar="RUN",
         help="TREC run: its passages for --queries, by the log-probability of their identifiers",
     )
-    parser.add_argument("--k", type=int, default=10, help="passages a question")
+    parser.add_argument(
+        "--k", type=int, help="passages a question; default: 10, or as many as can be found"
+    )
     parser.add_argument("--num_beams", type=int, help="beams; default: those of the experiment")
     parser.add_argument("--batch_size", type=int, help="questions decoded together; see Search")
     parser.add_argument("--mesh", help="DATA,MODEL devices, such as 4,2; default: one device")

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".traced"
 folder: Path | None = None
+_HASH = hashlib.sha256().digest_size  # bytes
 _OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
 
 
@@ -65,7 +66,7 @@ def kept_shapes(name: str, make: Callable[[], Any]) -> Any:
         return make()
     path = folder / f"{_mark(name)}{SUFFIX}.json"
     try:
-        return _unpacked(json.loads(path.read_bytes()))
+        return _unpacked(json.loads(_read(path)))
     except FileNotFoundError:
         pass
     except Exception as error:
@@ -136,7 +137,7 @@ class _Kept:
         named = [self._name, str(tree), shapes, device.platform, device.device_kind, options]
         path = self._folder / f"{_mark(*named)}{SUFFIX}"
         try:
-            return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+            return jax.jit(export.deserialize(_read(path)).call)
         except FileNotFoundError:
             pass
         except Exception as error:  # of a damaged file, whatever its reader stumbles over
@@ -149,12 +150,22 @@ class _Kept:
         return jax.jit(exported.call)
 
 
+def _read(path: Path) -> bytearray:
+    """What `_write` wrote. Raises ValueError where it was changed since: a program with one other
+    bit may still be one, which answers wrongly."""
+    written = path.read_bytes()
+    content = written[_HASH:]
+    if hashlib.sha256(content).digest() != written[:_HASH]:
+        raise ValueError("it is damaged")
+    return bytearray(content)
+
+
 def _write(path: Path, content: bytes | bytearray) -> None:
-    """Writes a file that is whole as soon as it has its name."""
+    """Writes a file that is whole as soon as it has its name, its hash before its content."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.write(hashlib.sha256(content).digest() + content)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

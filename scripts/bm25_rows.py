@@ -8,6 +8,7 @@ them: what its students must be better than, in seconds and without training.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,10 @@ from rich.console import Console
 from dgr_jax import evaluation
 from dgr_jax.config import cli, gin_files
 from dgr_jax.corpora import store, trec
+from dgr_jax.retrieval import self_hits
+from dgr_jax.stages import judged
+
+logger = logging.getLogger(__name__)
 
 COMPARED = ("RR@10", "nDCG@10")
 
@@ -31,23 +36,27 @@ def main() -> None:
         "bm25 of words": dataclasses.replace(settings.baseline, stemmer=""),
     }
     console = Console(width=None if sys.stdout.isatty() else 200)
-    collection.check(experiment.prepare.test_splits)
+    prepare = experiment.prepare
+    collection.check(prepare.splits)
     with tempfile.TemporaryDirectory() as folder:
         passages = store.write(collection.passages(), Path(folder) / "passages")
         indexes = {name: bm25.fit(passages) for name, bm25 in rows.items()}
-        for split in experiment.prepare.test_splits:
-            queries = {query.qid: query.text for query in collection.queries(split)}
-            qrels = trec.qrels_in_memory(collection.qrels(split))
-            measures = (*settings.measures, *COMPARED)
-            values = {
-                name: evaluation.per_query(
-                    index.search(queries, settings.search.depth),
-                    qrels,
-                    measures,
-                    min_relevance=settings.min_relevance,
+        asked = judged.read(collection, prepare, passages)
+        for line in judged.readable(asked.report, prepare):
+            logger.info("%s", line)
+        for split in prepare.test_splits:
+            if split not in asked.qrels:
+                raise ValueError(f"split {split!r} has answers alone, expected judgements")
+            queries = {query.qid: query.text for query in asked.queries[split].values()}
+            qrels = trec.qrels_in_memory(asked.qrels[split])
+            own = judged.self_hits(prepare, queries, passages, qrels)
+            measures, depth = (*settings.measures, *COMPARED), settings.search.depth
+            values = {}
+            for name, index in indexes.items():
+                run = self_hits.without(index.search(queries, depth + bool(own)), own, depth)
+                values[name] = evaluation.per_query(
+                    run, qrels, measures, min_relevance=settings.min_relevance
                 )
-                for name, index in indexes.items()
-            }
             means = {name: evaluation.means(by_query) for name, by_query in values.items()}
             console.print(evaluation.measures_table(means, title=f"{split}, {len(queries):,}"))
             for measure in COMPARED:

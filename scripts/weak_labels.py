@@ -26,17 +26,18 @@ def ranked_by_bm25(collection: BeirCollection, split: str, depth: int) -> Iterab
     texts = {query.qid: query.text for query in collection.queries(split)}
     with tempfile.TemporaryDirectory() as folder:
         index = Bm25().fit(store.write(collection.passages(), Path(folder) / "passages"))
-        found = index.search(texts, depth)
+        found = index.search(texts, depth + 1)  # a query may be a passage itself
     return [RankList(qid, tuple(listed)) for qid, listed in found.items()]
 
 
 def labels(runs: Iterable[RankList], qids: set[str], depth: int) -> list[Qrel]:
-    """The first passages of each of these queries, as judgements of grade 1."""
+    """The first passages of each of these queries, as judgements of grade 1; a passage with the id
+    of the query, which is the query itself, is none of them."""
     return [
-        Qrel(ranked.qid, passage.pid, 1)
+        Qrel(ranked.qid, pid, 1)
         for ranked in runs
         if ranked.qid in qids
-        for passage in ranked.passages[:depth]
+        for pid in [p.pid for p in ranked.passages if p.pid != ranked.qid][:depth]
     ]
 
 
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a TREC run; without it, BM25 ranks")
     parser.add_argument("--depth", type=int, default=4)
     args = parser.parse_args()
+    if args.depth < 1:
+        parser.error(f"--depth: got {args.depth}, expected at least 1")
     collection = BeirCollection(args.data_dir)
     collection.check([args.split])
     if args.name in collection.splits:

@@ -40,6 +40,7 @@ def test_questions_of_a_file_and_of_a_pipe(tmp_path, data, piped):
     [
         ("q1\twho\nq2\t \n", "line 2: found a blank text of qid 'q2'; expected a question"),
         ("q1\twho\nq2\t\n", "line 2: found a blank text of qid 'q2'; expected a question"),
+        ("q1\twho\nq2\t\u200b\n", "line 2: found a blank text of qid 'q2'; expected a question"),
         ("q1\twho\nq2\n", "line 2: found 'q2'; expected two columns: qid, tab, text"),
         ("q1\twho\nq1\twhat\n", "line 2: found qid 'q1' again; expected a different qid on each"),
         ("q 1\twho\n", "line 1: found the query id 'q 1'; expected an id without white space"),

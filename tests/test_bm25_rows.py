@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from dgr_jax.config import cli
+from dgr_jax.corpora import beir
+from dgr_jax.corpora.types import Passage, Qrel, Query
 from tests.conftest import ROOT
 
 
@@ -34,6 +36,19 @@ def test_the_rows_of_the_quickstart_are_those_of_the_readme(rows):
         cells = " | ".join(f"{value:.3f}".lstrip("0") for value in found[name])
         assert f"| {line} | {cells} |" in text
     assert "bm25 and bm25 of words: RR@10 0.8715 against 0.8010: +0.0705 (p < 0.001; " in printed
+
+
+def test_queries_that_are_passages_do_not_find_themselves(rows, tmp_path):
+    """As in an experiment; pairs that were judged twice count as there too."""
+    texts = [f"the {name} beside the {other}" for name, other in ("ab", "bc", "cd", "da")]
+    texts = [text.replace(" a", " otter").replace(" b", " violin") for text in texts]
+    passages = [Passage(f"p{i}", text) for i, text in enumerate(texts)]
+    queries = [Query(f"p{i}", text) for i, text in enumerate(texts)]
+    qrels = {"train": [Qrel("p2", "p3", 1)], "test": [Qrel("p0", "p1", 1), Qrel("p0", "p1", 1)]}
+    beir.write_beir(tmp_path, passages, queries, qrels)
+    flags = ("--gin_file=beir.gin", f"--data_dir={tmp_path}", "--gin.Evaluate.measures=('RR@10',)")
+    assert rows(*flags)[0]["bm25 of words"][0] == 1.0
+    assert rows(*flags, "--gin.Prepare.self_hits='keep'")[0]["bm25 of words"][0] == 0.5
 
 
 def test_settings_reach_the_rows(rows):

@@ -541,6 +541,19 @@ def test_a_setting_of_something_that_is_not_made_is_warned_of(caplog):
     ]
 
 
+def test_lines_of_a_gin_file_of_ones_own_that_have_no_effect_are_said(caplog):
+    Path("more.gin").write_text("distil/Training.steps = 3\nBATCH_SIZE = 8\n")
+    text = "include 'quickstart.gin'\ninclude 'more.gin'\nNUM_BEAM = 3\nSEED = 2\n"
+    Path("mine.gin").write_text(f"{text}KMeansTree.branching = 5\n")
+    assert load("--gin_file=mine.gin").prepare.seed == 2
+    assert [r.getMessage() for r in caplog.records if r.name == "dgr_jax.config.bound"] == [
+        "more.gin:1: distil/Training.steps has no effect; set distill/Training.steps or "
+        "generate/Training.steps",
+        "mine.gin:3: NUM_BEAM has no effect: nothing refers to it; did you mean NUM_BEAMS?",
+        "mine.gin:5: KMeansTree.branching has no effect: no KMeansTree is made",
+    ]
+
+
 def test_what_was_tried_and_failed_ends_with_status_1(capsys):
     def command(argv):
         raise Failure("1 of 2 experiments failed")

@@ -12,6 +12,7 @@ from dgr_jax.corpora.types import Passage
 from dgr_jax.identifiers import embeddings, kmeans, rq
 from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.identifiers.embeddings import FromFile, SentenceEncoder, TfidfSvd
+from dgr_jax.identifiers.multiview import Multiview
 from dgr_jax.identifiers.rq import ResidualQuantization
 from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material
 from dgr_jax.identifiers.semantic import KMeansTree
@@ -335,6 +336,13 @@ def test_more_passages_of_one_vector_than_are_spread_are_warned_of(caplog):
         (KMeansTree, {"leaf_size": 0}, "leaf_size: got 0, expected at least 1"),
         (Title, {"max_tokens": 0}, "max_tokens: got 0, expected at least 1"),
         (TfidfSvd, {"dim": 0}, "dim: got 0, expected at least 1"),
+        (
+            Title,
+            {"max_tokens": 64},
+            "max_tokens: got 64, expected at most 63, which an index can .*",
+        ),
+        (ResidualQuantization, {"num_codes": 64}, "num_codes: got 64, expected at most 63.* None"),
+        (Multiview, {"query_tokens": 63}, "query_tokens: got 63, expected at most 62, which .*"),
     ],
 )
 def test_sizes_that_no_scheme_has_are_refused_at_once(scheme, settings, message):

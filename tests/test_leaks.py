@@ -134,6 +134,20 @@ def test_no_query_is_left(tmp_path, passages):
         judged.read(data, settings(shared_queries="drop"), passages)
 
 
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [
+        ("Is İzmir large?", "is izmir LARGE", True),
+        ("where co\u00adoperate", "where cooperate", True),
+        ("the bee\ufe0f \u200ehive", "The bee hive", True),
+        ("\u200bbee\u200bhive", "bee hive", True),  # a space of no width
+        ("bee hive", "beehive", False),
+    ],
+)
+def test_queries_are_the_same_by_what_is_seen(text, other, same):
+    assert (normalised(text) == normalised(other)) == same
+
+
 def test_queries_that_share_nothing_are_not_reported():
     found = shared({"a": Query("a", "bees?")}, {"b"}, {normalised("bee")})
     assert not found.qids
@@ -177,6 +191,19 @@ def test_contradictory_judgements(tmp_path, passages):
         "2 train judgements are of pairs that were judged before, and are left out; of several "
         "grades the last counts (Prepare.contradictory_judgements = 'last')"
     )
+
+
+def test_queries_that_no_passage_answers_are_counted(tmp_path, passages):
+    asked = [Query("a", "where is the otter"), Query("b", "where is the comet"), Query("c", "who")]
+    graded = [Qrel("b", "p1", 1), Qrel("b", "p2", -1), Qrel("c", "p3", 0), Qrel("c", "p4", 2)]
+    data = collection(tmp_path, asked, {"train": [Qrel("a", "p0", 2)], "test": graded})
+    rule = settings(min_relevance=2)
+    report = judged.read(data, rule, passages).report
+    assert report == {"queries_without_positive": {"test": 1}}
+    assert list(judged.readable(report, rule)) == [
+        "1 test queries have no passage of a relevance of 2 or more (Prepare.min_relevance): they "
+        "count as 0 for every system"
+    ]
 
 
 def test_the_highest_of_many_grades():

@@ -357,6 +357,16 @@ def test_a_damaged_index_says_how_to_go_back(model_dir):
         Retriever.load(model_dir, system="distill")
 
 
+def test_an_index_that_does_not_say_which_version_answers_is_told_of(model_dir):
+    versions = update.versions(model_dir)
+    update.update(versions, [ZEBRA])
+    (versions.folder / "current.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"current.json: is missing, expected it beside 1 versions"
+    ):
+        Retriever.load(model_dir, system="distill")
+
+
 def test_an_older_model_dir_learns_again_what_it_has_not_kept(model_dir, caplog):
     versions, places = update.versions(model_dir), []
     update.update(versions, [ZEBRA, BEES])
@@ -398,6 +408,12 @@ def test_what_cannot_be_changed_is_named_and_changes_nothing(model_dir):
         (lambda: retriever.add([Passage("a b", "x")]),
          "passages: got, as number 1, the pid 'a b', expected an id without white space"),
         (lambda: retriever.add(["x"]), "passages: got, as number 1, str, expected dgr_jax.corpora"),
+        (lambda: retriever.add(ZEBRA), "passages: got one passage 'zebra-1', expected a list"),
+        (lambda: retriever.add([Passage("a", None)]),
+         "passages: got, as number 1, the text None, expected a string"),
+        (lambda: retriever.add([Passage(7, "x")]), "as number 1, the pid 7, expected a string"),
+        (lambda: retriever.add([Passage("a", "x", metadata={"n": [1]})]),
+         "got, as number 1, [1] as 'n' in the metadata of 'a', expected a string, a finite number"),
         (lambda: update.update(update.versions(model_dir), [ZEBRA], ["zebra-1"]),
          "pids: got 'zebra-1', expected pids of passages that are there"),
         (lambda: update.update(

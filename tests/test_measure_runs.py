@@ -122,6 +122,16 @@ def test_a_grade_that_no_judgement_reaches_is_said(files, caplog):
     )
 
 
+def test_pairs_with_several_grades_are_said(files, capsys, caplog):
+    qrels = files("q.txt", "q1 0 a 1\nq1 0 a 1\nq1 0 x 1\nq1 0 x 0\n")
+    measure_runs([files("run.txt", RUN)], qrels, 1, measures=("P@2",))
+    assert caplog.messages[0] == (
+        f"{qrels}: found 1 pair of query and passage with different grades (q1 x: 1 and 0); "
+        "expected one grade for each; the last grade counts"
+    )
+    assert rows(capsys)["run.txt"] == ["0.500"]
+
+
 # For programs
 
 

@@ -79,6 +79,7 @@ def safetensors(arrays):
     """The bytes of a file."""
     names = {
         "float64": "F64",
+        "int32": "I32",
         "float32": "F32",
         "float16": "F16",
         "bfloat16": "BF16",
@@ -276,6 +277,14 @@ def test_tied_embeddings_of_two_projections_are_warned_of(tmp_path, caplog):
     config, _ = pretrained.read_hf(write(tmp_path / "m", tied, arrays))
     assert config.logits_via_embedding
     assert "no output kernel, but two projections as in T5 1.1" in caplog.text
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    arrays = random_arrays()
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    arrays[name] = np.round(100 * arrays[name]).astype(np.int32)
+    with pytest.raises(ValueError, match=r"mlp/wo/kernel: got int32, expected floats: quantised"):
+        pretrained.read_hf(write(tmp_path / "m", DESCRIBED, arrays))
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])

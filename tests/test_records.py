@@ -7,8 +7,10 @@ import re
 
 import pytest
 
-from dgr_jax.model_dir import records, writer_lock
+from dgr_jax.model_dir import kept, records, writer_lock
+from dgr_jax.models.t5_config import T5Config
 from dgr_jax.retrieval import kinds
+from dgr_jax.retrieval.generative import Search
 from dgr_jax.settings import fingerprint
 
 
@@ -132,6 +134,43 @@ def test_of_a_dense_retriever_the_first_student_may_be_the_best(tmp_path):
     assert made.answering() == ("dense", "prepare", "")
     made.write("refresh", student_settings(0), status="running")
     assert made.answering()[2] == "dense answers, as refresh is not trained yet"
+
+
+def test_of_two_experiments_that_of_the_newer_prepare_stage_answers(made):
+    (made.folder / "previous").mkdir()
+    (made.folder / "prepare").rename(made.folder / "previous/prepare")
+    made.prepare(1)
+    assert made.answering()[:2] == ("distill", "previous/prepare")
+    made.student("dense", 1)
+    assert made.answering() == ("dense", "prepare", "")
+    assert made.answering("distill")[:2] == ("distill", "previous/prepare")
+
+
+def test_a_refreshed_student_that_is_lost_is_told_of(made):
+    """No other file names it, so that the student before would answer without a word."""
+    for name, began in (("refreshed-1", "distill"), ("refreshed-2", "refreshed-1")):
+        mark = records.read_record(made.folder / began)["fingerprint"]
+        made.student(name, 0)
+        systems = {"refreshed-1": ("generate", "distill", name),
+                   "refreshed-2": ("generate", "distill", "refreshed-1", name)}[name]  # fmt: skip
+        kinds.write_student(
+            made.folder / name, "docid", T5Config(), Search(), systems, (began, mark)
+        )
+        record = records.read_record(made.folder / name)
+        records.write_record(made.folder / name, **record, files_made=kept.sign(made.folder / name))
+    assert made.answering()[0] == "refreshed-2"
+    (made.folder / "refreshed-1" / records.STUDENT).unlink()
+    assert made.answering()[0] == "refreshed-2"
+    student = made.folder / "refreshed-2" / records.STUDENT
+    for content in (b"{", b""):
+        student.write_bytes(content)
+        assert kinds.best_first(made.folder)[0] == made.answering()[0] == "refreshed-2"
+    student.unlink()
+    assert made.answering()[0] == "refreshed-2"
+    with pytest.raises(
+        kept.Damaged, match=r"student.json: is missing.*update --model_dir=.* --ref"
+    ):
+        kinds.read_student(student.parent)
 
 
 def test_identifiers_that_are_made_again_are_said_to_be(made):

@@ -41,6 +41,13 @@ def test_fields_have_the_names_of_any_tool():
     assert list(records.qrels(judged)) == [Qrel("q", "d", 1), Qrel("q", "7", 2)]
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), Missing()])
+def test_a_grade_that_is_missing_is_no_positive(missing):
+    frame = Frame(qid=["q", "q"], pid=["a", "b"], relevance=[1, missing])
+    with pytest.raises(ValueError, match="judgement 2: got the fields qid, pid, relevance, expect"):
+        list(records.qrels(frame))
+
+
 def test_frames_are_read_row_by_row():
     frame = Frame(docno=["a", "b", "c"], text=["x", "y", "z"], title=["T", float("nan"), Missing()])
     assert records.are_records(frame)
@@ -85,6 +92,10 @@ def test_what_is_written_again_and_is_the_same_stays_as_it_is(tmp_path):
         ({"pid": 1.5, "text": "x"}, "passage 1: got 1.5 as 'pid', expected a string"),
         ({"pid": True, "text": "x"}, "passage 1: got True as 'pid', expected a string"),
         ("a", "passage 1: got 'a', expected a dictionary"),
+        (
+            {"pid": "a", "text": "b\ud800"},
+            "passage 1: got .b.ud800. as 'text', expected text that U",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_read_is_numbered(record, message):

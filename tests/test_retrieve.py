@@ -19,8 +19,9 @@ from dgr_jax.serving import ask
 class Stub:
     """A retriever that finds given passages."""
 
-    def __init__(self, *hits: Hit) -> None:
+    def __init__(self, *hits: Hit, **limits: int) -> None:
         self.hits = list(hits)
+        self.decoder = SimpleNamespace(limits=limits)
 
     def search(self, queries, k):
         return [self.hits[:k] for _ in queries]
@@ -41,8 +42,14 @@ def test_a_passage_without_a_title_says_its_pid_once(capsys):
 
 
 def test_nothing_found_is_said(capsys):
-    out = printed(capsys, "why?")
-    assert out.splitlines()[0] == "why?" and "nothing was found" in out
+    ask._print(Stub(num_beams=8), ["why?"], 10)
+    ask._print(Stub(passages=8), ["who?"], 10)
+    assert capsys.readouterr().out.splitlines() == [
+        "why?",
+        "     nothing was found: no identifier that was written is one of a passage",
+        "who?",
+        "     nothing was found: no passage fits",
+    ]
 
 
 def test_what_passages_hold_is_not_obeyed(capsys):
@@ -122,9 +129,10 @@ def limits(kind: type, **settings) -> dict[str, int]:
 )  # fmt: skip
 def test_what_bounds_the_passages_is_named(found, message):
     with pytest.raises(ValueError) as error:
-        ask._check_k(600, found)
+        ask._checked_k(600, found)
     assert str(error.value) == message
-    ask._check_k(min(found.values()), found)
+    assert ask._checked_k(least := min(found.values()), found) == least
+    assert ask._checked_k(None, found) == min(10, least)  # nobody has asked for more than there is
 
 
 @pytest.mark.parametrize(
@@ -158,8 +166,9 @@ def test_questions_in_any_locale():
     assert ask._written(unknown) == "señal 蜂" == ask._written("señal 蜂")
     with pytest.raises(ValueError, match="--query: got 'a.udcff', expected text in UTF-8"):
         ask._written("a\udcff")
-    with pytest.raises(ValueError, match="--query: got a blank question"):
-        ask._written(" \n")
+    for blank in (" \n", "\u200b \u202e"):
+        with pytest.raises(ValueError, match="--query: got a blank question"):
+            ask._written(blank)
 
 
 @pytest.mark.parametrize("query", ["a\ud800", None, 3, b"bees"])

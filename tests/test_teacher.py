@@ -123,6 +123,15 @@ def test_scores_that_are_not_finite_are_left_out_and_counted(caplog):
     assert "Teach.teacher=@Own(): 3 of 5 scores are not finite (NaN or inf)" in caplog.text
 
 
+def test_scores_that_float32_cannot_hold_teach_nothing(caplog):
+    """1e39 would be infinite in a rank list, and the two beside it one number."""
+    own = {"q1": {"a": 1e39, "b": 100000000.2, "c": 100000000.1}, "q2": {"a": -1e39}}
+    ranked = rank(own_scores(own), coverage={})
+    assert pids(ranked) == {"q1": ["b", "c"], "q2": [], "q3": []}
+    assert "2 of 4 scores are not finite (NaN or inf), or beyond 1e30" in caplog.text
+    assert "1 of 1 lists have one score for all passages" in caplog.text
+
+
 def test_lists_of_equal_scores_are_counted_and_warned_of(caplog):
     coverage = Coverage()
     teacher = own_scores({"q1": {"b": 2.0, "a": 2.0}, "q2": {"a": 1.0, "b": 0.0}, "q3": {"a": 1.0}})

@@ -60,10 +60,16 @@ def test_other_shapes_settings_and_sources_are_traced(folder, monkeypatch):
     assert len(traces) == 4 and len(list(folder.iterdir())) == 4
 
 
-def test_a_damaged_file_is_said_and_made_again(folder, caplog):
+@pytest.mark.parametrize("place", [None, 10, -200])
+def test_a_damaged_file_is_said_and_made_again(folder, caplog, place):
     asked(program([]))
     (path,) = folder.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
+    content = bytearray(path.read_bytes())
+    if place is None:
+        del content[100:]
+    else:
+        content[place] ^= 4  # what is read then may still look like a program
+    path.write_bytes(content)
     traces = []
     assert asked(program(traces)).log_probs[0, 2] == 2.0 and len(traces) == 1
     assert f"{path}: cannot be read" in caplog.text

@@ -45,6 +45,13 @@ def test_the_first_passages_of_bm25_are_labels(label, folder, capsys):
     assert said in capsys.readouterr().out
 
 
+def test_a_query_that_is_a_passage_is_no_label_of_itself(label, folder, tmp_path):
+    queries = [Query("a", "red fox"), Query("3", "sea")]
+    write_beir(folder, None, queries, {"train": [Qrel("a", "b", 1), Qrel("3", "c", 1)]})
+    (folder / "qrels/test.tsv").unlink()
+    assert list(label("--depth=1").qrels("weak")) == [Qrel("a", "b", 1), Qrel("3", "c", 1)]
+
+
 def test_a_run_gives_labels_and_what_is_wrong_is_said(label, tmp_path, capsys):
     run = tmp_path / "llm.trec"
     run.write_text("2 Q0 a 1 9.0 llm\n2 Q0 b 2 8.0 llm\n4 Q0 a 1 7.0 llm\n")
@@ -54,6 +61,7 @@ def test_a_run_gives_labels_and_what_is_wrong_is_said(label, tmp_path, capsys):
     for flags, message in (
         (("--name=test",), "has a split 'test' already"),
         ((f"--run={run}",), "llm.trec has no query of the split 'train'"),
+        (("--depth=0",), "--depth: got 0, expected at least 1"),
     ):
         with pytest.raises(SystemExit):
             label(*flags)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import difflib
+import functools
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.model_dir import writer_lock
@@ -34,27 +36,72 @@ def check_effects(bindings: Sequence[str]) -> None:
     """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
     bindings that are more special, or is of a plan that is not there; warns where the experiment
     makes no other such component."""
-    import gin
-
     from dgr_jax.config import configurables  # imports JAX
 
-    there = set(settings(gin.config_str()))
-    called = settings(gin.operative_config_str())
-    for scope, name, key in settings("\n".join(bindings)):
-        calls = [s for s, n, k in called if (n, k) == (name, key)]
-        if any(winner(s, name, key, there) == scope for s in calls):
-            continue
+    for setting, instead in _without_effect(settings("\n".join(bindings))):
+        scope, name, key = setting
         given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
-        if not calls and name in configurables.plans():
+        if not instead and name in configurables.plans():
             raise Mistake(
                 f"{given}: got a setting of a plan that this experiment does not have, expected "
                 f"--gin.PLAN=@{name}() beside it"
             )
-        if not calls:
+        if not instead:
             logger.warning("%s has no effect: this experiment makes no %s", given, name)
             continue
-        others = sorted({f"{s}/{name}.{key}" for s in calls if s})
-        raise Mistake(f"{given} has no effect; set {' or '.join(others) or f'{name}.{key}'}")
+        raise Mistake(f"{given} has no effect; set {' or '.join(instead)}")
+
+
+def _without_effect(
+    asked: Iterable[tuple[str, str, str]],
+) -> Iterator[tuple[tuple[str, str, str], list[str]]]:
+    """Those of (scope, component, setting) that nothing was made with, and what to set instead;
+    nothing where no such component was made."""
+    import gin
+
+    there = set(settings(gin.config_str()))
+    called = settings(gin.operative_config_str())
+    for scope, name, key in asked:
+        calls = [s for s, n, k in called if (n, k) == (name, key)]
+        if not any(winner(s, name, key, there) == scope for s in calls):
+            others = sorted({f"{s}/{name}.{key}" for s in calls if s})
+            yield (scope, name, key), others or [f"{name}.{key}"] * bool(calls)
+
+
+class Line(NamedTuple):
+    """A line of a gin file: NAME = ..., which has no key, or scope/Component.key = ..."""
+
+    place: str
+    scope: str
+    name: str
+    key: str
+
+
+def say_without_effect(lines: Iterable[Line]) -> None:
+    """Warns of macros that nothing refers to and of settings that nothing was made with, which may
+    be mistyped, once a process. A file may be for several experiments, so that it is no mistake."""
+    import gin
+
+    text = gin.config_str()
+    macros = re.findall(r"^(\w+) =", text, re.MULTILINE)
+    used = set(re.findall(r"%(\w+)", text))
+    for line in lines:
+        asked = (line.scope, line.name, line.key)
+        if not line.key:
+            if line.name not in used:
+                near = difflib.get_close_matches(line.name, sorted(used & {*macros}), cutoff=0.8)
+                meant = f"; did you mean {' or '.join(near)}?" if near else ""
+                _say(f"{line.place}: {line.name} has no effect: nothing refers to it{meant}")
+            continue
+        for _, instead in _without_effect([asked]):
+            given = f"{line.scope}/{line.name}.{line.key}".removeprefix("/")
+            why = f"; set {' or '.join(instead)}" if instead else f": no {line.name} is made"
+            _say(f"{line.place}: {given} has no effect{why}")
+
+
+@functools.cache
+def _say(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def keep(experiment: Any) -> None:

@@ -59,6 +59,9 @@ def load_experiment(
     kind = _kind(files, kinds)
     experiment = _call_experiment(files, kind)
     bound.check_effects(bindings)
+    if args.gin_file:
+        paths = search_paths(args)
+        bound.say_without_effect(line for file in files for line in _own_lines(file, paths))
     if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
     _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
@@ -199,6 +202,22 @@ def _check_included(
                     f"in {', '.join(map(str, folders))}; add folders by --gin_search_paths"
                 )
             _check_included(included, paths, named, (*above, place))
+
+
+def _own_lines(file: str, paths: Sequence[str]) -> Iterator[bound.Line]:
+    """The lines of a gin file, and of those that it includes, which are not shipped."""
+    place = place_of(file, paths)
+    if place is None or place.resolve().is_relative_to(resources("gin_configs").resolve()):
+        return
+    with place.open(encoding="utf-8") as text:
+        statements = parsed(text, file)
+    for statement in statements:
+        if included := getattr(statement, "filename", None):
+            yield from _own_lines(included, paths)
+        elif selector := getattr(statement, "selector", None):
+            name = selector.rpartition(".")[2]
+            where = f"{place}:{statement.location.line_num}"
+            yield bound.Line(where, statement.scope, name, statement.arg_name)
 
 
 def place_of(file: str, paths: Sequence[str]) -> Path | None:

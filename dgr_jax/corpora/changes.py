@@ -58,7 +58,10 @@ def read_pids(path: str | os.PathLike) -> list[str]:
 
 
 def check_added(passages: Iterable[Passage]) -> tuple[Passage, ...]:
-    """The passages; ValueError for one without text, and for a pid that comes twice or is none."""
+    """The passages; ValueError for one without text, for a pid that comes twice or is none, and for
+    what no store can hold."""
+    if isinstance(passages, Passage):
+        raise ValueError(f"passages: got one passage {passages.pid!r}, expected a list of them")
     by_pid: dict[str, Passage] = {}
     for place, passage in enumerate(passages, start=1):
         at = f"passages: got, as number {place},"
@@ -66,6 +69,7 @@ def check_added(passages: Iterable[Passage]) -> tuple[Passage, ...]:
             raise ValueError(
                 f"{at} {type(passage).__name__}, expected dgr_jax.corpora.types.Passage"
             )
+        _check_types(passage, at)
         if not passage.pid or checks.UNFIT_FOR_ID.search(passage.pid):
             raise ValueError(f"{at} the pid {lines.shown(passage.pid)}, expected {checks.ID}")
         if passage.pid in by_pid:
@@ -77,6 +81,20 @@ def check_added(passages: Iterable[Passage]) -> tuple[Passage, ...]:
             )
         by_pid[passage.pid] = passage
     return tuple(by_pid.values())
+
+
+def _check_types(passage: Passage, at: str) -> None:
+    """Raises ValueError where a passage has something else than strings, or metadata that cannot be
+    written."""
+    for name in ("pid", "text", "title"):
+        if not isinstance(value := getattr(passage, name), str):
+            raise ValueError(f"{at} the {name} {lines.shown(value)}, expected a string")
+    if left := passage.metadata.keys() - checks.scalars(passage.metadata).keys():
+        name = min(left, key=str)
+        raise ValueError(
+            f"{at} {lines.shown(passage.metadata[name])} as {name!r} in the metadata of "
+            f"{passage.pid!r}, expected a string, a finite number or a truth value"
+        )
 
 
 def check_pids(pids: Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import heapq
 import logging
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,7 +25,7 @@ Record = TypeVar("Record", Passage, Query)
 # surrogate pair.
 UNFIT_FOR_ID = re.compile("[\x00-\x20\x7f-\x9f\ufeff\ud800-\udfff]")
 ID = "an id without white space and control characters"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which UTF-8 cannot hold
 # trec_eval holds an array of all grades up to the highest.
 _HIGHEST_GRADE = 1_000_000
 
@@ -122,7 +122,7 @@ def text_field(
     the field is missing and there is no default, or is neither string nor whole number.
     """
     value = _string(record, name, path, line, default)
-    return value if value.isascii() else _LONE_SURROGATE.sub("\ufffd", value)
+    return value if value.isascii() else SURROGATE.sub("\ufffd", value)
 
 
 def id_field(record: dict[str, Any], name: str, path: Path, line: int, kind: str) -> str:
@@ -160,17 +160,23 @@ def text_list(record: dict[str, Any], name: str, path: Path, line: int) -> tuple
         value = [value]
     if not isinstance(value, list | None) or not all(isinstance(v, str) for v in value or ()):
         raise lines.error(path, line, f"{name!r}: {lines.shown(value)}", "a list of strings")
-    return tuple(_LONE_SURROGATE.sub("\ufffd", v) for v in value or ())
+    return tuple(SURROGATE.sub("\ufffd", v) for v in value or ())
 
 
 def metadata_field(record: dict[str, Any]) -> dict[str, Scalar]:
     """The strings, finite numbers and truth values of a JSON record's object `metadata`; what else
     is there is left out."""
     given = record.get("metadata")
-    clean = lambda value: _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
+    clean = lambda value: SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
+    kept = scalars(given) if isinstance(given, dict) else {}
+    return {clean(name): clean(value) for name, value in kept.items()}
+
+
+def scalars(given: Mapping[str, Any]) -> dict[str, Scalar]:
+    """What is a string, a finite number or a truth value."""
     return {
-        clean(name): clean(value)
-        for name, value in (given.items() if isinstance(given, dict) else ())
+        name: value
+        for name, value in given.items()
         if isinstance(value, str | bool | int) or isinstance(value, float) and math.isfinite(value)
     }
 

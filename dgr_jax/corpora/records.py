@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgr_jax.corpora.beir import write_beir
+from dgr_jax.corpora.checks import SURROGATE
 from dgr_jax.corpora.types import Passage, Qrel, Query
 
 # The names that a field has elsewhere; the first is ours.
@@ -47,9 +48,10 @@ def queries(records: Any) -> Iterator[Query]:
 
 
 def qrels(records: Any) -> Iterator[Qrel]:
-    """Of records with qid, pid and, where it is not 1, relevance."""
+    """Of records with qid, pid and, where they are graded, relevance; otherwise it is 1."""
     for place, record in _rows(records, "judgement"):
-        grade = _field(record, GRADE, place, default=1)
+        graded = any(name in record for name in GRADE)
+        grade = _field(record, GRADE, place, default=_NONE if graded else 1)
         if isinstance(grade, bool) or not isinstance(grade, Real) or not float(grade).is_integer():
             raise ValueError(f"{place}: got relevance {grade!r}, expected a whole number")
         qid = _text(record, ("qid", "query_id", "query-id"), place)
@@ -132,6 +134,10 @@ def _field(record: Mapping[str, Any], names: Sequence[str], place: str, default:
 def _text(record: Mapping[str, Any], names: Sequence[str], place: str, default: Any = _NONE) -> str:
     value = _field(record, names, place, default)
     if isinstance(value, str):
+        if SURROGATE.search(value):
+            raise ValueError(
+                f"{place}: got {value!r:.80} as {names[0]!r}, expected text that UTF-8 can hold"
+            )
         return value
     if isinstance(value, Integral) and not isinstance(value, bool):
         return str(int(value))

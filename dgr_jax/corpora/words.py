@@ -1,10 +1,11 @@
 """The words of a text in any script: what BM25, TF-IDF and the windows of texts count.
 
 A word is a run of letters, digits, underscores and combining marks, lower-cased, of two characters
-or more. For ASCII that is the pattern \\b\\w\\w+\\b; other texts are first brought to Unicode's
-compatibility form (NFKC), as the students' vocabularies do, so that composed and decomposed,
-full-width and ligature spellings meet. A mark belongs to its letter: the vowel signs of Hindi do
-not end a word. The points of Hebrew and Arabic, which most writers leave out, are no part of it.
+or more, or one syllable of Korean. For ASCII that is the pattern \\b\\w\\w+\\b; other texts are
+first brought to Unicode's compatibility form (NFKC), as the students' vocabularies do, so that
+composed and decomposed, full-width and ligature spellings meet. A mark belongs to its letter:
+the vowel signs of Hindi do not end a word. The points of Hebrew and Arabic, which most writers
+leave out, are no part of it.
 
 Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Myanmar and their
 neighbours) give the pairs of neighbouring characters instead, marks with their letter:
@@ -28,10 +29,15 @@ _WORD_CHARACTERS = 2  # how many characters of an unspaced script count as a wor
 _APART = re.compile("[\u00bc-\u00be\u2116\u2120-\u2122\u2150-\u215f\u2189]")
 _ARABIC = "\u0620-\u06ff\u0750-\u077f\u08a0-\u08ff"
 _NON_JOINER = re.compile(f"(?<=[{_ARABIC}])\u200c(?=[{_ARABIC}])")  # parts Persian words
-# Characters that no reader sees (soft hyphens, joiners, direction marks, byte order marks), and
-# points that writers may leave out.
+# Characters that no reader sees (soft hyphens, joiners, direction marks, variation selectors, tags,
+# byte order marks), as the inside of a character class of `re`.
+UNSEEN = (
+    "\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f"
+    "\ufeff\U000e0000-\U000e01ef"
+)
+# These, and points that writers may leave out.
 _DROPPED = re.compile(
-    "[\u00ad\u061c\u180e\u200c-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufe00-\ufe0f\ufeff"
+    f"[{UNSEEN}"
     "\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7"  # Hebrew
     "\u0610-\u061a\u0640\u064b-\u0652\u0656-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed]"
 )
@@ -47,6 +53,8 @@ UNSPACED = (
     "\u1780-\u17d3\u17d7\u17dc\u17dd"
     "\u1950-\u1974\u1980-\u19c9\u1a20-\u1a7c\uaa80-\uaadd\u1b05-\u1b4c\ua984-\ua9c0"
 )
+
+_SYLLABLE = "[\uac00-\ud7a3]"  # of Hangul: 물, alone, is the Korean word for water
 
 _BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol that show nothing
 
@@ -64,8 +72,9 @@ _SENTENCE = re.compile(rf"{_ASCII_SENTENCE.pattern}|{_PARAGRAPH}")
 class _Patterns(NamedTuple):
     """Patterns for texts beyond ASCII.
 
-    word: two characters or more. unspaced: a run of characters of an unspaced script. cluster: one
-    such character with its marks. either: such a run, captured as group 1, or a word.
+    word: two characters or more, or a syllable of Hangul. unspaced: a run of characters of an
+    unspaced script. cluster: one such character with its marks. either: such a run, captured as
+    group 1, or a word.
     """
 
     word: re.Pattern[str]
@@ -90,7 +99,7 @@ def marks() -> str:
 
 @cache
 def _patterns() -> _Patterns:
-    word = rf"\w[\w{marks()}]+"
+    word = rf"\w[\w{marks()}]+|{_SYLLABLE}"
     run = rf"[{UNSPACED}][{UNSPACED}{marks()}]*"
     return _Patterns(
         word=re.compile(word),

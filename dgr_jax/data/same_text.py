@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from dgr_jax.corpora.types import Query
+from dgr_jax.corpora.words import UNSEEN
 
 
 class _Spaces(dict):
@@ -18,15 +20,19 @@ class _Spaces(dict):
 
 
 _SPACES = _Spaces()
+_UNSEEN = re.compile(f"[{UNSEEN}]")
 
 
 def normalised(text: str) -> str:
-    """The words of a text, case folded (NFKC), with one space between them.
+    """The words of a text, case folded (NFKC), with one space between them and without characters
+    that no reader sees.
 
     Two queries are the same when this is equal. A text without a letter, digit or mark stays as it
     is.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold()
+    # The folded Turkish dotted capital leaves its dot as a mark.
+    folded = unicodedata.normalize("NFKC", folded).replace("i\u0307", "i")
     return " ".join(folded.translate(_SPACES).split()) or text.strip()
 
 

@@ -17,7 +17,9 @@ import dataclasses
 
 import numpy as np
 
-MAX_LENGTH = 64
+from dgr_jax.special_tokens import LONGEST_IDENTIFIER
+
+MAX_LENGTH = LONGEST_IDENTIFIER
 MAX_VOCABULARY = 1 << 30  # token ids, and places in a bitmap, are int32
 GATHERS = (8, 64)  # children gathered for every beam, by the widest node that beams stand on
 WIDEST_GATHER = 2048  # above this a node is worth a bitmap, whatever the vocabulary

@@ -79,6 +79,8 @@ class Multiview(Scheme):
             raise ValueError(f"Multiview.views: got {self.views}, expected each view once")
         lengths = ("title_tokens", "span_tokens", "query_tokens")
         ranges.check(self, **dict.fromkeys(lengths, ranges.at_least(1)))
+        of_tries = ranges.identifier_tokens(beside=2)  # marker and EOS
+        ranges.check(self, title_tokens=of_tries, query_tokens=of_tries)
 
     def tables(self, material: Material) -> list[IdentifierTable]:
         """The tables of titles and of pseudo-queries, where these are views."""

@@ -15,6 +15,7 @@ from dgr_jax.identifiers.embeddings import Embeddings, TfidfSvd
 from dgr_jax.identifiers.scheme import Addition, CorpusSize, Material, Scheme, Sizes, TableSizes
 from dgr_jax.identifiers.table import IdentifierTable, sort_rows
 from dgr_jax.settings import unless_default
+from dgr_jax.special_tokens import LONGEST_IDENTIFIER
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class ResidualQuantization(Scheme):
             full_batch=ranges.at_least(0),
             reserve=ranges.at_least(0),
         )
+        ranges.check(self, num_codes=ranges.optional(ranges.identifier_tokens(beside=1)))
 
     def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, num_codes + 1]: first_code_id + level * codebook_size + code.
@@ -165,7 +167,9 @@ class ResidualQuantization(Scheme):
         """What `sized` gives, then a few larger ones, where something is not set."""
         sizes = [self.codebook_size] if self.codebook_size else _SIZES
         few = num_passages < _FEW or num_passages <= (self.codebook_size or 0)
-        numbers = [self.num_codes] if self.num_codes else [1] if few else range(2, 65)
+        numbers = (
+            [self.num_codes] if self.num_codes else [1] if few else range(2, LONGEST_IDENTIFIER)
+        )
         pairs = [(num_codes, size) for num_codes in numbers for size in sizes]
         if not self.num_codes and not self.codebook_size:
             pairs = [(n, size) for n, size in pairs if n < 4 or size == max(sizes)]

@@ -38,6 +38,7 @@ class Title(Scheme):
 
     def __post_init__(self) -> None:
         ranges.check(self, max_tokens=ranges.at_least(1))
+        ranges.check(self, max_tokens=ranges.identifier_tokens(beside=1))
 
     def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, <= max_tokens + 1] in the text vocabulary; nothing is drawn.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dgr_jax.corpora import words
 from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.retrieval.retriever import Hit, Retriever
 
@@ -55,7 +56,7 @@ def reranked(
 
 def hits(retriever: Retriever, query: str, k: int) -> list[Hit]:
     """The best k passages of a question with their texts; none for a blank one."""
-    return retriever.search([query], k=k)[0] if query.strip() else []
+    return retriever.search([query], k=k)[0] if words.visible(query) else []
 
 
 def check_corpus(retriever: Retriever, pids: Iterable[str], tool: str) -> None:

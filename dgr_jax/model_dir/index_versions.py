@@ -78,6 +78,12 @@ class Versions:
         """The version that answers."""
         path = self.folder / CURRENT
         if not path.is_file():
+            if versions := self.all():
+                raise ValueError(
+                    f"{path}: is missing, expected it beside {len(versions)} versions of the index "
+                    f"to say which one answers; remove {self.folder} to answer with the passages "
+                    "of the prepare stage, and add the others again"
+                )
             return 0
         with kept.reading(path):
             return int(kept.read_json(path)["version"])
@@ -137,7 +143,10 @@ class Versions:
         Raises OSError that says so where the disk is full.
         """
         partial = self.folder / f"{version.version}{_PARTIAL}"
-        whole = {str(v.version) for v in self.all()} | {str(self.current())}
+        current, versions = self.current(), self.all()
+        if not versions and not current:
+            self.switch(0)  # so that versions are never without the file that names one
+        whole = {str(v.version) for v in versions} | {str(current)}
         for left in self.folder.glob("[0-9]*"):  # of whoever was killed
             if left.name not in whole:
                 shutil.rmtree(left)
@@ -167,6 +176,7 @@ class Versions:
         """Makes a version the one that answers."""
         self.at(version)
         path = self.folder / CURRENT
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{CURRENT}.partial-{os.getpid()}")
         partial.write_text(json.dumps({"version": version}), encoding="utf-8")
         partial.replace(path)

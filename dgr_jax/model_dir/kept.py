@@ -354,13 +354,16 @@ def _advice(path: Path) -> str:
     if stage is None:
         command = f"python -m dgr_jax.update --model_dir={folder}"
         return f". `{command} --rollback` goes back to the version before, --list names all"
-    command = "train"
+    command, refresh = "train", ""
+    if stage.name.startswith("refreshed-"):
+        command, refresh = "update", " --refresh"
     with contextlib.suppress(OSError):
         if re.search(rb"^PseudoQueries\.model_dir", (folder / "config.gin").read_bytes(), re.M):
             command = "pseudo_queries"
     # Without a list, which older stages lack, the command would not notice the damage by itself.
     before = "" if _read_list(stage / RECORD) is not None else f"Remove {stage}, then "
-    return f". {before}`python -m dgr_jax.{command} --model_dir={folder}` makes it again"
+    asked = f"python -m dgr_jax.{command} --model_dir={folder}{refresh}"
+    return f". {before}`{asked}` makes it again"
 
 
 @contextlib.contextmanager

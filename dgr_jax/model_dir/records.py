@@ -183,8 +183,13 @@ def finished(model_dir: Path, stage: str, file: str) -> Iterator[Path]:
     """The folders of a stage and of its earlier versions, of those that are done and left a file;
     the newest first."""
     for folder in _versions(model_dir, stage):
-        if (folder / file).is_file() and read_record(folder).get("status", "done") == "done":
+        if leaves(folder, file) and read_record(folder).get("status", "done") == "done":
             yield folder
+
+
+def leaves(folder: Path, file: str) -> bool:
+    """Whether a stage has left a file, which may have been lost since."""
+    return (folder / file).is_file() or file in (read_record(folder).get("files_made") or {})
 
 
 def _versions(model_dir: Path, stage: str) -> tuple[Path, ...]:
@@ -204,6 +209,11 @@ def _trained_on(model_dir: Path, record: dict[str, Any]) -> Path | None:
         if prepared.get("status") == "done" and are_same(prepared.get("settings"), settings):
             return folder
     return None
+
+
+def is_current(student: Path) -> bool:
+    """Whether a stage was made from the prepare stage that lies beside it."""
+    return _trained_on(student.parent, read_record(student)) == student.parent / "prepare"
 
 
 def _prepare_settings(settings: Any) -> dict[str, Any] | None:

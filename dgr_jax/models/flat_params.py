@@ -34,8 +34,8 @@ def _shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
 def tree(flat: Mapping[str, np.ndarray], config: T5Config, where: str) -> dict[str, Any]:
     """Flat arrays of any float dtype as the nested float32 parameters of the model.
 
-    Raises ValueError for names that are missing, left over or of another shape, all of which it
-    lists, and for values that are not finite.
+    Raises ValueError for names that are missing, left over, of another shape or of whole numbers,
+    all of which it lists, and for values that are not finite.
     """
     expected = _shapes(config)
     notes = {OUR_HEAD: f" ({HEAD} of Hugging Face; no other array is taken for it)"}
@@ -46,6 +46,11 @@ def tree(flat: Mapping[str, np.ndarray], config: T5Config, where: str) -> dict[s
         f"{name}: got shape {flat[name].shape}, expected {shape}"
         for name, shape in expected.items()
         if name in flat and flat[name].shape != shape
+    ]
+    faults += [
+        f"{name}: got {flat[name].dtype}, expected floats: quantised weights are not read"
+        for name in expected
+        if name in flat and flat[name].dtype.kind in "iub"
     ]
     if faults:
         raise ValueError(f"{where} does not fit {config}: " + "; ".join(faults))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,18 +93,32 @@ def read_student(folder: Path) -> Student:
 
 
 def best_first(model_dir: Path) -> tuple[str, ...]:
-    """The systems that the experiments of a MODEL_DIR train, the best one first. A refreshed one is
-    not among them once the student that it began from was trained again."""
-    said = []
-    for folder in ("*", f"{PREVIOUS}/*"):
-        for path in model_dir.glob(f"{folder}/{STUDENT}"):
-            # Whoever opens a system that is damaged is told so.
-            with contextlib.suppress(OSError, ValueError):
-                student = read_student(path.parent)
-                if _goes_back(model_dir, student) is not None:
-                    said.append(student.systems[::-1])
-    orders = sorted(said, key=len, reverse=True) or [order[::-1] for order in _OLD.values()]
-    return tuple(dict.fromkeys(name for order in orders for name in order))
+    """The systems that the experiments of a MODEL_DIR train, the best one first: of several
+    experiments, that of the prepare stage which is there now. A refreshed one is not among them
+    once the student that it began from was trained again. One that cannot be read, and which no
+    other names, comes first: whoever opens it is told so."""
+    said, lost = [], []
+    for folder in (*model_dir.glob("*"), *model_dir.glob(f"{PREVIOUS}/*")):
+        if not records.leaves(folder, STUDENT):
+            continue
+        try:
+            student = read_student(folder)
+            if _goes_back(model_dir, student) is not None:
+                said.append(student.systems[::-1])
+        except (OSError, ValueError):
+            if folder.parent == model_dir and records.read_record(folder).get("status") == "done":
+                lost.append(folder.name)
+    orders = list(dict.fromkeys(said)) or [order[::-1] for order in _OLD.values()]
+    if len(orders) > 1 and said:
+        orders.sort(key=lambda order: (_is_current(model_dir, order), len(order)), reverse=True)
+    names = tuple(dict.fromkeys(name for order in orders for name in order))
+    return (*(name for name in lost if name not in names), *names)
+
+
+def _is_current(model_dir: Path, order: Sequence[str]) -> bool:
+    """Whether the first of these systems that is there was trained on the prepare stage that is."""
+    there = (model_dir / name for name in order if (model_dir / name / STUDENT).is_file())
+    return any(records.is_current(student) for student in itertools.islice(there, 1))
 
 
 def refreshed(model_dir: Path, system: str) -> tuple[str, ...]:
@@ -126,9 +141,10 @@ def _goes_back(model_dir: Path, student: Student) -> str | None:
         record = records.read_record(model_dir / name)
         if record.get("status") == "done" and record.get("fingerprint") != mark:
             return None
-        if not (model_dir / name / STUDENT).is_file():
+        try:
+            student = read_student(model_dir / name)
+        except (OSError, ValueError):
             break
-        student = read_student(model_dir / name)
     return name
 
 

@@ -25,6 +25,7 @@ from dgr_jax.retrieval.reranking import rerank
 from dgr_jax.retrieval.sources import Sources
 from dgr_jax.retrieval.system import Opening, System, SystemHit
 
+USUAL_K = 10  # passages of a query, where nobody says how many
 _TRIES = 3  # times that a MODEL_DIR is opened which changes while it is read
 _OF_ALL = {"depth": 0, "batch_size": 0}  # settings that every system takes
 
@@ -286,7 +287,7 @@ class Retriever:
 
         return cls.load(hub.fetch(repo, revision), **settings)
 
-    def search(self, queries: Sequence[str], k: int = 10) -> list[list[Hit]]:
+    def search(self, queries: Sequence[str], k: int = USUAL_K) -> list[list[Hit]]:
         """The best k passages of each query; fewer where the beam found fewer.
 
         Raises ValueError for a k that is no whole number of at least 1, or that the settings do not

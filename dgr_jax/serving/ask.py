@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +19,10 @@ from rich.text import Text
 
 from dgr_jax import display
 from dgr_jax.analysis import speed
-from dgr_jax.corpora import checks, files, lines, trec
+from dgr_jax.corpora import checks, files, lines, trec, words
 from dgr_jax.corpora.types import RankList
 from dgr_jax.partitioning import Mesh
-from dgr_jax.retrieval.retriever import Hit, Retriever, is_text
+from dgr_jax.retrieval.retriever import USUAL_K, Hit, Retriever, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,11 @@ logger = logging.getLogger(__name__)
 def answer(args: argparse.Namespace) -> None:
     """--query: print passages, with --json as JSON; --queries: write a TREC run, or measure speed
     (--report_speed)."""
-    if args.k < 1:
+    if args.k is not None and args.k < 1:
         raise ValueError(f"--k: got {args.k}, expected at least 1")
     asked = [_written(query) for query in args.query]
     queries = read_queries(args.queries) if args.queries else {}
-    settings = {"depth": args.k}
+    settings: dict[str, Any] = {"depth": args.k or USUAL_K}
     if args.batch_size is not None:
         settings["batch_size"] = args.batch_size
     elif not args.report_speed:
@@ -42,17 +43,17 @@ def answer(args: argparse.Namespace) -> None:
         settings["num_beams"] = args.num_beams
     mesh = _mesh(args.mesh) if args.mesh else None
     retriever = Retriever.load(args.model_dir, system=args.system, mesh=mesh, **settings)
-    _check_k(args.k, retriever.decoder.limits)
+    k = _checked_k(args.k, retriever.decoder.limits)
     if asked:
         show = _print_json if args.json else _print
-        show(retriever, asked, args.k)
+        show(retriever, asked, k)
     if args.report_speed:
         _report_speed(retriever, list(queries.values()), args.output)
     elif queries:
         if args.rerank:
             given = trec.run_in_memory(trec.runs(args.rerank))
             ranked = retriever.rerank(queries, given)
-            run = {qid: passages[: args.k] for qid, passages in ranked.items()}
+            run = {qid: passages[:k] for qid, passages in ranked.items()}
         else:
             run = retriever.run(queries)
         lists = (RankList(qid, tuple(passages)) for qid, passages in run.items())
@@ -65,12 +66,13 @@ def _written(query: str) -> str:
 
     Raises ValueError for other bytes, and for a blank question.
     """
-    if not query.strip():
-        raise ValueError("--query: got a blank question")
     try:
-        return query if is_text(query) else os.fsencode(query).decode("utf-8")
+        query = query if is_text(query) else os.fsencode(query).decode("utf-8")
     except UnicodeError:
         raise ValueError(f"--query: got {query!r}, expected text in UTF-8") from None
+    if not words.visible(query):
+        raise ValueError("--query: got a blank question")
+    return query
 
 
 _LIMITS = {
@@ -81,13 +83,17 @@ _LIMITS = {
 }
 
 
-def _check_k(k: int, limits: Mapping[str, int]) -> None:
-    """Raises ValueError naming the limit that keeps a query from finding k passages."""
+def _checked_k(k: int | None, limits: Mapping[str, int]) -> int:
+    """k, or the usual number where nobody has given one; ValueError naming the limit that keeps a
+    query from finding k passages."""
     name = min(limits, key=limits.__getitem__)
+    if k is None:
+        return min(USUAL_K, limits[name])
     if k > limits[name]:
         raise ValueError(
             f"--k: got {k}, expected at most {limits[name]}, {_LIMITS.get(name, name)}"
         )
+    return k
 
 
 def _mesh(text: str) -> Mesh:
@@ -135,9 +141,10 @@ def read_queries(path: str) -> dict[str, str]:
                 raise lines.error(where, line, f"the query id {lines.shown(qid)}", checks.ID)
             qid = checks.checked_id(qid, where, line, "query")
             got, expected = f"qid {lines.shown(qid)} again", "a different qid on each line"
-            if not text.strip():
+            blank = not words.visible(text)
+            if blank:
                 got, expected = f"a blank text of qid {lines.shown(qid)}", "a question"
-            if qid in queries or not text.strip():
+            if qid in queries or blank:
                 raise lines.error(where, line, got, expected)
             queries[qid] = text
     if not queries:
@@ -175,9 +182,9 @@ def _print(retriever: Retriever, queries: list[str], k: int) -> None:
     for query, hits in zip(queries, retriever.search(queries, k), strict=True):
         console.print(display.cell(query, "bold"))
         if not hits:
-            console.print(
-                "     nothing was found: no identifier that was written is one of a passage"
-            )
+            written = "num_beams" in retriever.decoder.limits
+            why = "identifier that was written is one of a passage" if written else "passage fits"
+            console.print(f"     nothing was found: no {why}")
         for hit in hits:
             _print_hit(console, hit)
 

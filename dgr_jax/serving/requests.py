@@ -9,12 +9,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dgr_jax.corpora import words
 from dgr_jax.corpora.types import Scalar
-from dgr_jax.retrieval.retriever import Hit, is_text
+from dgr_jax.retrieval.retriever import USUAL_K, Hit, is_text
 from dgr_jax.serving.served import Filter
 from dgr_jax.serving.settings import Service
-
-_K = 10  # passages of a query, where no number is given
 
 
 class Refused(Exception):
@@ -99,7 +98,7 @@ class SearchBody(_Body):
                 422, f"queries: got {len(texts)}, expected 1 to {service.most_queries} of them"
             )
         for text in texts:
-            if not is_text(text) or not text.strip():
+            if not is_text(text) or not words.visible(text):
                 raise Refused(422, "query: got a blank one, or no text, expected a question")
             if len(text) > service.query_length:
                 raise Refused(
@@ -112,7 +111,7 @@ class SearchBody(_Body):
     def depth(self, service: Service, most_passages: int) -> int:
         """Passages of each query. Raises Refused for a number that cannot be."""
         most = min(service.most_k, most_passages)
-        k = min(_K, most) if self.k is None else self.k
+        k = min(USUAL_K, most) if self.k is None else self.k
         if not 1 <= k <= most:
             raise Refused(422, f"k: got {k}, expected 1 to {most}")
         return k

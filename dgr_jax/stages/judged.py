@@ -65,6 +65,10 @@ def read(collection: Collection, settings: Settings, passages: PassageStore) -> 
     for split in settings.train_splits:
         _shared(judged, split, settings)
     judged.report.update(held_out.hold_out(judged.queries, judged.qrels, settings))
+    for split in judged.qrels.keys() & set(settings.test_splits):
+        qrels = judged.qrels[split]
+        answered = {q.qid for q in qrels if q.relevance >= settings.min_relevance}
+        judged.count("queries_without_positive", split, len({q.qid for q in qrels} - answered))
     for split in settings.train_splits:
         if not any(q.relevance >= settings.min_relevance for q in judged.qrels[split]):
             raise ValueError(
@@ -176,6 +180,11 @@ def readable(report: Mapping[str, Mapping[str, Any]], settings: Settings) -> Ite
         yield (
             f"{count:,} {split} queries have no judgement of a known passage, and are left out "
             f"({owner}.unknown_judgements = {settings.unknown_judgements!r})"
+        )
+    for split, count in report.get("queries_without_positive", {}).items():
+        yield (
+            f"{count:,} {split} queries have no passage of a relevance of {settings.min_relevance} "
+            f"or more ({owner}.min_relevance): they count as 0 for every system"
         )
     for split, count in report.get("queries_that_are_passages", {}).items():
         kept = settings.self_hits == "keep"

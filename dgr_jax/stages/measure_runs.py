@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgr_jax import display, evaluation
-from dgr_jax.corpora import trec
+from dgr_jax.corpora import checks, trec
 from dgr_jax.corpora.types import ScoredPassage
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,7 @@ def measure_runs(
             f"--measures: got {of_answers[0]!r}, expected measures of judgements, such as 'RR@10': "
             "qrels hold no answers"
         )
-    judged = trec.qrels_in_memory(trec.qrels(qrels_path))
-    if not judged:
-        raise ValueError(f"--qrels={qrels_path}: found no judgement; expected qid, 0, pid, grade")
+    judged = _judged(qrels_path)
     highest = max(max(grades.values()) for grades in judged.values())
     if highest < min_relevance:
         logger.warning(
@@ -69,6 +67,19 @@ def measure_runs(
 def names(listed: str) -> tuple[str, ...]:
     """The measures of a list with commas, some of which may stand in brackets of a name."""
     return tuple(name.strip() for name in re.split(r",(?![^()]*\))", listed))
+
+
+def _judged(path: str) -> dict[str, dict[str, int]]:
+    """qid -> pid -> relevance; ValueError for a file without any. Pairs with several grades are
+    said."""
+    given = list(trec.qrels(path))  # it may be a pipe
+    if not given:
+        raise ValueError(f"--qrels={path}: found no judgement; expected qid, 0, pid, grade")
+    try:
+        checks.judged_once(given, contradictions="error", where=path)
+    except ValueError as error:
+        logger.warning("%s; the last grade counts", error)
+    return trec.qrels_in_memory(given)
 
 
 class _Measured(NamedTuple):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_LARGEST = 1e30  # of a score: losses take differences of them in float32
 _FLAT = 0.1  # a warning is given when at least this share of the lists has no order
 
 Ranked = Iterable[tuple[str, Sequence[ScoredPassage]]]
@@ -60,8 +61,9 @@ class Teacher(ABC):
 
         Few lists are in memory at a time, whatever the number of queries. Queries without
         candidates and positives, and those that the teacher does not know, get an empty list.
-        Scores that are not finite are left out. At the end there is a warning about these, and one
-        about lists of equal scores where there are many, as they teach no order.
+        Scores that are not finite, or beyond 1e30, are left out. At the end there is a warning
+        about these, and one about lists of equal scores where there are many, as they teach no
+        order.
 
         coverage: qid -> the counts that the query's list is added to, in the teacher's own order,
           before judged passages are moved to the front.
@@ -73,7 +75,7 @@ class Teacher(ABC):
             del left[qid]
             if qid in self_hits:
                 listed = [passage for passage in listed if passage.pid != qid]
-            own = [passage for passage in listed if math.isfinite(passage.score)]
+            own = [passage for passage in listed if abs(passage.score) <= _LARGEST]
             counts["scores"] += len(listed)
             counts["not_finite"] += len(listed) - len(own)
             counts["lists"] += len(own) > 1
@@ -102,8 +104,8 @@ class Teacher(ABC):
         name = type(self).__name__
         if counts["not_finite"]:
             _log.warning(
-                "Teach.teacher=@%s(): %s of %s scores are not finite (NaN or inf) and are left "
-                "out; expected real numbers: look at its model or its files",
+                "Teach.teacher=@%s(): %s of %s scores are not finite (NaN or inf), or beyond 1e30, "
+                "and are left out; expected real numbers: look at its model or its files",
                 *(name, f"{counts['not_finite']:,}", f"{counts['scores']:,}"),
             )
         if counts["flat"] and counts["flat"] >= _FLAT * counts["lists"]:
@@ -165,8 +167,9 @@ def best_first(pids: Sequence[str], scores: np.ndarray) -> list[ScoredPassage]:
 
 
 def flat(listed: Sequence[ScoredPassage]) -> bool:
-    """Whether a list of two or more passages has one score for all, so that it teaches no order."""
-    return len(listed) > 1 and len({passage.score for passage in listed}) == 1
+    """Whether a list of two or more passages has one score for all, as float32, which losses
+    read, so that it teaches no order."""
+    return len(listed) > 1 and len({np.float32(passage.score) for passage in listed}) == 1
 
 
 def judged_first(
