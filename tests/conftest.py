@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import importlib.util
 import os
 import signal
@@ -29,6 +30,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+# To look through all modules, tests and programs for garbage as often as usual takes a while.
+gc.set_threshold(20_000, 20, 50)
 
 # A shell in the background has its processes ignore Ctrl-C; commands that tests start must hear it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -113,7 +117,8 @@ def compiled_once(together) -> None:
     """
     if jax := sys.modules.get("jax"):
         jax.config.update("jax_compilation_cache_dir", str(together / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
+        # Most of what compiles in less is never asked for again, and to keep it takes time, too.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,7 +30,7 @@ from tests.test_planning import SMALL, experiment
 
 ROWS, WIDTH = '{"data", "fsdp"}', students.CONFIG.emb_dim
 SGD = optax.sgd(0.1)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def settings(layout):
@@ -70,7 +70,8 @@ def of_width(layout):
 
 
 @pytest.mark.parametrize(
-    ("layout", "microbatches"), [*((layout, 1) for layout in LAYOUTS), ((1, 2), 2)]
+    ("layout", "microbatches"),
+    [((2, 1), 1), ((1, 2), 2), slow((1, 1), 1), slow((1, 2), 1), slow((2, 2), 1)],
 )
 def test_a_training_step(layout, microbatches):
     """Each of the two layers, forward and backward."""
@@ -83,7 +84,7 @@ def test_a_training_step(layout, microbatches):
     } | ({f"2x8x3: {{}}, {ROWS}, {{}}": 1} if microbatches == 2 else {})  # the batch itself
 
 
-@layouts
+@pytest.mark.parametrize("layout", [(1, 2), slow((1, 1)), slow((2, 1)), slow((2, 2))])
 def test_a_training_step_of_a_dual_encoder(layout):
     """Layers of queries and passages; their vectors; those of all passages, for all queries."""
     passages = np.arange(32, dtype=np.int32).reshape(8, 4)
@@ -118,7 +119,12 @@ def decoder(layout, **config):
 
 
 @pytest.mark.parametrize(
-    ("layout", "scanned"), [*((layout, False) for layout in LAYOUTS), ((1, 2), True)]
+    ("layout", "scanned"),
+    [
+        ((2, 1), False),
+        ((1, 2), True),
+        *(slow(layout, False) for layout in ((1, 1), (1, 2), (2, 2))),
+    ],
 )
 def test_decoding(layout, scanned):
     """Each data shard has its rows already: the encoder's layer and, of one beam and of three, the
@@ -158,7 +164,7 @@ def test_other_searches():
 
 @pytest.mark.parametrize(
     ("layout", "name", "number"),
-    [((2, 2), "generate", 4), ((1, 2), "distill", 8), ((1, 2), "decode", 4)],
+    [((2, 2), "generate", 4), slow((1, 2), "distill", 8), ((1, 2), "decode", 4)],
 )
 def test_planned_programs(layout, name, number):
     """What is planned is cut as what runs: `number` layers, forward and backward, of scanned ones

@@ -269,7 +269,7 @@ def rows_of(tmp_path_factory):
     return folder, tokens, rows
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_only_the_rows_of_text_differ_from_a_random_start(rows_of, tied):
     folder, tokens, rows = rows_of
     config = dataclasses.replace(students.CONFIG, logits_via_embedding=tied)

@@ -51,7 +51,9 @@ class Student(System):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """settings -> (metrics of an evaluation, the systems that were searched)."""
+    """settings -> (metrics of an evaluation, the systems that were searched); nothing is drawn."""
+    for name in ("success_at_k", "training_curves"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: None)
     monkeypatch.setattr(kept_runs, "BLOCK", BLOCK)
     tokens = {query.text: i for i, query in enumerate(PASSAGES)}
     made = SimpleNamespace(
@@ -153,7 +155,7 @@ def test_a_plan_is_one_system_more_and_kept_with_its_settings(measured):
     assert ("planned", "distill") in pairs and ("distill", "control") in pairs
 
 
-def test_varied_questions_are_searched_beside_the_others(measured, unplotted):
+def test_varied_questions_are_searched_beside_the_others(measured):
     """Each has one word: 'word1' becomes one that the student does not know."""
     unchanged, opened = measured(measures=("RR@10",))
     varied = Variation(typos=1.0)
@@ -166,7 +168,7 @@ def test_varied_questions_are_searched_beside_the_others(measured, unplotted):
     assert len(list((measured.model_dir / "generate/runs").glob("*.trec"))) == 2
 
 
-def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured, unplotted):
+def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured):
     def found(**settings):
         measured(bm25=True, measures=("RR@10",), **settings)
         run = trec.runs(measured.model_dir / "evaluate/bm25.test.trec")
@@ -185,12 +187,6 @@ def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured, unp
     assert found(baseline=Bm25(k1=2.0)) == found()
     assert len(list(runs.glob("*.trec"))) == 3
     assert found(baseline=WORDS) == of_words
-
-
-@pytest.fixture
-def unplotted(monkeypatch):
-    for name in ("success_at_k", "training_curves"):
-        monkeypatch.setattr(plots, name, lambda *_, **__: None)
 
 
 def test_queries_do_not_find_themselves(measured, caplog):
@@ -261,7 +257,7 @@ def _sorted_by_pid(path):
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True), reverse=True)))
 
 
-def test_a_run_that_people_edit_is_not_the_one_that_is_kept(measured, unplotted):
+def test_a_run_that_people_edit_is_not_the_one_that_is_kept(measured):
     before, _ = measured()
     kept_run, shown = _kept_and_shown(measured)
     _sorted_by_pid(shown)
@@ -271,7 +267,7 @@ def test_a_run_that_people_edit_is_not_the_one_that_is_kept(measured, unplotted)
 
 
 @pytest.mark.parametrize("damage", [_sorted_by_pid, lambda path: path.write_text("")])
-def test_a_kept_run_that_was_changed_is_searched_again(measured, unplotted, caplog, damage):
+def test_a_kept_run_that_was_changed_is_searched_again(measured, caplog, damage):
     before, _ = measured()
     kept_run, _ = _kept_and_shown(measured)
     whole = kept_run.read_text()
@@ -282,9 +278,7 @@ def test_a_kept_run_that_was_changed_is_searched_again(measured, unplotted, capl
     assert measured() == (before, [])
 
 
-def test_a_kept_run_of_an_older_version_is_read_unless_it_has_two_names(
-    measured, unplotted, caplog
-):
+def test_a_kept_run_of_an_older_version_is_read_unless_it_has_two_names(measured, caplog):
     before, _ = measured()
     kept_run, shown = _kept_and_shown(measured)
     for folder in measured.model_dir.glob("*/runs"):
@@ -314,7 +308,7 @@ def test_a_split_without_queries_is_refused(measured, monkeypatch):
         measured()
 
 
-def test_what_is_shown_is_not_written_through_a_link(measured, unplotted):
+def test_what_is_shown_is_not_written_through_a_link(measured):
     measured(depth=2)
     kept_run, shown = _kept_and_shown(measured)
     before = kept_run.read_bytes()

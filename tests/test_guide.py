@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from dgr_jax.decoding.beam_search import beam_search
 from dgr_jax.decoding.guide import PlannedRows, PlannedState
+from dgr_jax.retrieval.multiview.guided import PlannedIdentifiers
+from dgr_jax.retrieval.simultaneous import PlannedPassages
 from tests.reference import decoding
 from tests.reference import guide as reference
 from tests.test_beam_search import compiled, model, score_fn, start, step_fn, tokens
+from tests.test_multiview import table
 
 COUNT, LENGTH = 9, 5
 many = settings(max_examples=25, deadline=None)
@@ -186,12 +189,13 @@ def test_without_a_bonus_planned_rows_are_a_constraint():
 
 
 def test_other_plans_of_one_shape_do_not_compile_again():
-    before = search._cache_size()
+    sizes = []
     for seed in range(3):
         drawn = np.random.default_rng(seed)
         rows = sorted({tuple(map(int, row)) for row in drawn.integers(2, 12, (4, LENGTH))})
-        searched([[(row, float(drawn.normal())) for row in rows]] * 2, 4, fixed=True)
-    assert search._cache_size() == before + 1
+        searched([[(row, float(drawn.normal())) for row in rows]] * 2, 2, fixed=True)
+        sizes.append(search._cache_size())
+    assert sizes == [sizes[0]] * 3
 
 
 def test_a_query_with_nothing_planned_finds_nothing():
@@ -206,3 +210,48 @@ def test_states_of_rows():
     state = PlannedState(jnp.array([[0, -3, -1]]), jnp.array([[1, 2, -1]]))
     assert guide.rows(state).tolist() == [[-1, 1, -1]]
     assert guide.bonus(state)[0, :2].tolist() == [2.0, 2.0]
+
+
+# Titles of one to three tokens, which passages may share; a passage may have two, or none.
+titled = st.lists(st.integers(2, 5), min_size=1, max_size=LENGTH - 2).map(lambda row: (*row, 1))
+titles = st.lists(st.lists(titled, max_size=2), min_size=6, max_size=6).filter(any)
+plan_scores = st.integers(1, 64).map(lambda score: score / 8)
+passage_plan = st.dictionaries(st.integers(0, 5), plan_scores, max_size=4)
+
+
+def planned_passages(plans, size=4):
+    """PlannedPassages of dictionaries passage -> plan score."""
+    passages = np.full((len(plans), size), -1, np.int32)
+    scores = np.full(passages.shape, -np.inf, np.float32)
+    for query, of_query in enumerate(plans):
+        for place, pair in enumerate(sorted(of_query.items(), key=lambda pair: -pair[1])):
+            passages[query, place], scores[query, place] = pair
+    return PlannedPassages(passages, scores)
+
+
+def padded(rows, tokens):
+    known = np.where(rows[..., None] >= 0, tokens[np.maximum(rows, 0)], 0)
+    return np.pad(known, ((0, 0), (0, 0), (0, LENGTH - tokens.shape[1])))
+
+
+@many
+@given(rows=titles, plans=st.lists(passage_plan, min_size=2, max_size=2))
+def test_beams_write_the_identifiers_of_planned_passages_by_their_best_plan_score(rows, plans):
+    of_view = table(rows, 6)
+    identifiers = PlannedIdentifiers(of_view, 4)
+    found, best = identifiers.of(planned_passages(plans))
+    assert found.shape == best.shape == (2, identifiers.width)
+    twins = [reference.planned_identifiers(rows, of_query) for of_query in plans]
+    for query, twin in enumerate(twins):
+        there = found[query] >= 0
+        tokens = [tuple(t for t in row if t) for row in of_view.tokens[found[query][there]]]
+        assert list(zip(tokens, best[query][there].tolist(), strict=True)) == twin
+        assert not there[len(twin) :].any() and (best[query][~there] == -np.inf).all()
+
+    result, _ = search(padded(found[:, :COUNT], of_view.tokens), best[:, :COUNT], 2, False)
+    for query, twin in enumerate(twins):
+        expected = reference.guided_search(model, query, twin, 2) if twin else []
+        written = [tuple(t for t in row if t) for row in result.tokens[query].tolist()]
+        assert written == [row for row, _ in expected] + [()] * (2 - len(expected))
+        values = [log_prob for _, log_prob in expected]  # without the bonus
+        np.testing.assert_allclose(result.log_probs[query][: len(values)], values, atol=2e-4)

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 import scipy.optimize
-from flax import linen as nn
 
 from dgr_jax.model_dir import records
-from dgr_jax.models.t5 import T5Config, Transformer
+from dgr_jax.models.t5 import Transformer
 from dgr_jax.retrieval import kept_rows
 from dgr_jax.retrieval.kept_rows import KeptRows
 from dgr_jax.retrieval.living import rows
 from dgr_jax.retrieval.living.incdsi import IncDSI, solve
+from tests import students
 
 
 def objective(settings: IncDSI, row, old, states, queries) -> float:
@@ -67,15 +67,14 @@ def test_every_number_is_checked(field):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_states_times_rows_are_logits_and_rows_are_put_where_logits_come_from(tied):
-    config = T5Config(
-        vocab_size=128, emb_dim=8, num_heads=2, head_dim=4, mlp_dim=8, num_encoder_layers=1,
-        num_decoder_layers=1, logits_via_embedding=tied,
-    )  # fmt: skip
+    config = dataclasses.replace(
+        students.CONFIG, vocab_size=128, emb_dim=8, logits_via_embedding=tied
+    )
     tokens = np.array([[5, 6, 1, 0], [7, 1, 0, 0]], np.int32)
     start, model = np.zeros((2, 1), np.int32), Transformer(config)
-    params = nn.unbox(model.init(jax.random.PRNGKey(0), tokens, start)["params"])
+    params = jax.device_put(students.parameters(config))
     states = np.asarray(rows._states_fn(config)(params, tokens))
-    logits = np.asarray(model.apply({"params": params}, tokens, start))[:, 0]
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, tokens, start))[:, 0]
     np.testing.assert_allclose(states @ kept_rows.of(params).T, logits, atol=1e-4)
     random = np.random.default_rng(0)
     new, at = random.normal(size=(5, 8)).astype("f4"), np.array([90, 101, 92, 93, 127])

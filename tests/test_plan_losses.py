@@ -69,8 +69,22 @@ def compiled(objective):
     return jax.jit(objective.loss_fn(MODEL))
 
 
+@functools.cache
+def differentiated(objective):
+    """(params, batch) -> ((loss sum, (weight sum, metrics)), gradient)"""
+
+    def parts(params, batch):
+        loss_sum, *others = objective.loss_fn(MODEL)(params, batch, RNG)
+        return loss_sum, others
+
+    return jax.jit(jax.value_and_grad(parts, has_aux=True))
+
+
 def value(objective, batch):
-    loss_sum, weight_sum, metrics = compiled(objective)(PARAMS, batch, RNG)
+    return in_floats(*compiled(objective)(PARAMS, batch, RNG))
+
+
+def in_floats(loss_sum, weight_sum, metrics):
     means = {name: float(a) / max(float(b), 1e-9) for name, (a, b) in metrics.items()}
     return float(loss_sum), float(weight_sum), means
 
@@ -123,7 +137,8 @@ def passages_of(batch):
 @pytest.mark.parametrize("kind", PLANS)
 def test_generation_with_a_plan(kind):
     plain = value(Generation(), EXAMPLES)
-    loss, weight, metrics = value(Generation(plan=PLANS[kind]), EXAMPLES)
+    (loss_sum, others), _ = differentiated(Generation(plan=PLANS[kind]))(PARAMS, EXAMPLES)
+    loss, weight, metrics = in_floats(loss_sum, *others)
     expected = example_losses(kind, EXAMPLES, passages_of(EXAMPLES))
     assert weight == plain[1] == 15
     assert metrics["plan_loss"] == pytest.approx(expected.mean(), rel=1e-4)
@@ -134,7 +149,7 @@ def test_generation_with_a_plan(kind):
     ("kind", "own"),
     [
         ("sets", True),
-        ("codes", False),
+        pytest.param("codes", False, marks=pytest.mark.slow),
         pytest.param("sets", False, marks=pytest.mark.slow),
         pytest.param("codes", True, marks=pytest.mark.slow),
     ],
@@ -170,13 +185,13 @@ def test_a_plan_may_have_a_loss_of_its_own():
     assert value(other, {"rank_list": LISTS})[0] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sets", pytest.param("codes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", PLANS)
 def test_gradients_are_finite_also_of_nothing(kind):
     """Also where a batch has no passage that is known, and a query is blank."""
-    loss = Generation(plan=PLANS[kind]).loss_fn(MODEL)
-    gradient = jax.jit(jax.grad(lambda params, batch: loss(params, batch, RNG)[0]))
+    program = differentiated(Generation(plan=PLANS[kind]))
     for batch in (EXAMPLES, {k: np.zeros_like(v) for k, v in EXAMPLES.items()}):
-        leaves = jax.tree.leaves(gradient(PARAMS, batch))
+        _, gradient = program(PARAMS, batch)
+        leaves = jax.tree.leaves(gradient)
         assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 

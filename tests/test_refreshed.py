@@ -8,6 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -200,7 +201,7 @@ def test_it_answers_in_the_place_of_the_student_that_it_began_from(model_dir, ca
     asked = (features[f"{name}_input_tokens"] for name in ("encoder", "decoder"))
     student = kinds.read_student(model_dir / "distill")
     model = Transformer(kinds.restored(T5Config, student.model))
-    logits = model.apply({"params": before.decoder.params}, *asked)
+    logits = jax.jit(model.apply)({"params": before.decoder.params}, *asked)
     codes = begun(model_dir).codes
     expected = levels.level_log_probs(logits, np.broadcast_to(codes, (len(logits), *codes.shape)))
     np.testing.assert_allclose(features[OLD], expected, atol=1e-4)

@@ -105,7 +105,7 @@ CASES = [
     ("sets", "rq", "beams"),
     pytest.param("sets", "text", "beams", marks=pytest.mark.slow),
     ("codes", "rq", "beams"),
-    ("sets", "rq", "identifiers"),
+    pytest.param("sets", "rq", "identifiers", marks=pytest.mark.slow),
     pytest.param("codes", "text", "identifiers", marks=pytest.mark.slow),
 ]
 
@@ -183,6 +183,7 @@ def test_only_allowed_passages_are_planned_and_nothing_is_compiled_again(plan):
     assert decoder._search._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_few_beams_and_blocks():
     decoder = planned_decoder(PLANS["sets"], num_beams=3)
     passages, scores = decoder.passages(QUERIES)

@@ -230,7 +230,7 @@ def planned_views(made, decoder, **settings):
     plan = Lexical(planned=3, num_beams=3, **settings)
     student = dataclasses.replace(decoder)
     found = found_by(vocabulary, indexes)
-    student._scored = lambda blocks, size: iter([f for f, _ in zip(found, *blocks, strict=False)])
+    student._scored = lambda blocks, size: (f for block in blocks for f in found[: len(block)])
     return PlannedViews(student, plan, plan.planner(passages)), found
 
 

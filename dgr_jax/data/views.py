@@ -329,38 +329,44 @@ def _joined(texts, qids, passages, drawn) -> ExampleBlock:
     return ExampleBlock(texts, qids, passages, pair[order], view[order], targets[order])
 
 
-class _ByPassage:
-    """The rows of an identifier table by passage."""
+class ByPassage:
+    """The rows of an identifier table by passage: of p, rows[offsets[p]:offsets[p + 1]]."""
 
-    def __init__(self, table: IdentifierRows, count: int) -> None:
+    def __init__(self, table: IdentifierRows) -> None:
         rows = np.repeat(np.arange(len(table.tokens), dtype=np.int32), np.diff(table.offsets))
-        self._rows = rows[np.argsort(table.passages, kind="stable")]
+        self.rows = rows[np.argsort(table.passages, kind="stable")]
         sizes = np.bincount(table.passages, minlength=table.num_passages)
-        self._offsets = np.append(0, np.cumsum(sizes))
-        self._tokens = table.tokens
-        self._count = count
+        self.offsets = np.append(0, np.cumsum(sizes))
 
-    def _of(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """All rows of each passage: which of the passages, int64 [S], ascending; row int32 [S]."""
-        first = self._offsets[passages]
-        sizes = self._offsets[passages + 1] - first
+        first = self.offsets[passages]
+        sizes = self.offsets[passages + 1] - first
         pair = np.repeat(np.arange(len(passages)), sizes)
         within = np.arange(len(pair)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return pair, self._rows[first[pair] + within]
+        return pair, self.rows[first[pair] + within]
+
+
+class _Rows(ByPassage):
+    """Draws `count` rows of a table for each passage."""
+
+    def __init__(self, table: IdentifierRows, count: int) -> None:
+        super().__init__(table)
+        self._tokens, self._count = table.tokens, count
 
     def _targets(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(self._tokens[rows], np.int32)
 
 
-class _Titles(_ByPassage):
+class _Titles(_Rows):
     def __call__(self, texts, passages, rng):
-        pair, rows = self._of(passages)
+        pair, rows = self.of(passages)
         return np.repeat(pair, self._count), self._targets(np.repeat(rows, self._count))
 
 
-class _PseudoQueries(_ByPassage):
+class _PseudoQueries(_Rows):
     def __call__(self, texts, passages, rng):
-        pair, rows = self._of(passages)
+        pair, rows = self.of(passages)
         drawn = draw(pair, np.zeros(len(pair)), self._count, rng)
         return pair[drawn], self._targets(rows[drawn])
 

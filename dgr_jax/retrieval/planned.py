@@ -41,6 +41,10 @@ class PlannedQueries:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, some: slice) -> PlannedQueries:
+        planned = (part[some] for part in self.planned)
+        return PlannedQueries(self.tokens[some], PlannedPassages(*planned))
+
 
 class _Scored(NamedTuple):
     """passages int32 and plan scores f32 [B, n] of a batch; log_probs f32 [B, n] on their way from

@@ -120,13 +120,14 @@ class Lexical:
     """A plan by the words that passages share with the query: BM25. There is nothing to train.
 
     planned: passages that are planned for each query, at most: those that share a word with it.
-      Where there are fewer, the student searches all passages too, and the others count 0 here.
+      Where there are fewer (of several views: fewer than beams), the student searches all passages
+      too, and the others count 0 here.
       None: 100, or all passages of a smaller corpus.
     ranked_by: what they are ranked by:
       'beams': plan score + weight * log p(identifier), of those whose identifiers a beam search
         writes that the plan guides; the other ones come after these, in the order of the plan. Of
-        a student of several views, which is not guided: plan score + weight * the root of its
-        passage score (Scoring.exponent), of the passages of both;
+        a student of several views, whose body spans are not guided: plan score + weight * the root
+        of its passage score (Scoring.exponent), of the passages of both;
       'identifiers': the same, of all: their identifiers are scored in one pass of the decoder;
       'plan': the plan score alone, without the student.
     num_beams: identifiers that are written, in each view where there are several. With as many as

@@ -29,3 +29,13 @@ def guided_search(model, query, planned, num_beams):
         finished = sorted(finished, key=rank, reverse=True)[:num_beams]
         live = [offer for offer in offers if offer[0] not in rows][:num_beams]
     return finished
+
+
+def planned_identifiers(rows, plan):
+    """[(identifier, the best plan score of its passages)] in order; rows: identifiers of each
+    passage; plan: passage -> plan score."""
+    best = {}
+    for passage, score in plan.items():
+        for row in rows[passage]:
+            best[row] = max(score, best.get(row, score))
+    return sorted(best.items())

@@ -170,7 +170,7 @@ class MultiviewIndex:
     @property
     def _most_passages(self) -> int:
         """How many passages are scored at most; those of a query are padded to that."""
-        return min(self.scoring.max_passages, _size(self.num_passages, _FEWEST[0]))
+        return min(self.scoring.max_passages, size_class(self.num_passages, _FEWEST[0]))
 
     def rank(self, written: Sequence[Written]) -> list[Scored]:
         """The passages that hold identifiers of each of B queries; none where no passage does.
@@ -283,7 +283,7 @@ class MultiviewIndex:
 
     def _scores(self, query: _Query, packed: _Packed) -> jax.Array:
         """f32 [_most_passages], which the device may still be computing."""
-        size = _size(len(query.lo), _FEWEST[0])
+        size = size_class(len(query.lo), _FEWEST[0])
         grow = lambda leaf: np.pad(leaf, [(0, size - len(leaf))] + [(0, 0)] * (leaf.ndim - 1))
         return _score(
             tuple(map(grow, query[:4])),
@@ -326,19 +326,19 @@ def _pack(query: _Query, places: _Places, passages: np.ndarray, rows: int) -> _P
     pairs, of_pair = np.unique(row * width + places.owner, return_inverse=True)
     pair_row, owner = pairs // width, pairs % width
     slot = np.arange(len(pairs)) - np.searchsorted(pair_row, pair_row)
-    members = np.full((rows, _size(slot.max(initial=0) + 1, _FEWEST[0])), -1, np.int32)
+    members = np.full((rows, size_class(slot.max(initial=0) + 1, _FEWEST[0])), -1, np.int32)
     members[pair_row, slot] = owner
     body = np.flatnonzero(query.views[places.owner] == BODY)
     body = body[np.argsort(row[body], kind="stable")]
     row = row[body]
     event = np.arange(len(body)) - np.searchsorted(row, row)
-    spans = np.full((rows, _size(event.max(initial=0) + 1, _FEWEST[1])), -1, np.int32)
+    spans = np.full((rows, size_class(event.max(initial=0) + 1, _FEWEST[1])), -1, np.int32)
     starts = np.zeros_like(spans)
     spans[row, event], starts[row, event] = slot[of_pair[body]], places.start[body]
     return _Packed(members, spans, starts)
 
 
-def _size(needed: int | np.integer, fewest: int) -> int:
+def size_class(needed: int | np.integer, fewest: int) -> int:
     """The lowest power of two that is at least `needed` and `fewest`."""
     return max(fewest, 1 << (int(needed) - 1).bit_length())
 

@@ -1,8 +1,9 @@
 """A plan by words and a student of several views: plan score + weight * root of the passage score.
 
-What the student writes scores every passage that holds it. A planned passage that holds nothing of
-it has the passage score 0, and one that the student found and the plan did not name has the plan
-score 0, so that both are known of all that either of them found.
+Of titles and pseudo-queries the student writes those of planned passages, guided by the plan; see
+`multiview.guided`. What it writes, body spans too, scores every passage that holds it. A planned
+passage that holds nothing of it has the passage score 0, and one that the student found and the
+plan did not name has the plan score 0, so that both are known of all that either of them found.
 
 A passage score is a sum of log-odds to the power Scoring.exponent, 2 as published; its root brings
 it back to the scale of log-odds, on which the log-probability of a docid is, and so to one weight.
@@ -24,6 +25,7 @@ import numpy as np
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval.batching import Found, _nothing
+from dgr_jax.retrieval.multiview.guided import GuidedDecoder
 from dgr_jax.retrieval.multiview.index import Scored
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder, MultiviewSearch
 from dgr_jax.retrieval.plan_scores import ranked
@@ -50,7 +52,7 @@ class PlannedViews(SearchingSystem):
     plan: its beams are those of each view; where it decides alone, the student is not asked.
     """
 
-    student: MultiviewDecoder
+    student: GuidedDecoder
     plan: Lexical
     planner: Planner
     pid_of: PidOf | None = None
@@ -66,8 +68,7 @@ class PlannedViews(SearchingSystem):
     def of(cls, student: MultiviewDecoder, plan: Lexical, planner: Planner) -> Self:
         """A student with a plan."""
         plan = plan.of_corpus(student.index.num_passages)
-        search = replace(student.search, num_beams=plan.num_beams)
-        return cls(replace(student, search=search), plan, planner)
+        return cls(GuidedDecoder.guided(student, plan), plan, planner)
 
     @property
     def search(self) -> MultiviewSearch:
@@ -150,8 +151,7 @@ class PlannedViews(SearchingSystem):
         """What each query of all blocks has, one after another."""
         planned, asked = itertools.tee(blocks)
         alone = self.plan.ranked_by == "plan"
-        tokens = (block.tokens for block in asked)
-        found = itertools.repeat(None) if alone else self.student._scored(tokens, batch_size)
+        found = itertools.repeat(None) if alone else self.student._scored(asked, batch_size)
         rows = (row for block in planned for row in zip(*block.planned, strict=True))
         for (passages, scores), of_student in zip(rows, found, strict=False):
             there = passages >= 0

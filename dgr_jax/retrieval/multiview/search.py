@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -195,7 +195,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         most = self.search.scoring.max_passages
         return {"depth": self.search.depth, "scoring.max_passages": most}
 
-    def restrict(self, passage_mask: np.ndarray) -> MultiviewDecoder:
+    def restrict(self, passage_mask: np.ndarray) -> Self:
         """See System. Titles and pseudo-queries of no other passage are not written, ValueError
         where none is left; spans of the text are those of all passages. Counts stay those of the
         whole corpus."""
@@ -212,7 +212,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         }
         return dataclasses.replace(self, index=index, tries=tries)
 
-    def by_pid(self, pid_of: PidOf) -> MultiviewDecoder:
+    def by_pid(self, pid_of: PidOf) -> Self:
         """The same decoder, which brings passages of equal score into the order of their pids."""
         ordered = copy.copy(self)
         ordered.index = dataclasses.replace(self.index, pid_of=pid_of)
@@ -261,7 +261,7 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
                 parts.append({"passages": passages, "scores": scores} | held)
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _scored(self, blocks: Iterable[np.ndarray], batch_size: int) -> Iterator[Scored]:
+    def _scored(self, blocks: Iterable[Any], batch_size: int) -> Iterator[Scored]:
         """What each query of all blocks found, one after another, with its identifiers.
 
         The next batch is on the device while the host ranks the one before.
@@ -270,16 +270,21 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
             yield from self.index.rank(self._written(*batch))
 
     def _started(
-        self, blocks: Iterable[np.ndarray], batch_size: int
+        self, blocks: Iterable[Any], batch_size: int
     ) -> Iterator[tuple[int, dict[str, BeamResult]]]:
         size = partitioning.shared_rows(batch_size, self.mesh)
-        for tokens in blocks:
-            for start in range(0, len(tokens), size):
-                batch = tokens[start : start + size]
+        for queries in blocks:
+            for start in range(0, len(queries), size):
+                batch = queries[start : start + size]
                 yield len(batch), {view: self._start(view, batch, size) for view in self.markers}
 
     def _start(self, view: str, tokens: np.ndarray, size: int) -> BeamResult:
         """tokens int32 [n <= size, Q]."""
+        placed = self._placed(view, tokens, size)
+        return self._decode[view](self.params, self._constraints[view], placed)
+
+    def _placed(self, view: str, tokens: np.ndarray, size: int) -> jax.Array:
+        """int32 [size, Q], with the marker of the view before each query."""
         longest = int((tokens > 0).sum(1).max())
         if longest > self.query_length:
             raise ValueError(
@@ -290,17 +295,16 @@ class MultiviewDecoder(TrainedSystem, kind="multiview"):
         padded[:, :2] = self.markers[view], EOS_ID  # for the rows that no query fills
         width = min(tokens.shape[1], self.query_length)
         padded[: len(tokens), 1 : width + 1] = tokens[:, :width]
-        placed = partitioning.place(padded, partitioning.batch_sharding(self.mesh))
-        return self._decode[view](self.params, self._constraints[view], placed)
+        return partitioning.place(padded, partitioning.batch_sharding(self.mesh))
 
     def _written(self, count: int, results: Mapping[str, BeamResult]) -> list[Written]:
         """The identifiers that `count` queries wrote in each view, on the host."""
-        written = []
-        for view, result in jax.device_get(dict(results)).items():
-            result = jax.tree.map(lambda leaf: leaf[:count], result)
-            if view == "body":
-                written.append(written_spans(result))
-                continue
-            rows = self.tries[view].table_rows(result.rows)
-            written.append(written_rows(view, result, rows, self.index.tables[view]))
-        return written
+        results = jax.device_get(dict(results))
+        return [self._of_view(view, result, count) for view, result in results.items()]
+
+    def _of_view(self, view: str, result: BeamResult, count: int) -> Written:
+        result = jax.tree.map(lambda leaf: leaf[:count], result)
+        if view == "body":
+            return written_spans(result)
+        rows = self.tries[view].table_rows(result.rows)
+        return written_rows(view, result, rows, self.index.tables[view])

@@ -47,12 +47,16 @@ def written_spans(result: BeamResult) -> Written:
 def written_rows(
     view: str, result: BeamResult, rows: np.ndarray, table: IdentifierTable
 ) -> Written:
-    """The rows of a table that a search under its trie gave; rows int [B, M], -1 for none.
+    """The rows of a table that a search under its trie gave; rows int [B, M], -1 for none."""
+    return table_rows(view, np.asarray(result.tokens), np.asarray(result.log_probs), rows, table)
 
-    The count of a row is the number of its passages.
-    """
+
+def table_rows(
+    view: str, tokens: np.ndarray, log_probs: np.ndarray, rows: np.ndarray, table: IdentifierTable
+) -> Written:
+    """Rows of a table int [B, M], -1 for none, as Written. The count of a row is the number of its
+    passages."""
     rows = np.asarray(rows)
     known, at = rows >= 0, np.maximum(rows, 0)
     lo, hi = (np.where(known, table.offsets[at + i], 0) for i in (0, 1))
-    log_probs = np.where(known, np.asarray(result.log_probs), -np.inf)
-    return Written(view, np.asarray(result.tokens), log_probs, lo, hi)
+    return Written(view, tokens, np.where(known, log_probs, -np.inf), lo, hi)
