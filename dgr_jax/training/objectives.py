@@ -215,8 +215,8 @@ class Distillation:
       plan: also what trains a plan of the student: its loss of the lists, or `loss` where it has
         none, and that of the generation examples. It is that of Experiment.plan.
       pack_docids: docids of a list are decoded side by side in rows, as identifiers of several
-        views always are: faster where the longest is several times as long as most, slower where all
-        are short. Scores and gradients are the same; dropout draws other numbers.
+        views always are: faster where the longest is several times as long as most, slower where
+        all are short. Scores and gradients are the same; dropout draws other numbers.
     """
 
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
