@@ -1,14 +1,16 @@
-"""A distillation step on identifiers of several views: side by side in rows, and each padded.
+"""A distillation step on identifiers of several lengths: side by side in rows, and each padded.
 
     python -m benchmarks.packed_lists --model_dir=DIR
 
-DIR: an experiment with such identifiers (dgr.gin, studies/dgr_cpu.gin) whose `teach` stage is done.
+DIR: an experiment with such identifiers, several views (dgr.gin, studies/dgr_cpu.gin) or docids
+(IDENTIFIERS=@Title()), whose `teach` stage is done.
 Both steps are the experiment's own, from parameters at random, on the same batches, and take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,13 +40,16 @@ def main() -> None:
     args = parser.parse_args()
     flags = cli.parse(cli.parser("train", ""), [f"--model_dir={args.model_dir}"])
     experiment = gin_files.load_experiment(*flags, keep=False)
-    settings = experiment.distill
+    objective = dataclasses.replace(experiment.distill.objective, pack_docids=True)
+    settings = dataclasses.replace(experiment.distill, objective=objective)
+    experiment = dataclasses.replace(experiment, distill=settings)
     vocabulary = Prepared.load(experiment.model_dir).vocabulary
     model = Transformer(experiment.sized(vocabulary.size))
     mesh = partitioning.make_mesh(experiment.mesh)
     optimizer = settings.optimizer.transformation(settings.steps)
     source = distill.batches(experiment)
-    steps, states, seconds = {}, {}, {"side by side": [], "padded": []}
+    steps, states = {}, {}
+    seconds: dict[str, list] = {"side by side": [], "padded": []}
     print(device_name(jax.devices()[0]))
     for name in seconds:
         states[name] = init_state(model, optimizer, mesh, seed=0)
@@ -58,16 +63,18 @@ def main() -> None:
         whole = source.batch(number)
         for name, found in seconds.items():
             batch = whole if name != "padded" else padded(whole)
-            start = time.perf_counter()
+            start = np.array([time.perf_counter(), time.process_time()])
             states[name], metrics = steps[name](states[name], batch)
             jax.block_until_ready((states[name], metrics))
-            found.append(time.perf_counter() - start)
-    ratios = np.divide(seconds["padded"][1:], seconds["side by side"][1:])
-    for name, found in seconds.items():
-        low, median, high = 1e3 * np.quantile(found[1:], (0.25, 0.5, 0.75))
-        print(f"{name}: {median:.0f} ms a step ({low:.0f} to {high:.0f})")
-    low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    print(f"padded / side by side: {median:.2f} ({low:.2f} to {high:.2f})")
+            found.append([time.perf_counter(), time.process_time()] - start)
+    ratios = np.divide(seconds["padded"][1:], seconds["side by side"][1:]).T
+    for kind, column in (("by the clock", 0), ("of processor time", 1)):
+        for name, found in seconds.items():
+            spent = np.array(found)[1:, column]
+            low, median, high = 1e3 * np.quantile(spent, (0.25, 0.5, 0.75))
+            print(f"{name}: {median:.0f} ms a step {kind} ({low:.0f} to {high:.0f})")
+        low, median, high = np.quantile(ratios[column], (0.25, 0.5, 0.75))
+        print(f"padded / side by side {kind}: {median:.2f} ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

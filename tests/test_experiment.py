@@ -169,6 +169,12 @@ def test_plans_that_do_not_fit_are_refused(plan, message):
     adaptive = dataclasses.replace(PLAIN, model=model, prepare=identifiers)
     with pytest.raises(ValueError, match="T5Config.decoder_query_tokens: got 16 with T5Config.pre"):
         with_plan(Learned(), adaptive)
+    grouped = dataclasses.replace(PLAIN.generate, examples_per_query=2)
+    with pytest.raises(ValueError, match="generate/Training.examples_per_query: got 2, expected 1"):
+        dataclasses.replace(PLAIN, generate=grouped)
+    packed = dataclasses.replace(PLAIN.distill.objective, pack_docids=True)
+    with pytest.raises(ValueError, match="Distillation.pack_docids: got True with T5Config.prefix"):
+        dataclasses.replace(adaptive, distill=dataclasses.replace(PLAIN.distill, objective=packed))
 
 
 def test_batches_of_a_plan_in_shape():

@@ -83,6 +83,8 @@ def test_generation_accuracies_count_only_real_tokens():
     metrics = objectives._tokens_right(logits, targets, weights)
     assert [float(x) for x in metrics["token_accuracy"]] == [3, 5]
     assert [float(x) for x in metrics["identifier_accuracy"]] == [1, 2]
+    tied = np.array([[0.0, 5.0, 5.0], [3.0, 3.0, 1.0]], np.float32)
+    assert objectives._first_best(tied).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("identifiers", "own_examples"), [(1, False), (3, True)])

@@ -1,5 +1,6 @@
 """Optimizers against their papers, schedules against their formulas."""
 
+import dataclasses
 import functools
 import math
 
@@ -13,6 +14,7 @@ from dgr_jax.training.optimizers import (
     AdamW,
     Constant,
     Cosine,
+    Gradient,
     Linear,
     ReciprocalSqrt,
     decayed,
@@ -230,3 +232,77 @@ def test_other_errors():
         Adafactor(max_grad_norm=0.0).transformation(STEPS)
     expected = "Adafactor.max_grad_norm: got 0.0, expected above 0, or None"
     assert str(error.value) == expected
+
+
+def _twin():
+    return optax.adafactor(
+        Linear(peak=0.1, warmup_steps=2).schedule(STEPS),
+        min_dim_size_to_factor=8,
+        multiply_by_parameter_scale=True,
+        momentum=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def updated():
+    """Three updates of odd shapes by ours, divided by itself and not, and by optax."""
+    params, grads = _case({"tall": (40, 9), "wide": (8, 24), "three": (9, 3, 12), "scale": (5,)})
+    grads["tall"][:, ::3] = 0.0  # tokens that no text has
+    params["scale"] *= 1e-6
+    ours = Adafactor(Linear(peak=0.1, warmup_steps=2), factor_from=8).transformation(STEPS)
+    twin, weight = _twin(), np.float32(7.0)
+
+    @jax.jit
+    def step(states, sums):
+        divided = jax.tree.map(lambda leaf: leaf / weight, sums)
+        norm = optax.global_norm(divided)
+        given = {"gradient": Gradient(sums, weight, norm)}
+        out = {}
+        for name, optimizer, more in (
+            ("sums", ours, given),
+            ("plain", ours, {}),
+            ("optax", twin, {}),
+        ):
+            params, state = states[name]
+            updates, state = optimizer.update(divided, state, params, **more)
+            out[name] = optax.apply_updates(params, updates), state
+        return out
+
+    states = {"sums": ours, "plain": ours, "optax": twin}
+    states = {name: (params, optimizer.init(params)) for name, optimizer in states.items()}
+    for number in range(3):
+        states = step(states, {name: grad[number] for name, grad in grads.items()})
+    return states
+
+
+@pytest.mark.parametrize("way", ["sums", "plain"])
+def test_adafactor_is_that_of_optax(updated, way):
+    """Parameters, moments and counts, and the state's tree, as a checkpoint holds it."""
+    got, expected = updated[way], updated["optax"]
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-35)
+    jax.tree.map(close, got, expected)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(got) == shapes(expected)
+
+
+@pytest.mark.parametrize("optimizer", [Adafactor(max_grad_norm=0.5), AdamW(max_grad_norm=0.5)])
+def test_clipping_of_sums_is_that_of_quotients(optimizer):
+    sums = {"a": np.full((3, 2), 30.0, np.float32), "b": np.array([4.0, -1.0], np.float32)}
+    params = jax.tree.map(np.ones_like, sums)
+    grads = jax.tree.map(lambda leaf: leaf / np.float32(8), sums)
+    transformation = optimizer.transformation(STEPS)
+    state = transformation.init(params)
+    norm = optax.global_norm(grads)
+    expected, plain = transformation.update(grads, state, params)
+    got, of_sums = transformation.update(
+        grads, state, params, gradient=Gradient(sums, np.float32(8), norm)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), of_sums, plain)
+    by_optax = optax.chain(optax.clip_by_global_norm(0.5), _bare(optimizer))
+    assert jax.tree.structure(state) == jax.tree.structure(by_optax.init(params))
+
+
+def _bare(optimizer):
+    return dataclasses.replace(optimizer, max_grad_norm=None).transformation(STEPS)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dgr_jax.losses import ranking
 from dgr_jax.training import packing
+from dgr_jax.training.objectives import Distillation
 from dgr_jax.training.packing import PackedLists
+from dgr_jax.training.plan_losses import CodeLoss
 from dgr_jax.training.source import ArraySource
+from tests import toy
 
 T = 6
 
@@ -117,3 +124,42 @@ def test_batches_have_the_rows_of_the_largest_list(caplog, monkeypatch):
 
 def test_rows_hold_two_of_the_longest():
     assert [packing.width_for(length) for length in (1, 22, 32, 33, 40)] == [64, 64, 64, 72, 80]
+
+
+class Chain(toy.Toy):
+    """A token's state is a sum over those before it in its segment, weighed by their distance."""
+
+    def decode(self, encoded, queries, inputs, deterministic=True, segments=None):
+        place = jnp.arange(inputs.shape[-1])
+        weights = jnp.tril(0.5 ** jnp.abs(place[:, None] - place))
+        if segments is not None:
+            weights = weights * (segments[..., :, None] == segments[..., None, :])
+        before = weights @ self.embedding[inputs]
+        return jnp.tanh((before + encoded.sum(axis=1)[:, None, None]) @ self.kernel)
+
+
+def test_docids_side_by_side_have_the_same_loss_and_gradients():
+    """With the target of each query in a row of its own."""
+    lists = toy.rank_lists(2, passages=5)
+    lists["identifier_tokens"] = np.pad(lists["identifier_tokens"], [(0, 0)] * 3 + [(0, 3)])
+    lists["identifier_tokens"][:, ::2, :, 2:5] = [7, 9, 3]
+    objective = Distillation(ranking.distilled_ranknet, pack_docids=True)
+    loss = objective.loss_fn(Chain())
+
+    @jax.jit
+    def compute(params, lists):
+        total = lambda params: loss(params, {"rank_list": lists}, jax.random.key(0))[0]
+        return jax.value_and_grad(total)(params)
+
+    tokens = lists["identifier_tokens"]
+    source = PackedLists(ArraySource(lists, 2, 0), tokens.shape[1:], packing.rows_needed(tokens))
+    packed = source.batch(0)
+    assert packed["packed_tokens"].shape == (2, 1, 64)
+    apart = {name: leaf for name, leaf in packed.items() if not name.startswith("packed")}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, compute(toy.params(), packed), compute(toy.params(), apart))
+
+
+def test_docids_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match="Distillation.pack_docids: got True with a plan that is"):
+        Distillation(ranking.distilled_ranknet, pack_docids=True, plan=CodeLoss())

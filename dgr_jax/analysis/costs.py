@@ -154,9 +154,11 @@ def step_flops(config: T5Config, batch: Mapping[str, Any]) -> float:
 def _written_flops(config: T5Config, batch: Mapping[str, np.ndarray], positives: bool) -> float:
     """With identifiers of several views, a query is read once a view, and all of it is seen."""
     rows, *views, length = batch["encoder_input_tokens"].shape
-    targets, longest = 1, batch["decoder_target_tokens"].shape[-1]
+    _, *together, longest = batch["decoder_target_tokens"].shape
+    targets = int(np.prod(together))
     if "packed_tokens" in batch:
         _, targets, longest = batch["packed_tokens"].shape
+        targets += positives
     elif "identifier_tokens" in batch:
         listed = batch["identifier_tokens"].shape
         targets, longest = np.prod(listed[1:-1]) + positives, listed[-1]

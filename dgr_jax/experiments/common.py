@@ -41,6 +41,9 @@ class Training:
       none. A dense retriever embeds all passages for each.
     keep: the student of the stage is that of the 'last' step, or that of the 'best' RR@10.
     patience: training ends after so many searches in a row that found no better RR@10; 0: never.
+    examples_per_query: so many generation examples of one query and view are learned together, from
+      one encoding of it; batch_size is a multiple. 1: each has an encoding of its own. Where there
+      are fewer, some are learned more than once. For identifiers of several views.
     pack_queries: short queries share rows of a student's encoder, which then reads little padding;
       they are encoded as each would be alone.
     drop_tokens: the probability with which a token of a query's text is left out of a step, so that
@@ -60,6 +63,7 @@ class Training:
     validate_every: int = unless_default(0)
     keep: str = unless_default("last")
     patience: int = unless_default(0)
+    examples_per_query: int = unless_default(1)
     pack_queries: bool = unless_default(True)
     drop_tokens: float = unless_default(0.0)
 
@@ -78,7 +82,13 @@ class Training:
             keep=ranges.one_of("last", "best"),
             patience=ranges.at_least(0),
             drop_tokens=ranges.from_to_below(0, 1),
+            examples_per_query=ranges.at_least(1),
         )
+        if self.batch_size % self.examples_per_query:
+            raise ValueError(
+                f"Training.examples_per_query: got {self.examples_per_query}, expected a number "
+                f"that divides Training.batch_size, {self.batch_size}"
+            )
         for name in ("keep", "patience"):
             chosen = getattr(self, name)
             if not self.validate_every and chosen not in ("last", 0):
@@ -97,15 +107,21 @@ class Training:
         """How many checkpoints lie on the disk at the end."""
         return self.keep_checkpoints + (self.keep == "best")
 
+    def _together(self, size: str) -> int:
+        """How many of one of the batch sizes have one encoding."""
+        return self.examples_per_query if size == "batch_size" else 1
+
     def check_shards(self, stage: str, shards: int, *sizes: str) -> None:
         """Raises ValueError where the data shards cannot share these batches of a stage."""
+        parts = self.microbatches * shards
         for name in sizes:
-            size = getattr(self, name)
-            if size % (self.microbatches * shards):
+            size, together = getattr(self, name), self._together(name)
+            if size // together % parts:
                 raise ValueError(
                     f"{stage}: got Training.{name}={size}, expected a multiple of "
-                    f"{self.microbatches * shards}, Training.microbatches x the data shards of the "
-                    "mesh; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
+                    f"{parts * together}, Training.microbatches x the data shards of the mesh"
+                    + " x Training.examples_per_query" * (together > 1)
+                    + "; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
                 )
 
     def check_held_out(self, name: str, prepare: DataRules) -> None:
@@ -125,7 +141,7 @@ class Training:
         if len(sizes) == 1:
             ranges.require(f"{name}.{sizes[0]}", getattr(self, sizes[0]), ranges.at_least(1))
         for size in sizes:
-            if getattr(self, size) % self.microbatches:
+            if getattr(self, size) // self._together(size) % self.microbatches:
                 raise ValueError(
                     f"{name}.microbatches: got {self.microbatches}, expected a number that divides "
                     f"{name}.{size}, {getattr(self, size)}"

@@ -175,6 +175,13 @@ class Experiment(Measured):
                 "are other tokens at every position: IDENTIFIERS=@ResidualQuantization(), "
                 "@KMeansTree() or, with NaiveString.by_position=True, @NaiveString()"
             )
+        if self.model.prefix_adaptive_layers and getattr(
+            self.distill.objective, "pack_docids", False
+        ):
+            raise ValueError(
+                "Distillation.pack_docids: got True with T5Config.prefix_adaptive_layers="
+                f"{self.model.prefix_adaptive_layers}, expected False: these layers count places"
+            )
         expected = MultiviewSearch if scheme.views else Search
         for name in ("candidates", "evaluate"):
             search = getattr(self, name).search
@@ -196,6 +203,13 @@ class Experiment(Measured):
                     "training, expected a number, or Prepare.validation above 0, such as 0.1"
                 )
         self._train_for(self.plan)
+        for name in ("generate", "distill"):
+            together = getattr(self, name).examples_per_query
+            if together > 1 and not scheme.views:
+                raise ValueError(
+                    f"{name}/Training.examples_per_query: got {together}, expected 1 with one "
+                    "identifier a passage"
+                )
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "

@@ -32,9 +32,11 @@ def batches(experiment: Experiment) -> Source:
 def _rank_lists(experiment: Experiment) -> Source:
     folder, settings = Path(experiment.model_dir) / teach.STAGE.name, experiment.distill
     lists = ArraySource(folder / "rank_lists", settings.list_batch_size, settings.seed)
-    if "identifier_views" not in lists.features:
-        return with_sets(experiment, lists)
-    tokens, views = (lists.features[f"identifier_{name}"] for name in ("tokens", "views"))
+    tokens, views = lists.features["identifier_tokens"], lists.features.get("identifier_views")
+    if views is None:
+        if not getattr(settings.objective, "pack_docids", False):
+            return with_sets(experiment, lists)
+        return packing.PackedLists(lists, tokens.shape[1:], packing.rows_needed(tokens))
     with kept.reading(folder / "report.json"):
         counted = int(kept.read_json(folder / "report.json")["keys"].get("packed_rows", 0))
     # The teach stage of an older version did not count them.

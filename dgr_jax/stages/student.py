@@ -25,7 +25,8 @@ from dgr_jax.stages.prepared import PREPARE, Prepared
 from dgr_jax.stages.systems import assembled, params
 from dgr_jax.stages.training_run import Later, check_batches, train, validated
 from dgr_jax.training.plan_losses import WithSets
-from dgr_jax.training.source import MixtureSource, Source
+from dgr_jax.training.source import MixtureSource, Source, read_arrays
+from dgr_jax.training.together import grouped
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +121,15 @@ def mixture(experiment: Experiment, settings: Training) -> Source:
     """The examples of the generation objective."""
     arrays = Path(experiment.model_dir) / PREPARE / "arrays"
     rates = experiment.prepare.sources.rates()
-    source = MixtureSource(
-        {name: (arrays / name, rate) for name, rate in rates.items()},
-        settings.batch_size,
-        settings.seed,
-    )
+    together = settings.examples_per_query
+    if together == 1:
+        tasks: dict[str, Any] = {name: (arrays / name, rate) for name, rate in rates.items()}
+    else:
+        tasks = {
+            name: (grouped(read_arrays(arrays / name), together), rate)
+            for name, rate in rates.items()
+        }
+    source = MixtureSource(tasks, settings.batch_size // together, settings.seed)
     return with_sets(experiment, source)
 
 

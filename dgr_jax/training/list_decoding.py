@@ -92,15 +92,18 @@ def decoded_lists(
     """
     rows = _packed_rows(lists) if "packed_tokens" in lists else _rows(lists)
     inputs, length, target_length = rows.inputs, rows.targets.shape[-1], 0
+    segments = rows.segments
     if with_target:
         target = lists["decoder_input_tokens"]
         target_length = target.shape[-1]
         inputs = _with_target(inputs, target, lists["encoder_input_tokens"].ndim)
+        if segments is not None:  # the row of the target is a single one
+            segments = jnp.pad(segments, [(0, 0), (0, 1), (0, inputs.shape[-1] - length)])
     encoded, seen = _encoded_queries(model, params, lists, rows.views, encode_rng)
     apply = functools.partial(model.apply, {"params": params})
     table, known = _planned(model, apply, plan, encoded, seen, inputs.shape[-1], decode_rng)
-    if rows.segments is not None:
-        known["segments"] = rows.segments
+    if segments is not None:
+        known["segments"] = segments
     x = apply(
         *(encoded, seen, inputs),
         deterministic=False,
@@ -112,7 +115,7 @@ def decoded_lists(
     # Parts of x and not of the logits, whose gradients would be put together again: they are large.
     own = x[:, :-1, :length] if with_target else x
     log_probs = generation.token_log_probs(logits(own), rows.targets)
-    if rows.segments is None:
+    if segments is None:
         log_probs = log_probs.reshape(lists["identifier_tokens"].shape)
     else:
         log_probs = _unpacked(log_probs, lists)
@@ -171,8 +174,10 @@ def _rows(lists: Lists) -> _Rows:
 def _packed_rows(lists: Lists) -> _Rows:
     """The rows of `training.packing`: an identifier begins where the segment is another one."""
     targets, segments = lists["packed_tokens"], lists["packed_segments"]
-    views = lists["identifier_views"]
     inputs = jnp.where(segments == shift_right(segments), shift_right(targets), PAD_ID)
+    views = lists.get("identifier_views")
+    if views is None:
+        return _Rows(targets, inputs, None, segments)
     identifier = jnp.maximum(segments - 1, 0).reshape(segments.shape[0], -1)
     of_token = jnp.take_along_axis(views.reshape(views.shape[0], -1), identifier, axis=-1)
     return _Rows(targets, inputs, of_token.reshape(segments.shape), segments)

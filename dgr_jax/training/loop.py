@@ -240,9 +240,12 @@ def _check(**settings: int) -> None:
 
 
 def _examples(batch: Any) -> int:
-    """Examples in a batch: rows of its first feature; of a nested batch, those of all parts."""
+    """Examples in a batch: targets, or rows of its first feature; of a nested batch, those of all
+    parts."""
     parts = [part for part in batch.values() if isinstance(part, Mapping)]
-    return sum(map(_examples, parts)) if parts else next(iter(batch.values())).shape[0]
+    if parts or "decoder_target_tokens" not in batch:
+        return sum(map(_examples, parts)) if parts else next(iter(batch.values())).shape[0]
+    return math.prod(batch["decoder_target_tokens"].shape[:-1])
 
 
 class _Report:

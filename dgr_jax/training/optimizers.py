@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 
 from dgr_jax import ranges
 from dgr_jax.models.stacking import LAYERS, LAYERS_AXIS
+from dgr_jax.training.adafactor import FewPasses
 
 NOT_DECAYED = ("scale", "bias", "rel_embedding")
 _GRAD_NORM = ranges.optional(ranges.above(0))
@@ -130,16 +132,33 @@ class Optimizer(Protocol):
         """The transformation of a run of `total_steps` steps."""
 
 
-def _clipped(
-    optimizer: optax.GradientTransformation, max_grad_norm: float | None
-) -> optax.GradientTransformation:
-    """`optimizer` after clipping the gradient's global norm; None: as it is."""
-    if max_grad_norm is None:
-        return optimizer
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+class Gradient(NamedTuple):
+    """The gradient of a step as its microbatches add it up: `sums` divided by `weight`; its norm.
+
+    Optimizers here take it as their extra argument `gradient` in place of the quotients, which then
+    are not written to memory. Others are given the quotients, as `updates`.
+    """
+
+    sums: Any
+    weight: jax.Array
+    norm: jax.Array
 
 
-def _each_layer_apart(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def _scaled(max_grad_norm: float) -> optax.GradientTransformationExtraArgs:
+    """The gradient with a global norm of at most `max_grad_norm`."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, gradient: Gradient | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        if gradient is None:
+            gradient = Gradient(updates, jnp.ones(()), optax.global_norm(updates))
+        scale = max_grad_norm / jnp.maximum(gradient.norm, max_grad_norm) / gradient.weight
+        return jax.tree.map(lambda leaf: leaf * scale, gradient.sums), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _each_layer_apart(optimizer: FewPasses) -> optax.GradientTransformationExtraArgs:
     """`optimizer`, for which every layer in a stacked parameter is a parameter of its own.
 
     Norms and means over a parameter, and the choice of its factored dimensions, then do not depend
@@ -177,15 +196,19 @@ def _each_layer_apart(optimizer: optax.GradientTransformation) -> optax.Gradient
         out = over(state_axes(params, layer_axes))
         return jax.vmap(optimizer.init, in_axes=(over(layer_axes),), out_axes=out)(params)
 
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: Any, params: Any, *, gradient: Gradient | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        sums, weight = (updates, None) if gradient is None else (gradient.sums, gradient.weight)
         layer_axes = axes(params)
+        one_by_one = functools.partial(optimizer.update, weight=weight)
         if max(jax.tree.leaves(layer_axes), default=-1) < 0:
-            return optimizer.update(updates, state, params)
+            return one_by_one(sums, state, params)
         own, of_state = over(layer_axes), over(state_axes(params, layer_axes))
-        apart = jax.vmap(optimizer.update, in_axes=(own, of_state, own), out_axes=(own, of_state))
-        return apart(updates, state, params)
+        apart = jax.vmap(one_by_one, in_axes=(own, of_state, own), out_axes=(own, of_state))
+        return apart(sums, state, params)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -216,15 +239,14 @@ class Adafactor:
 
     def transformation(self, total_steps: int) -> optax.GradientTransformation:
         """The optax transformation of a run of `total_steps` steps."""
-        adafactor = optax.adafactor(
-            learning_rate=self.learning_rate.schedule(total_steps),
-            min_dim_size_to_factor=self.factor_from,
-            decay_rate=self.decay_rate,
-            multiply_by_parameter_scale=True,
-            clipping_threshold=self.clipping_threshold,
-            momentum=None,
+        rate = self.learning_rate.schedule(total_steps)
+        adafactor = _each_layer_apart(
+            FewPasses(rate, self.decay_rate, self.clipping_threshold, self.factor_from)
         )
-        return _clipped(_each_layer_apart(adafactor), self.max_grad_norm)
+        if self.max_grad_norm is None:
+            return adafactor
+        scaled = optax.GradientTransformation(adafactor.init, adafactor.update)  # not the sums
+        return optax.chain(_scaled(self.max_grad_norm), scaled)
 
 
 def decayed(params: Any) -> Any:
@@ -267,4 +289,6 @@ class AdamW:
             weight_decay=self.weight_decay,
             mask=decayed,
         )
-        return _clipped(adamw, self.max_grad_norm)
+        if self.max_grad_norm is None:
+            return adamw
+        return optax.chain(_scaled(self.max_grad_norm), adamw)

@@ -1,10 +1,10 @@
 """Identifiers of a query side by side: decoder rows without padding, each identifier once.
 
-Identifiers of several views differ in length, from one token to a pseudo-query's; many are prefixes
-of one another, as every prefix of a span is an identifier, and passages of a list share them. The
-log-probabilities of a prefix are those of the longer identifier's first tokens. So the longest ones
-are enough: they are laid one after another in rows of a fixed width, kept apart by segments.
-NumPy only.
+Docids such as titles differ in length, and identifiers of several views do, from one token to a
+pseudo-query's; many of these are prefixes of one another, as every prefix of a span is an
+identifier, and passages of a list share them. The log-probabilities of a prefix are those of the
+longer identifier's first tokens. So the longest ones are enough: they are laid one after another in
+rows of a fixed width, kept apart by segments. NumPy only.
 
 Axis letters: n lists, I = L*K identifiers of a list, T identifier length, R rows of a list, W their
 width.
@@ -85,7 +85,8 @@ def first_fit(lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed(tokens: np.ndarray, views: np.ndarray, rows: int, width: int) -> Features:
-    """Features of lists with identifier_tokens int32 [B, L, K, T] and identifier_views [B, L, K].
+    """Features of lists with identifier_tokens int32 [B, L, K, T] and identifier_views [B, L, K],
+    zeros for docids.
 
     packed_tokens int32 [B, R, W]: identifiers one after another, then 0; packed_segments int32
     [B, R, W]: 1 + number among the L*K of the identifier that a token is of, 0 for none;
@@ -113,11 +114,13 @@ def packed(tokens: np.ndarray, views: np.ndarray, rows: int, width: int) -> Feat
     }
 
 
-def rows_needed(tokens: np.ndarray, views: np.ndarray) -> int:
+def rows_needed(tokens: np.ndarray, views: np.ndarray | None = None) -> int:
     """R: the most rows of `width_for` tokens that any list fills, at least 1.
 
-    tokens: int32 [n, L, K, T]; views: int32 [n, L, K]; mapped or not.
+    tokens: int32 [n, L, K, T]; views: int32 [n, L, K], None for docids; mapped or not.
     """
+    if views is None:
+        views = np.broadcast_to(np.int32(0), tokens.shape[:-1])
     rows, width = 1, width_for(tokens.shape[-1])
     for start in range(0, len(tokens), _BLOCK):
         block, of_view = tokens[start : start + _BLOCK], views[start : start + _BLOCK]
@@ -128,7 +131,7 @@ def rows_needed(tokens: np.ndarray, views: np.ndarray) -> int:
 
 
 class PackedLists:
-    """Rank lists of identifiers of several views with the features of `packed`."""
+    """Rank lists with the features of `packed`."""
 
     def __init__(self, lists: Source, shape: tuple[int, ...], rows: int) -> None:
         """Args:
@@ -147,5 +150,6 @@ class PackedLists:
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Features:
         """See `source.Source`."""
         lists = self._lists.batch(step, process_index, process_count)
-        tokens, views = lists["identifier_tokens"], lists["identifier_views"]
+        tokens = lists["identifier_tokens"]
+        views = lists.get("identifier_views", np.zeros(tokens.shape[:-1], np.int32))
         return {**lists, **packed(tokens, views, self._rows, self._width)}

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dgr_jax import array_trees, partitioning
 from dgr_jax.training import hash_random
 from dgr_jax.training.objectives import Batch, LossFn, Metrics, Objective
+from dgr_jax.training.optimizers import Gradient
 
 
 @struct.dataclass
@@ -173,13 +174,15 @@ def _updated(
     state: TrainState, summed: Any, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
     """The state a step on, by what `_summed` has returned, and the metrics of the step."""
-    grads, ((loss_sum, weight_sum), metrics) = summed
+    sums, ((loss_sum, weight_sum), metrics) = summed
     weight = jnp.where(weight_sum > 0, weight_sum, 1.0)
-    grads = jax.tree.map(lambda grad: grad / weight, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    gradient = Gradient(sums, weight, optax.global_norm(sums) / weight)
+    grads = jax.tree.map(lambda total: total / weight, sums)
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, gradient=gradient)
     metrics = dict(metrics)
     metrics["loss"] = (loss_sum, weight_sum)
-    metrics["grad_norm"] = (optax.global_norm(grads), jnp.ones(()))
+    metrics["grad_norm"] = (gradient.norm, jnp.ones(()))
     changed = dataclasses.replace(
         state,
         step=state.step + 1,
