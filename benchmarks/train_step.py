@@ -10,9 +10,11 @@ as a Hugging Face folder), the same batches, precision, dropout and optimizer:
 Before anything is timed, both losses of the first batch without dropout are compared. A time is
 that of a step with its batch already on the device, blocked until the new parameters are there;
 median and, in brackets, the middle half. CPU seconds are those of all threads. Tokens are those
-that are read and written, padding none. Model FLOPs (three times those of the forward products,
-nothing recomputed) by the time and the peak of the device are its utilisation; a CPU's peak is what
-a large matrix product reaches here, in the same minute.
+that are read and written, padding none; with --mean_length queries are padded to --query_length,
+and ours reads them side by side (`Training.pack_queries`). Model FLOPs of queries at full length
+(three times those of the forward products, nothing recomputed) by the time and the peak of the
+device are its utilisation; a CPU's peak is what a large matrix product reaches here, in the same
+minute.
 
 Distillation: rank lists of --passages identifiers for a query, and a target:
   shared   `Distillation`, which encodes a query once for all its passages
@@ -34,6 +36,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # one GPU for both libraries
@@ -53,6 +56,7 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.training.list_decoding import shift_right
 from dgr_jax.training.objectives import Distillation, Generation, passage_scores
 from dgr_jax.training.optimizers import Adafactor, AdamW, Constant
+from dgr_jax.training.packed_queries import PackedQueries
 from dgr_jax.training.step import init_state, make_train_step
 
 GIB = 1 << 30
@@ -89,10 +93,12 @@ class Naive(Distillation):
 def generation_batch(rng: np.random.Generator, size: int, args: argparse.Namespace) -> dict:
     targets = rng.integers(3, args.vocab_size, (size, args.target_length), np.int32)
     targets[:, -1] = 1
+    queries = rng.integers(3, args.vocab_size, (size, args.query_length), np.int32)
+    if args.mean_length:
+        lengths = np.clip(2 + rng.poisson(args.mean_length - 2, size), 2, args.query_length)
+        queries = np.where(np.arange(args.query_length) < lengths[:, None], queries, 0)
     return {
-        "encoder_input_tokens": rng.integers(
-            3, args.vocab_size, (size, args.query_length), np.int32
-        ),
+        "encoder_input_tokens": queries,
         "decoder_input_tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0))),
         "decoder_target_tokens": targets,
         "decoder_loss_weights": np.ones(targets.shape, np.float32),
@@ -256,9 +262,21 @@ def spread(values: np.ndarray, scale: float = 1.0, digits: int = 2) -> str:
     return f"{s['median']:.{digits}f} ({s['low']:.{digits}f}-{s['high']:.{digits}f})"
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Batches that are there, over and over."""
+
+    batches: list[dict[str, np.ndarray]]
+
+    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> dict[str, Any]:
+        return self.batches[step % len(self.batches)]
+
+
 def generation(config: T5Config, params: Any, args: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    batches = [generation_batch(rng, args.batch, args) for _ in range(args.steps + 2)]
+    given = _Given([generation_batch(rng, args.batch, args) for _ in range(args.steps + 2)])
+    source = PackedQueries(given, shards=1, microbatches=1)
+    batches = [source.batch(number) for number in range(args.steps + 2)]
     systems: dict[str, Any] = {"ours": Ours(Generation(), config, params, batches[0], args)}
     if "hf" in args.systems:
         systems["hf"] = HuggingFace(config, params, args)
@@ -268,7 +286,8 @@ def generation(config: T5Config, params: Any, args: argparse.Namespace) -> dict[
             raise SystemExit("the systems do not compute the same")
     flops, peak = model_flops(config, args), peak_flops(config, args)
     spent = take_turns(systems, batches)
-    tokens = args.batch * (args.query_length + args.target_length)
+    queries = np.mean([np.count_nonzero(batch["encoder_input_tokens"]) for batch in batches])
+    tokens = queries + args.batch * args.target_length
     print(
         f"generation, {args.optimizer}, batch {args.batch} x ({args.query_length} + "
         f"{args.target_length}) tokens: {flops / 1e9:.0f} GFLOP a step, "
@@ -356,6 +375,7 @@ def parse() -> argparse.Namespace:
     add("--lists", type=int, default=16, help="rank lists")
     add("--passages", type=int, default=6)
     add("--query_length", type=int, default=32)
+    add("--mean_length", type=int, default=0, help="of queries; 0: all are as long as they may be")
     add("--target_length", type=int, default=9)
     add("--vocab_size", type=int, default=32128)
     add("--dropout", type=float, default=0.1)
