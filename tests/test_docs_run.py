@@ -79,6 +79,8 @@ EMBEDDED = {
 OF_BENCHMARKS = {
     "planning": "--passages 120 --planned=20 --beams=4 --plain_beams=8 --queries=4 --rounds=1",
     "packed_lists": "--steps=2",
+    "packed_queries": "--steps=2",
+    "examples_together": "--steps=2",
     "corpus_start": "--passages=60 --pieces=200 --width=8 --exact=60",
     "update": "--passages=60 --added=4 --schemes=title --repeats=1",
     "serve": "--seconds=0.3 --clients=1,2",

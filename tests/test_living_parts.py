@@ -172,7 +172,8 @@ def test_where_no_identifier_is_left_nothing_is_changed(tmp_path, scheme, count,
     versions = prepared(tmp_path, scheme, drawn(60, 0))
     with pytest.raises(ValueError, match=expected):
         update.update(versions, drawn(count, 1, "new"))
-    assert not list(versions.folder.iterdir())
+    assert versions.current() == 0
+    assert [path.name for path in versions.folder.iterdir()] == ["current.json"]
 
 
 def test_vectors_of_a_file_are_none_for_later_passages(tmp_path):
