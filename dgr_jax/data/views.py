@@ -18,31 +18,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dgr_jax import ranges
 from dgr_jax.data import examples as texts_of
+from dgr_jax.data.identifier_rows import ByPassage, IdentifierRows
 from dgr_jax.data.same_text import normalised
 from dgr_jax.data.vocabulary import VIEWS, Vocabulary
 from dgr_jax.special_tokens import UNK_ID
 
 _BLOCK = 256  # pairs that are drawn for together; another size draws other identifiers
 _SAMPLE = 1 << 23  # the number of tokens from which rarities are computed
-
-
-class IdentifierRows(Protocol):
-    """The parts of an identifier table that this module needs."""
-
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def offsets(self) -> np.ndarray: ...
-    @property
-    def passages(self) -> np.ndarray: ...
-    @property
-    def num_passages(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -327,24 +315,6 @@ def _joined(texts, qids, passages, drawn) -> ExampleBlock:
     targets = np.concatenate(padded)
     order = np.argsort(pair, kind="stable")
     return ExampleBlock(texts, qids, passages, pair[order], view[order], targets[order])
-
-
-class ByPassage:
-    """The rows of an identifier table by passage: of p, rows[offsets[p]:offsets[p + 1]]."""
-
-    def __init__(self, table: IdentifierRows) -> None:
-        rows = np.repeat(np.arange(len(table.tokens), dtype=np.int32), np.diff(table.offsets))
-        self.rows = rows[np.argsort(table.passages, kind="stable")]
-        sizes = np.bincount(table.passages, minlength=table.num_passages)
-        self.offsets = np.append(0, np.cumsum(sizes))
-
-    def of(self, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """All rows of each passage: which of the passages, int64 [S], ascending; row int32 [S]."""
-        first = self.offsets[passages]
-        sizes = self.offsets[passages + 1] - first
-        pair = np.repeat(np.arange(len(passages)), sizes)
-        within = np.arange(len(pair)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return pair, self.rows[first[pair] + within]
 
 
 class _Rows(ByPassage):

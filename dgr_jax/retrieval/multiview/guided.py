@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dgr_jax import partitioning
-from dgr_jax.data.views import ByPassage
+from dgr_jax.data.identifier_rows import ByPassage
 from dgr_jax.decoding.beam_search import BeamResult
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.retrieval.batching import _nothing
