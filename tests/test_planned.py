@@ -376,9 +376,9 @@ def test_a_corpus_without_words_plans_nothing(tmp_path):
     assert planner.best(["bees"], 1).passages.tolist() == [[-1]]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "laptop"])
-def test_shipped_experiments_on_a_cpu_plan_by_words(name):
-    for flags, plan in (((), Lexical()), (("--gin.PLAN=None",), None)):
+@pytest.mark.parametrize(("name", "weight"), [("quickstart", 0.2), ("laptop", 0.3)])
+def test_shipped_experiments_on_a_cpu_plan_by_words(name, weight):
+    for flags, plan in (((), Lexical(weight=weight)), (("--gin.PLAN=None",), None)):
         args, bindings = cli.parse(cli.parser("train", ""), [f"--gin_file={name}.gin", *flags])
         assert gin_files.load_experiment(args, bindings, keep=False, fill=True).plan == plan
 
