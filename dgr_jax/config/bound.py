@@ -85,15 +85,18 @@ def say_without_effect(lines: Iterable[Line]) -> None:
     text = gin.config_str()
     macros = re.findall(r"^(\w+) =", text, re.MULTILINE)
     used = set(re.findall(r"%(\w+)", text))
+    lines = list(lines)
+    settable = ((line.scope, line.name, line.key) for line in lines if line.key)
+    without = dict(_without_effect(settable))
     for line in lines:
-        asked = (line.scope, line.name, line.key)
         if not line.key:
             if line.name not in used:
                 near = difflib.get_close_matches(line.name, sorted(used & {*macros}), cutoff=0.8)
                 meant = f"; did you mean {' or '.join(near)}?" if near else ""
                 _say(f"{line.place}: {line.name} has no effect: nothing refers to it{meant}")
             continue
-        for _, instead in _without_effect([asked]):
+        instead = without.get((line.scope, line.name, line.key))
+        if instead is not None:
             given = f"{line.scope}/{line.name}.{line.key}".removeprefix("/")
             why = f"; set {' or '.join(instead)}" if instead else f": no {line.name} is made"
             _say(f"{line.place}: {given} has no effect{why}")

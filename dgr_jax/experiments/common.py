@@ -44,8 +44,8 @@ class Training:
     examples_per_query: so many generation examples of one query and view are learned together, from
       one encoding of it; batch_size is a multiple. 1: each has an encoding of its own. Where there
       are fewer, some are learned more than once. For identifiers of several views.
-    pack_queries: short queries share rows of a student's encoder, which then reads little padding;
-      they are encoded as each would be alone.
+    pack_queries: where a student learns to write or is distilled, short queries share rows of its
+      encoder, which then reads little padding; they are encoded as each would be alone.
     drop_tokens: the probability with which a token of a query's text is left out of a step, so that
       a retriever learns to do without some. Not of texts to pre-train on or to refresh with.
     """

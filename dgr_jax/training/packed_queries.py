@@ -12,7 +12,7 @@ groups, n inputs of a group, R rows of a group, W = 2Q tokens of a row.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,15 @@ logger = logging.getLogger(__name__)
 _PER_ROW = 2  # of the longest queries
 _SEEN = 32  # steps by which the number of rows is chosen
 _WORTH = 0.9  # share of the tokens read, padding counted, up to which queries are packed
+
+
+class _Layout(NamedTuple):
+    """groups: places of each group's inputs among B*V, int [G, n]; starts int32 [G, n]: of each
+    input, among R*W; rows: the most that a group needs."""
+
+    groups: np.ndarray
+    starts: np.ndarray
+    rows: int
 
 
 class PackedQueries:
@@ -49,9 +58,9 @@ class PackedQueries:
         rows: dict[str, int] = {}
         for step in range(_SEEN):
             for name, part in parts_of(source.batch(step)).items():
-                lengths = _lengths(part)[self._groups(part, shards)]
-                needed = _rows(lengths, part)
-                inputs[name], rows[name] = lengths.shape[1], max(rows.get(name, 0), needed)
+                layout = self._layout(part, shards)
+                inputs[name] = layout.groups.shape[1]
+                rows[name] = max(rows.get(name, 0), layout.rows)
         spare = {name: most + -(-most // 32) for name, most in rows.items()}
         self._rows = {
             name: most for name, most in spare.items() if _PER_ROW * most <= _WORTH * inputs[name]
@@ -66,36 +75,36 @@ class PackedQueries:
         # All processes need equally many rows, so that each looks at the queries of all.
         whole = batch if process_count == 1 else self._source.batch(step)
         parts, shards = parts_of(batch), self._shards // process_count
-        for name in self._rows:
-            every = parts_of(whole)[name]
-            lengths = _lengths(every)[self._groups(every, self._shards)]
-            fits = _rows(lengths, every) <= self._rows[name]
-            rows = self._rows[name] if fits else -(-lengths.shape[1] // _PER_ROW)
-            parts[name] = packed(parts[name], self._groups(parts[name], shards), rows)
+        for name, most in self._rows.items():
+            layout = self._layout(parts[name], shards)
+            of_all = layout if whole is batch else self._layout(parts_of(whole)[name], self._shards)
+            fits = of_all.rows <= most
+            rows = most if fits else -(-layout.groups.shape[1] // _PER_ROW)
+            parts[name] = _packed(parts[name], layout, rows)
         return parts[""] if "" in parts else parts
 
-    def _groups(self, part: Features, shards: int) -> np.ndarray:
-        """The places, among B*V, of each group's inputs, int [G, n]. A microbatch has every so
-        manyth query of a shard (see `training.step`)."""
-        queries, *views, _ = part["encoder_input_tokens"].shape
-        places = np.arange(queries * int(np.prod(views)))
-        places = places.reshape(shards, -1, self._microbatches, *views).swapaxes(1, 2)
-        return places.reshape(shards * self._microbatches, -1)
+    def _layout(self, part: Features, shards: int) -> _Layout:
+        """A microbatch has every so manyth query of a shard (see `training.step`)."""
+        queries, *views, length = part["encoder_input_tokens"].shape
+        groups = np.arange(queries * int(np.prod(views)))
+        groups = groups.reshape(shards, -1, self._microbatches, *views).swapaxes(1, 2)
+        groups = groups.reshape(shards * self._microbatches, -1)
+        starts, rows = first_fit(_lengths(part)[groups], _PER_ROW * length)
+        return _Layout(groups, starts, int(rows.max()))
 
 
-def packed(part: Features, groups: np.ndarray, rows: int) -> Features:
-    """The features with those of `PackedQueries`; groups: int [G, n], as of its `_groups`."""
-    tokens = part["encoder_input_tokens"]
+def _packed(part: Features, layout: _Layout, rows: int) -> Features:
+    """The features with those of `PackedQueries`."""
+    tokens, groups = part["encoder_input_tokens"], layout.groups
     width = _PER_ROW * tokens.shape[-1]
     grouped = tokens.reshape(-1, tokens.shape[-1])[groups]
-    starts, _ = first_fit(_lengths(part)[groups], width)
     of_group, inputs, offsets = np.nonzero(grouped)
-    at = starts[of_group, inputs] + offsets
+    at = layout.starts[of_group, inputs] + offsets
     flat = np.zeros((2, len(groups), rows * width), np.int32)
     flat[0, of_group, at], flat[1, of_group, at] = grouped[of_group, inputs, offsets], inputs + 1
     laid, segments = flat.reshape(2, len(groups), rows, width)
     in_order = np.empty(groups.size, np.int32)
-    in_order[groups] = starts
+    in_order[groups] = layout.starts
     return {
         **part,
         "packed_query_tokens": laid,
@@ -108,9 +117,3 @@ def _lengths(part: Features) -> np.ndarray:
     """Tokens of each input, up to its last, int [B*V]."""
     there = part["encoder_input_tokens"] > 0
     return ((np.arange(there.shape[-1]) + 1) * there).max(-1).reshape(-1)
-
-
-def _rows(lengths: np.ndarray, part: Features) -> int:
-    """The most rows that a group needs; lengths: int [G, n]."""
-    width = _PER_ROW * part["encoder_input_tokens"].shape[-1]
-    return int(first_fit(lengths, width)[1].max())
