@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import dgr_jax.retrieval.multiview.planned  # noqa: F401 - students of several views plan too
 from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store as stores
@@ -16,7 +17,6 @@ from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.kept_postings import place
-from dgr_jax.retrieval.multiview import planned as views  # noqa: F401 - its students plan too
 from dgr_jax.retrieval.multiview.search import MultiviewDecoder
 from dgr_jax.retrieval.planned import Planned, PlannedDecoder, PlannedQueries, with_identifiers
 from dgr_jax.retrieval.reranking import rerank
