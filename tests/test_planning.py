@@ -304,7 +304,13 @@ def test_a_sweep_ranks_all_meshes(capsys):
          "--mesh: got '8', expected DATA,MODEL or DATA,MODEL,FSDP: 16,4"),
         (("--topology=h100:8", "--programs=train"),
          "--programs: got 'train', expected some of generate, distill, decode"),
-        (("--topology=h100:8", "--passages=1"), "--passages: got 1, expected 2 or more"),
+        (("--topology=h100:8", "--passages=1"),
+         "--passages: got 1.0, expected 2 to 2,147,483,647"),
+        (("--topology=h100:8", "--passages=2e9", "--gin.IDENTIFIERS=@Atomic()",
+          "--gin.SentencePiece.size=500000000", "--gin.SentencePiece.path="),
+         "Atomic: got 2,000,000,000 codes for 2,000,000,000 passages in a vocabulary of "
+         "2,500,000,128, expected at most 2,147,483,647 tokens, whose ids are int32: take smaller "
+         "settings of IDENTIFIERS, a smaller SentencePiece.size, or fewer passages"),
         (("--topology=h100:6", "--mesh=6,1"),
          "generate: got a batch of 512, expected a multiple of 6, microbatches x data shards of "
          "the mesh; set BATCH_SIZE, LIST_BATCH_SIZE or --mesh"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dgr_jax import display
+from dgr_jax import display, ranges
 from dgr_jax.capacity import counting
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.planner import Line, planner_of
@@ -42,6 +42,7 @@ from dgr_jax.settings import paths
 _CHARACTERS = 6.0  # of a word, its space counted
 _SPAN = 4 + 2 + 0.4  # bytes a token of a suffix array: position, token, branches
 _INT = 4
+_MOST = 1e8  # of any number of a corpus but its passages
 
 
 def given(text: str) -> CorpusSize:
@@ -51,12 +52,13 @@ def given(text: str) -> CorpusSize:
     """
     try:
         passages, words, queries, pseudo = map(float, text.split(","))
-        if min(passages, words, queries) < 1 or pseudo < 0:
+        if not (1 <= words <= _MOST and 1 <= queries <= _MOST and 0 <= pseudo <= _MOST):
             raise ValueError
     except ValueError:
         raise ValueError(
             f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20"
         ) from None
+    ranges.require("--corpus, passages", passages, counting.PASSAGES)
     return CorpusSize(int(passages), words, int(queries), pseudo)
 
 
