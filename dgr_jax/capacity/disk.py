@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dgr_jax import display, ranges
+from dgr_jax import display
 from dgr_jax.capacity import counting
 from dgr_jax.capacity import dense as dense_plans
 from dgr_jax.capacity.planner import Line, planner_of
@@ -52,13 +52,14 @@ def given(text: str) -> CorpusSize:
     """
     try:
         passages, words, queries, pseudo = map(float, text.split(","))
-        if not (1 <= words <= _MOST and 1 <= queries <= _MOST and 0 <= pseudo <= _MOST):
+        known = 1 <= words <= _MOST and 1 <= queries <= _MOST and 0 <= pseudo <= _MOST
+        if not known or not counting.PASSAGES.holds(passages):
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20"
+            f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20, "
+            f"with {counting.PASSAGES.words} passages"
         ) from None
-    ranges.require("--corpus, passages", passages, counting.PASSAGES)
     return CorpusSize(int(passages), words, int(queries), pseudo)
 
 
