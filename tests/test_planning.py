@@ -255,6 +255,8 @@ def test_the_command_plans_gpus_by_formula(capsys, tmp_path, monkeypatch):
     assert "estimated: 8,800,000 passages, vocabulary of 34,176, identifiers of 8 tokens" in out
     for line in ("parameters", "optimizer", "trie", "temporaries", "bound by network", "queries/s"):
         assert line in out
+    assert "upper bounds of training steps: each query and identifier counts as the longest" in out
+    assert "though short ones share rows (Training.pack_queries)" in out
     assert "8,800,000 passages, those of MS MARCO, as the collection lacks" in out
     assert out.count("bfloat16  bfloat16  bfloat16") == 1
     assert "989.00 T" in out.partition("FLOP/s at best")[2].split("\n")[0]
