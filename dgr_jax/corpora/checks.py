@@ -128,18 +128,16 @@ def header(path: str | os.PathLike, line: int, fields: Sequence[str], kind: str)
     if line != 1 or _column(fields[0]) not in _IDS:
         return False
     is_one = is_header(fields)
-    _tell_of_header(path, "\t".join(fields)[:60], kind, is_one)
+    _tell_of_header(str(path), "\t".join(fields)[:60], kind, is_one)
     return is_one
 
 
 @functools.cache
-def _tell_of_header(path: str | os.PathLike, text: str, kind: str, is_one: bool) -> None:
+def _tell_of_header(path: str, text: str, kind: str, is_one: bool) -> None:
     """Logs the warning once a process for each file."""
-    said = (
-        f"passed over as a header, and is no {kind}"
-        if is_one
-        else (f"read as a {kind}; remove the line if it is a header")
-    )
+    said = f"read as a {kind}; remove the line if it is a header"
+    if is_one:
+        said = f"passed over as a header, and is no {kind}"
     logger.warning("%s, line 1: %s is %s", path, lines.shown(text), said)
 
 
