@@ -129,6 +129,28 @@ def versions_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def values_printed_once() -> Iterator[None]:
+    """Whenever gin prints its bindings it parses what it prints of each, to see that it can be read
+    again: that is the most of what loading an experiment takes."""
+    from gin import config
+
+    readable = set()
+
+    def literal(value: object) -> str | None:
+        printed = repr(value)
+        if (type(value), printed) in readable:
+            return printed
+        if (literal := format_value(value)) is not None:
+            readable.add((type(value), printed))
+        return literal
+
+    format_value = config._format_value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_format_value", literal)
+        yield
+
+
 @pytest.fixture(scope="session")
 def command(tmp_path_factory, together) -> Command:
     """command(module, *arguments, env={}) runs `python -m module` in an empty folder.
