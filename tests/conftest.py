@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import gc
@@ -184,12 +185,19 @@ def command(tmp_path_factory, together) -> Command:
     return run
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While one process is in this context with a path, the others wait before it."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(command, together) -> Finished:
     """A whole experiment of a few steps, from its one command, once for all workers."""
     folder, log = together / "tiny" / "model", together / "tiny.log"
-    with open(together / "tiny.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(together / "tiny.lock"):
         if not log.exists():
             logged = {"JAX_LOG_COMPILES": "1"}
             done = command("dgr_jax.train", *TINY, f"--model_dir={folder}", env=logged)
