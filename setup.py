@@ -38,6 +38,7 @@ setup(
     install_requires=[
         "bm25s>=0.2.5",
         "clu>=0.0.12",
+        "flatbuffers>=25.12.19",
         "flax>=0.10",
         "gin-config>=0.5",
         "ir_measures>=0.3.6",

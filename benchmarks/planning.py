@@ -210,7 +210,7 @@ def plan_alone(passages, arguments):
     """Milliseconds a query of a plan by words, alone and in batches, in several rounds."""
     start = time.perf_counter()
     postings = drawn_postings(passages)
-    planner = LexicalPlanner(Bm25(stemmer="", stop_words=""), postings, Pids(passages))
+    planner = LexicalPlanner([(Bm25(stemmer="", stop_words=""), postings, 1.0)], Pids(passages))
     row = {"passages": passages, "made_in_seconds": round(time.perf_counter() - start, 1)}
     row["index_bytes"] = planner.nbytes
     sizes = np.diff(postings.starts)

@@ -17,15 +17,13 @@ passages, and is averaged over the queries that have answers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgr_jax import display
+from dgr_jax import display, measure_names
 from dgr_jax.corpora import ranking
 from dgr_jax.corpora.answers import has_answer
 from dgr_jax.corpora.types import Query, ScoredPassage
@@ -85,7 +83,7 @@ def per_query(
 
     if not qrels:
         raise ValueError("qrels hold no query: there is nothing to measure on")
-    parsed = {name: _usable(name, min_relevance) for name in measures}
+    parsed = {name: measure_names.usable(name, min_relevance) for name in measures}
     ranks = {
         qid: {passage.pid: -float(i) for i, passage in enumerate(_ranked(qid, run[qid]))}
         for qid in qrels
@@ -286,37 +284,7 @@ def check(measures: Sequence[str], *, min_relevance: int = 1) -> None:
     the library for it is not installed or refuses it."""
     for name in measures:
         if answer_cutoff(name) is None:
-            _usable(name, min_relevance)
-
-
-@lru_cache(maxsize=256)
-def _usable(name: str, min_relevance: int) -> Any:
-    """The ir_measures object of a name, after a trial on one query with two passages."""
-    import ir_measures
-
-    measure = _measure(name, min_relevance)
-    able = [p for p in ir_measures.DefaultPipeline.providers if p.supports(measure)]
-    here = [p for p in able if p.is_available()]
-    if here and here[0].NAME == "gdeval":
-        reason = "gdeval takes it, which asks for query ids that are whole numbers"
-    elif not here:
-        wanted = [f"{p.NAME} ({p.install_instructions()})" for p in able]
-        reason = f"it needs {' or '.join(wanted)}" if wanted else "no library takes it in this form"
-    else:
-        try:
-            grades, ranks = {"query": {"a": 1, "b": 0}}, {"query": {"a": -1.0, "b": -2.0}}
-            list(ir_measures.iter_calc([measure], grades, ranks))
-            return measure
-        except Exception as error:  # a library may fail in any way
-            reason = f"{here[0].NAME} refuses it ({type(error).__name__}: {_first_line(error)})"
-    raise ValueError(
-        f"measure {name!r} cannot be taken: {reason}; expected another one, such as 'RR@10' or "
-        "'nDCG@10'; set `measures`"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]
+            measure_names.usable(name, min_relevance)
 
 
 # Tables for people.
@@ -374,26 +342,3 @@ def _ranked(qid: str, passages: Sequence[ScoredPassage]) -> list[ScoredPassage]:
             raise ValueError(f"the score of passage {passage.pid!r} for query {qid!r} is NaN")
         seen.add(passage.pid)
     return ranking.best_first(passages)
-
-
-def _measure(name: str, min_relevance: int):
-    """The ir_measures object of a name; raises ValueError for a wrong name or cutoff."""
-    import ir_measures
-
-    if min_relevance < 1:
-        raise ValueError(f"min_relevance must be at least 1; got {min_relevance}")
-    try:
-        measure = ir_measures.parse_measure(name)
-        if "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
-            measure = measure(rel=min_relevance)
-        measure.validate_params()
-        if measure.params.get("cutoff", 1) < 1:
-            raise ValueError("a cutoff below 1")
-    except (NameError, ValueError, AssertionError) as error:
-        # In the library's message, an object without a name stands for a parameter that is missing.
-        reason = re.sub(r"invalid param (\w+)=<object .*>", r"it needs \1", _first_line(error))
-        raise ValueError(
-            f"unknown measure {name!r} ({reason}): expected a name of ir_measures such as "
-            "'Success@5', 'RR@10', 'nDCG@10', 'R@100', or 'AnswerHits@5'; set `measures`"
-        ) from error
-    return measure

@@ -50,6 +50,17 @@ def test_search_equals_the_formula(texts, query, k):
     )[:k]
 
 
+def test_n_grams_count_as_words_do():
+    texts, query = ["bee hives", "the beehive", "a sail"], "beehiwes"
+    settings = Bm25(k1=1.2, b=0.6, grams=4)
+    listed = [words.grams(text, 4) for text in texts]
+    expected = reference.scores(words.grams(query, 4), listed, 1.2, 0.6)
+    np.testing.assert_allclose(settings.fit(corpus(*texts)).scores(query), expected, rtol=1e-5)
+    assert min(expected[:2]) > 0 == expected[2] == Bm25().fit(corpus(*texts)).scores(query).max()
+    with pytest.raises(ValueError, match="Bm25.grams: got -1, expected at least 0"):
+        Bm25(grams=-1)
+
+
 def test_ties_go_by_pid_also_at_the_cut():
     store = ListStore(Passage(pid, "bee hive") for pid in ("b", "c", "a", "d"))
     found = Bm25().fit(store).search({"q": "bee"}, 2)["q"]

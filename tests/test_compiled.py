@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_it_is_in_the_cache_folder_of_the_user(home):
     assert Path(folder).is_dir() and Path(folder).parent == home / "dgr_jax" / "compiled"
     assert folder == str(compiled.folder()) == str(traced.folder)
     assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) < 1
+
+
+def test_pythons_that_pack_programs_in_other_ways_do_not_share_them(monkeypatch):
+    folders = set()
+    for version in ((3, 12, 1), (3, 13, 0), (3, 14, 0), (3, 15, 0)):
+        monkeypatch.setattr(compiled, "sys", types.SimpleNamespace(version_info=version))
+        folders.add(compiled.folder())
+    assert len(folders) == 2
 
 
 def test_a_flag_and_a_variable_turn_it_off(home, monkeypatch):

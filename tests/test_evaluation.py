@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dgr_jax import evaluation
+from dgr_jax import evaluation, measure_names
 from dgr_jax.corpora.types import Query, ScoredPassage
 
 
@@ -135,14 +135,41 @@ def test_wrong_runs_and_qrels_are_named(run, qrels, options, message):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("name", ["Succes@5", "Success@0", "R@-1", "Success", "RR@ten", "Success@"])
-def test_unknown_measures_are_named(name):
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("RR", {"rel": 2}),
+        ("RR@10", {"cutoff": 10, "rel": 2}),
+        ("Success(rel=3)@5", {"cutoff": 5, "rel": 3}),
+        ("IPrec@0.5", {"recall": 0.5, "rel": 2}),
+        ("nDCG(gains={1: 3}, dcg='log2')@10", {"cutoff": 10, "gains": {1: 3}, "dcg": "log2"}),
+    ],
+)
+def test_names_are_read_as_ir_measures_reads_them(name, params):
+    measure = measure_names.usable(name, 2)
+    assert (measure.NAME, measure.params) == (name.partition("@")[0].partition("(")[0], params)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Succes@5", "measure not found: Succes"),
+        ("Success@0", "a cutoff below 1"),
+        ("R@-1", "a cutoff below 1"),
+        ("Success", "it needs cutoff"),
+        ("RR(depth=3)", "unsupported params found: ['depth']"),
+        *(
+            (name, "a measure is written as RR, RR@10 or RR(rel=2)@10")
+            for name in ("RR@ten", "Success@", "RR(10)", "RR; AP", "ir.RR@1", "RR@10@20")
+        ),
+    ],
+)
+def test_unknown_measures_are_named(name, reason):
     with pytest.raises(ValueError) as caught:
         evaluation.evaluate(run_of(q="a"), {"q": {"a": 1}}, [name])
-    assert str(caught.value).startswith(f"unknown measure {name!r} (")
-    assert str(caught.value).endswith(
-        "expected a name of ir_measures such as 'Success@5', 'RR@10', 'nDCG@10', 'R@100', or "
-        "'AnswerHits@5'; set `measures`"
+    assert str(caught.value) == (
+        f"unknown measure {name!r} ({reason}): expected a name of ir_measures such as "
+        "'Success@5', 'RR@10', 'nDCG@10', 'R@100', or 'AnswerHits@5'; set `measures`"
     )
 
 
@@ -276,7 +303,7 @@ def test_measures_that_no_library_takes_are_known_before(name, reason, monkeypat
     for provider in ir_measures.DefaultPipeline.providers:
         absent = provider.NAME in ("cwl_eval", "pyndeval", "ranx")
         monkeypatch.setattr(provider, "is_available", lambda absent=absent: not absent)
-    evaluation._usable.cache_clear()
+    measure_names.usable.cache_clear()
     expected = f"measure .*cannot be taken: {reason}.*; expected another one"
     with pytest.raises(ValueError, match=expected):
         evaluation.check((name,))

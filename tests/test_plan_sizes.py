@@ -24,13 +24,13 @@ def store(tmp_path_factory):
 def made(plan, store, folder):
     """(bytes on disk, bytes in memory) of a plan that is made."""
     planner = plan.planner(store, folder, keep=True)
-    (own,) = folder.iterdir()
-    return sum(file.stat().st_size for file in own.iterdir()), planner.nbytes
+    return sum(file.stat().st_size for file in folder.glob("*/*")), planner.nbytes
 
 
-@pytest.mark.parametrize("bm25", [Bm25(), Bm25(stemmer="", stop_words="")])
-def test_a_plan_is_as_large_as_was_told(bm25, store, tmp_path):
-    plan = Lexical(bm25=bm25)
+@pytest.mark.parametrize(
+    "plan", [Lexical(), Lexical(bm25=Bm25(stemmer="", stop_words="")), Lexical(grams=5)]
+)
+def test_a_plan_is_as_large_as_was_told(plan, store, tmp_path):
     disk, memory = made(plan, store, tmp_path / "plans")
     texts = [passage.contents for passage in store]
     sizes = plan.sizes(len(store), WORDS, texts)
@@ -48,6 +48,10 @@ def test_without_a_text_at_hand_sizes_are_those_of_english(store, tmp_path):
     assert sizes.disk == pytest.approx(disk, rel=0.2)
     assert sizes.memory == pytest.approx(memory, rel=0.25)
     assert Lexical().sizes(6, WORDS).planned == 6
+    disk, memory = made(Lexical(grams=5), store, tmp_path / "grams")
+    sizes = Lexical(grams=5).sizes(len(store), WORDS)
+    assert sizes.disk == pytest.approx(disk, rel=0.2)
+    assert sizes.memory == pytest.approx(memory, rel=0.25)
     large = Lexical().sizes(8_800_000, 55)
     assert 2e9 < large.disk < large.memory < 3e9 and large.seconds == pytest.approx(0.0353)
 

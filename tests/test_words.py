@@ -158,3 +158,23 @@ def test_what_is_seen():
     unseen = ["", " \t\n", "\x00\x7f", "\u200b\u200d", "\u00a0\u3000", "\ufeff", "\u0301"]
     unseen += ["\u3164", "\u2800", "\u202e\u2069", "\ufe0f", "\u00ad"]
     assert all(map(words.visible, seen)) and not any(map(words.visible, unseen))
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "expected"),
+    [
+        (
+            "Bees, dance!",
+            5,
+            [" bees", "bees ", "ees d", "es da", "s dan", " danc", "dance", "ance "],
+        ),
+        ("\N{LATIN SMALL LIGATURE FI}n", 4, [" fin", "fin "]),
+        ("\u6771\u4eac\u90fd in", 3, [" 東京", "東京都", "京都 ", "都 i", " in", "in "]),
+        ("a ox", 4, [" ox "]),
+        ("ox", 5, []),
+        ("?!", 2, []),
+        ("", 1, []),
+    ],
+)
+def test_n_grams_of_characters(text, size, expected):
+    assert words.grams(text, size) == expected

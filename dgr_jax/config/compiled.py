@@ -65,7 +65,8 @@ def keep(args: argparse.Namespace) -> None:
 
 
 def folder() -> Path:
-    """Where programs for this processor are kept; another one may lack instructions of theirs.
+    """Where programs for this processor are kept; another one may lack instructions of theirs, and
+    older Pythons cannot read those of Python 3.14.
 
     Raises RuntimeError where there is no home.
     """
@@ -74,6 +75,8 @@ def folder() -> Path:
     mark = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         mark += [next((line for line in lines if line.startswith(("flags", "Features"))), "")]
+    if sys.version_info >= (3, 14):  # JAX packs programs with zstd there, under the names of zlib's
+        mark += ["zstd"]
     return root / "dgr_jax" / "compiled" / hashlib.sha256("".join(mark).encode()).hexdigest()[:12]
 
 

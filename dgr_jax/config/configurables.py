@@ -220,7 +220,7 @@ def _as_tuple(inner: str, value: Any, setting: str) -> Any:
 def _as_component(value: Any, setting: str) -> Any:
     """The value, where it is a component. Raises ValueError for a plain value, which lacks the @,
     and for a function or class that was not called, which lacks the ()."""
-    given = value.__name__ if inspect.isroutine(value) or inspect.isclass(value) else value
+    given = value.__name__ if inspect.isfunction(value) or inspect.isclass(value) else value
     if given is value and not isinstance(value, (str, int, float)):
         return value
     known = str(given).removeprefix("@").removesuffix("()")

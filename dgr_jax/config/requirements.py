@@ -12,6 +12,7 @@ from importlib import metadata
 PACKAGES = {  # what is imported -> what is installed, in its first version that will do
     "Stemmer": "PyStemmer>=3.1",
     "bm25s": "bm25s>=0.2.5",
+    "flatbuffers": "flatbuffers>=25.12.19",
     "flax": "flax>=0.10",
     "gin": "gin-config>=0.5",
     "ir_measures": "ir_measures>=0.3.6",

@@ -132,6 +132,23 @@ def words(text: str, *, alone: bool = False) -> list[str]:
     return listed
 
 
+def grams(text: str, size: int) -> list[str]:
+    """The n-grams of characters of a text, `size` each, in order: of its words with one space
+    before, between and after them, so that they hold ends of words, and parts of neighbours
+    (McNamee and Mayfield 2004). Runs of unspaced scripts count as words.
+
+        grams("Bees dance", 5)  ->  [" bees", "bees ", "ees d", "es da", "s dan", ..., "ance "]
+    """
+    if text.isascii():
+        spaced = " ".join(_ASCII_WORD.findall(text.lower()))
+    else:
+        text, patterns = _folded(text), _patterns()
+        text = patterns.unspaced.sub(r" \g<0> ", text)
+        spaced = " ".join(match[0] for match in patterns.either.finditer(text))
+    spaced = f" {spaced} " if spaced else ""
+    return [spaced[i : i + size] for i in range(len(spaced) - size + 1)]
+
+
 def _folded(text: str) -> str:
     """The text in NFKC and lower case, without the characters that no reader sees."""
     text = _NON_JOINER.sub(" ", _APART.sub(r" \g<0> ", text))

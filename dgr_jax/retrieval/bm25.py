@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from dgr_jax.retrieval import kept_postings
 from dgr_jax.retrieval.batching import Found, _nothing
 from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
+from dgr_jax.settings import unless_default
 
 SNOWBALL = "snowball"
 # The list "english" of bm25s, which takes as long to import as a question to answer.
@@ -44,16 +46,19 @@ class Bm25:
     stemmer: "snowball", the one of `language`; "" for words as they stand; or an algorithm of
       PyStemmer, such as "porter".
     language: that of the texts, for which Snowball has a stemmer.
+    grams: characters of the n-grams that count in place of words, see `words.grams`; stop words
+      and stems are of no concern then. 0: words.
     """
 
     k1: float = 0.9
     b: float = 0.4
     stop_words: str = "english"
     stemmer: str = SNOWBALL
-    language: str = field(default="english", metadata={"fingerprint": "unless default"})
+    language: str = unless_default("english")
+    grams: int = unless_default(0)
 
     def __post_init__(self) -> None:
-        ranges.check(self, k1=ranges.at_least(0), b=ranges.between(0, 1))
+        ranges.check(self, k1=ranges.at_least(0), b=ranges.between(0, 1), grams=ranges.at_least(0))
         if self.stop_words != "english":
             _stop_words(self.stop_words)
         if self.algorithm not in ("", *Stemmer.algorithms()):
@@ -70,8 +75,10 @@ class Bm25:
         return self.language if self.stemmer == SNOWBALL else self.stemmer
 
     def reader(self, *, alone: bool = False) -> Callable[[str], Iterable[str]]:
-        """What finds the words of a query: text -> words. alone: those of a passage, see
-        `words.words`."""
+        """What finds the words of a query, or its n-grams: text -> words. alone: those of a
+        passage, see `words.words`."""
+        if self.grams:
+            return functools.partial(words.grams, size=self.grams)
         return _words(self, alone=alone)
 
     def fit(self, store: PassageStore) -> Bm25Index:

@@ -154,7 +154,8 @@ def _idf(frequency: np.ndarray, passages: int) -> np.ndarray:
 
 
 def _described(bm25: Any) -> dict[str, Any]:
-    return asdict(bm25)
+    """The settings as JSON; those of words as they were before there were n-grams."""
+    return {name: value for name, value in asdict(bm25).items() if name != "grams" or value}
 
 
 def _corpus(pids: Sequence[str]) -> dict[str, Any]:

@@ -11,9 +11,13 @@ from typing import NamedTuple
 _COUNTED, _DISTINCT, _GROWTH = 0.69, 0.8, 0.9
 # A vocabulary of so many words times counted words to this power (Heaps 1978).
 _VOCABULARY, _HEAPS, _LETTERS = 11.0, 0.6, 6.5
+# The same of n-grams of five characters, of all; and their vocabulary beside that of words, within
+# a fourth in three collections.
+_GRAMS, _COMMON_GRAMS, _MORE_GRAMS = 4.7, 3, 7.0
 _NUMBER, _START = 4, 8  # bytes of an impact or a passage, and of where a word begins
 _HEADER = 128  # of an array on disk
 _QUERY, _PASSAGE = 1e-4, 4e-9  # seconds of one core, see `benchmarks.planning --plan_only`
+_SLOWER = 3  # times that n-grams take, 2.2 for 21,000 passages and 3.2 for 105,000
 
 
 class PlanSizes(NamedTuple):
@@ -33,8 +37,10 @@ def of_words(
     words: float,
     planned: int,
     rare: int,
+    *,
+    grams: int = 0,
 ) -> PlanSizes:
-    """The sizes of a plan by words.
+    """The sizes of a plan by words, or by n-grams of `grams` characters.
 
     words_of: a text -> the words that count. sample: texts of some passages, evenly spread, or of
     all; none: sizes are those of English text. words: of a passage on average, divided by spaces.
@@ -49,7 +55,18 @@ def of_words(
     else:
         entries, common, letters = _DISTINCT * words**_GROWTH, round(words / 4), _LETTERS
         known = _VOCABULARY * (passages * words * _COUNTED) ** _HEAPS
+        if grams:
+            entries, common, letters = _GRAMS * words, round(_COMMON_GRAMS * words), float(grams)
+            known *= _MORE_GRAMS
     postings = 2 * _NUMBER * entries * passages + (_START + letters) * known
     dense = float(_NUMBER) * common * passages
     disk = postings + (1 + _NUMBER) * known + 5 * _HEADER  # a line end and its idf for every word
-    return PlanSizes(disk, postings + dense, planned, _QUERY + _PASSAGE * passages)
+    per_query = _SLOWER if grams else 1
+    seconds = per_query * (_QUERY + _PASSAGE * passages)
+    return PlanSizes(disk, postings + dense, planned, seconds)
+
+
+def summed(parts: Iterable[PlanSizes]) -> PlanSizes:
+    """The sizes of a plan that adds up several."""
+    disk, memory, planned, seconds = zip(*parts, strict=True)
+    return PlanSizes(sum(disk), sum(memory), planned[0], sum(seconds))
