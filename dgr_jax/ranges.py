@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from dgr_jax.special_tokens import LONGEST_IDENTIFIER
 
+MOST_TOKENS = 10**9  # of a part of a vocabulary: token ids are int32
+
 
 class Range(NamedTuple):
     """What a setting is expected to be, in words, and whether a value is."""
@@ -42,6 +44,12 @@ def identifier_tokens(beside: int) -> Range:
     """At most the tokens of an identifier, without so many that come beside them, such as EOS."""
     most = LONGEST_IDENTIFIER - beside
     return Range(f"at most {most}, which an index can hold", _real(lambda value: value <= most))
+
+
+def tokens(least: float) -> Range:
+    """So many tokens of a vocabulary."""
+    words = f"{least:,} to {MOST_TOKENS:,} tokens, whose ids are int32"
+    return Range(words, _real(lambda value: least <= value <= MOST_TOKENS))
 
 
 def from_to_below(least: float, limit: float) -> Range:

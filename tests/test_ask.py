@@ -36,6 +36,21 @@ def test_questions_of_a_file_and_of_a_pipe(tmp_path, data, piped):
 
 
 @pytest.mark.parametrize(
+    ("header", "qids", "said"),
+    [
+        ("query_id\ttext", ["q1"], "'query_id\\ttext' is passed over as a header, and is no query"),
+        ("\ufeffQID\tQuery", ["q1"], "'QID\\tQuery' is passed over as a header, and is no query"),
+        ("qid\tfrage", ["qid", "q1"], "is read as a query; remove the line if it is a header"),
+        ("q0\tquery", ["q0", "q1"], ""),
+    ],
+)
+def test_a_header_is_told_of(tmp_path, caplog, header, qids, said):
+    (tmp_path / "asked").write_text(f"{header}\nq1\twho\n")
+    assert list(read_queries(str(tmp_path / "asked"))) == qids
+    assert (f"{tmp_path}/asked, line 1: " in caplog.text) == bool(said) and said in caplog.text
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("q1\twho\nq2\t \n", "line 2: found a blank text of qid 'q2'; expected a question"),

@@ -35,6 +35,9 @@ TOOLKITS = (
 WITH_TOOLKITS = (
     "pip install --quiet -e .[test,pyterrier,langchain,llamaindex,haystack,pretrained,mcp]"
 )
+TORCH = f"{DEFAULT} tests/test_integrations.py tests/test_interop.py tests/test_encoders.py"
+WITH_TORCH = "pip install --quiet -e .[test,mteb,beir,encoders,interop]"
+LOCAL_TORCH = "pip install --quiet --no-index --no-deps torch"
 
 
 @pytest.fixture
@@ -76,17 +79,20 @@ def test_the_newest_and_the_oldest(run):
     assert [call for call in calls if " venv " in call] == [
         "bin/python3.13 venv venv-newest",
         "bin/python3.13 venv venv-toolkits",
+        "pyenv/versions/3.x/bin/python venv venv-torch",
         "pyenv/versions/3.x/bin/python venv venv-oldest",
     ]
     installs = [call for call in calls if "-e" in call]
     assert installs == [
         "venv-newest/bin/python pip install --quiet -e .[test,docs,release,grain]",
         f"venv-toolkits/bin/python {WITH_TOOLKITS}",
+        f"venv-torch/bin/python {WITH_TORCH}",
         "venv-oldest/bin/python pip install --quiet -e .[test] --constraint .ci/oldest.txt",
     ]
     assert [call for call in calls if "pytest" in call] == [
         f"venv-newest/bin/python {DEFAULT}",
         f"venv-toolkits/bin/python {TOOLKITS}",
+        f"venv-torch/bin/python {TORCH}",
         f"venv-oldest/bin/python {DEFAULT}",
         f"venv-newest/bin/python {SLOW}",
     ]
@@ -95,7 +101,7 @@ def test_the_newest_and_the_oldest(run):
         "venv-newest/bin/ruff check .",
         "venv-newest/bin/mypy dgr_jax",
     ]
-    assert done.stdout.count("1 passed") == 4
+    assert done.stdout.count("1 passed") == 5
 
 
 def test_one_python_is_enough(run):
@@ -104,6 +110,7 @@ def test_one_python_is_enough(run):
     assert [call for call in calls if " venv " in call] == [
         "bin/python3 venv venv-newest",
         "bin/python3 venv venv-toolkits",
+        "bin/python3 venv venv-torch",
         "bin/python3 venv venv-oldest",
     ]
 
@@ -114,25 +121,35 @@ def test_the_oldest_packages_are_not_built_for_newer_pythons(run):
     assert [call for call in calls if " venv " in call] == [
         "bin/python3.14 venv venv-newest",
         "bin/python3.14 venv venv-toolkits",
+        "bin/python3.13 venv venv-torch",
     ]
     assert "oldest: not tested" in done.stderr
 
 
-@pytest.mark.parametrize("failing", [DEFAULT, TOOLKITS, SLOW])
+@pytest.mark.parametrize("failing", [DEFAULT, TOOLKITS, TORCH, SLOW])
 def test_a_failure_is_remembered_and_the_rest_is_run(run, failing):
     done, calls = run({"python3.11": "11 7"}, fail=[failing])
     assert done.returncode == 1
-    assert len([call for call in calls if "pytest" in call]) == 4
+    assert len([call for call in calls if "pytest" in call]) == 5
 
 
 def test_toolkits_that_cannot_be_installed_are_not_tested_and_nothing_fails(run):
-    done, calls = run({"python3.13": "13 0"}, fail=[WITH_TOOLKITS])
+    done, calls = run({"python3.13": "13 0"}, fail=[WITH_TOOLKITS, WITH_TORCH])
     assert done.returncode == 0
     assert "toolkits: not tested, their packages cannot be installed" in done.stderr
+    assert "torch: not tested, its packages cannot be installed" in done.stderr
     assert [call for call in calls if "pytest" in call] == [
         f"venv-newest/bin/python {DEFAULT}",
         f"venv-newest/bin/python {SLOW}",
     ]
+
+
+@pytest.mark.parametrize("fail", [(), (LOCAL_TORCH,)])
+def test_a_torch_that_lies_there_is_taken_first(run, fail):
+    done, calls = run({"python3.13": "13 0"}, fail=fail)
+    assert done.returncode == 0
+    at = calls.index(f"venv-torch/bin/python {LOCAL_TORCH}")
+    assert calls[at + 1] == f"venv-torch/bin/python {WITH_TORCH}"
 
 
 def test_a_project_that_cannot_be_installed_ends_it(run):

@@ -58,6 +58,19 @@ def test_trec_deep_learning_files_packed(folder):
     assert [query.qid for query in collection.queries("dl19")] == ["19335"]
 
 
+def test_headers_are_told_of_and_are_no_records(folder, caplog):
+    for name, header in (("collection.tsv", "pid\tpassage"), ("queries.train.tsv", "qid\tquery")):
+        (folder / name).write_text(f"{header}\n{FILES[name]}")
+    (folder / "qrels.train.tsv").write_text("qid\titer\tpid\trelevance\n9\t0\t0\t1\n")
+    collection = MsmarcoCollection(str(folder))
+    assert [passage.pid for passage in collection.passages()] == ["0", "1"]
+    assert [query.qid for query in collection.all_queries("train")] == ["7", "8", "9"]
+    assert list(collection.qrels("train")) == [Qrel("9", "0", 1)]
+    for name, kind in (("collection", "passage"), ("queries.train", "query")):
+        assert f"{folder / name}.tsv, line 1: " in caplog.text
+        assert f"is passed over as a header, and is no {kind}" in caplog.text
+
+
 def test_other_file_names(folder):
     collection = MsmarcoCollection(
         str(folder), passages_file="queries.train.tsv", files=(("x", *list(FILES)[1:3]),)

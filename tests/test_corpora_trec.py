@@ -53,6 +53,13 @@ def test_qrels_of_two_columns_are_positive(tmp_path):
     ]
 
 
+def test_a_header_of_two_columns_is_of_known_names_alone(tmp_path):
+    for header in ("query_id doc_id", "qid\tpid", "query-id corpus-id"):
+        read = list(trec.qrels(_file(tmp_path, f"{header}\nq1 p1\n")))
+        assert read == [Qrel("q1", "p1", 1)]
+    assert list(trec.qrels(_file(tmp_path, "q1 label\n"))) == [Qrel("q1", "label", 1)]
+
+
 def test_spaces_beyond_ascii_belong_to_ids(tmp_path):
     assert list(trec.qrels(_file(tmp_path, "q p\u00a01 1\n"))) == [Qrel("q", "p\u00a01", 1)]
 

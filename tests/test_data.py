@@ -120,10 +120,11 @@ def test_pseudo_queries_of_a_file(tmp_path, passages, table, caplog):
         ("p0", "who makes honey"),
     ]
     assert not caplog.text
-    path.write_text("p8\twhat\np2\twhich bird\np9\twhich bee\n", encoding="utf-8")
+    path.write_text("pid\tquery\np8\twhat\np2\twhich bird\np9\twhich bee\n", encoding="utf-8")
     made = list(docid_examples("pseudo_queries", settings, store=passages, table=table))
     assert [(e["pid"], e["inputs"]) for e in made] == [("p2", "which bird")]
     assert "left out 2 of 3 pseudo-queries: their passages, such as 'p8', are not" in caplog.text
+    assert "is passed over as a header, and is no pseudo-query" in caplog.text
     path.write_text("p2 which bird\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pseudo.tsv:1: got 'p2 which bird', expected two tab"):
         list(docid_examples("pseudo_queries", settings, store=passages, table=table))

@@ -12,10 +12,11 @@ import pytest
 
 from dgr_jax import plots
 from dgr_jax.analysis import beam_losses
-from dgr_jax.corpora import store, trec
+from dgr_jax.corpora import store, trec, words
 from dgr_jax.corpora.types import Passage, Query
 from dgr_jax.corpora.variations import Variation
 from dgr_jax.experiments.common import Evaluate
+from dgr_jax.retrieval import planned
 from dgr_jax.retrieval.bm25 import WORDS, Bm25
 from dgr_jax.retrieval.generative import Search
 from dgr_jax.retrieval.simultaneous import Lexical
@@ -155,6 +156,15 @@ def test_a_plan_is_one_system_more_and_kept_with_its_settings(measured):
     assert ("planned", "distill") in pairs and ("distill", "control") in pairs
 
 
+def test_a_kept_run_of_a_plan_that_was_searched_in_another_way_is_not_read(measured, monkeypatch):
+    plan = Lexical(planned=3, num_beams=2)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(planned.Planned, "rules", ())
+        assert measured(plan=plan)[1] == [*SYSTEMS, "planned"]
+    assert measured(plan=plan)[1] == ["planned"]
+    assert measured(plan=plan)[1] == []
+
+
 def test_varied_questions_are_searched_beside_the_others(measured):
     """Each has one word: 'word1' becomes one that the student does not know."""
     unchanged, opened = measured(measures=("RR@10",))
@@ -182,7 +192,7 @@ def test_a_kept_run_of_bm25_of_words_is_not_taken_for_one_of_stems(measured):
     of_words = found(baseline=WORDS)
     assert of_words == {"q1": ["p1"]}
     (as_before,) = runs.glob("*.trec")  # named as before the baseline had settings
-    assert as_before.name == f"bm25.test-{fingerprint([3, 0, 0])}.trec"
+    assert as_before.name == f"bm25.test-{fingerprint([3, 0, 0, words.RULES])}.trec"
     assert found() == {"q0": ["p1"], "q1": ["p1"]}
     assert found(baseline=Bm25(k1=2.0)) == found()
     assert len(list(runs.glob("*.trec"))) == 3

@@ -330,9 +330,9 @@ def test_more_passages_of_one_vector_than_are_spread_are_warned_of(caplog):
         (
             ResidualQuantization,
             {"codebook_size": 1},
-            "codebook_size: got 1, expected at least 2, or None",
+            "codebook_size: got 1, expected 2 to 1,000,000,000 tokens, .*, or None",
         ),
-        (KMeansTree, {"branching": 1}, "branching: got 1, expected at least 2"),
+        (KMeansTree, {"branching": 1}, "branching: got 1, expected 2 to 1,.*"),
         (KMeansTree, {"leaf_size": 0}, "leaf_size: got 0, expected at least 1"),
         (Title, {"max_tokens": 0}, "max_tokens: got 0, expected at least 1"),
         (TfidfSvd, {"dim": 0}, "dim: got 0, expected at least 1"),

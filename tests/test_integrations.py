@@ -95,6 +95,14 @@ def test_every_toolkit_finds_what_the_retriever_finds(ask, k, retriever):
 
 
 @pytest.mark.parametrize("ask", ASKED)
+def test_where_few_passages_can_be_found_all_of_them_are_answers(ask, retriever):
+    assert retriever.decoder.most_passages == 8 == len(answers.hits(retriever, "0", 10))
+    found = ask(retriever, "0", 10)
+    assert [pid for pid, *_ in found] == [hit.pid for hit in retriever.search(["0"])[0]]
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("ask", ASKED)
 def test_a_number_of_passages_that_is_none(ask, retriever):
     with pytest.raises(
         ValueError, match="(k|num_results): got 0, expected a whole number of at le"

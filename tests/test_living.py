@@ -357,14 +357,47 @@ def test_a_damaged_index_says_how_to_go_back(model_dir):
         Retriever.load(model_dir, system="distill")
 
 
-def test_an_index_that_does_not_say_which_version_answers_is_told_of(model_dir):
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "current.json: is missing, expected it beside 2 versions"),
+        ("", r"current.json: cannot be read \(JSONDecodeError"),
+        ('{"version": null}', r"current.json: cannot be read \(TypeError"),
+        ('{"version": -1}', "there is no such file"),
+        ('{"version": 7}', "there is no such file"),
+    ],
+)
+def test_an_index_that_does_not_say_which_version_answers_goes_back(
+    model_dir, contents, message, capsys
+):
     versions = update.versions(model_dir)
     update.update(versions, [ZEBRA])
-    (versions.folder / "current.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"current.json: is missing, expected it beside 1 versions"
-    ):
+    update.update(versions, [BEES])
+    file = versions.folder / "current.json"
+    file.unlink() if contents is None else file.write_text(contents)
+    with pytest.raises((kept.Damaged, FileNotFoundError), match=f"{message}.*--rollback` goes"):
         Retriever.load(model_dir, system="distill")
+    living.show(str(model_dir))
+    assert "answers" not in capsys.readouterr().out
+    living.rollback(str(model_dir))
+    assert Retriever.load(model_dir, system="distill").version == 2
+
+
+def test_damaged_versions_are_passed_over_on_the_way_back(model_dir, caplog):
+    versions = update.versions(model_dir)
+    for passage in (ZEBRA, BEES, Passage("x", "Foxes hunt at night.")):
+        update.update(versions, [passage])
+    (versions.at(3) / "version.json").write_text("")
+    table = versions.at(2) / "passages" / "passages.jsonl"
+    table.write_bytes(table.read_bytes()[:-1])
+    with pytest.raises(kept.Damaged, match=r"version\.json: .*--rollback` goes back to a whole"):
+        Retriever.load(model_dir, system="distill")
+    assert [version.version for version in versions.all()] == [1, 2]
+    assert update.rollback(versions) == 1
+    assert "what is said of version 3 is lost" in caplog.text
+    assert "passages.jsonl: got" in caplog.text
+    assert update.update(versions, [BEES]).version == 4
+    assert (versions.folder / "3").is_dir(), "nothing that is damaged is removed"
 
 
 def test_an_older_model_dir_learns_again_what_it_has_not_kept(model_dir, caplog):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dgr_jax import study as study_command
 from dgr_jax.config import cli, gin_files
+from dgr_jax.corpora.types import ScoredPassage
 from dgr_jax.experiments.living_study import LivingStudy
 from dgr_jax.model_dir.measurements import read_kept, write_kept
+from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.studies import forgetting
 from dgr_jax.studies.living import Living, Way
 from tests.conftest import TINY
@@ -91,6 +94,36 @@ def test_parts_and_their_questions(tmp_path, monkeypatch):
     few = living(tmp_path)
     object.__setattr__(few.study, "max_questions", 5)
     assert len(few.questions(0, 0)[0]) == len(few.questions(0, 3)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("system", "depth", "expected"),
+    [
+        ("distill", 3, {"depth": 4}),
+        ("distill", 40, {"depth": 41, "num_beams": 33}),
+        ("bm25", 40, {"depth": 41}),
+    ],
+)
+def test_a_question_that_is_a_passage_does_not_find_itself(
+    system, depth, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cli, "_configure_logging", lambda verbose: None)
+    given, loads = living(tmp_path, f"DEPTH = {depth}"), []
+    own, other = (passage.pid for passage in given.part(0, 1)[:2])
+    asked = {own: "why?", "q": "who?"}
+    found = [ScoredPassage(own, 2.0), ScoredPassage(other, 1.0)]
+    retriever = SimpleNamespace(run=lambda texts: dict.fromkeys(texts, found))
+    monkeypatch.setattr(
+        Retriever, "load", lambda *of, **settings: loads.append(settings) or retriever
+    )
+    questions = lambda seed, part: (asked, {qid: {other: 2} for qid in asked})
+    monkeypatch.setattr(given, "questions", questions)
+    measured = given._of_parts(0, tmp_path, system, given.experiment(0, "base", 0), 1)
+    assert loads == [{"system": system} | expected]
+    assert measured[1]["RR@10"] == pytest.approx((1 + 1 / 2) / 2)
+    del asked[own]
+    measured = given._of_parts(0, tmp_path, system, given.experiment(0, "base", 0), 1)
+    assert loads[1:] == [{"system": system}] and measured[1]["RR@10"] == 0.5
 
 
 def test_what_was_measured_otherwise_is_refused(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_a_plan_starts_nothing(name, capsys, tmp_path, monkeypatch):
     assert "as given by --corpus" in said
     assert ("a suffix array holds 2,147,483,647 tokens" in said) == (name == "msmarco_dgr.gin")
     assert not list(tmp_path.iterdir())
-    for wrong in ("1,2,3", "0,1,1,1", "a,b,c,d"):
+    for wrong in ("1,2,3", "0,1,1,1", "a,b,c,d", "1e13,5,5,5", "inf,5,5,5", "9,1e300,5,5"):
         with pytest.raises(ValueError, match="--corpus: got .* expected PASSAGES,WORDS"):
             train.command([f"--gin_file={name}", "--plan", f"--corpus={wrong}"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from dgr_jax.models.t5 import T5Config, Transformer
 from dgr_jax.partitioning import Mesh, make_mesh
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.packed_queries import PackedQueries
+from dgr_jax.training.refreshing import LEVELS, OLD, LevelGeneration
 from dgr_jax.training.source import ArraySource
 from dgr_jax.training.step import init_state, make_train_step
 from tests import toy
@@ -73,6 +75,22 @@ def test_a_step_is_that_of_padded_queries_on_any_mesh():
     assert made["packed_query_tokens"].shape[1] < 4
     got = stepped(Generation(), made, shards=2, microbatches=2)
     assert_same(got, stepped(Generation(), batch))
+
+
+def test_a_refresh_reads_packed_queries():
+    codes = np.arange(2, toy.VOCABULARY, dtype=np.int32)
+    batch = toy.generation_examples(16) | {"encoder_input_tokens": queries(16, longest=4)}
+    old = np.full((16, 3, len(codes)), -np.log(len(codes)), np.float32)
+    batch |= {LEVELS: np.broadcast_to(codes, old.shape), OLD: old}
+    packed = side_by_side(batch)
+    assert "packed_query_tokens" in packed
+    seen = []
+    logits = np.zeros((16, 3, toy.VOCABULARY), np.float32)
+    model = SimpleNamespace(apply=lambda *_, **given: seen.append(given.get("rows")) or logits)
+    loss = LevelGeneration().loss_fn(model)
+    losses = [loss({}, given, jax.random.key(0))[0] for given in (packed, batch)]
+    assert losses[0] == losses[1]
+    assert seen[0].tokens is packed["packed_query_tokens"] and seen[1] is None
 
 
 def test_a_step_of_distillation_is_that_of_padded_queries():

@@ -386,6 +386,21 @@ def test_a_damaged_plan_is_made_again(store, tmp_path, caplog, damaged):
     assert not caplog.text
 
 
+def test_a_plan_with_words_by_other_rules_is_made_again(tmp_path, caplog):
+    plan = Lexical(planned=2, num_beams=2)
+    for texts, again in ((["une allée", "ein Weg"], True), (["a street", "a way"], False)):
+        passages, plans = stored(tmp_path / texts[0], texts), tmp_path / f"{texts[0]} plans"
+        made = plan.planner(passages, plans, keep=True)
+        (header,) = plans.glob("*/header.json")
+        header.write_text(header.read_text().replace('"rules": 2', '"rules": 1'))
+        with caplog.at_level("INFO"):
+            opened = plan.planner(passages, plans, keep=True)
+        assert ("words by the rules of another version; made again" in caplog.text) == again
+        assert ('"rules": 2' in header.read_text()) == again
+        assert opened._postings.words == made._postings.words
+        caplog.clear()
+
+
 def test_a_corpus_without_words_plans_nothing(tmp_path):
     plan = Lexical(planned=1, num_beams=1)
     empty = stored(tmp_path / "store", ["", "?"])

@@ -255,6 +255,8 @@ def test_the_command_plans_gpus_by_formula(capsys, tmp_path, monkeypatch):
     assert "estimated: 8,800,000 passages, vocabulary of 34,176, identifiers of 8 tokens" in out
     for line in ("parameters", "optimizer", "trie", "temporaries", "bound by network", "queries/s"):
         assert line in out
+    assert "upper bounds of training steps: each query and identifier counts as the longest" in out
+    assert "though short ones share rows (Training.pack_queries)" in out
     assert "8,800,000 passages, those of MS MARCO, as the collection lacks" in out
     assert out.count("bfloat16  bfloat16  bfloat16") == 1
     assert "989.00 T" in out.partition("FLOP/s at best")[2].split("\n")[0]
@@ -304,7 +306,13 @@ def test_a_sweep_ranks_all_meshes(capsys):
          "--mesh: got '8', expected DATA,MODEL or DATA,MODEL,FSDP: 16,4"),
         (("--topology=h100:8", "--programs=train"),
          "--programs: got 'train', expected some of generate, distill, decode"),
-        (("--topology=h100:8", "--passages=1"), "--passages: got 1, expected 2 or more"),
+        (("--topology=h100:8", "--passages=1"),
+         "--passages: got 1.0, expected 2 to 2,147,483,647"),
+        (("--topology=h100:8", "--passages=2e9", "--gin.IDENTIFIERS=@Atomic()",
+          "--gin.SentencePiece.size=500000000", "--gin.SentencePiece.path="),
+         "Atomic: got 2,000,000,000 codes for 2,000,000,000 passages in a vocabulary of "
+         "2,500,000,128, expected at most 2,147,483,647 tokens, whose ids are int32: take smaller "
+         "settings of IDENTIFIERS, a smaller SentencePiece.size, or fewer passages"),
         (("--topology=h100:6", "--mesh=6,1"),
          "generate: got a batch of 512, expected a multiple of 6, microbatches x data shards of "
          "the mesh; set BATCH_SIZE, LIST_BATCH_SIZE or --mesh"),

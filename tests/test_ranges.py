@@ -72,6 +72,22 @@ def test_every_number_is_checked_where_settings_are_made(component, name):
         assert str(error.value).startswith(f"{setting}: got {value}, expected ")
 
 
+@pytest.mark.parametrize(
+    ("setting", "most"),
+    [(f"T5Config.{name}_layers", "1,000")
+     for name in ("num_encoder", "num_decoder", "prefix_adaptive")]
+    + [(name, "1,000,000,000 tokens, whose ids are int32")
+       for name in ("T5Config.vocab_size", "SentencePiece.size", "SentencePiece.extra_ids",
+                    "Atomic.reserve", "ResidualQuantization.reserve", "KMeansTree.reserve",
+                    "ResidualQuantization.codebook_size", "KMeansTree.branching")],
+)  # fmt: skip
+def test_sizes_that_no_array_can_have_are_refused(setting, most):
+    component, _, name = setting.partition(".")
+    (component,) = (c for c in configurables._components() if c.__name__ == component)
+    with pytest.raises(ValueError, match=rf"^{setting}: got 10{{12}}, expected \d to {most}"):
+        make(component, name, 10**12)
+
+
 @pytest.mark.parametrize("component", configurables._components(), ids=lambda c: c.__name__)
 def test_a_part_of_a_step_is_no_count(component):
     for field in dataclasses.fields(component):

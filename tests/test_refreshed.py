@@ -158,6 +158,19 @@ def test_settings_are_checked():
         gin_files.load_experiment(*parsed, ("Refresh",), keep=False)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_queries_are_packed_where_they_are_to_be(model_dir, tmp_path, monkeypatch, pack):
+    given: list[dict] = []
+    monkeypatch.setattr(kinds, "params_of", lambda *_: None)
+    monkeypatch.setattr(refreshed, "_write_examples", lambda *_: {})
+    monkeypatch.setattr(refreshed, "batches", lambda *_: None)
+    monkeypatch.setattr(refreshed, "train", lambda *_, **settings: given.append(settings))
+    of = settings(model_dir)
+    training = dataclasses.replace(of.training, pack_queries=pack)
+    refreshed.make(Begun.of(dataclasses.replace(of, training=training)), tmp_path)
+    assert given == [{"pack_queries": pack}]
+
+
 def test_a_student_that_is_trained_again_answers_itself(model_dir):
     record = records.read_record(model_dir / "distill")
     systems, began = list(kinds.read_student(model_dir / "distill").systems), "distill"

@@ -143,7 +143,6 @@ def test_what_bounds_the_passages_is_named(found, message):
         (2.0, "k: got 2.0, expected a whole number"),
         (True, "k: got True, expected a whole number"),
         ("3", "k: got '3', expected a whole number"),
-        (None, "k: got None, expected a whole number"),
         (9, "k: got 9, expected at most 8: set num_beams (8) and depth (10) in Retriever.load"),
         (np.int64(0), "k: got 0, expected at least 1"),
     ],
@@ -152,6 +151,16 @@ def test_a_k_of_which_there_is_no_best(k, message):
     with pytest.raises(ValueError) as error:
         retriever().search(["why?"], k=k)
     assert str(error.value) == message
+
+
+def test_without_a_k_as_many_are_found_as_can_be():
+    asked = retriever()
+    asked.decoder.encode = lambda vocabulary, queries: queries
+    asked.decoder.hits = lambda queries: [["hit"] * 10 for _ in queries]
+    asked._hit = lambda store, rank, hit: rank
+    assert asked.search(["why?"]) == [[*range(1, 9)]]
+    asked.decoder.most_passages = 100
+    assert asked.search(["why?"], None) == [[*range(1, 11)]]
 
 
 @pytest.mark.parametrize("k", ["0", "-3"])

@@ -127,6 +127,10 @@ def test_the_stage_stands_before_generation_and_makes_it_another():
             "--gin.pretrain/Training.validate_every=5",
             "pretrain/Training.validate_every: got 5, expected 0: before it learns identifiers",
         ),
+        (
+            "--gin.pretrain/Training.examples_per_query=2",
+            "pretrain/Training.examples_per_query: got 2, expected 1 where spans are filled in",
+        ),
         ("--gin.SpanCorruption.masked=1.0", "SpanCorruption.masked: got 1.0, expected below 1"),
         ("--gin.PRETRAIN_BATCH_SIZE=0", "pretrain/Training.batch_size: got 0, expected at least 1"),
     ],

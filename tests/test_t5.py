@@ -186,7 +186,9 @@ def test_wrong_settings_are_refused_by_name():
 
 
 def test_prefix_adaptive_layers_are_not_below_0():
-    with pytest.raises(ValueError, match="T5Config.prefix_adaptive_layers: got -1, expected at"):
+    with pytest.raises(
+        ValueError, match="T5Config.prefix_adaptive_layers: got -1, expected 0 to 1,000"
+    ):
         T5Config(prefix_adaptive_layers=-1)
 
 

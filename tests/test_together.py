@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgr_jax.experiments.common import Training
+from dgr_jax.experiments.pseudo_queries import Pairs, PseudoQueries
+from dgr_jax.experiments.refresh import Refresh
 from dgr_jax.training import together
 from dgr_jax.training.objectives import Distillation, Generation
 from dgr_jax.training.optimizers import Adafactor
+from dgr_jax.training.refreshing import LevelGeneration
 from dgr_jax.training.source import MixtureSource
 from dgr_jax.training.together import grouped
-from tests import toy
+from tests import test_dense_experiment, toy
 
 TRAINING = Training(Generation(), Adafactor(), steps=1, batch_size=12)
 
@@ -77,6 +80,25 @@ def test_a_mixture_of_groups_and_its_loss():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(close, *losses)
     close(got[0], expected[0])
+
+
+def test_where_examples_are_not_learned_together_it_is_said():
+    many, dense = {"examples_per_query": 2}, test_dense_experiment.BASE
+    changed = lambda training: dataclasses.replace(training, **many)
+    refresh = dataclasses.replace(TRAINING, objective=LevelGeneration(), **many)
+    for make, message in [
+        (lambda: dataclasses.replace(dense, train=changed(dense.train)),
+         "Training.examples_per_query: got 2, expected 1 with a dense retriever"),
+        (lambda: dataclasses.replace(dense, refresh=changed(dense.train)),
+         "refresh/Training.examples_per_query: got 2, expected 1 with a dense retriever"),
+        (lambda: PseudoQueries("m", dense.collection, Pairs(), None, changed(TRAINING), None),
+         "Training.examples_per_query: got 2, expected 1 where pseudo-queries are learned"),
+        (lambda: Refresh("m", refresh),
+         "Training.examples_per_query: got 2, expected 1 where a student is refreshed"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            make()
+        assert str(error.value) == message
 
 
 def test_errors():

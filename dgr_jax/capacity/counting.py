@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dgr_jax import ranges
 from dgr_jax.corpora import lines
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
@@ -27,7 +28,7 @@ _ALL = 10_000  # passages whose words are counted; of more, every hundredth
 _SAY = 1_000_000  # passages after which progress is logged
 _LINES = 1 << 20  # lines of a file that are counted together
 
-
+PASSAGES = ranges.between(2, 2**31 - 1)  # their indices are int32
 TAKEN = CorpusSize(8_800_000, 55, 500_000, 20)  # MS MARCO's, where nothing can be counted
 
 

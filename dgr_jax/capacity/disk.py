@@ -42,6 +42,7 @@ from dgr_jax.settings import paths
 _CHARACTERS = 6.0  # of a word, its space counted
 _SPAN = 4 + 2 + 0.4  # bytes a token of a suffix array: position, token, branches
 _INT = 4
+_MOST = 1e8  # of any number of a corpus but its passages
 
 
 def given(text: str) -> CorpusSize:
@@ -51,11 +52,13 @@ def given(text: str) -> CorpusSize:
     """
     try:
         passages, words, queries, pseudo = map(float, text.split(","))
-        if min(passages, words, queries) < 1 or pseudo < 0:
+        known = 1 <= words <= _MOST and 1 <= queries <= _MOST and 0 <= pseudo <= _MOST
+        if not known or not counting.PASSAGES.holds(passages):
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20"
+            f"--corpus: got {text!r}, expected PASSAGES,WORDS,QUERIES,PSEUDO: 8.8e6,55,5e5,20, "
+            f"with {counting.PASSAGES.words} passages"
         ) from None
     return CorpusSize(int(passages), words, int(queries), pseudo)
 

@@ -203,6 +203,23 @@ def assumptions(experiment: Experiment, sizes: PreparedSizes, topology: Topology
         f"{'scanned' if config.scan_layers else 'not scanned'}\n"
         f"estimated: {sizes.corpus.passages:,} passages, vocabulary of {sizes.vocab_size:,}, "
         f"identifiers of {sizes.length} tokens ({codes}, used evenly)"
+        f"{_bound(experiment)}"
+    )
+
+
+def _bound(experiment: Experiment) -> str:
+    """What is said of training steps whose short queries and identifiers share rows."""
+    generate, distill = experiment.generate, experiment.distill
+    packed = {
+        "Training.pack_queries": generate.pack_queries or distill.pack_queries,
+        "Distillation.pack_docids": getattr(distill.objective, "pack_docids", False),
+    }
+    if not any(packed.values()):
+        return ""
+    names = ", ".join(name for name, is_packed in packed.items() if is_packed)
+    return (
+        "\nupper bounds of training steps: each query and identifier counts as the longest, though "
+        f"short ones share rows ({names})"
     )
 
 

@@ -20,6 +20,8 @@ from dgr_jax.identifiers.scheme import CorpusSize, Sizes, TableSizes
 from dgr_jax.models.t5 import T5Config
 from dgr_jax.training.step import abstract_state
 
+_MOST_IDS = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class PreparedSizes:
@@ -36,11 +38,21 @@ class PreparedSizes:
 
 
 def estimated_sizes(experiment: Experiment, corpus: CorpusSize) -> PreparedSizes:
-    """Sizes from the settings. Codes are taken to be used evenly, text vocabularies to be full."""
+    """Sizes from the settings. Codes are taken to be used evenly, text vocabularies to be full.
+
+    Raises ValueError for more tokens than int32 can number.
+    """
     scheme = experiment.prepare.identifiers
     identifiers = scheme.sizes(corpus)
     size = text_size(experiment.prepare.vocabulary) + round_up(len(scheme.views))
     size = experiment.model.vocab_size or size + round_up(identifiers.codes)
+    if size > _MOST_IDS:
+        raise ValueError(
+            f"{type(scheme).__name__}: got {identifiers.codes:,} codes for {corpus.passages:,} "
+            f"passages in a vocabulary of {size:,}, expected at most {_MOST_IDS:,} tokens, whose "
+            "ids are int32: take smaller settings of IDENTIFIERS, a smaller SentencePiece.size, "
+            "or fewer passages"
+        )
     return PreparedSizes(corpus, size, identifiers)
 
 

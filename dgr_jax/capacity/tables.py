@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dgr_jax import display
+from dgr_jax import display, ranges
 from dgr_jax.capacity import chips, counting, disk
 from dgr_jax.capacity.chips import GIB, Topology
 from dgr_jax.capacity.planner import planner_of
@@ -62,10 +61,9 @@ def show(args: argparse.Namespace, experiment: Experiment | DenseExperiment) -> 
 def _corpus(
     given: float | None, experiment: Experiment | DenseExperiment
 ) -> tuple[CorpusSize, str]:
-    """The corpus, and how its passages are known. Raises ValueError for fewer than two."""
+    """The corpus, and how its passages are known. Raises ValueError for a number that none has."""
     if given is not None:
-        if not 2 <= given < math.inf:
-            raise ValueError(f"--passages: got {given:g}, expected 2 or more")
+        ranges.require("--passages", given, counting.PASSAGES)
         return counting.TAKEN._replace(passages=int(given)), "as given by --passages"
     corpus, origin = counting.corpus_of(experiment, "--passages")
     return corpus._replace(passages=max(2, corpus.passages)), origin

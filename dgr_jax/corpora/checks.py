@@ -7,6 +7,7 @@ import functools
 import heapq
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ Record = TypeVar("Record", Passage, Query)
 UNFIT_FOR_ID = re.compile("[\x00-\x20\x7f-\x9f\ufeff\ud800-\udfff]")
 ID = "an id without white space and control characters"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which UTF-8 cannot hold
+# Names of columns, without what stands between their words.
+_IDS = frozenset(
+    "id qid queryid topicid questionid pid passageid docid docno docidx documentid corpusid".split()
+)
+_COLUMNS = _IDS | frozenset(
+    "text query question topic passage doc document title content contents body sentence score "
+    "relevance rel label grade iter iteration querytext passagetext".split()
+)
 # trec_eval holds an array of all grades up to the highest.
 _HIGHEST_GRADE = 1_000_000
 
@@ -105,6 +114,36 @@ def checked(
         raise ValueError(f"{path}: found no {plural}; expected at least one")
     if blank:
         _warn_of_blank(path, _count(range(blank), kind), first_blank)
+
+
+def is_header(fields: Sequence[str]) -> bool:
+    """Whether the columns of a first line hold nothing but names of columns, that of an id first:
+    "query-id", "corpus-id", "score", or "qid", "text"."""
+    return _column(fields[0]) in _IDS and all(_column(field) in _COLUMNS for field in fields)
+
+
+def header(path: str | os.PathLike, line: int, fields: Sequence[str], kind: str) -> bool:
+    """Whether a line is the header of a file of texts, and so no `kind`. A line of the log tells of
+    one, and of a first line that may be one."""
+    if line != 1 or _column(fields[0]) not in _IDS:
+        return False
+    is_one = is_header(fields)
+    _tell_of_header(str(path), "\t".join(fields)[:60], kind, is_one)
+    return is_one
+
+
+@functools.cache
+def _tell_of_header(path: str, text: str, kind: str, is_one: bool) -> None:
+    """Logs the warning once a process for each file."""
+    said = f"read as a {kind}; remove the line if it is a header"
+    if is_one:
+        said = f"passed over as a header, and is no {kind}"
+    logger.warning("%s, line 1: %s is %s", path, lines.shown(text), said)
+
+
+def _column(field: str) -> str:
+    """A field as the name of a column stands in _COLUMNS."""
+    return re.sub(r"[\W_]+", "", field).lower()
 
 
 @functools.cache

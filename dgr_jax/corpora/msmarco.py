@@ -109,15 +109,15 @@ def _qrels(name: str) -> checks.SourceFile:
 
 
 def _passages(path: Path) -> Iterator[tuple[int, Passage]]:
-    return ((line, Passage(*fields)) for line, fields in _pairs(path, "pid"))
+    return ((line, Passage(*fields)) for line, fields in _pairs(path, "pid", "passage"))
 
 
 def _texts(path: Path) -> Iterator[tuple[int, Query]]:
-    return ((line, Query(*fields)) for line, fields in _pairs(path, "qid"))
+    return ((line, Query(*fields)) for line, fields in _pairs(path, "qid", "query"))
 
 
-def _pairs(path: Path, key: str) -> Iterator[tuple[int, tuple[str, str]]]:
-    """(line, (id, text)) of a two-column file."""
+def _pairs(path: Path, key: str, kind: str) -> Iterator[tuple[int, tuple[str, str]]]:
+    """(line, (id, text)) of a two-column file of passages or queries, its `kind`."""
     for line, text in lines.read(path):
         if not text:
             continue
@@ -126,4 +126,5 @@ def _pairs(path: Path, key: str) -> Iterator[tuple[int, tuple[str, str]]]:
             columns = "1 column" if len(fields) == 1 else f"{len(fields)} columns"
             got = f"{columns} ({text[:60]!r})"
             raise lines.error(path, line, got, f"2 columns, {key} and text, separated by a tab")
-        yield line, (fields[0], fields[1])
+        if not checks.header(path, line, fields, kind):
+            yield line, (fields[0], fields[1])

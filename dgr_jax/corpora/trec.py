@@ -57,7 +57,8 @@ def qrels(path: str | os.PathLike) -> Iterator[Qrel]:
     path = lines.place(path)
     width = 0
     for line, fields in _fields(path):
-        if line == 1 and fields[-1].lower() in _RELEVANCE_HEADERS | {"corpus-id", "pid"}:
+        named = len(fields) > 2 and fields[-1].lower() in _RELEVANCE_HEADERS
+        if line == 1 and (named or checks.is_header(fields)):
             continue
         if len(fields) not in _QREL_COLUMNS or (width and len(fields) != width):
             wanted = " or ".join(

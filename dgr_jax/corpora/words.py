@@ -1,11 +1,11 @@
 """The words of a text in any script: what BM25, TF-IDF and the windows of texts count.
 
-A word is a run of letters, digits, underscores and combining marks, lower-cased, of two characters
-or more, or one syllable of Korean. For ASCII that is the pattern \\b\\w\\w+\\b; other texts are
-first brought to Unicode's compatibility form (NFKC), as the students' vocabularies do, so that
-composed and decomposed, full-width and ligature spellings meet. A mark belongs to its letter:
-the vowel signs of Hindi do not end a word. The points of Hebrew and Arabic, which most writers
-leave out, are no part of it.
+A word is a run of letters, digits, underscores and combining marks, case-folded, of two characters
+or more, or one syllable of Korean. For ASCII that is the pattern \\b\\w\\w+\\b in lower case; other
+texts are first brought to Unicode's compatibility form (NFKC), as the students' vocabularies do, so
+that composed and decomposed, full-width and ligature spellings meet, and ß meets SS. A mark belongs
+to its letter: the vowel signs of Hindi do not end a word. The points of Hebrew and Arabic, which
+most writers leave out, are no part of it.
 
 Scripts that write no spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Myanmar and their
 neighbours) give the pairs of neighbouring characters instead, marks with their letter:
@@ -20,6 +20,9 @@ import re
 import unicodedata
 from functools import cache
 from typing import NamedTuple
+
+# The number of these rules: what is kept of words by others, of texts beyond ASCII, is made again.
+RULES = 2
 
 _ASCII_WORD = re.compile(r"\w\w+", re.ASCII)
 _WORD_CHARACTERS = 2  # how many characters of an unspaced script count as a word of a window
@@ -150,11 +153,11 @@ def grams(text: str, size: int) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    """The text in NFKC and lower case, without the characters that no reader sees."""
+    """The text in NFKC, case-folded, without the characters that no reader sees."""
     text = _NON_JOINER.sub(" ", _APART.sub(r" \g<0> ", text))
-    text = unicodedata.normalize("NFKC", text)
-    # The lower case of the Turkish dotted capital leaves its dot as a mark.
-    return _DROPPED.sub("", text).lower().replace("i\u0307", "i")
+    text = _DROPPED.sub("", unicodedata.normalize("NFKC", text)).casefold()
+    # The folded Turkish dotted capital leaves its dot as a mark.
+    return unicodedata.normalize("NFKC", text).replace("i\u0307", "i")
 
 
 def visible(text: str) -> bool:

@@ -59,8 +59,8 @@ class SentencePiece:
     def __post_init__(self) -> None:
         ranges.check(
             self,
-            size=ranges.at_least(UNK_ID + 2),  # at least one piece beside the three special ones
-            extra_ids=ranges.at_least(0),
+            size=ranges.tokens(UNK_ID + 2),  # at least one piece beside the three special ones
+            extra_ids=ranges.tokens(0),
             max_sentences=ranges.at_least(1),
             max_characters=ranges.at_least(1),
         )

@@ -44,8 +44,8 @@ class Training:
     examples_per_query: so many generation examples of one query and view are learned together, from
       one encoding of it; batch_size is a multiple. 1: each has an encoding of its own. Where there
       are fewer, some are learned more than once. For identifiers of several views.
-    pack_queries: where a student learns to write or is distilled, short queries share rows of its
-      encoder, which then reads little padding; they are encoded as each would be alone.
+    pack_queries: where a student learns to write, is distilled or refreshed, short queries share
+      rows of its encoder, which then reads little padding; they are encoded as each would be alone.
     drop_tokens: the probability with which a token of a query's text is left out of a step, so that
       a retriever learns to do without some. Not of texts to pre-train on or to refresh with.
     """
@@ -123,6 +123,14 @@ class Training:
                     + " x Training.examples_per_query" * (together > 1)
                     + "; set BATCH_SIZE, LIST_BATCH_SIZE, or Mesh.data and Mesh.model"
                 )
+
+    def check_alone(self, name: str, where: str) -> None:
+        """Raises ValueError where examples cannot be learned together. name: of these settings in
+        gin; where: that is, in words."""
+        if self.examples_per_query > 1:
+            raise ValueError(
+                f"{name}.examples_per_query: got {self.examples_per_query}, expected 1 {where}"
+            )
 
     def check_held_out(self, name: str, prepare: DataRules) -> None:
         """Raises ValueError where there are no questions to validate on. name: of these settings in

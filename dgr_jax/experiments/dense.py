@@ -222,6 +222,7 @@ class DenseExperiment(Measured):
         for name, training in {"Training": self.train, "refresh/Training": self.refresh}.items():
             if training is not None:
                 training.check_batches(name, "batch_size")
+                training.check_alone(name, "with a dense retriever")
                 training.check_held_out(name, self.prepare)
         self._check_teacher()
 

@@ -203,13 +203,8 @@ class Experiment(Measured):
                     "training, expected a number, or Prepare.validation above 0, such as 0.1"
                 )
         self._train_for(self.plan)
-        for name in ("generate", "distill"):
-            together = getattr(self, name).examples_per_query
-            if together > 1 and not scheme.views:
-                raise ValueError(
-                    f"{name}/Training.examples_per_query: got {together}, expected 1 with one "
-                    "identifier a passage"
-                )
+        for name in () if scheme.views else ("generate", "distill"):
+            getattr(self, name).check_alone(f"{name}/Training", "with one identifier a passage")
         if scheme.views and not self.distill.batch_size:
             raise ValueError(
                 "distill/Training.batch_size: got 0, expected at least 1; 0 is for distillation "
@@ -238,6 +233,7 @@ class Experiment(Measured):
         if self.pretrain is None:
             return
         self.pretrain.check_batches("pretrain/Training", "batch_size")
+        self.pretrain.check_alone("pretrain/Training", "where spans are filled in")
         if self.pretrain.validate_every:
             raise ValueError(
                 f"pretrain/Training.validate_every: got {self.pretrain.validate_every}, expected "

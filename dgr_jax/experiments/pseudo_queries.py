@@ -60,6 +60,7 @@ class PseudoQueries:
     def __post_init__(self) -> None:
         check_apart(self.prepare)
         self.generate.check_batches("Training", "batch_size")
+        self.generate.check_alone("Training", "where pseudo-queries are learned")
         if self.generate.validate_every:
             raise ValueError(
                 f"Training.validate_every: got {self.generate.validate_every}, expected 0: what "

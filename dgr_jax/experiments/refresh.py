@@ -46,6 +46,7 @@ class Refresh:
                 "LevelGeneration, by which a student learns passages that were added"
             )
         self.training.check_batches("Training", "batch_size")
+        self.training.check_alone("Training", "where a student is refreshed")
         if self.training.validate_every:
             raise ValueError(
                 f"Training.validate_every: got {self.training.validate_every}, expected 0: no "

@@ -22,7 +22,7 @@ class Atomic(Scheme):
     reserve: int = unless_default(0)
 
     def __post_init__(self) -> None:
-        ranges.check(self, reserve=ranges.at_least(0))
+        ranges.check(self, reserve=ranges.tokens(0))
 
     def tables(self, material: Material) -> list[IdentifierTable]:
         """Rows int32 [P, 1]: first_code_id + passage index."""

@@ -111,7 +111,8 @@ class TfidfSvd(KeptEmbeddings):
         """
         arrays = kept_models.load(folder, ("words", "weights", "axes"))
         known = arrays["words"].tobytes().decode().split("\n")
-        places = {word: place for place, word in enumerate(known)}
+        # Those that an older version kept were not folded.
+        places = {word.casefold(): place for place, word in enumerate(known)}
         idf, axes = np.asarray(arrays["weights"]), np.asarray(arrays["axes"])
         vectors = np.zeros((len(texts), self.dim), np.float32)
         for vector, text in zip(vectors, texts, strict=True):

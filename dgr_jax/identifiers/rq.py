@@ -58,11 +58,11 @@ class ResidualQuantization(Scheme):
         ranges.check(
             self,
             num_codes=ranges.optional(ranges.at_least(1)),
-            codebook_size=ranges.optional(ranges.at_least(2)),
+            codebook_size=ranges.optional(ranges.tokens(2)),
             spread=ranges.at_least(0),
             train_passages=ranges.at_least(1),
             full_batch=ranges.at_least(0),
-            reserve=ranges.at_least(0),
+            reserve=ranges.tokens(0),
         )
         ranges.check(self, num_codes=ranges.optional(ranges.identifier_tokens(beside=1)))
 

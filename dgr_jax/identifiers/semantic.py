@@ -47,11 +47,11 @@ class KMeansTree(Scheme):
     def __post_init__(self) -> None:
         ranges.check(
             self,
-            branching=ranges.at_least(2),
+            branching=ranges.tokens(2),
             leaf_size=ranges.at_least(1),
             train_passages=ranges.at_least(1),
             full_batch=ranges.at_least(0),
-            reserve=ranges.at_least(0),
+            reserve=ranges.tokens(0),
         )
 
     def tables(self, material: Material) -> list[IdentifierTable]:

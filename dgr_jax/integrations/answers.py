@@ -55,7 +55,9 @@ def reranked(
 
 
 def hits(retriever: Retriever, query: str, k: int) -> list[Hit]:
-    """The best k passages of a question with their texts; none for a blank one."""
+    """The best k passages of a question with their texts, or as many as can be found; none for a
+    blank one."""
+    k = min(k, retriever.decoder.most_passages)
     return retriever.search([query], k=k)[0] if words.visible(query) else []
 
 

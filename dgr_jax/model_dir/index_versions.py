@@ -78,11 +78,11 @@ class Versions:
         """The version that answers."""
         path = self.folder / CURRENT
         if not path.is_file():
-            if versions := self.all():
-                raise ValueError(
-                    f"{path}: is missing, expected it beside {len(versions)} versions of the index "
-                    f"to say which one answers; remove {self.folder} to answer with the passages "
-                    "of the prepare stage, and add the others again"
+            if versions := self._numbers():
+                raise kept.Damaged(
+                    path,
+                    f"is missing, expected it beside {len(versions)} versions of the index to say "
+                    "which one answers",
                 )
             return 0
         with kept.reading(path):
@@ -110,9 +110,20 @@ class Versions:
             return Version(**kept.read_json(path))
 
     def all(self) -> list[Version]:
-        """The versions that are whole, in the order in which they were made."""
+        """The versions that are there, in the order in which they were made; of one whose record
+        cannot be read, a line tells."""
+        versions = []
+        for number in self._numbers():
+            try:
+                versions.append(self.about(number))
+            except kept.Damaged as error:
+                logger.warning("%s", error.what)
+        return versions
+
+    def _numbers(self) -> list[int]:
+        """Those of the versions that are there, in the order in which they were made."""
         names = [path.parent.name for path in self.folder.glob(f"[0-9]*/{ABOUT}")]
-        return [self.about(v) for v in sorted(int(name) for name in names if name.isdigit())]
+        return sorted(int(name) for name in names if name.isdigit())
 
     @property
     def strangers(self) -> list[Path]:
@@ -143,10 +154,10 @@ class Versions:
         Raises OSError that says so where the disk is full.
         """
         partial = self.folder / f"{version.version}{_PARTIAL}"
-        current, versions = self.current(), self.all()
+        current, versions = self.current(), self._numbers()
         if not versions and not current:
             self.switch(0)  # so that versions are never without the file that names one
-        whole = {str(v.version) for v in versions} | {str(current)}
+        whole = {str(version) for version in (*versions, current)}
         for left in self.folder.glob("[0-9]*"):  # of whoever was killed
             if left.name not in whole:
                 shutil.rmtree(left)
@@ -178,28 +189,56 @@ class Versions:
         path = self.folder / CURRENT
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{CURRENT}.partial-{os.getpid()}")
-        partial.write_text(json.dumps({"version": version}), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({"version": version}, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure would leave the new name and no contents
         partial.replace(path)
 
     def rollback(self) -> int:
-        """Makes the version before the current one answer; -> its number.
+        """Makes the version before the current one answer or, where damage hides which one that
+        is, the newest before it that is whole; -> its number.
 
         Raises ValueError where there is none, or where it was dropped.
         """
-        current = self.current()
+        try:
+            current = self.current()
+        except kept.Damaged as error:
+            logger.warning("%s", error.what)
+            return self._newest_whole(self.next())
         if current == 0:
             raise ValueError(
                 f"{self.model_dir}: version 0, the prepare stage, answers; expected a later one to "
                 "go back from"
             )
-        before = self.about(current).before
-        if before and not (self.folder / str(before) / ABOUT).is_file():
+        try:
+            before = self.about(current).before
+        except (kept.Damaged, FileNotFoundError):
+            logger.warning("%s: what is said of version %d is lost", self.folder, current)
+            return self._newest_whole(current if current in self._numbers() else self.next())
+        if before and before not in self._numbers():
             raise ValueError(
                 f"{self.model_dir}: version {before}, from which {current} was made, was dropped; "
-                f"there are {', '.join(str(v.version) for v in self.all())}"
+                f"there are {', '.join(map(str, self._numbers()))}; remove {self.folder} to answer "
+                "with the passages of the prepare stage"
             )
-        self.switch(before)
-        return before
+        return self._newest_whole(before + 1)
+
+    def _newest_whole(self, end: int) -> int:
+        """Makes the newest whole version before `end` answer, or else the prepare stage; -> its
+        number."""
+        for version in reversed(self._numbers()):
+            if version >= end:
+                continue
+            try:
+                kept.whole(self.at(version))
+            except ValueError as error:
+                logger.warning("%s", getattr(error, "what", error))
+            else:
+                self.switch(version)
+                return version
+        self.switch(0)
+        return 0
 
     def copy_current(self, model_dir: Path) -> None:
         """Copies the version that answers into another MODEL_DIR of the same students."""
@@ -210,7 +249,7 @@ class Versions:
 
     def drop(self, most: int = MOST) -> None:
         """Removes all but the newest `most` versions; the current one stays."""
-        current, versions = self.current(), [version.version for version in self.all()]
+        current, versions = self.current(), self._numbers()
         for version in [v for v in versions if v != current][: max(0, len(versions) - most)]:
             folder = self.folder / str(version)
             (folder / ABOUT).unlink()  # from here on it is no version

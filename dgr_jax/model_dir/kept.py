@@ -353,7 +353,7 @@ def _advice(path: Path) -> str:
         return ""
     if stage is None:
         command = f"python -m dgr_jax.update --model_dir={folder}"
-        return f". `{command} --rollback` goes back to the version before, --list names all"
+        return f". `{command} --rollback` goes back to a whole version before, --list names all"
     command, refresh = "train", ""
     if stage.name.startswith("refreshed-"):
         command, refresh = "update", " --refresh"

@@ -16,6 +16,7 @@ REMAT = {
     "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+MOST_LAYERS = 1000  # of a stack: more could not be compiled
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class T5Config:
             raise ValueError(
                 f"T5Config.dtype: got {self.dtype!r}, expected 'float32' or 'bfloat16'"
             )
-        sizes = ("emb_dim", "num_heads", "head_dim", "mlp_dim", "num_decoder_layers")
-        counts = ["vocab_size", "num_encoder_layers"]
-        counts += ["prefix_adaptive_layers", "decoder_query_tokens"]
+        sizes = ("emb_dim", "num_heads", "head_dim", "mlp_dim")
+        layers = ("num_encoder_layers", "prefix_adaptive_layers")
         ranges.check(
             self,
             **dict.fromkeys(sizes, ranges.at_least(1)),
-            **dict.fromkeys(counts, ranges.at_least(0)),
+            **dict.fromkeys(layers, ranges.between(0, MOST_LAYERS)),
+            num_decoder_layers=ranges.between(1, MOST_LAYERS),
+            vocab_size=ranges.tokens(0),
+            decoder_query_tokens=ranges.at_least(0),
             dropout_rate=ranges.from_to_below(0, 1),
             relpos_buckets=ranges.at_least(4),  # both directions need a bucket for exact distances
             relpos_max_distance=ranges.above(self.relpos_buckets / 2),

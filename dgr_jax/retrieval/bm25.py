@@ -277,7 +277,7 @@ class Bm25Baseline(SystemSettings):
 
     def asked(self, search: Any) -> tuple[Any, ...]:
         """See SystemSettings: the depth of the search and, unless they are WORDS, its settings."""
-        return search.depth, *[self.bm25] * (self.bm25 != WORDS)
+        return search.depth, words.RULES, *[self.bm25] * (self.bm25 != WORDS)
 
     def open(self, opening: Opening) -> Bm25System:
         """BM25 of the passages; of postings that are kept, where there are any."""
@@ -303,7 +303,8 @@ def _stop_words(name: str) -> frozenset[str]:
     from bm25s.tokenization import Tokenizer
 
     try:
-        return frozenset(Tokenizer(stopwords=name or None).stopwords or ())
+        listed = Tokenizer(stopwords=name or None).stopwords or ()
+        return frozenset(map(str.casefold, listed))
     except ValueError as error:
         raise ValueError(f"Bm25.stop_words = {name!r}: {error}") from None
 

@@ -38,7 +38,7 @@ def _opening(system: str) -> str:
     return (
         "```python\nfrom dgr_jax import Retriever\n\n"
         'retriever = Retriever.from_hub("REPOSITORY")  # or a folder\n'
-        'retriever.search(["a question"], k=10)\n```\n\n'
+        'retriever.search(["a question"])\n```\n\n'
         f"`{system}` is the best of its trained students."
     )
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dgr_jax.corpora.words import RULES
 from dgr_jax.decoding import array_folder
 from dgr_jax.model_dir import kept
 from dgr_jax.settings import fingerprint
@@ -90,13 +91,14 @@ class KeptPostings:
         settings = {
             "corpus": _corpus(pids),
             "mean_words": self.mean_words,
+            "rules": RULES,
             "bm25": _described(bm25),
         }
         array_folder.save(folder, arrays, kind=_FORMAT, version=_VERSION, settings=settings)
 
     @classmethod
     def load(cls, folder: Path, pids: Sequence[str]) -> KeptPostings | None:
-        """What was kept in a folder; None where nothing whole is there.
+        """What was kept in a folder; None where nothing whole is there, or words by other rules.
 
         Raises ValueError where it is of another corpus.
         """
@@ -118,6 +120,9 @@ class KeptPostings:
                 "that are prepared; remove the folder to make it again"
             )
         words = arrays.pop("words").tobytes().decode()
+        if header.get("rules", 1) != RULES and not words.isascii():
+            logger.info("%s: has words by the rules of another version; made again", folder)
+            return None
         idf = arrays.pop("idf", None)
         postings = Postings(words=words.split("\n") if words else [], **arrays)
         if idf is None:

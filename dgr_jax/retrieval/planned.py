@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgr_jax import partitioning, traced
+from dgr_jax.corpora import words
 from dgr_jax.corpora.ranking import PidOf
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.decoding.beam_search import BeamResult, score_by_token
@@ -129,7 +130,8 @@ class StudentWithPlan(BatchedSystem[Queries, _Scored], Generic[Queries]):
     writes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check(self.plan, self.student.search, self.student.table.num_passages)
+        check_search(self.plan, self.student.search)
+        check_corpus(self.plan, self.student.table.num_passages)
         self._weight = weight_of(self.plan)
 
     @classmethod
@@ -318,6 +320,7 @@ class PlannedSystem(SystemSettings):
     plan: Plan
 
     of_plans: ClassVar[dict[type, type[PlannedSystem]]] = {}
+    rules: ClassVar[tuple[Any, ...]] = ()  # what runs depend on beside settings
     preferred: ClassVar[bool] = True
 
     def __init_subclass__(cls, plans: type, **rest: Any) -> None:
@@ -331,7 +334,7 @@ class PlannedSystem(SystemSettings):
 
     def asked(self, search: Any) -> tuple[Any, ...]:
         """See SystemSettings."""
-        return search, self.plan
+        return search, self.plan, *self.rules
 
     def given(self) -> dict[str, Any]:
         """See SystemSettings: the settings of the plan."""
@@ -349,6 +352,8 @@ class Planned(PlannedSystem, plans=Lexical):
 
     plan: Lexical
 
+    rules = (words.RULES, "titles and pseudo-queries are guided")
+
     def open(self, opening: Opening) -> System:
         """See SystemSettings."""
         plans = opening.prepared / PLANS
@@ -361,12 +366,6 @@ class Planned(PlannedSystem, plans=Lexical):
                 f"identifiers: {', '.join(known.__name__ for known in BY_WORDS)}"
             )
         return kind.of(student, self.plan, planner)
-
-
-def check(plan: Plan, search: Search, num_passages: int) -> None:
-    """Raises ValueError where a plan does not fit the search, or the corpus."""
-    check_search(plan, search)
-    check_corpus(plan, num_passages)
 
 
 def weight_of(plan: Plan) -> float:

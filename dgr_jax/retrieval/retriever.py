@@ -287,8 +287,9 @@ class Retriever:
 
         return cls.load(hub.fetch(repo, revision), **settings)
 
-    def search(self, queries: Sequence[str], k: int = USUAL_K) -> list[list[Hit]]:
-        """The best k passages of each query; fewer where the beam found fewer.
+    def search(self, queries: Sequence[str], k: int | None = None) -> list[list[Hit]]:
+        """The best k passages of each query; fewer where the beam found fewer. None: ten, or as
+        many as can be found.
 
         Raises ValueError for a k that is no whole number of at least 1, or that the settings do not
         reach, and for a query that is no text.
@@ -298,8 +299,10 @@ class Retriever:
         for query in queries:
             if not is_text(query):
                 raise ValueError(f"queries: got {query!r:.80}, expected text that can be written")
-        check_k(k)
         decoder, store, _ = self._index
+        if k is None:
+            k = min(USUAL_K, decoder.most_passages)
+        check_k(k)
         if k > decoder.most_passages:
             limits = decoder.limits.items()
             told = " and ".join(f"{name} ({limit})" for name, limit in limits if name != "passages")

@@ -167,7 +167,8 @@ def _records(path: Path) -> Iterator[tuple[int, str, str]]:
             continue
         if not tab:
             raise lines.error(path, line, repr(text_of_line[:60]), "two columns: qid, tab, text")
-        yield line, qid, text
+        if not checks.header(path, line, (qid, text), "query"):
+            yield line, qid, text
 
 
 def _print_json(retriever: Retriever, queries: list[str], k: int) -> None:

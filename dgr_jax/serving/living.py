@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dgr_jax import display
 from dgr_jax.corpora import changes
+from dgr_jax.model_dir import kept
 from dgr_jax.retrieval.living import update
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,11 @@ def rollback(model_dir: str) -> None:
 def show(model_dir: str) -> None:
     """Prints the versions."""
     versions = update.versions(model_dir)
-    current, console = versions.current(), display.console()
+    current, console = None, display.console()
+    try:
+        current = versions.current()
+    except kept.Damaged as error:
+        logger.warning("%s", error)
     table = Table("version", "made of", "passages", "added", "removed", "when", "")
     answers = lambda version: "answers" if version == current else ""
     table.add_row("0", "", "", "", "", "the prepare stage", answers(0))

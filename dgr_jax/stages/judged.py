@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ def test_texts(settings: Settings, folder: Path) -> frozenset[str]:
 def self_hits(
     settings: Settings,
     qids: Iterable[str],
-    passages: PassageStore,
+    passages: Container[str],
     qrels: Mapping[str, Mapping[str, int]],
 ) -> frozenset[str]:
     """Those of the queries whose passage of the same id is to be left out of what they find."""

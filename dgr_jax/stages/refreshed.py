@@ -200,7 +200,8 @@ def make(begun: Begun, folder: Path) -> None:
     source = batches(begun, folder, rates)
     slow = SlowRows(settings.training.optimizer, row_rates(begun, config.vocab_size))
     training = dataclasses.replace(settings.training, optimizer=slow)
-    train(begun, folder, folder.name, training, Transformer(config), source, params)
+    run = begun, folder, folder.name, training, Transformer(config), source, params
+    train(*run, pack_queries=training.pack_queries)
     (folder / added.LEARNED).write_text(json.dumps(begun.slices.all_learned()), encoding="utf-8")
     began = begun.began, str(records.read_record(begun.folder).get("fingerprint"))
     systems = (*(name for name in student.systems if name != begun.name), begun.name)

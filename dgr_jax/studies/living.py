@@ -30,10 +30,11 @@ from dgr_jax.experiments.living_study import LivingStudy
 from dgr_jax.experiments.refresh import Refresh
 from dgr_jax.model_dir import writer_lock
 from dgr_jax.model_dir.measurements import read_kept, write_kept
+from dgr_jax.retrieval import self_hits
 from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.retriever import Retriever
 from dgr_jax.settings import describe, fingerprint
-from dgr_jax.stages import pipeline, refreshed
+from dgr_jax.stages import judged, pipeline, refreshed
 from dgr_jax.studies.grid import slug, written
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class Living:
             student = refreshed.refresh(settings)
             system = way.system or student.name
             flops = costs.refresh_flops(student, settings.training)
-        parts = self._of_parts(seed, Retriever.load(folder, system=system), experiment, step)
+        parts = self._of_parts(seed, folder, system, experiment, step)
         return {"parts": parts, "training_flops": flops}
 
     def _refresh(self, seed: int, way: Way, folder: Path) -> Refresh:
@@ -302,11 +303,22 @@ class Living:
         return {qid: texts[qid] for qid in qids}, {qid: qrels[qid] for qid in qids}
 
     def _of_parts(
-        self, seed: int, retriever: Retriever, experiment: Any, step: int
+        self, seed: int, folder: Path, system: str, experiment: Any, step: int
     ) -> list[dict[str, float]]:
-        """The measures of each part that is there after a step."""
+        """The measures of each part that is there after a step, by a system of a MODEL_DIR; as in
+        an evaluation, questions that are passages do not find themselves."""
         parts = [self.questions(seed, part) for part in range(step + 1)]
-        run = retriever.run({qid: text for texts, _ in parts for qid, text in texts.items()})
+        asked = {qid: text for texts, _ in parts for qid, text in texts.items()}
+        grades = {qid: of for _, qrels in parts for qid, of in qrels.items()}
+        there = _pids(self.experiment(seed, BASE, 0).collection, self.study.sizes[step])
+        own = judged.self_hits(experiment.prepare, asked, there, grades)
+        search = experiment.evaluate.search
+        changed = _changed(search, search.deeper()) if own else {}
+        if system in experiment.untrained:
+            changed = {name: changed[name] for name in changed.keys() & {"depth"}}
+        run = Retriever.load(folder, system=system, **changed).run(asked)
+        if own:
+            run = self_hits.without(run, own, search.depth)
         least, measures = experiment.evaluate.min_relevance, self.study.measures
         measured = []
         for part, (_, qrels) in enumerate(parts):
@@ -318,6 +330,13 @@ class Living:
             values = evaluation.evaluate(run, qrels, measures, min_relevance=least)
             measured.append({**values, "questions": float(len(qrels))})
         return measured
+
+
+def _changed(before: Any, after: Any) -> dict[str, Any]:
+    """The settings that differ, by name, as they are after."""
+    names = (setting.name for setting in dataclasses.fields(after))
+    now = {name: getattr(after, name) for name in names}
+    return {name: value for name, value in now.items() if value != getattr(before, name)}
 
 
 def _pids(collection: Subset, size: int) -> set[str]:

@@ -67,7 +67,7 @@ def show(grid: Grid) -> None:
     flops = sum(stage.flops or 0.0 for stage in stages if not stage.done)
     more = f" and {unknown} stages of unknown time" if unknown else ""
     sys.stdout.write(
-        f"{len(grid.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, "
+        f"{len(grid.runs)} experiments; {flops / 1e15:.3g} PFLOP of training, padding counted, "
         f"{total / 60:.0f} minutes{more} to go\n"
     )
     if uncounted := sum(stage.trains and stage.flops is None for stage in stages if not stage.done):

@@ -335,18 +335,17 @@ def _read_run(path: str) -> Iterator[RankList]:
 def _first_column(path: str) -> dict[str, None]:
     """The different values of the first column, in order, or of '_id' in a .jsonl file.
 
-    A BEIR header is passed over. Raises ValueError naming file and line of a value that is no id.
+    A header is passed over. Raises ValueError naming file and line of a value that is no id.
     """
     where = lines.place(path)
     if where.suffix == ".jsonl":
         records = lines.json_objects(where, "'_id'")
         return dict.fromkeys(checks.id_field(r, "_id", where, n, "row") for n, r in records)
-    values = (
+    return dict.fromkeys(
         checks.checked_id(text.split(maxsplit=1)[0], where, n, "row")
         for n, text in lines.read(where)
-        if text.strip()
+        if text.strip() and not (n == 1 and checks.is_header(text.split()))
     )
-    return dict.fromkeys(value for value in values if value not in ("query-id", "qid"))
 
 
 def _blocks(pools: Mapping[str, list[str]]) -> Iterator[dict[str, list[str]]]:
