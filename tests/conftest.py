@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import gc
@@ -129,6 +130,28 @@ def versions_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def values_printed_once() -> Iterator[None]:
+    """Whenever gin prints its bindings it parses what it prints of each, to see that it can be read
+    again: that is the most of what loading an experiment takes."""
+    from gin import config
+
+    readable = set()
+
+    def literal(value: object) -> str | None:
+        printed = repr(value)
+        if (type(value), printed) in readable:
+            return printed
+        if (literal := format_value(value)) is not None:
+            readable.add((type(value), printed))
+        return literal
+
+    format_value = config._format_value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_format_value", literal)
+        yield
+
+
 @pytest.fixture(scope="session")
 def command(tmp_path_factory, together) -> Command:
     """command(module, *arguments, env={}) runs `python -m module` in an empty folder.
@@ -162,12 +185,19 @@ def command(tmp_path_factory, together) -> Command:
     return run
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """While one process is in this context with a path, the others wait before it."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(command, together) -> Finished:
     """A whole experiment of a few steps, from its one command, once for all workers."""
     folder, log = together / "tiny" / "model", together / "tiny.log"
-    with open(together / "tiny.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(together / "tiny.lock"):
         if not log.exists():
             logged = {"JAX_LOG_COMPILES": "1"}
             done = command("dgr_jax.train", *TINY, f"--model_dir={folder}", env=logged)

@@ -44,7 +44,7 @@ class Words:
 def retriever(folder, *, num_beams=4, depth=12):
     """One whose passages are PASSAGES."""
     kept = store.write(PASSAGES, folder)
-    search = Search(num_beams=num_beams, batch_size=8, depth=depth, query_length=8)
+    search = Search(num_beams=num_beams, batch_size=4, depth=depth, query_length=8)
     return Retriever(students.decoder(students.codes(len(PASSAGES)), search), Words(), kept)
 
 

@@ -81,7 +81,7 @@ def test_with_as_many_beams_as_identifiers_nothing_is_lost():
 
 
 def test_a_plan_decides_with():
-    plan = Lexical(planned=test_planned.PLANNED, ranked_by="beams", num_beams=3, weight=0.5)
+    plan = Lexical(planned=test_planned.PLANNED, ranked_by="beams", num_beams=4, weight=0.5)
     system = test_planned.planned_decoder(ROWS["rq"], plan)
     asked = test_planned.asked(system, test_planned.QUERIES[:1])
     writes = system.may_write(asked)

@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import importlib.util
+import logging
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +23,7 @@ from dgr_jax.identifiers.atomic import Atomic
 from dgr_jax.stages import generation_data
 from dgr_jax.stages.prepare import prepare
 from dgr_jax.training.arrays import read_arrays
-from tests.conftest import with_seqio
+from tests.conftest import one_at_a_time, with_seqio
 
 WORDS = "bees make honey and owls fly over slow rivers of ice in the silent valley".split()
 
@@ -151,14 +152,26 @@ def test_records_are_what_tfds_writes():
         assert prepared.encoded(example) == expected.SerializeToString(deterministic=True)
 
 
-@pytest.fixture(scope="module")
-def by_one(tmp_path_factory):
-    """The stage with small parts, all in one process."""
-    folder = tmp_path_factory.mktemp("by_one")
-    with pytest.MonkeyPatch.context() as patch:
+@pytest.fixture(scope="session")
+def by_one(together):
+    """The stage with small parts, all in one process, once for all workers; beside it its log."""
+    folder, log = together / "by_one", together / "by_one.log"
+    with one_at_a_time(together / "by_one.lock"), pytest.MonkeyPatch.context() as patch:
+        if log.exists():
+            return folder
         patch.setattr(examples, "PASSAGES_A_PART", 5)
         patch.setattr(examples, "LINES_A_PART", 4)
-        prepare(Experiment(), folder)
+        folder.mkdir()
+        handler = logging.FileHandler(partial := log.with_suffix(".partial"))
+        logger = logging.getLogger("dgr_jax")
+        patch.setattr(logger, "level", logging.INFO)
+        logger.addHandler(handler)
+        try:
+            prepare(Experiment(), folder)
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+        partial.rename(log)
     return folder
 
 
@@ -222,12 +235,12 @@ def test_a_task_with_features_of_its_own_is_followed(tmp_path, monkeypatch, capl
 
 
 @with_seqio
-def test_what_is_compared_with_the_seqio_tasks_is_equal(tmp_path, small_parts, caplog):
+def test_what_is_compared_with_the_seqio_tasks_is_equal(by_one):
     """Files of few examples, which TFDS reads by turns: the arrays are still the direct ones."""
-    caplog.set_level("INFO")
-    prepare(Experiment(), tmp_path)
-    assert len(list(tmp_path.glob("tfds/**/*.tfrecord*"))) == 12
-    assert "of its own" not in caplog.text
+    assert len(list(by_one.glob("tfds/**/*.tfrecord*"))) == 12
+    said = by_one.with_name("by_one.log").read_text()
+    assert "prepare: examples in " in said
+    assert "of its own" not in said
 
 
 @pytest.mark.slow

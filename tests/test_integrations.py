@@ -32,7 +32,7 @@ def retriever(tmp_path_factory):
         decode=lambda _: "",
     )
     rows = np.repeat(students.codes(6), 2, axis=0)
-    search = Search(num_beams=10, depth=8, batch_size=4, query_length=8)
+    search = Search(num_beams=8, depth=8, batch_size=4, query_length=8)
     return Retriever(students.decoder(rows, search), vocabulary, kept)
 
 

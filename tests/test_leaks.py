@@ -17,7 +17,7 @@ import pytest
 from dgr_jax.corpora import checks, store, trec
 from dgr_jax.corpora.beir import BeirCollection, write_beir
 from dgr_jax.corpora.types import Passage, Qrel, Query, ScoredPassage
-from dgr_jax.data import examples
+from dgr_jax.data import examples, loading
 from dgr_jax.data.rules import check_apart
 from dgr_jax.data.same_text import normalised, shared
 from dgr_jax.data.vocabulary import SentencePiece, Vocabulary
@@ -291,6 +291,7 @@ def one_after_the_other(work: Work, parts) -> None:
 
 def test_a_prepared_collection_says_what_it_left_out_and_cut(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(examples, "PASSAGES_A_PART", 3)
+    monkeypatch.setattr(loading, "missing", lambda: "without TensorFlow, which takes a while")
     experiment = Experiment(tmp_path)
     folder = tmp_path / "prepare"
     folder.mkdir()

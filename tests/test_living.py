@@ -59,7 +59,7 @@ def trained(tmp_path_factory) -> Path:
     """A MODEL_DIR whose prepare stage has kept its model, evaluated with BM25 and a plan."""
     model_dir, passages = kept_model(tmp_path_factory.mktemp("living"))
     prepared = model_dir / "prepare"
-    plan = Lexical(planned=10, num_beams=5)
+    plan = Lexical(planned=20, num_beams=8)
     KeptPostings.save(
         plan.bm25.fit(passages).kept(), place(prepared / PLANS, plan.bm25), plan.bm25,
         passages.pids,
@@ -186,7 +186,7 @@ def test_versions_are_listed_rolled_back_and_compacted(model_dir, capsys, caplog
 
 
 def test_a_compaction_counts_words_anew(model_dir):
-    versions, bm25 = update.versions(model_dir), Lexical(planned=10, num_beams=5).bm25
+    versions, bm25 = update.versions(model_dir), Lexical().bm25
     update.update(versions, [ZEBRA, BEES], ["bees-02"])
     passages = PassageStore(versions.at(1) / "passages")
     anew = bm25.fit(passages)

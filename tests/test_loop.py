@@ -542,12 +542,6 @@ def test_tensorboard_summaries(tmp_path):
     assert (event.step, float(make_ndarray(event.tensor_proto))) == (3, 1.5)
 
 
-def test_training_imports_no_tensorflow():
-    code = "import sys, dgr_jax.training.loop; print('tensorflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0:00"), (42, "0:42"), (61.6, "1:02"), (3700, "1:01:40")]
 )

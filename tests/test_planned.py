@@ -79,7 +79,7 @@ def expected_hits(decoder, queries):
     ("kind", "ranked_by"),
     [
         ("rq", "identifiers"),
-        ("rq", "beams"),
+        pytest.param("rq", "beams", marks=pytest.mark.slow),
         pytest.param("text", "identifiers", marks=pytest.mark.slow),
         ("text", "beams"),
     ],

@@ -180,10 +180,10 @@ def test_what_else_is_there(asked):
 
 
 def test_nothing_is_compiled_once_it_is_ready(asked, retriever):
-    before = retriever.decoder._decode._cache_size()
+    before = retriever.decoder._decode._cache_size()  # also of other tests with this student
     for count in (1, 2, 3, 4, 7):
         assert asked.post("/search", json={"queries": ["a query"] * count}).status_code == 200
-    assert retriever.decoder._decode._cache_size() == before == 2
+    assert retriever.decoder._decode._cache_size() == before >= 2
 
 
 # What waits, and who does not.

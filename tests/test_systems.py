@@ -238,7 +238,7 @@ class Vectors(Encoder):
 
 
 def docids(passages):
-    search = Search(num_beams=10, depth=6, batch_size=4, query_length=8)
+    search = Search(num_beams=8, depth=6, batch_size=4, query_length=8)
     return students.decoder(students.codes(len(passages)), search), students.queries(3)
 
 

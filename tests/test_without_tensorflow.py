@@ -11,7 +11,15 @@ from dgr_jax.experiments.dense import DensePrepare
 from dgr_jax.stages import dense_prepare
 from dgr_jax.stages.prepare import prepare
 from tests.conftest import with_seqio
-from tests.test_generation_data import Collection, Experiment, examples, files, one_after_the_other
+from tests.test_generation_data import (
+    Collection,
+    Experiment,
+    by_one,  # noqa: F401
+    examples,
+    files,
+    one_after_the_other,
+    small_parts,  # noqa: F401
+)
 
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio")
 
@@ -43,15 +51,11 @@ def without_records(folder):
     return {name: held for name, held in files(folder).items() if not name.startswith("tfds/")}
 
 
-def prepared_twice(make, tmp_path, request):
-    (tmp_path / "with").mkdir(), (tmp_path / "without").mkdir()
-    make(tmp_path / "with")
-    request.getfixturevalue("missing")
-    make(tmp_path / "without")
-    made = without_records(tmp_path / "with")
-    assert without_records(tmp_path / "without") == made
-    assert (tmp_path / "with" / "tfds").is_dir() and not (tmp_path / "without" / "tfds").exists()
-    return made
+def same_bytes(made, without):
+    """Those of `made`, whose folder has a TFDS dataset, and of the other folder, which has none."""
+    assert (made / "tfds").is_dir() and not (without / "tfds").exists()
+    assert without_records(without) == without_records(made)
+    return without_records(made)
 
 
 def said(caplog):
@@ -60,9 +64,9 @@ def said(caplog):
 
 @with_seqio
 @pytest.mark.parametrize("everywhere", [None, one_after_the_other])
-def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
-    monkeypatch.setattr(examples, "PASSAGES_A_PART", 5)
-    made = prepared_twice(lambda to: prepare(Experiment(), to, everywhere), tmp_path, request)
+def test_the_same_bytes(everywhere, by_one, small_parts, missing, tmp_path, caplog):  # noqa: F811
+    prepare(Experiment(), tmp_path, everywhere)
+    made = same_bytes(by_one, tmp_path)
     assert {name for name in made if name.startswith("arrays/labelled/")} >= {
         "arrays/labelled/encoder_input_tokens.npy",
         "arrays/labelled/decoder_target_tokens.npy",
@@ -77,9 +81,12 @@ def test_the_same_bytes(everywhere, tmp_path, monkeypatch, request, caplog):
 
 @with_seqio
 def test_the_same_bytes_for_a_dual_encoder(tmp_path, request, caplog):
-    made = prepared_twice(
-        lambda to: dense_prepare.prepare(DenseExperiment(), to), tmp_path, request
-    )
+    for name in ("with", "without"):
+        if name == "without":
+            request.getfixturevalue("missing")
+        (tmp_path / name).mkdir()
+        dense_prepare.prepare(DenseExperiment(), tmp_path / name)
+    made = same_bytes(tmp_path / "with", tmp_path / "without")
     folders = {name.split("/")[1] for name in made if name.startswith("arrays/")}
     assert folders == {*("labelled_train", "labelled_test", "passages", "pseudo_queries", "corpus")}
     assert len(said(caplog)) == 1

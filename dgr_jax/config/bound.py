@@ -32,42 +32,6 @@ def winner(scope: str, name: str, key: str, there: Iterable[tuple[str, str, str]
     return next((p for p in prefixes if (p, name, key) in there), None)
 
 
-def check_effects(bindings: Sequence[str]) -> None:
-    """Raises Mistake where a binding of the command line reaches nothing because of its scope or of
-    bindings that are more special, or is of a plan that is not there; warns where the experiment
-    makes no other such component."""
-    from dgr_jax.config import configurables  # imports JAX
-
-    for setting, instead in _without_effect(settings("\n".join(bindings))):
-        scope, name, key = setting
-        given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
-        if not instead and name in configurables.plans():
-            raise Mistake(
-                f"{given}: got a setting of a plan that this experiment does not have, expected "
-                f"--gin.PLAN=@{name}() beside it"
-            )
-        if not instead:
-            logger.warning("%s has no effect: this experiment makes no %s", given, name)
-            continue
-        raise Mistake(f"{given} has no effect; set {' or '.join(instead)}")
-
-
-def _without_effect(
-    asked: Iterable[tuple[str, str, str]],
-) -> Iterator[tuple[tuple[str, str, str], list[str]]]:
-    """Those of (scope, component, setting) that nothing was made with, and what to set instead;
-    nothing where no such component was made."""
-    import gin
-
-    there = set(settings(gin.config_str()))
-    called = settings(gin.operative_config_str())
-    for scope, name, key in asked:
-        calls = [s for s, n, k in called if (n, k) == (name, key)]
-        if not any(winner(s, name, key, there) == scope for s in calls):
-            others = sorted({f"{s}/{name}.{key}" for s in calls if s})
-            yield (scope, name, key), others or [f"{name}.{key}"] * bool(calls)
-
-
 class Line(NamedTuple):
     """A line of a gin file: NAME = ..., which has no key, or scope/Component.key = ..."""
 
@@ -77,29 +41,73 @@ class Line(NamedTuple):
     key: str
 
 
-def say_without_effect(lines: Iterable[Line]) -> None:
-    """Warns of macros that nothing refers to and of settings that nothing was made with, which may
-    be mistyped, once a process. A file may be for several experiments, so that it is no mistake."""
-    import gin
+class Effects(NamedTuple):
+    """What gin prints of all that is bound, and of what an experiment was made with."""
 
-    text = gin.config_str()
-    macros = re.findall(r"^(\w+) =", text, re.MULTILINE)
-    used = set(re.findall(r"%(\w+)", text))
-    lines = list(lines)
-    settable = ((line.scope, line.name, line.key) for line in lines if line.key)
-    without = dict(_without_effect(settable))
-    for line in lines:
-        if not line.key:
-            if line.name not in used:
-                near = difflib.get_close_matches(line.name, sorted(used & {*macros}), cutoff=0.8)
-                meant = f"; did you mean {' or '.join(near)}?" if near else ""
-                _say(f"{line.place}: {line.name} has no effect: nothing refers to it{meant}")
-            continue
-        instead = without.get((line.scope, line.name, line.key))
-        if instead is not None:
-            given = f"{line.scope}/{line.name}.{line.key}".removeprefix("/")
-            why = f"; set {' or '.join(instead)}" if instead else f": no {line.name} is made"
-            _say(f"{line.place}: {given} has no effect{why}")
+    bound: str
+    called: str
+
+    @classmethod
+    def now(cls, printed: str) -> Effects:
+        """Those of the experiment that was made; printed: of all that is bound."""
+        import gin
+
+        return cls(printed, gin.operative_config_str())
+
+    def check(self, bindings: Sequence[str]) -> None:
+        """Raises Mistake where a binding of the command line reaches nothing because of its scope
+        or of bindings that are more special, or is of a plan that is not there; warns where the
+        experiment makes no other such component."""
+        from dgr_jax.config import configurables  # imports JAX
+
+        for setting, instead in self._without(settings("\n".join(bindings))):
+            scope, name, key = setting
+            given = f"--gin.{scope}/{name}.{key}" if scope else f"--gin.{name}.{key}"
+            if not instead and name in configurables.plans():
+                raise Mistake(
+                    f"{given}: got a setting of a plan that this experiment does not have, "
+                    f"expected --gin.PLAN=@{name}() beside it"
+                )
+            if not instead:
+                logger.warning("%s has no effect: this experiment makes no %s", given, name)
+                continue
+            raise Mistake(f"{given} has no effect; set {' or '.join(instead)}")
+
+    def _without(
+        self, asked: Iterable[tuple[str, str, str]]
+    ) -> Iterator[tuple[tuple[str, str, str], list[str]]]:
+        """Those of (scope, component, setting) that nothing was made with, and what to set instead;
+        nothing where no such component was made."""
+        there, called = set(settings(self.bound)), settings(self.called)
+        for scope, name, key in asked:
+            calls = [s for s, n, k in called if (n, k) == (name, key)]
+            if not any(winner(s, name, key, there) == scope for s in calls):
+                others = sorted({f"{s}/{name}.{key}" for s in calls if s})
+                yield (scope, name, key), others or [f"{name}.{key}"] * bool(calls)
+
+    def say_without(self, lines: Iterable[Line]) -> None:
+        """Warns of macros that nothing refers to and of settings that nothing was made with, which
+        may be mistyped, once a process. A file may be for several experiments, so that it is no
+        mistake."""
+        macros = re.findall(r"^(\w+) =", self.bound, re.MULTILINE)
+        used = set(re.findall(r"%(\w+)", self.bound))
+        lines = list(lines)
+        settable = ((line.scope, line.name, line.key) for line in lines if line.key)
+        without = dict(self._without(settable))
+        for line in lines:
+            if not line.key:
+                if line.name not in used:
+                    near = difflib.get_close_matches(
+                        line.name, sorted(used & {*macros}), cutoff=0.8
+                    )
+                    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+                    _say(f"{line.place}: {line.name} has no effect: nothing refers to it{meant}")
+                continue
+            instead = without.get((line.scope, line.name, line.key))
+            if instead is not None:
+                given = f"{line.scope}/{line.name}.{line.key}".removeprefix("/")
+                why = f"; set {' or '.join(instead)}" if instead else f": no {line.name} is made"
+                _say(f"{line.place}: {given} has no effect{why}")
 
 
 @functools.cache

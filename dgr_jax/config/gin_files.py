@@ -53,15 +53,16 @@ def load_experiment(
         cli.join(args)
     if keep:
         interrupts.goes_on("the experiment")
-    read(files, search_paths(args), bindings)
+    printed = read(files, search_paths(args), bindings)
     if fill or fill is None and not keep:
-        _fill()
-    kind = _kind(files, kinds)
+        printed = _filled(printed)
+    kind = _kind(files, kinds, printed)
     experiment = _call_experiment(files, kind)
-    bound.check_effects(bindings)
+    effects = bound.Effects.now(printed)
+    effects.check(bindings)
     if args.gin_file:
         paths = search_paths(args)
-        bound.say_without_effect(line for file in files for line in _own_lines(file, paths))
+        effects.say_without(line for file in files for line in _own_lines(file, paths))
     if kind in EXPERIMENTS:
         _check_tasks(experiment.prepare.tasks)
     _check_model_dir(getattr(experiment, "model_dir", ""), args.model_dir)
@@ -75,9 +76,10 @@ def search_paths(args: argparse.Namespace) -> list[str]:
     return [".", *filter(None, args.gin_search_paths.split(",")), str(resources("gin_configs"))]
 
 
-def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> None:
-    """Brings into gin what files and bindings say, and nothing else. Raises Mistake for an unknown
-    file, macro, component or setting, with the nearest names."""
+def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) -> str:
+    """Brings into gin what files and bindings say, and nothing else; what gin then prints, which
+    takes a while. Raises Mistake for an unknown file, macro, component or setting, with the nearest
+    names."""
     import gin
 
     register()
@@ -91,7 +93,7 @@ def read(files: Sequence[str], paths: Sequence[str], bindings: Sequence[str]) ->
         _check_statements(file, paths)
         with _explained(file):
             gin.parse_config_file(file)
-    _bind(files, bindings)
+    return _bind(files, bindings)
 
 
 def from_flags(
@@ -114,12 +116,17 @@ def _labelled(experiment: Any) -> Any:
     return labels.without_labels(experiment)
 
 
-def _fill() -> None:
-    """Sets every setting that is still required to a word; those that are no strings refuse it."""
+def _filled(printed: str) -> str:
+    """Sets every setting that is still required to a word; those that are no strings refuse it.
+
+    printed: what gin prints; -> what it prints then.
+    """
     import gin
 
-    for name in re.findall(r"^(\S+) = %gin\.REQUIRED$", gin.config_str(), re.MULTILINE):
+    required = re.findall(r"^(\S+) = %gin\.REQUIRED$", printed, re.MULTILINE)
+    for name in required:
         gin.parse_config(f"{name} = 'NOT_GIVEN'")
+    return gin.config_str() if required else printed
 
 
 def files_of(args: argparse.Namespace) -> list[str]:
@@ -243,14 +250,15 @@ def _add_search_path(path: str) -> None:
     gin.add_config_file_search_path(path)
 
 
-def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
-    """Puts bindings over the files.
+def _bind(files: Sequence[str], bindings: Sequence[str]) -> str:
+    """Puts bindings over the files; -> what gin prints.
 
     Raises Mistake where one names an unknown macro, and where a macro is used that nothing sets.
     """
     import gin
 
-    macros = _MACRO.findall(gin.config_str())
+    printed = gin.config_str()
+    macros = _MACRO.findall(printed)
     for binding in bindings:
         name = binding.partition(" =")[0]
         if "." not in name and name not in macros:
@@ -263,9 +271,12 @@ def _bind(files: Sequence[str], bindings: Sequence[str]) -> None:
             raise Mistake(f"{given!r}: expected one --gin.NAME=VALUE")
         with _explained(given):
             gin.parse_config(binding)
-    for name in _MACRO_REFERENCE.findall(_STRING.sub("''", gin.config_str())):
+    if bindings:
+        printed = gin.config_str()
+    for name in _MACRO_REFERENCE.findall(_STRING.sub("''", printed)):
         if name not in macros and name != "gin.REQUIRED":
             raise Mistake(f"{', '.join(files)}: %{name} is not set{_nearest(name, macros)}")
+    return printed
 
 
 @contextlib.contextmanager
@@ -306,15 +317,13 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; there are: {', '.join(known[:40])}" if known else ""
 
 
-def _kind(files: Sequence[str], kinds: Sequence[str]) -> str:
-    """Which of these the files describe. Raises Mistake where it is an experiment of another
-    command."""
-    import gin
-
+def _kind(files: Sequence[str], kinds: Sequence[str], printed: str) -> str:
+    """Which of these the files describe, of which gin prints this. Raises Mistake where it is an
+    experiment of another command."""
     commands = {**dict.fromkeys(EXPERIMENTS, "train"), "PseudoQueries": "pseudo_queries"}
     commands["Refresh"] = "update --refresh"
     marks = ("model_dir", "gin_files")  # of experiments, and of studies of these
-    set_up = {name for _, name, key in bound.settings(gin.config_str()) if key in marks}
+    set_up = {name for _, name, key in bound.settings(printed) if key in marks}
     if described := [kind for kind in kinds if kind in set_up]:
         return described[0]
     if others := [other for other in commands if other in set_up]:
