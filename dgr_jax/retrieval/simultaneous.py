@@ -215,7 +215,7 @@ def _postings(bm25: Bm25, store: PassageStore, folder: Path | None, keep: bool) 
 
 
 class LexicalPlanner:
-    """The words of a corpus, or its n-grams too, and what each adds to the scores of passages.
+    """The words of a corpus, and its n-grams, and what each adds to the scores of passages.
 
     of: settings, postings and weight of each BM25 that is summed.
     """
