@@ -9,6 +9,7 @@ import pytest
 
 from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Passage
+from dgr_jax.model_dir import kept
 
 PASSAGES = [Passage("b", "zwei\nLinien", "Über"), Passage("a", "one\u2028\r"), Passage("c", "{}")]
 
@@ -84,6 +85,26 @@ def test_blank_texts_are_kept_and_the_warning_is_left_to_the_reader(tmp_path, ca
     passages = [Passage(str(i), "\t\n", "title") for i in range(4)] + [Passage("x", "y")]
     assert list(store.write(passages, tmp_path)) == passages
     assert caplog.messages == []
+
+
+def test_training_queries_stay_with_their_passages(tmp_path):
+    stored = store.write(PASSAGES, tmp_path / "0")
+    assert stored.queries is None
+    asked = {"a": ["Why?", "Wie oft\u2028?"], "c": ["x"]}
+    store.write_queries(asked, stored.folder)
+    stored = store.PassageStore(stored.folder)
+    assert stored.queries == asked
+    stay = np.array([True, True, False])
+    changed = store.write_changed(stored, stay, [Passage("d", "new")], tmp_path / "1")
+    assert changed.queries == {"a": asked["a"]}
+    assert store.write(PASSAGES, stored.folder).queries is None
+
+
+def test_damaged_training_queries_are_named(tmp_path):
+    stored = store.write(PASSAGES, tmp_path)
+    (tmp_path / store.QUERIES).write_text('{"pid": "a"')
+    with pytest.raises(kept.Damaged, match="queries.jsonl"):
+        stored.queries  # noqa: B018
 
 
 def test_whether_a_pid_is_there(tmp_path):

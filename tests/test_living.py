@@ -28,7 +28,7 @@ from dgr_jax.identifiers.scheme import Material
 from dgr_jax.identifiers.table import IdentifierTable
 from dgr_jax.model_dir import index_versions, kept, records, writer_lock
 from dgr_jax.retrieval import kinds
-from dgr_jax.retrieval.bm25 import Bm25Baseline
+from dgr_jax.retrieval.bm25 import Bm25, Bm25Baseline, Bm25Index
 from dgr_jax.retrieval.kept_postings import PLANS, KeptPostings, place
 from dgr_jax.retrieval.living import update
 from dgr_jax.retrieval.planned import Planned
@@ -198,6 +198,48 @@ def test_a_compaction_counts_words_anew(model_dir):
     update.compact(versions)
     renewed = Retriever.load(model_dir, system="bm25").decoder.index
     np.testing.assert_array_equal(renewed.scores(question), anew.scores(question))
+
+
+def with_queries(model_dir: Path) -> tuple[index_versions.Versions, Bm25]:
+    """The versions of an index whose plan counts training queries, and its settings."""
+    passages, bm25 = model_dir / "prepare" / "passages", Bm25(queries_weight=0.5)
+    store.write_queries({"bees-02": ["A brouillard?"], BEES.pid: ["Which brouillard?"]}, passages)
+    of = PassageStore(passages)
+    bm25.fit(of).kept().save(place(passages.parent / PLANS, bm25), bm25, of.pids)
+    return update.versions(model_dir), bm25
+
+
+def postings_of(versions: index_versions.Versions, version: int, bm25: Bm25) -> Bm25Index:
+    pids = PassageStore(versions.at(version) / "passages").pids
+    return bm25.reopened(
+        KeptPostings.load(place(versions.at(version) / PLANS, bm25), pids).postings, pids
+    )
+
+
+def test_training_queries_count_for_passages_that_come_and_stay(model_dir):
+    versions, bm25 = with_queries(model_dir)
+    update.update(versions, [ZEBRA, BEES])
+    passages = PassageStore(versions.at(1) / "passages")
+    scores = postings_of(versions, 1, bm25).scores("Brouillards")
+    asked = [passages.index_of(pid) for pid in ("bees-02", BEES.pid)]
+    assert np.flatnonzero(scores).tolist() == sorted(asked)
+    update.compact(versions)
+    index, passages = postings_of(versions, 2, bm25), PassageStore(versions.at(2) / "passages")
+    question = "Who waggles stripes in brouillards?"
+    np.testing.assert_array_equal(index.scores(question), bm25.fit(passages).scores(question))
+
+
+def test_a_published_folder_without_training_queries_grows_and_is_compacted(model_dir, tmp_path):
+    with_queries(model_dir)
+    Retriever.load(model_dir, system="planned").save(tmp_path / "published")
+    versions, bm25 = update.versions(tmp_path / "published"), Bm25(queries_weight=0.5)
+    assert PassageStore(versions.at(0) / "passages").queries is None
+    update.update(versions, [ZEBRA])
+    before = postings_of(versions, 1, bm25).scores("Which stripes in brouillards?")
+    update.compact(versions)
+    np.testing.assert_array_equal(
+        postings_of(versions, 2, bm25).scores("Which stripes in brouillards?"), before
+    )
 
 
 def test_only_the_last_versions_are_kept(model_dir, monkeypatch):

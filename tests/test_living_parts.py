@@ -35,6 +35,7 @@ from dgr_jax.model_dir.index_versions import Versions
 from dgr_jax.retrieval import dense, exact_search, kept_vectors
 from dgr_jax.retrieval.bm25 import Bm25
 from dgr_jax.retrieval.exact_search import ExactSearch, Index
+from dgr_jax.retrieval.kept_postings import KeptPostings
 from dgr_jax.retrieval.living import update, vectors
 from dgr_jax.retrieval.living.change import Change
 from dgr_jax.retrieval.multiview.view_indexes import ViewIndexes
@@ -191,6 +192,23 @@ def test_a_passage_without_an_identifier_is_named(tmp_path, monkeypatch):
         update.update(versions, drawn(1, 1, "new"))
 
 
+def test_sentences_come_and_go_with_their_passages(tmp_path):
+    bm25 = Bm25(sentences=True)
+    texts = ["Bees dance. A whale sings.", "The moon.", "Whales swim. Bees fly. Moons rise."]
+    held = [Passage(str(i), text) for i, text in enumerate(texts)]
+    index = bm25.fit(store.write(held, tmp_path / "0"))
+    new = [Passage("3", "A zebra runs! Bees."), Passage("4", "")]
+    stay = np.array([False, True, True])
+    grown = index.kept().changed(bm25, stay, list(bm25.counts(new, {})))
+    assert grown.postings.sizes.tolist() == [1, 3, 2, 1]
+    grown.save(tmp_path / "kept", bm25, ["1", "2", "3", "4"])
+    grown = KeptPostings.load(tmp_path / "kept", ["1", "2", "3", "4"])
+    index_now = bm25.reopened(grown.postings, ["1", "2", "3", "4"])
+    before, now = index.scores("moon whale"), index_now.scores("moon whale")
+    np.testing.assert_array_equal(now[:2], before[1:])
+    assert (now[2:] == 0).all() and index_now.scores("zebra").argmax() == 2
+
+
 def test_words_are_weighed_as_they_were_and_new_ones_by_all_passages():
     bm25 = Bm25(stemmer="", stop_words="")
     texts = ["bee bee honey", "whale ocean", "bee whale whale moon"]
@@ -199,7 +217,7 @@ def test_words_are_weighed_as_they_were_and_new_ones_by_all_passages():
     pids = SimpleNamespace(pids=["0", "1", "2"])
     index = bm25.fit(type("Store", (list,), vars(pids))(held))
     stay = np.array([True, False, True])
-    grown = index.kept().changed(bm25, stay, new).postings
+    grown = index.kept().changed(bm25, stay, [[Counter(text.split())] for text in new]).postings
     counts = [Counter(text.split()) for text in (texts[0], texts[2], *new)]
     frequency = Counter(word for text in texts for word in set(text.split()))
     for word, start, stop in zip(grown.words, grown.starts[:-1], grown.starts[1:], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import dgr_jax.retrieval.multiview.planned  # noqa: F401 - students of several v
 from dgr_jax.config import cli, gin_files
 from dgr_jax.config.mistakes import Mistake
 from dgr_jax.corpora import store as stores
+from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Passage
+from dgr_jax.corpora.words import sentences
 from dgr_jax.partitioning import Mesh
 from dgr_jax.retrieval import exhaustive
 from dgr_jax.retrieval.bm25 import Bm25
@@ -271,6 +274,8 @@ def test_without_a_planner_no_texts_are_read():
     [
         (dict(ranked_by="x"), "Lexical.ranked_by: got 'x', expected one of 'beams', 'identifiers'"),
         (dict(grams_weight=0), "Lexical.grams_weight: got 0, expected above 0"),
+        (dict(queries_weight=-1), "Lexical.queries_weight: got -1, expected at least 0"),
+        (dict(sentences_weight=-1), "Lexical.sentences_weight: got -1, expected at least 0"),
         (dict(weight=0), "Lexical.weight: got 0, expected above 0, or None"),
         (
             dict(planned=5, num_beams=6),
@@ -336,6 +341,84 @@ def test_a_lexical_plan_of_words_and_n_grams_is_their_sum(store, tmp_path):
     alone = Lexical(planned=3, num_beams=3).planner(store)
     assert planner.nbytes > 2 * alone.nbytes
     assert describe(Lexical()).keys().isdisjoint({"grams", "grams_weight"})
+
+
+def test_a_lexical_plan_counts_the_training_queries_of_passages(store, tmp_path):
+    plan = Lexical(planned=3, num_beams=3, queries_weight=0.25)
+    with pytest.raises(ValueError, match="Bm25.queries_weight: got 0.25, expected 0: no training"):
+        plan.planner(store)
+    asked = {"p0": ["Which insects waggle?"], "p3": ["Which ship, which sea?", "zebra"]}
+    stores.write_queries(asked, store.folder)
+    store = PassageStore(store.folder)
+    settings = Bm25(queries_weight=0.25)
+    words_of = settings.reader()
+    texts = [passage.contents for passage in store]
+    counts = [Counter(words_of(text)) for text in texts]
+    for pid, queries in asked.items():
+        for word in words_of(" ".join(queries)):
+            counts[store.index_of(pid)][word] += 0.25
+    mean = sum(c.total() for c in counts) / len(counts)
+    planner = plan.planner(store, tmp_path / "plans", keep=True)
+    questions = [*QUESTIONS, "which insects"]
+    for text, scores in zip(questions, planner.scores(questions), strict=True):
+        expected = np.zeros(len(counts))
+        for word in words_of(text):
+            n = sum(word in c for c in counts)
+            idf = np.log(1 + (len(counts) - n + 0.5) / (n + 0.5))
+            for i, c in enumerate(counts):
+                norm = 0.9 * (0.6 + 0.4 * c.total() / mean)
+                expected[i] += idf * c[word] / (c[word] + norm) if word in c else 0
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    again = plan.planner(store, tmp_path / "plans")
+    np.testing.assert_array_equal(again.scores(questions), planner.scores(questions))
+    assert "queries_weight" not in describe(Lexical())
+
+
+def test_a_lexical_plan_adds_the_best_sentence_of_each_passage(tmp_path):
+    texts = [
+        "Bees dance. A dance! The sea is a place for a ship.",
+        "Bees.",
+        "",
+        "A ship? Bees dance",
+    ]
+    passages = (Passage(f"p{i}", text, "Dance") for i, text in enumerate(texts))
+    store = stores.write(passages, tmp_path / "store")
+    plan = Lexical(planned=3, num_beams=3, grams=4, grams_weight=0.5, sentences_weight=0.25)
+    planner = plan.planner(store, tmp_path / "plans", keep=True)
+    cut = [sentences(text) or ["Dance"] for text in texts]
+    alone = stored(tmp_path / "cut", [sentence for of in cut for sentence in of])
+    owner = np.repeat(np.arange(len(texts)), [len(of) for of in cut])
+    expected = (
+        Lexical(planned=3, num_beams=3, grams=4, grams_weight=0.5).planner(store).scores(QUESTIONS)
+    )
+    for size, weight in ((0, 0.25), (4, 0.125)):
+        index = Bm25(grams=size).fit(alone)
+        for row, text in zip(expected, QUESTIONS, strict=True):
+            of_each = index.scores(text)
+            row += [weight * of_each[owner == i].max() for i in range(len(texts))]
+    np.testing.assert_allclose(planner.scores(QUESTIONS), expected, rtol=1e-5)
+    np.testing.assert_array_equal(
+        plan.planner(store, tmp_path / "plans").scores(QUESTIONS), planner.scores(QUESTIONS)
+    )
+    index = Bm25(sentences=True).fit(store)
+    some = np.array([0, 3])
+    np.testing.assert_array_equal(index.scores_of("ship", some), index.scores("ship")[some])
+    assert [hit.pid for hit in index.search({"q": "a ship"}, 5)["q"]] == ["p3", "p0"]
+    assert "sentences_weight" not in describe(Lexical())
+    with pytest.raises(ValueError, match="queries_weight: got 0.1 with Bm25.sentences, expected 0"):
+        Bm25(sentences=True, queries_weight=0.1)
+
+
+def test_training_queries_without_weight_leave_bm25_as_it_is(store):
+    stores.write_queries({"p0": ["Which insects waggle?"]}, store.folder)
+    store = PassageStore(store.folder)
+    stores.write_queries({}, store.folder)
+    none = PassageStore(store.folder)
+    scores = [
+        Bm25().fit(store).scores("bees dance"),
+        Bm25(queries_weight=1.0).fit(none).scores("bees dance"),
+    ]
+    np.testing.assert_array_equal(*scores)
 
 
 def test_plans_of_allowed_passages_alone(store):

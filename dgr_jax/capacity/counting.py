@@ -76,11 +76,14 @@ def counted(experiment: Experiment | DenseExperiment) -> tuple[CorpusSize | None
 
 def sample(experiment: Experiment | DenseExperiment) -> list[str]:
     """The texts of at most about _ALL passages, where the corpus is at hand: evenly spaced ones of
-    what is prepared, otherwise the first of the collection."""
+    what is prepared, with the training queries that a plan counts; otherwise the first of the
+    collection."""
     folder = Path(experiment.model_dir) / "prepare"
     if records.is_done(folder, pipeline.settings_of(experiment, ["prepare"])["prepare"]):
         store = Prepared.load(experiment.model_dir).store
-        return [passage.contents for _, passage in _spread(store)]
+        counted = getattr(getattr(experiment, "plan", None), "queries_weight", 0)
+        asked = (store.queries or {}) if counted else {}
+        return [" ".join([p.contents, *asked.get(p.pid, ())]) for _, p in _spread(store)]
     if _is_absent(experiment.collection):
         return []
     first = itertools.islice(experiment.collection.passages(), _ALL)

@@ -5,6 +5,8 @@ passages.jsonl   {"pid": ..., "title": ..., "text": ...}, in corpus order; where
 pids.txt         the pids alone, one a line, to load them fast
 offsets.npy      int64 [P+1], byte offsets into passages.jsonl; written last: a folder without it,
                  or where it does not fit passages.jsonl, is not taken for a store
+queries.jsonl    where training queries are known: {"pid": ..., "queries": [...]} of every passage
+                 that is a positive of some
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import mmap
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from dgr_jax.corpora.types import Passage
 from dgr_jax.model_dir import kept
 
 _PASSAGES, _PIDS, _OFFSETS = "passages.jsonl", "pids.txt", "offsets.npy"
+QUERIES = "queries.jsonl"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -115,6 +118,17 @@ class PassageStore:
             raise KeyError(f"pid {pid!r} is not in the passage store {self.folder}") from None
 
     @cached_property
+    def queries(self) -> dict[str, list[str]] | None:
+        """pid -> the training queries of which the passage is a positive, of those that have some;
+        None where they were not kept."""
+        path = self.folder / QUERIES
+        if not path.is_file():
+            return None
+        with kept.reading(path), open(path, "rb") as handle:
+            records = map(json.loads, handle)
+            return {record["pid"]: list(map(str, record["queries"])) for record in records}
+
+    @cached_property
     def _rows(self) -> dict[str, int]:
         return {pid: row for row, pid in enumerate(self.pids)}
 
@@ -140,16 +154,25 @@ def write(passages: Iterable[Passage], folder: str | os.PathLike) -> PassageStor
             pids.append(passage.pid)
             offsets.append(offsets[-1] + len(line))
         _check_pids(pids)
-        (folder / _OFFSETS).unlink(missing_ok=True)
+        for name in (_OFFSETS, QUERIES):
+            (folder / name).unlink(missing_ok=True)
     _write_places(folder, pids, np.frombuffer(offsets, np.int64))
     return PassageStore(folder)
+
+
+def write_queries(queries: Mapping[str, Sequence[str]], folder: str | os.PathLike) -> None:
+    """Writes what `PassageStore.queries` reads: pid -> queries."""
+    with lines.writing(Path(folder) / QUERIES) as handle:
+        for pid, texts in queries.items():
+            handle.write(_encode({"pid": pid, "queries": list(texts)}).encode() + b"\n")
 
 
 def write_changed(
     old: PassageStore, keep: np.ndarray, added: Iterable[Passage], folder: str | os.PathLike
 ) -> PassageStore:
     """Writes the passages of a store that stay, bool [P], in their order, and then others; returns
-    the new store. Lines are copied as they are. Raises ValueError as `write`."""
+    the new store, with the queries of all that are there. Lines are copied as they are. Raises
+    ValueError as `write`."""
     folder, lines_added = Path(folder), [(passage.pid, _line(passage)) for passage in added]
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
     sizes = np.concatenate([np.diff(old._offsets)[keep], [len(line) for _, line in lines_added]])
@@ -160,6 +183,9 @@ def write_changed(
         for start, stop in edges.reshape(-1, 2):
             handle.write(memoryview(old._bytes)[old._offsets[start] : old._offsets[stop]])
         handle.writelines(line for _, line in lines_added)
+    if old.queries is not None:
+        there = set(pids)
+        write_queries({p: texts for p, texts in old.queries.items() if p in there}, folder)
     _write_places(folder, pids, np.append(0, np.cumsum(sizes, dtype=np.int64)))
     return PassageStore(folder)
 

@@ -35,6 +35,7 @@ MOST = 10  # versions that are kept
 
 # What makes an index one of a student: what its tokens mean, and which passages they named.
 _IDENTITY = ("identifiers/", "passages/", "vocabulary.json", "spiece.model", "views.json", "text/")
+_APART = "passages/queries.jsonl"  # which came later
 _PARTIAL = ".partial"
 _threads = threading.Lock()  # the lock of MODEL_DIR is one of the whole process
 
@@ -267,7 +268,7 @@ def identity(prepared: Path) -> str:
     record = read_record(prepared)
     files = {
         name: entry for name, entry in (record.get(kept.KEY) or {}).items()
-        if name.startswith(_IDENTITY)
+        if name.startswith(_IDENTITY) and name != _APART
     }  # fmt: skip
     text = json.dumps([record.get("fingerprint"), files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ import Stemmer
 from dgr_jax import partitioning, ranges
 from dgr_jax.corpora import words
 from dgr_jax.corpora.store import PassageStore
-from dgr_jax.corpora.types import ScoredPassage
+from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval import kept_postings
 from dgr_jax.retrieval.batching import Found, _nothing
@@ -48,6 +50,12 @@ class Bm25:
     language: that of the texts, for which Snowball has a stemmer.
     grams: characters of the n-grams that count in place of words, see `words.grams`; stop words
       and stems are of no concern then. 0: words.
+    queries_weight: what an occurrence in a training query of which the passage is a positive
+      counts, beside 1 for each in the passage (fields of BM25F; Robertson, Zaragoza and Taylor
+      2004). Such queries count in document frequencies too, by which the words of questions, rare
+      in passages, lose weight. 0: passages alone.
+    sentences: whether each sentence of a text counts as a passage of its own, of which the best is
+      the score of the passage. Titles count where there is no text.
     """
 
     k1: float = 0.9
@@ -56,9 +64,22 @@ class Bm25:
     stemmer: str = SNOWBALL
     language: str = unless_default("english")
     grams: int = unless_default(0)
+    queries_weight: float = unless_default(0.0)
+    sentences: bool = unless_default(False)
 
     def __post_init__(self) -> None:
-        ranges.check(self, k1=ranges.at_least(0), b=ranges.between(0, 1), grams=ranges.at_least(0))
+        ranges.check(
+            self,
+            k1=ranges.at_least(0),
+            b=ranges.between(0, 1),
+            grams=ranges.at_least(0),
+            queries_weight=ranges.at_least(0),
+        )
+        if self.sentences and self.queries_weight:
+            raise ValueError(
+                f"Bm25.queries_weight: got {self.queries_weight} with Bm25.sentences, expected 0: "
+                "training queries belong to whole passages"
+            )
         if self.stop_words != "english":
             _stop_words(self.stop_words)
         if self.algorithm not in ("", *Stemmer.algorithms()):
@@ -81,10 +102,36 @@ class Bm25:
             return functools.partial(words.grams, size=self.grams)
         return _words(self, alone=alone)
 
+    def texts(self, passage: Passage) -> list[str]:
+        """What is counted one by one: the passage, or its sentences."""
+        sentences = words.sentences(passage.text) if self.sentences else []
+        return sentences or [passage.contents]
+
+    def counts(
+        self, passages: Iterable[Passage], queries: Mapping[str, Sequence[str]]
+    ) -> Iterator[list[dict[str, float]]]:
+        """word -> occurrences, of each sentence of a passage, or of title and text as one; then
+        with those in its training queries, weighed: pid -> queries."""
+        words_of = self.reader(alone=True)
+        for passage in passages:
+            if self.sentences:
+                yield [dict(Counter(words_of(text))) for text in self.texts(passage)]
+                continue
+            counts: dict[str, float] = dict(Counter(words_of(passage.contents)))
+            asked = queries.get(passage.pid, ()) if self.queries_weight else ()
+            for word in itertools.chain.from_iterable(map(words_of, asked)):
+                counts[word] = counts.get(word, 0) + self.queries_weight
+            yield [counts]
+
     def fit(self, store: PassageStore) -> Bm25Index:
-        """Indexes title and text of every passage."""
+        """Indexes title and text of every passage, and its training queries where these count.
+
+        Raises ValueError where they do, and are not kept with the passages.
+        """
         if len(store) == 0:
             raise ValueError("the corpus has no passages to index")
+        if self.queries_weight or self.sentences:
+            return self._counted(store)
         words_of = self.reader(alone=True)
         vocabulary: dict[str, int] = {}
         ids = [
@@ -98,17 +145,34 @@ class Bm25:
         mean_words = sum(map(len, ids)) / len(ids)
         return Bm25Index(self, model, vocabulary, store.pids, mean_words)
 
-    def reopened(self, postings: Postings, pids: list[str]) -> Bm25Index:
-        """An index whose scores are made of these."""
+    def _counted(self, store: PassageStore) -> Bm25Index:
+        """Indexes what the library has no form of."""
+        queries = store.queries if self.queries_weight else {}
+        if queries is None:
+            raise ValueError(
+                f"{type(self).__name__}.queries_weight: got {self.queries_weight}, expected 0: no "
+                f"training queries are kept with the passages ({store.folder})"
+            )
+        counts = list(self.counts(store, queries))
+        lengths = [sum(counted.values()) for of in counts for counted in of]
+        mean_words = sum(lengths) / len(lengths)
+        nothing = Postings.none(sentences=self.sentences)
+        kept = KeptPostings(nothing, np.zeros(0, np.float32), mean_words)
+        postings = kept.changed(self, np.zeros(0, bool), counts).postings
+        return self.reopened(postings, store.pids, mean_words)
+
+    def reopened(self, postings: Postings, pids: list[str], mean_words: float = 0.0) -> Bm25Index:
+        """An index whose scores are made of these; mean_words: only needed to keep it again."""
         if not postings.words:
             return Bm25Index(self, None, {}, pids)
         model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
         model.scores = {
             "data": postings.impacts, "indices": postings.passages, "indptr": postings.starts,
-            "num_docs": len(pids),
+            "num_docs": len(pids) if postings.sizes is None else int(postings.sizes.sum()),
         }  # fmt: skip
         model.nonoccurrence_array = None
-        return Bm25Index(self, model, {word: i for i, word in enumerate(postings.words)}, pids)
+        vocabulary = {word: i for i, word in enumerate(postings.words)}
+        return Bm25Index(self, model, vocabulary, pids, mean_words, postings.sizes)
 
 
 # The settings of the baseline before they could be chosen.
@@ -125,31 +189,37 @@ class Bm25Index:
         vocabulary: dict[str, int],
         pids: list[str],
         mean_words: float = 0.0,
+        sizes: np.ndarray | None = None,
     ) -> None:
         self._model = model
         self._vocabulary = vocabulary
         self._pids = pids
         self.settings = settings
         self.mean_words = mean_words
+        self._sizes = sizes
         self._words = settings.reader()
 
     def postings(self) -> Postings:
         """What its scores are made of."""
         if self._model is None:
-            return Postings([], np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, "f4"))
+            return Postings.none()
         of = self._model.scores
         words = list(self._vocabulary)[: len(of["indptr"]) - 1]  # bm25s adds a blank one
-        return Postings(words, np.asarray(of["indptr"], np.int64), of["indices"], of["data"])
+        starts = np.asarray(of["indptr"], np.int64)
+        return Postings(words, starts, of["indices"], of["data"], self._sizes)
 
     def scores(self, text: str) -> np.ndarray:
         """f32 [P]: the score of every passage; 0 where it has no word of the query."""
         if ids := self._ids(text):
-            return self._model.get_scores_from_ids(ids)
+            return self.postings().best_sentences(self._model.get_scores_from_ids(ids))
         return np.zeros(len(self._pids), np.float32)
 
     def scores_of(self, text: str, passages: np.ndarray) -> np.ndarray:
         """f32 [n]: `scores` of a few passages, int [n], to the last bit; the time hardly grows with
-        the corpus, for each word's passages, which ascend, are searched for these."""
+        the corpus, for each word's passages, which ascend, are searched for these. Sentences are
+        all looked at."""
+        if self._sizes is not None:
+            return self.scores(text)[passages]
         scores = np.zeros(len(passages), np.float32)
         for word in self._ids(text):
             of = self._model.scores
@@ -165,7 +235,8 @@ class Bm25Index:
 
     def kept(self) -> KeptPostings:
         """The same with what passages that come later are weighed with."""
-        return KeptPostings.of(self.postings(), self.num_passages, self.mean_words)
+        count = self.num_passages if self._sizes is None else int(self._sizes.sum())
+        return KeptPostings.of(self.postings(), count, self.mean_words)
 
     def search(self, queries: Mapping[str, str], k: int) -> dict[str, list[ScoredPassage]]:
         """qid -> its k best passages, best first, ties by pid.

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dgr_jax import partitioning
+from dgr_jax.corpora import store
 from dgr_jax.model_dir import kept, records
 from dgr_jax.model_dir.index_versions import Versions
 from dgr_jax.models import tensor_files
@@ -29,7 +30,7 @@ from dgr_jax.retrieval import cards, kinds, trained
 # Of a stage that answers: what only training, or whoever measures, reads.
 _LEFT_OUT = (
     "arrays", "checkpoints", "collection", "runs", "tensorboard", "tfds", "metrics.jsonl",
-    "*.png", "*.trec", kept.MEMORY, ".lock", records.RECORD, "*.partial*",
+    "*.png", "*.trec", store.QUERIES, kept.MEMORY, ".lock", records.RECORD, "*.partial*",
 )  # fmt: skip
 _CONFIG = "config.gin"
 _ARTIFACT = {"type": "dgr", "format": "dgr_jax", "package_hint": "dgr_jax"}  # for PyTerrier

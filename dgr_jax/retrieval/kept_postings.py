@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,12 +25,29 @@ _FORMAT, _VERSION = "dgr_jax.lexical_plan", 1
 
 class Postings(NamedTuple):
     """Word w of `words` adds impacts[i] to passage passages[i], for i from starts[w] on, below
-    starts[w + 1]."""
+    starts[w + 1].
+
+    sizes: int32 [P], sentences of each passage, where these count one by one: `passages` are
+    sentences then, in the order of the passages, and the best one is the score of a passage.
+    """
 
     words: list[str]
     starts: np.ndarray
     passages: np.ndarray
     impacts: np.ndarray
+    sizes: np.ndarray | None = None
+
+    @classmethod
+    def none(cls, *, sentences: bool = False) -> Postings:
+        """Those of no passage."""
+        arrays = np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return cls([], *arrays, np.zeros(0, np.int32) if sentences else None)
+
+    def best_sentences(self, scores: np.ndarray) -> np.ndarray:
+        """The scores of passages, f32 [P], of those of what `passages` are."""
+        if self.sizes is None:
+            return scores
+        return np.maximum.reduceat(scores, np.cumsum(self.sizes, dtype=np.int64) - self.sizes)
 
 
 class Weighing(Protocol):
@@ -40,8 +57,6 @@ class Weighing(Protocol):
     def k1(self) -> float: ...
     @property
     def b(self) -> float: ...
-
-    def reader(self, *, alone: bool = False) -> Callable[[str], Iterable[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -61,33 +76,42 @@ class KeptPostings:
         """Those of so many passages, of so many words on average."""
         return cls(postings, _idf(np.diff(postings.starts), passages), mean_words)
 
-    def changed(self, bm25: Weighing, stay: np.ndarray, texts: Sequence[str]) -> KeptPostings:
-        """Those of the passages that stay, bool [P], and then of others.
+    def changed(
+        self, bm25: Weighing, stay: np.ndarray, added: Sequence[Sequence[Mapping[str, float]]]
+    ) -> KeptPostings:
+        """Those of the passages that stay, bool [P], and then of others: word -> occurrences, of
+        each of their sentences, or of the passage as one.
 
         What a known word counts, and the average length, stay as they were. A new word counts what
         it would among all passages.
         """
         assert self.mean_words is not None
-        new = [Counter(words) for words in map(bm25.reader(alone=True), texts)]
+        sizes = self.postings.sizes
+        if sizes is not None:
+            stay, before = np.repeat(stay, sizes), sizes[stay]
+            sizes = np.concatenate([before, [len(of) for of in added]]).astype(np.int32)
+        new = [counts for of in added for counts in of]
         places = {word: i for i, word in enumerate(self.postings.words)}
         frequency = Counter(word for counts in new for word in counts if word not in places)
         places |= {word: len(places) + i for i, word in enumerate(frequency)}
-        passages = int(np.count_nonzero(stay)) + len(texts)
+        passages = int(np.count_nonzero(stay)) + len(new)
         idf = np.append(self.idf, _idf(np.array([*frequency.values()], float), passages))
         word = np.array([places[w] for counts in new for w in counts], np.int64)
         owner = np.repeat(np.arange(len(new)), [len(counts) for counts in new])
         count = np.array([n for counts in new for n in counts.values()], np.float64)
-        length = np.array([counts.total() for counts in new], np.float64)[owner]
+        length = np.array([sum(counts.values()) for counts in new], np.float64)[owner]
         norm = 1 - bm25.b + bm25.b * length / max(self.mean_words, 1e-9)
         impacts = (idf[word] * count / (bm25.k1 * norm + count)).astype(np.float32)
-        added = word, owner + passages - len(texts), impacts
-        merged = _merged(self.postings, stay, list(places), added)
+        entries = word, owner + passages - len(new), impacts
+        merged = _merged(self.postings, stay, list(places), entries)._replace(sizes=sizes)
         return KeptPostings(merged, idf.astype(np.float32), self.mean_words)
 
     def save(self, folder: Path, bm25: Weighing, pids: Sequence[str]) -> None:
         """Writes them to `folder`, of the passages with these pids."""
         words = np.frombuffer("\n".join(self.postings.words).encode(), np.uint8)
         arrays = self.postings._asdict() | {"words": words, "idf": self.idf}
+        if arrays["sizes"] is None:
+            del arrays["sizes"]
         settings = {
             "corpus": _corpus(pids),
             "mean_words": self.mean_words,
@@ -105,7 +129,7 @@ class KeptPostings:
         if not (folder / "header.json").is_file():
             return None
         corpus = _corpus(pids)
-        needed = {"corpus": corpus, "sha256": Postings._fields}
+        needed = {"corpus": corpus, "sha256": ("words", "starts", "passages", "impacts")}
         try:
             arrays, header = array_folder.load(
                 folder, kind=_FORMAT, version=_VERSION, needed=needed
@@ -159,8 +183,9 @@ def _idf(frequency: np.ndarray, passages: int) -> np.ndarray:
 
 
 def _described(bm25: Any) -> dict[str, Any]:
-    """The settings as JSON; those of words as they were before there were n-grams."""
-    return {name: value for name, value in asdict(bm25).items() if name != "grams" or value}
+    """The settings as JSON; without those that came later, where they have no effect."""
+    later = ("grams", "queries_weight", "sentences")
+    return {name: value for name, value in asdict(bm25).items() if name not in later or value}
 
 
 def _corpus(pids: Sequence[str]) -> dict[str, Any]:

@@ -142,6 +142,10 @@ class Lexical:
       characters (`Bm25.grams`), which meet where words are spelled or put together otherwise. On
       held-out training questions of SQuAD 5 of weight .2 gain .02 RR@10 beside a student; on the
       embedded collection nothing. They take several times the memory and time of words. 0: none.
+    queries_weight: what words and n-grams of the training queries count that passages are positives
+      of (`Bm25.queries_weight`). 0: passages alone.
+    sentences_weight: of the best sentence of a passage by the same words and n-grams, which is
+      added (`Bm25.sentences`). 0: passages alone. See docs/studies.md for what each of them gains.
     """
 
     planned: int | None = None
@@ -151,15 +155,24 @@ class Lexical:
     bm25: Bm25 = Bm25()
     grams: int = unless_default(0)
     grams_weight: float = unless_default(0.2)
+    queries_weight: float = unless_default(0.0)
+    sentences_weight: float = unless_default(0.0)
 
     searched: ClassVar[tuple[str, ...]] = (
         *("planned", "ranked_by", "num_beams", "weight", "bm25", "grams", "grams_weight"),
+        *("queries_weight", "sentences_weight"),
     )
     of_any_student: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_plan(self)
-        ranges.check(self, grams=ranges.at_least(0), grams_weight=ranges.above(0))
+        ranges.check(
+            self,
+            grams=ranges.at_least(0),
+            grams_weight=ranges.above(0),
+            queries_weight=ranges.at_least(0),
+            sentences_weight=ranges.at_least(0),
+        )
 
     @property
     def most(self) -> int:
@@ -189,15 +202,30 @@ class Lexical:
     @property
     def _summed(self) -> tuple[tuple[Bm25, float], ...]:
         """What the plan score is the sum of, and by which weights."""
-        of_grams = (replace(self.bm25, grams=self.grams), self.grams_weight)
-        return ((self.bm25, 1.0), *[of_grams] * (self.grams > 0))
+        passages = self.bm25
+        if self.queries_weight:
+            passages = replace(passages, queries_weight=self.queries_weight)
+        of = [(passages, 1.0)]
+        if self.sentences_weight:
+            sentences = replace(self.bm25, queries_weight=0.0, sentences=True)
+            of.append((sentences, self.sentences_weight))
+        if self.grams:
+            of += [(replace(b, grams=self.grams), self.grams_weight * weight) for b, weight in of]
+        return tuple(of)
 
     def sizes(self, passages: int, words: float, sample: Sequence[str] = ()) -> PlanSizes:
         """See Plan."""
         planned = self.of_corpus(passages).planned or 0
         return plan_sizes.summed(
             plan_sizes.of_words(
-                bm25.reader(alone=True), sample, passages, words, planned, _RARE, grams=bm25.grams
+                bm25.reader(alone=True),
+                sample,
+                passages,
+                words,
+                planned,
+                _RARE,
+                grams=bm25.grams,
+                sentences=bm25.sentences,
             )
             for bm25, _ in self._summed
         )
@@ -267,8 +295,11 @@ class _Part:
         self._postings = postings
         self._words_of = bm25.reader()
         self._word = {word: i for i, word in enumerate(postings.words)}
-        common = np.flatnonzero(np.diff(postings.starts) > num_passages / _RARE)
-        self._common = {i: np.zeros(num_passages, np.float32) for i in common.tolist()}
+        sizes = postings.sizes
+        self._sentences = None if sizes is None else np.zeros(int(sizes.sum()), np.float32)
+        count = num_passages if self._sentences is None else len(self._sentences)
+        common = np.flatnonzero(np.diff(postings.starts) > count / _RARE)
+        self._common = {i: np.zeros(count, np.float32) for i in common.tolist()}
         for i, row in self._common.items():
             part = slice(postings.starts[i], postings.starts[i + 1])
             row[postings.passages[part]] = postings.impacts[part]
@@ -276,12 +307,22 @@ class _Part:
     @property
     def nbytes(self) -> int:
         postings = self._postings
-        arrays = [*postings[1:], *self._common.values()]
+        arrays = [array for array in postings[1:] if array is not None]
+        arrays += self._common.values()
         return sum(array.nbytes for array in arrays) + sum(map(len, postings.words))
 
     def add(self, text: str, scores: np.ndarray) -> None:
         """Adds to scores f32 [P] what the words of a text count."""
-        _, starts, passages, impacts = self._postings
+        if self._sentences is None:
+            self._add(text, scores)
+            return
+        self._sentences[:] = 0
+        self._add(text, self._sentences)
+        scores += self._postings.best_sentences(self._sentences)
+
+    def _add(self, text: str, scores: np.ndarray) -> None:
+        """The same, to scores of what `Postings.passages` are."""
+        _, starts, passages, impacts, _ = self._postings
         for word in self._words_of(text):
             i = self._word.get(word)
             if i in self._common:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dgr_jax import display, evaluation, plots, processes
+from dgr_jax.corpora import store
 from dgr_jax.corpora.types import Query
 from dgr_jax.experiments.dense import DenseExperiment
 from dgr_jax.experiments.generative import Experiment
@@ -37,11 +38,19 @@ COMPARED = ("Success@1", "Success@10", "RR@10")
 def evaluate(experiment: Experiment | DenseExperiment, folder: Path) -> None:
     """Measures every system; see `measure`."""
     prepared = Prepared.load(experiment.model_dir)
+    _keep_training_queries(experiment, prepared)
     experiment = plan_weight.chosen(experiment, folder, prepared)
     search = search_of(experiment, prepared)
     measure(
         experiment, folder, prepared, lambda name: open_system(experiment, name, prepared, search)
     )
+
+
+def _keep_training_queries(experiment: Experiment | DenseExperiment, prepared: Prepared) -> None:
+    """Keeps them where an older version prepared the passages without."""
+    if processes.first() and not (prepared.store.folder / store.QUERIES).is_file():
+        judged.keep_training_queries(prepared.folder, experiment.prepare)
+    processes.wait()
 
 
 def search_of(experiment: Experiment | DenseExperiment, prepared: Prepared) -> Any:

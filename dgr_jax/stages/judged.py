@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgr_jax.corpora import beir, checks
+from dgr_jax.corpora import beir, checks, store
 from dgr_jax.corpora.store import PassageStore
 from dgr_jax.corpora.types import Collection, Qrel, Query
 from dgr_jax.data.rules import measured_splits
@@ -220,6 +220,18 @@ def qrels(folder: Path, split: str) -> list[Qrel]:
     if (folder / UNJUDGED / split).is_dir():
         return []
     return list(_opened(folder / JUDGED).qrels(split))
+
+
+def keep_training_queries(folder: Path, settings: Settings) -> None:
+    """Writes beside the passages which training queries each is a positive of, of what `write` has
+    written, see `PassageStore.queries`."""
+    by_pid: dict[str, list[str]] = {}
+    for split in settings.train_splits:
+        asked = queries(folder, split)
+        for qrel in qrels(folder, split):
+            if qrel.relevance >= settings.min_relevance:
+                by_pid.setdefault(qrel.pid, []).append(asked[qrel.qid].text)
+    store.write_queries(by_pid, folder / "passages")
 
 
 def _opened(folder: Path) -> beir.BeirCollection:

@@ -105,6 +105,7 @@ def read(experiment: Experiment | DenseExperiment, folder: Path) -> tuple[Passag
             "student to choose from and a teacher to order"
         )
     judged.write(folder, splits)
+    judged.keep_training_queries(folder, settings)
     if not settings.train_splits:
         owner, sources = type(settings).__name__, " and ".join(settings.sources.rates())
         logger.info(

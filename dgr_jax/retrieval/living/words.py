@@ -14,7 +14,8 @@ def write(change: Change) -> None:
     """Writes the postings of a version, by the settings of each that are kept in the one before.
 
     What words count stays as it was, until it is renewed; where an older version kept postings, of
-    which that cannot be known, it is renewed now.
+    which that cannot be known, it is renewed now. Where training queries count and were not kept
+    with the passages, as in a published folder, it stays.
     """
     for folder in sorted((change.old / PLANS).glob("lexical-*")):
         header = kept.read_json(folder / "header.json")
@@ -23,11 +24,13 @@ def write(change: Change) -> None:
         if said is None:
             continue  # whoever opens the plan makes it
         bm25 = restored(Bm25, said)
-        held = None if change.renew else KeptPostings.load(folder, change.store.pids)
         store = PassageStore(change.new / "passages")
+        queries = {} if not bm25.queries_weight else store.queries
+        renew = change.renew and queries is not None
+        held = None if renew else KeptPostings.load(folder, change.store.pids)
         if held is None or held.mean_words is None:
             held = bm25.fit(store).kept()
         else:
-            texts = [passage.contents for passage in change.added]
-            held = held.changed(bm25, change.stay, texts)
+            added = bm25.counts(change.added, queries or {})
+            held = held.changed(bm25, change.stay, list(added))
         held.save(target, bm25, store.pids)
