@@ -38,7 +38,8 @@ def test_the_questions_are_none_of_the_collection():
 @pytest.mark.slow
 def test_the_first_answers_of_the_quickstart(command, tmp_path):
     """The quickstart as a user trains it, without the control. Wrong are those on mudslides, the
-    necks of owls, the first vaccine and cold deserts, whose passages say it in other words."""
+    first vaccine and cold deserts, whose passages say it in other words; of some seeds also the
+    one on owls."""
     flags = ("--gin_file=quickstart.gin", "--gin.Experiment.control=False")
     command("dgr_jax.train", *flags, f"--model_dir={tmp_path}", env={"XLA_FLAGS": ""})
     hits = Retriever.load(tmp_path).search(list(QUESTIONS), k=1)
