@@ -151,15 +151,13 @@ class Bm25:
         if queries is None:
             raise ValueError(
                 f"{type(self).__name__}.queries_weight: got {self.queries_weight}, expected 0: no "
-                f"training queries are kept with the passages ({store.folder})"
+                f"training queries are kept with the passages ({store.folder}); an evaluation of "
+                "the MODEL_DIR that was trained keeps them"
             )
-        counts = list(self.counts(store, queries))
-        lengths = [sum(counted.values()) for of in counts for counted in of]
-        mean_words = sum(lengths) / len(lengths)
-        nothing = Postings.none(sentences=self.sentences)
-        kept = KeptPostings(nothing, np.zeros(0, np.float32), mean_words)
-        postings = kept.changed(self, np.zeros(0, bool), counts).postings
-        return self.reopened(postings, store.pids, mean_words)
+        nothing = Postings.none(sentences=self.sentences), np.zeros(0, np.float32), None
+        counts = self.counts(store, queries)
+        kept = KeptPostings(*nothing).changed(self, np.zeros(0, bool), counts)
+        return self.reopened(kept.postings, store.pids, kept.mean_words or 0.0)
 
     def reopened(self, postings: Postings, pids: list[str], mean_words: float = 0.0) -> Bm25Index:
         """An index whose scores are made of these; mean_words: only needed to keep it again."""

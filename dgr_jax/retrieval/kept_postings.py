@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -64,7 +64,7 @@ class KeptPostings:
     """Postings, and what passages that come later are weighed with.
 
     idf: inverse document frequency of each word, f32; mean_words: words of a passage on average,
-    None where an older version kept the postings.
+    None where an older version kept the postings, or none are there yet.
     """
 
     postings: Postings
@@ -77,34 +77,37 @@ class KeptPostings:
         return cls(postings, _idf(np.diff(postings.starts), passages), mean_words)
 
     def changed(
-        self, bm25: Weighing, stay: np.ndarray, added: Sequence[Sequence[Mapping[str, float]]]
+        self, bm25: Weighing, stay: np.ndarray, added: Iterable[Sequence[Mapping[str, float]]]
     ) -> KeptPostings:
         """Those of the passages that stay, bool [P], and then of others: word -> occurrences, of
         each of their sentences, or of the passage as one.
 
-        What a known word counts, and the average length, stay as they were. A new word counts what
-        it would among all passages.
+        What a known word counts, and the average length, stay as they were; without one, it is
+        that of the others. A new word counts what it would among all passages.
         """
-        assert self.mean_words is not None
-        sizes = self.postings.sizes
+        known, sizes = len(self.postings.words), self.postings.sizes
+        places = {word: i for i, word in enumerate(self.postings.words)}
+        words, counts, distinct, cut = array("i"), array("d"), array("i"), array("i")
+        for of in added:
+            cut.append(len(of))
+            for counted in of:
+                words.extend(places.setdefault(word, len(places)) for word in counted)
+                counts.extend(counted.values())
+                distinct.append(len(counted))
+        word, count = np.frombuffer(words, np.int32), np.frombuffer(counts)
+        owner = np.repeat(np.arange(len(distinct), dtype=np.int32), distinct)
         if sizes is not None:
             stay, before = np.repeat(stay, sizes), sizes[stay]
-            sizes = np.concatenate([before, [len(of) for of in added]]).astype(np.int32)
-        new = [counts for of in added for counts in of]
-        places = {word: i for i, word in enumerate(self.postings.words)}
-        frequency = Counter(word for counts in new for word in counts if word not in places)
-        places |= {word: len(places) + i for i, word in enumerate(frequency)}
-        passages = int(np.count_nonzero(stay)) + len(new)
-        idf = np.append(self.idf, _idf(np.array([*frequency.values()], float), passages))
-        word = np.array([places[w] for counts in new for w in counts], np.int64)
-        owner = np.repeat(np.arange(len(new)), [len(counts) for counts in new])
-        count = np.array([n for counts in new for n in counts.values()], np.float64)
-        length = np.array([sum(counts.values()) for counts in new], np.float64)[owner]
-        norm = 1 - bm25.b + bm25.b * length / max(self.mean_words, 1e-9)
-        impacts = (idf[word] * count / (bm25.k1 * norm + count)).astype(np.float32)
-        entries = word, owner + passages - len(new), impacts
-        merged = _merged(self.postings, stay, list(places), entries)._replace(sizes=sizes)
-        return KeptPostings(merged, idf.astype(np.float32), self.mean_words)
+            sizes = np.concatenate([before, np.array(cut, np.int32)])
+        staying = int(np.count_nonzero(stay))
+        frequency = np.bincount(word[word >= known] - known, minlength=len(places) - known)
+        idf = np.append(self.idf, _idf(frequency, staying + len(distinct))).astype(np.float32)
+        length, mean = np.bincount(owner, count, len(distinct)), self.mean_words
+        mean = float(length.mean()) if mean is None else mean
+        norm = bm25.k1 * (1 - bm25.b + bm25.b * length / max(mean, 1e-9))
+        impacts = (idf[word] * count / (norm[owner] + count)).astype(np.float32)
+        merged = _merged(self.postings, stay, list(places), (word, owner + staying, impacts))
+        return KeptPostings(merged._replace(sizes=sizes), idf, mean)
 
     def save(self, folder: Path, bm25: Weighing, pids: Sequence[str]) -> None:
         """Writes them to `folder`, of the passages with these pids."""

@@ -32,5 +32,5 @@ def write(change: Change) -> None:
             held = bm25.fit(store).kept()
         else:
             added = bm25.counts(change.added, queries or {})
-            held = held.changed(bm25, change.stay, list(added))
+            held = held.changed(bm25, change.stay, added)
         held.save(target, bm25, store.pids)
