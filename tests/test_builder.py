@@ -116,7 +116,7 @@ def test_none_and_recipe_leave_what_the_recipe_says():
     usual = gin_files.from_flags(["--gin_file=quickstart.gin", "--model_dir=m"])
     same = experiment(GenerativeRetriever(recipe="quickstart"))
     assert fingerprints(same) == fingerprints(usual)
-    assert usual.plan == Lexical()
+    assert usual.plan == Lexical(queries_weight=0.2)
     without = experiment(GenerativeRetriever(recipe="quickstart", plan=None, initial=None))
     replaced = dataclasses.replace(usual, plan=None, initial=None)
     assert fingerprints(without) == fingerprints(replaced)
