@@ -14,7 +14,7 @@ usage: launch_tpu_pod.sh --name=NAME --zone=ZONE --type=TYPE [flags] -- TRAIN_FL
                       v4 and older, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e,
                       v2-alpha-tpuv6e for v6e)
   --python=PROGRAM    a Python 3.11 or newer on the workers (default: python3 where it is one, or
-                      python3.13, python3.12, python3.11; or else uv's Python 3.12)
+                      python3.14, python3.13, python3.12, python3.11; or else uv's Python 3.12)
   --project=PROJECT   of Google Cloud (default: that of gcloud's configuration)
   --spot              cheaper, may be preempted at any time
   --setup=COMMAND     run on every worker before training, such as mounting the shared folder
@@ -158,7 +158,7 @@ given='"${python:+$(printf %q "$python")}"'
 fits() { "$1" -c "import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }
 fits .venv/bin/python || {
   rm -rf .venv
-  for python in ${given:-python3 python3.13 python3.12 python3.11}; do
+  for python in ${given:-python3 python3.14 python3.13 python3.12 python3.11}; do
     if fits "$python"; then "$python" -m venv .venv; break; fi
   done
 }

@@ -229,6 +229,17 @@ def test_training_queries_count_for_passages_that_come_and_stay(model_dir):
     np.testing.assert_array_equal(index.scores(question), bm25.fit(passages).scores(question))
 
 
+def test_a_version_of_before_training_queries_were_kept_has_those_of_the_prepare_stage(model_dir):
+    versions = update.versions(model_dir)
+    update.update(versions, [ZEBRA])
+    with_queries(model_dir)
+    planned = {"system": "planned", "queries_weight": 0.5, "ranked_by": "plan"}
+    retriever = Retriever.load(model_dir, **planned)
+    assert retriever.version == 1 and found(retriever, "brouillard") == ["bees-02"]
+    retriever.add([BEES])
+    assert sorted(found(retriever, "brouillard")) == sorted(["bees-02", BEES.pid])
+
+
 def test_a_published_folder_without_training_queries_grows_and_is_compacted(model_dir, tmp_path):
     with_queries(model_dir)
     Retriever.load(model_dir, system="planned").save(tmp_path / "published")

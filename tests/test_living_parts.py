@@ -209,6 +209,15 @@ def test_sentences_come_and_go_with_their_passages(tmp_path):
     assert (now[2:] == 0).all() and index_now.scores("zebra").argmax() == 2
 
 
+def test_sentences_come_to_passages_without_words(tmp_path):
+    bm25, pids = Bm25(sentences=True), ["0", "1", "2"]
+    held = [Passage(pid, "?") for pid in pids[:2]]
+    kept = bm25.fit(store.write(held, tmp_path / "0")).kept()
+    added = bm25.counts([Passage("2", "A zebra. Runs!")], {})
+    grown = kept.changed(bm25, np.array([True, True]), added)
+    assert bm25.reopened(grown.postings, pids).scores("zebra").argmax() == 2
+
+
 def test_words_are_weighed_as_they_were_and_new_ones_by_all_passages():
     bm25 = Bm25(stemmer="", stop_words="")
     texts = ["bee bee honey", "whale ocean", "bee whale whale moon"]

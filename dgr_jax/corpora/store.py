@@ -35,12 +35,14 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 class PassageStore:
     """The passages of a store by passage index, memory-mapped; safe to share between threads.
 
+    before: folder of the store that this one was made of, whose training queries stand where none
+      were kept here.
     Raises FileNotFoundError where a file of the store is missing, ValueError where the files do not
     fit each other, and kept.Damaged where one was changed since it was written.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, before: str | os.PathLike | None = None):
+        self.folder, self._before = Path(folder), before
         missing = [n for n in (_PASSAGES, _PIDS, _OFFSETS) if not (self.folder / n).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -64,7 +66,7 @@ class PassageStore:
             )
 
     def __reduce__(self):
-        return PassageStore, (self.folder,)
+        return PassageStore, (self.folder, self._before)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -122,6 +124,8 @@ class PassageStore:
         """pid -> the training queries of which the passage is a positive, of those that have some;
         None where they were not kept."""
         path = self.folder / QUERIES
+        if self._before is not None and not path.is_file():
+            path = Path(self._before) / QUERIES
         if not path.is_file():
             return None
         with kept.reading(path), open(path, "rb") as handle:

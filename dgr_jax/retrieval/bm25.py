@@ -162,7 +162,7 @@ class Bm25:
     def reopened(self, postings: Postings, pids: list[str], mean_words: float = 0.0) -> Bm25Index:
         """An index whose scores are made of these; mean_words: only needed to keep it again."""
         if not postings.words:
-            return Bm25Index(self, None, {}, pids)
+            return Bm25Index(self, None, {}, pids, mean_words, postings.sizes)
         model = _bm25s().BM25(k1=self.k1, b=self.b, method="lucene")
         model.scores = {
             "data": postings.impacts, "indices": postings.passages, "indptr": postings.starts,
@@ -200,7 +200,7 @@ class Bm25Index:
     def postings(self) -> Postings:
         """What its scores are made of."""
         if self._model is None:
-            return Postings.none()
+            return Postings.none()._replace(sizes=self._sizes)
         of = self._model.scores
         words = list(self._vocabulary)[: len(of["indptr"]) - 1]  # bm25s adds a blank one
         starts = np.asarray(of["indptr"], np.int64)

@@ -51,11 +51,11 @@ def of_words(
     all; none: sizes are those of English text. words: of a passage on average, divided by spaces.
     rare: words in more than one of so many passages have a number for every passage too.
     """
-    counts = scores = 0.0  # bytes of how many sentences each passage has, and of their scores
+    counts = 0.0  # bytes of how many sentences each passage has
     if sentences:
         cut = [sentence for text in sample for sentence in cut_into_sentences(text)]
         each = len(cut) / len(sample) if sample else max(1.0, words / _SENTENCE)
-        counts, scores = _NUMBER * passages, _NUMBER * passages * each
+        counts = float(_NUMBER) * passages
         sample, passages, words = cut, round(passages * each), words / each
     if sample:
         passages_of = Counter(word for text in sample for word in set(words_of(text)))
@@ -75,7 +75,7 @@ def of_words(
     disk = postings + (1 + _NUMBER) * known + 5 * _HEADER  # a line end and its idf for every word
     per_query = _SLOWER if grams else 1
     seconds = per_query * (_QUERY + _PASSAGE * passages)
-    return PlanSizes(disk, postings + dense + scores, planned, seconds)
+    return PlanSizes(disk, postings + dense, planned, seconds)
 
 
 def summed(parts: Iterable[PlanSizes]) -> PlanSizes:

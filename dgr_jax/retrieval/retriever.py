@@ -152,7 +152,7 @@ class Retriever:
             )
         _check_sizes(settings, usual)
         index, vocabulary = sources.index, Vocabulary.load(sources.prepared)
-        store = PassageStore(index / "passages")
+        store = PassageStore(index / "passages", sources.prepared / "passages")
         # Their files are opened now: what lies in their place later may be another version.
         vocabulary.encode("")
         store.pids, store[0]

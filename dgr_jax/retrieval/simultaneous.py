@@ -295,9 +295,7 @@ class _Part:
         self._postings = postings
         self._words_of = bm25.reader()
         self._word = {word: i for i, word in enumerate(postings.words)}
-        sizes = postings.sizes
-        self._sentences = None if sizes is None else np.zeros(int(sizes.sum()), np.float32)
-        count = num_passages if self._sentences is None else len(self._sentences)
+        self._count = count = num_passages if postings.sizes is None else int(postings.sizes.sum())
         common = np.flatnonzero(np.diff(postings.starts) > count / _RARE)
         self._common = {i: np.zeros(count, np.float32) for i in common.tolist()}
         for i, row in self._common.items():
@@ -313,12 +311,12 @@ class _Part:
 
     def add(self, text: str, scores: np.ndarray) -> None:
         """Adds to scores f32 [P] what the words of a text count."""
-        if self._sentences is None:
+        if self._postings.sizes is None:
             self._add(text, scores)
-            return
-        self._sentences[:] = 0
-        self._add(text, self._sentences)
-        scores += self._postings.best_sentences(self._sentences)
+        else:
+            of_sentences = np.zeros(self._count, np.float32)
+            self._add(text, of_sentences)
+            scores += self._postings.best_sentences(of_sentences)
 
     def _add(self, text: str, scores: np.ndarray) -> None:
         """The same, to scores of what `Postings.passages` are."""

@@ -61,7 +61,7 @@ def update(
     if not added and not removed:
         raise ValueError("got no passages to add and no pids to remove, expected one or more")
     with versions.writing():
-        passages = PassageStore(versions.at(versions.current()) / "passages")
+        passages = _passages(versions)
         changes.check_known(removed, passages)
         if both := sorted({passage.pid for passage in added} & set(removed)):
             raise ValueError(
@@ -82,6 +82,12 @@ def update(
         return _make(versions, passages, stay, added, incdsi=incdsi)
 
 
+def _passages(versions: Versions) -> PassageStore:
+    """Those that the current version has."""
+    folder = versions.at(versions.current()) / "passages"
+    return PassageStore(folder, versions.prepared / "passages")
+
+
 def _is_there(passage: Passage, passages: PassageStore) -> bool:
     return passage.pid in passages and passages[passages.index_of(passage.pid)] == passage
 
@@ -90,7 +96,7 @@ def compact(versions: Versions) -> Version:
     """Makes a version of the same passages, in which all is as if they had always been there, apart
     from identifiers; and removes all other versions: what was removed is then in none."""
     with versions.writing():
-        passages = PassageStore(versions.at(versions.current()) / "passages")
+        passages = _passages(versions)
         version = _make(versions, passages, np.ones(len(passages), bool), [], renew=True)
         versions.drop(most=1)
         return version
