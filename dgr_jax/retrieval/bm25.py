@@ -22,7 +22,7 @@ from dgr_jax.corpora.types import Passage, ScoredPassage
 from dgr_jax.data.vocabulary import Vocabulary
 from dgr_jax.retrieval import kept_postings
 from dgr_jax.retrieval.batching import Found, _nothing
-from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
+from dgr_jax.retrieval.kept_postings import KeptPostings, Postings, of_passages
 from dgr_jax.retrieval.system import Opening, System, SystemSettings, checked_mask
 from dgr_jax.settings import unless_default
 
@@ -102,11 +102,6 @@ class Bm25:
             return functools.partial(words.grams, size=self.grams)
         return _words(self, alone=alone)
 
-    def texts(self, passage: Passage) -> list[str]:
-        """What is counted one by one: the passage, or its sentences."""
-        sentences = words.sentences(passage.text) if self.sentences else []
-        return sentences or [passage.contents]
-
     def counts(
         self, passages: Iterable[Passage], queries: Mapping[str, Sequence[str]]
     ) -> Iterator[list[dict[str, float]]]:
@@ -115,7 +110,8 @@ class Bm25:
         words_of = self.reader(alone=True)
         for passage in passages:
             if self.sentences:
-                yield [dict(Counter(words_of(text))) for text in self.texts(passage)]
+                texts = words.sentences(passage.text) or [passage.contents]
+                yield [dict(Counter(words_of(text))) for text in texts]
                 continue
             counts: dict[str, float] = dict(Counter(words_of(passage.contents)))
             asked = queries.get(passage.pid, ()) if self.queries_weight else ()
@@ -154,9 +150,10 @@ class Bm25:
                 f"training queries are kept with the passages ({store.folder}); an evaluation of "
                 "the MODEL_DIR that was trained keeps them"
             )
-        nothing = Postings.none(sentences=self.sentences), np.zeros(0, np.float32), None
+        nothing = Postings.none(np.zeros(0, np.int32) if self.sentences else None)
         counts = self.counts(store, queries)
-        kept = KeptPostings(*nothing).changed(self, np.zeros(0, bool), counts)
+        kept = KeptPostings(nothing, np.zeros(0, np.float32), None)
+        kept = kept.changed(self, np.zeros(0, bool), counts)
         return self.reopened(kept.postings, store.pids, kept.mean_words or 0.0)
 
     def reopened(self, postings: Postings, pids: list[str], mean_words: float = 0.0) -> Bm25Index:
@@ -200,7 +197,7 @@ class Bm25Index:
     def postings(self) -> Postings:
         """What its scores are made of."""
         if self._model is None:
-            return Postings.none()._replace(sizes=self._sizes)
+            return Postings.none(self._sizes)
         of = self._model.scores
         words = list(self._vocabulary)[: len(of["indptr"]) - 1]  # bm25s adds a blank one
         starts = np.asarray(of["indptr"], np.int64)
@@ -209,7 +206,7 @@ class Bm25Index:
     def scores(self, text: str) -> np.ndarray:
         """f32 [P]: the score of every passage; 0 where it has no word of the query."""
         if ids := self._ids(text):
-            return self.postings().best_sentences(self._model.get_scores_from_ids(ids))
+            return of_passages(self._model.get_scores_from_ids(ids), self._sizes)
         return np.zeros(len(self._pids), np.float32)
 
     def scores_of(self, text: str, passages: np.ndarray) -> np.ndarray:

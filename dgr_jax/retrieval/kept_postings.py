@@ -38,16 +38,17 @@ class Postings(NamedTuple):
     sizes: np.ndarray | None = None
 
     @classmethod
-    def none(cls, *, sentences: bool = False) -> Postings:
-        """Those of no passage."""
+    def none(cls, sizes: np.ndarray | None = None) -> Postings:
+        """Those of no word."""
         arrays = np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
-        return cls([], *arrays, np.zeros(0, np.int32) if sentences else None)
+        return cls([], *arrays, sizes)
 
-    def best_sentences(self, scores: np.ndarray) -> np.ndarray:
-        """The scores of passages, f32 [P], of those of what `passages` are."""
-        if self.sizes is None:
-            return scores
-        return np.maximum.reduceat(scores, np.cumsum(self.sizes, dtype=np.int64) - self.sizes)
+
+def of_passages(scores: np.ndarray, sizes: np.ndarray | None) -> np.ndarray:
+    """The scores of passages, f32 [P], of those of what `Postings.passages` are."""
+    if sizes is None:
+        return scores
+    return np.maximum.reduceat(scores, np.cumsum(sizes, dtype=np.int64) - sizes)
 
 
 class Weighing(Protocol):

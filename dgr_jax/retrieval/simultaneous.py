@@ -18,7 +18,7 @@ import numpy as np
 from dgr_jax import ranges
 from dgr_jax.retrieval import kept_postings, plan_sizes
 from dgr_jax.retrieval.bm25 import Bm25, places
-from dgr_jax.retrieval.kept_postings import KeptPostings, Postings
+from dgr_jax.retrieval.kept_postings import KeptPostings, Postings, of_passages
 from dgr_jax.retrieval.plan_sizes import PlanSizes
 from dgr_jax.settings import unless_default
 
@@ -316,7 +316,7 @@ class _Part:
         else:
             of_sentences = np.zeros(self._count, np.float32)
             self._add(text, of_sentences)
-            scores += self._postings.best_sentences(of_sentences)
+            scores += of_passages(of_sentences, self._postings.sizes)
 
     def _add(self, text: str, scores: np.ndarray) -> None:
         """The same, to scores of what `Postings.passages` are."""
